@@ -1,0 +1,204 @@
+"""The cache on disk: array names, dtypes, chunking; the manifest; what makes two requests the same cache.
+
+One zarr-3 group. A *block* is a row of every array and the unit of work, of writing and of resuming; every chunk belongs to
+one block. The second axis of the token arrays is a virtual capacity: chunks never written do not exist.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+
+from minicache.errors import CacheDamaged, CacheMismatch
+from minicache.pairs import PairTable
+
+FORMAT_VERSION = 1
+MAX_CHUNK = 2**20
+LEDGER_COLUMNS = ("identity", "pairs", "tokens", "counted", "digest")
+ATTRIBUTE = "minicache"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Everything that changes a stored value or where it lies. Hashed; written once.
+
+    weights: digest of the reference's weights. family: its architecture. tokenizer, template: digests. dtype: the
+    precision of the forward pass. block_pairs: pairs a block holds. per_token: whether each token's logprob is stored.
+    """
+
+    format_version: int
+    weights: str
+    family: str
+    tokenizer: str
+    template: str
+    vocabulary: int
+    max_length: int
+    truncate: str
+    loss_on: str
+    dtype: str
+    attention: str
+    block_pairs: int
+    per_token: bool
+
+    @property
+    def digest(self) -> str:
+        return digest_of(asdict(self))
+
+    @property
+    def token_dtype(self) -> str:
+        return "uint16" if self.vocabulary <= 65535 else "int32"
+
+    def require(self, wanted: "Identity", where: str) -> None:
+        """Raises CacheMismatch, naming each field that differs, unless the two are the same."""
+        differing = [
+            f"{item.name} is {getattr(self, item.name)}, asked for {getattr(wanted, item.name)}"
+            for item in fields(self)
+            if getattr(self, item.name) != getattr(wanted, item.name)
+        ]
+        if differing:
+            raise CacheMismatch(
+                f"{where}: made for another request: {'; '.join(differing)}. Ask for the same, or name another --ref-cache"
+            )
+
+
+@dataclass
+class Source:
+    """A preference file that went into the cache. `refused` counts rows by reason; `rows` = kept + duplicates + refused."""
+
+    name: str
+    size: int
+    sha256: str
+    rows: int = 0
+    kept: int = 0
+    duplicates: int = 0
+    truncated: int = 0
+    refused: dict[str, int] = field(default_factory=dict)
+    complete: bool = False
+
+
+@dataclass
+class Log:
+    """What happened to the cache; changes no value. Written by one process alone.
+
+    blocks, pairs: how many the cache holds once every source is complete.
+    """
+
+    model: str
+    created: str
+    versions: dict[str, str]
+    sources: list[Source] = field(default_factory=list)
+    blocks: int = 0
+    pairs: int = 0
+
+
+@dataclass(frozen=True)
+class Manifest:
+    identity: Identity
+    log: Log
+
+    def to_attributes(self) -> dict[str, Any]:
+        content = {"identity": asdict(self.identity), "log": asdict(self.log)}
+        return {ATTRIBUTE: {**content, "identity_digest": self.identity.digest, "digest": digest_of(content)}}
+
+    @classmethod
+    def from_attributes(cls, attributes: dict[str, Any], where: str) -> "Manifest":
+        """Raises CacheMismatch (another format version) or CacheDamaged (edited, truncated, not ours)."""
+        stored = attributes.get(ATTRIBUTE)
+        if not isinstance(stored, dict) or not isinstance(stored.get("identity"), dict):
+            raise CacheDamaged(f"{where}: a zarr group without a minicache manifest; expected a reference cache")
+        version = stored["identity"].get("format_version")
+        if version != FORMAT_VERSION:
+            raise CacheMismatch(
+                f"{where}: cache format {version}, this program reads {FORMAT_VERSION}; "
+                "use the version that wrote it, or precompute again into another --ref-cache"
+            )
+        content = {"identity": stored["identity"], "log": stored.get("log")}
+        if stored.get("digest") != digest_of(content):
+            raise CacheDamaged(
+                f"{where}: zarr.json was changed after it was written; its manifest does not fit its digest"
+            )
+        log = dict(stored["log"])
+        log["sources"] = [Source(**source) for source in log["sources"]]
+        return cls(Identity(**stored["identity"]), Log(**log))
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """shape[0] is the number of blocks; a chunk is one block's `chunk` entries along the second axis."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    chunk: int
+    fill: Any
+    compress: bool = False
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        return (1, self.chunk, *self.shape[1:])
+
+
+def array_specs(identity: Identity) -> dict[str, ArraySpec]:
+    """Every array of a cache; `shape` without the leading axis of blocks."""
+    block = identity.block_pairs
+    most = block * 2 * identity.max_length
+    chunk = min(MAX_CHUNK, 1 << (most - 1).bit_length())
+    capacity = -(-most // chunk) * chunk
+    token_fill = 65535 if identity.token_dtype == "uint16" else -1
+    specs = {
+        "pairs/tokens": ArraySpec((capacity,), identity.token_dtype, chunk, token_fill, compress=True),
+        "pairs/loss_mask": ArraySpec((capacity,), "uint8", chunk, 255, compress=True),
+        "pairs/lengths": ArraySpec((block, 3), "int32", block, -1),
+        "pairs/digest": ArraySpec((block, 2), "uint64", block, 2**64 - 1),
+        "pairs/source": ArraySpec((block, 2), "int64", block, -1),
+        "ref/logp_mean": ArraySpec((block, 2), "float32", block, float("nan")),
+        "ref/token_count": ArraySpec((block, 2), "int32", block, -1),
+        "ledger/pairs": ArraySpec((len(LEDGER_COLUMNS),), "int64", len(LEDGER_COLUMNS), -1),
+        "ledger/ref": ArraySpec((len(LEDGER_COLUMNS),), "int64", len(LEDGER_COLUMNS), -1),
+    }
+    if identity.per_token:
+        specs["ref/token_logps"] = ArraySpec((capacity,), "float32", chunk, float("nan"), compress=True)
+    return specs
+
+
+@dataclass(frozen=True)
+class RefBlock:
+    """What the reference thinks of some pairs.
+
+    logp_mean: (N, 2) float32, masked mean logprob of chosen and rejected, nats a token. token_count: (N, 2) int32.
+    token_logps: (T,) float32, NaN where a token does not count; None if the cache does not keep them.
+    """
+
+    logp_mean: np.ndarray
+    token_count: np.ndarray
+    token_logps: np.ndarray | None = None
+
+
+def pairs_row(identity: Identity, table: PairTable) -> np.ndarray:
+    """(5,) int64: the ledger's row for a block of pairs."""
+    data = (table.tokens, table.loss_mask, table.lengths, table.digest, table.source)
+    return _row(identity, len(table), len(table.tokens), int(table.loss_mask.sum()), data)
+
+
+def ref_row(identity: Identity, block: RefBlock, pairs: np.ndarray) -> np.ndarray:
+    """(5,) int64: the ledger's row for a scored block; `pairs`, the row of the pairs it scored, is part of its digest."""
+    data = [pairs.astype("<i8"), block.logp_mean, block.token_count]
+    if block.token_logps is not None:
+        data.append(block.token_logps)
+    return _row(identity, len(block.logp_mean), int(pairs[2]), int(block.token_count.sum()), data)
+
+
+def _row(identity: Identity, pairs: int, tokens: int, counted: int, data: Iterable[np.ndarray]) -> np.ndarray:
+    state = blake2b(digest_size=8)
+    for array in data:
+        state.update(np.ascontiguousarray(array).data)
+    digest = int.from_bytes(state.digest(), "little", signed=True)
+    return np.array([int(identity.digest[:15], 16), pairs, tokens, counted, digest], np.int64)
+
+
+def digest_of(content: object) -> str:
+    """blake2b-128 of the content's canonical JSON, as a hex string."""
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return blake2b(text.encode(), digest_size=16).hexdigest()

@@ -1,0 +1,145 @@
+"""Creating a reference cache and writing blocks into it.
+
+Crash safety: the data of a block first, flushed to disk, its ledger row last. A block whose row is absent or does not fit
+its data is simply not done, so a kill at any instant costs at most the blocks in flight. Processes may write different blocks at
+the same time without locks; only one process creates, grows, and writes the log.
+"""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import zarr
+from zarr.codecs import Crc32cCodec, ZstdCodec
+
+from minicache.cache.reader import ReferenceCache
+from minicache.cache.schema import Manifest, RefBlock, array_specs, pairs_row, ref_row
+from minicache.errors import OutputError
+from minicache.pairs import PairTable
+
+
+class CacheWriter(ReferenceCache):
+    """A cache on disk, open for writing."""
+
+    mode = "r+"
+
+    @classmethod
+    def create(cls, path: Path, manifest: Manifest, write_tokenizer: Callable[[Path], object]) -> "CacheWriter":
+        """Make an empty cache. It appears at `path` complete or not at all; `write_tokenizer` fills its tokenizer directory.
+
+        Raises:
+            OutputError: something else lies at `path`, or it cannot be written.
+        """
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise OutputError(f"{path}: exists and is no reference cache; name another --ref-cache or remove it")
+        draft = path.with_name(f".{path.name}.creating")
+        with writing(path):
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.parent.mkdir(parents=True, exist_ok=True)
+            group = zarr.create_group(zarr.storage.LocalStore(draft), attributes=manifest.to_attributes())
+            for name, spec in array_specs(manifest.identity).items():
+                group.create_array(
+                    name,
+                    shape=(0, *spec.shape),
+                    dtype=spec.dtype,
+                    chunks=spec.chunks,
+                    fill_value=spec.fill,
+                    compressors=[*([ZstdCodec(level=3)] if spec.compress else []), Crc32cCodec()],
+                )
+            write_tokenizer(draft / "tokenizer")
+            draft.replace(path)
+        return cls(path)
+
+    def remove_leftovers(self) -> None:
+        """Delete what writers that were killed left half-written. Only while no other process writes."""
+        for leftover in self.path.rglob("*.partial"):
+            leftover.unlink(missing_ok=True)
+
+    def grow(self, blocks: int) -> None:
+        """Make room for `blocks` blocks. The ledger grows last: what it has room for, every array has."""
+        with writing(self.path):
+            for name in sorted(self.arrays, key=lambda name: name.startswith("ledger/")):
+                array = self.arrays[name]
+                if array.shape[0] < blocks:
+                    array.resize((blocks, *array.shape[1:]))
+
+    def shrink(self, blocks: int) -> None:
+        """Take back blocks from the end: what a call that failed had added."""
+        with writing(self.path):
+            for name in sorted(self.arrays, key=lambda name: not name.startswith("ledger/")):
+                array = self.arrays[name]
+                array.resize((min(blocks, array.shape[0]), *array.shape[1:]))
+
+    def write_log(self) -> None:
+        with writing(self.path):
+            self.group.attrs.put(self.manifest.to_attributes())
+
+    def write_pairs(self, block: int, table: PairTable) -> None:
+        self._commit(
+            "ledger/pairs",
+            block,
+            pairs_row(self.identity, table),
+            {
+                "pairs/tokens": table.tokens,
+                "pairs/loss_mask": table.loss_mask,
+                "pairs/lengths": table.lengths,
+                "pairs/digest": table.digest,
+                "pairs/source": table.source,
+            },
+        )
+
+    def write_ref(self, block: int, scores: RefBlock) -> None:
+        """Store a block's scores. All mean logprobs must be finite."""
+        assert np.isfinite(scores.logp_mean).all(), "non-finite scores must be refused before they are written"
+        columns = {"ref/logp_mean": scores.logp_mean, "ref/token_count": scores.token_count}
+        if self.identity.per_token:
+            assert scores.token_logps is not None
+            columns["ref/token_logps"] = scores.token_logps
+        row = ref_row(self.identity, scores, self._ledger_row("ledger/pairs", block))
+        self._commit("ledger/ref", block, row, columns)
+
+    def _commit(self, ledger: str, block: int, row: np.ndarray, columns: dict[str, np.ndarray]) -> None:
+        with writing(self.path):
+            written = [file for name, values in columns.items() for file in self._write(name, block, values)]
+            _flush_to_disk(written)
+            self.arrays[ledger][block] = row
+            _flush_to_disk([self._chunk_file(ledger, block, 0)])
+
+    def _write(self, name: str, block: int, values: np.ndarray) -> list[Path]:
+        """Write whole chunks, padded with the fill value, so that nothing is read and no other block is touched."""
+        spec = self.specs[name]
+        chunks = -(-len(values) // spec.chunk)
+        padded = np.full((chunks * spec.chunk, *spec.shape[1:]), spec.fill, spec.dtype)
+        padded[: len(values)] = values
+        self.arrays[name][block, : len(padded)] = padded
+        return [self._chunk_file(name, block, chunk) for chunk in range(chunks)]
+
+    def _chunk_file(self, name: str, block: int, chunk: int) -> Path:
+        array = self.arrays[name]
+        rest = (0,) * (array.ndim - 2)
+        return self.path / name / array.metadata.encode_chunk_key((block, chunk, *rest))
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failure of the disk into one line that names the place."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(f"{path}: the disk is full; free some space and run the same command again") from error
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _flush_to_disk(files: list[Path]) -> None:
+    """zarr renames chunks into place but never flushes them; after a power loss a renamed file may be empty."""
+    for place in [*files, *{file.parent for file in files}]:
+        descriptor = os.open(place, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

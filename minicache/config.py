@@ -1,0 +1,163 @@
+"""Every option once, with its default and its check. Frozen; no torch.
+
+A stage gets one of these and nothing else to decide by. A value that cannot work is a `ConfigError` at construction, before
+any file is opened or model loaded.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from minicache.errors import ConfigError
+
+FORMATS = ("auto", "messages", "prompt", "stack-exchange", "sharegpt", "hh")
+TRUNCATE = ("right", "left", "refuse")
+LOSS_ON = ("response", "assistant")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+TRAIN_DTYPES = ("auto", "bfloat16", "float32")
+ON_BAD_ROW = ("skip", "fail")
+LOGPS = ("mean", "sum")
+
+
+@dataclass(frozen=True)
+class PrecomputeConfig:
+    """Stage one. `model` and `tokenizer` are a directory, a hub id or a file; sizes are in tokens or pairs."""
+
+    model: str
+    data: tuple[str, ...]
+    ref_cache: Path
+    tokenizer: str | None = None
+    chat_template: Path | None = None
+    format: str = "auto"
+    max_length: int = 1024
+    truncate: str = "right"
+    loss_on: str = "response"
+    dtype: str = "auto"
+    block_pairs: int | None = None
+    tokens_per_batch: int = 16384
+    per_token: bool = False
+    on_bad_row: str = "skip"
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise ConfigError("--data: expected at least one preference file, got none")
+        _one_of("--format", self.format, FORMATS)
+        _at_least("--max-length", self.max_length, 2)
+        _one_of("--truncate", self.truncate, TRUNCATE)
+        _one_of("--loss-on", self.loss_on, LOSS_ON)
+        _one_of("--dtype", self.dtype, DTYPES)
+        _at_least("--block-pairs", self.block_pairs, 1)
+        _at_least("--tokens-per-batch", self.tokens_per_batch, 1)
+        _one_of("--on-bad-row", self.on_bad_row, ON_BAD_ROW)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Stage two. `batch_size` is in pairs per optimizer step over all processes; `warmup` is a share of the steps.
+
+    model: where the reference's weights lie now, if not where stage one found them. init_from: start from other weights.
+    """
+
+    ref_cache: Path
+    out: Path
+    model: str | None = None
+    init_from: str | None = None
+    loss: str = "sigmoid"
+    logps: str = "mean"
+    beta: float = 0.1
+    lr: float = 1e-6
+    weight_decay: float = 0.0
+    warmup: float = 0.1
+    epochs: float = 1.0
+    max_steps: int | None = None
+    batch_size: int = 32
+    tokens_per_micro_batch: int = 8192
+    max_grad_norm: float = 1.0
+    seed: int = 42
+    dtype: str = "auto"
+    log_every: int = 10
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("--logps", self.logps, LOGPS)
+        _one_of("--dtype", self.dtype, TRAIN_DTYPES)
+        _above_zero("--beta", self.beta)
+        _above_zero("--lr", self.lr)
+        _above_zero("--epochs", self.epochs)
+        _above_zero("--max-grad-norm", self.max_grad_norm)
+        _at_least("--weight-decay", self.weight_decay, 0)
+        _at_least("--max-steps", self.max_steps, 1)
+        _at_least("--batch-size", self.batch_size, 1)
+        _at_least("--tokens-per-micro-batch", self.tokens_per_micro_batch, 1)
+        _at_least("--log-every", self.log_every, 1)
+        _at_least("--seed", self.seed, 0)
+        if not 0 <= self.warmup < 1:
+            raise ConfigError(f"--warmup: expected a share of the steps from 0 to below 1, got {self.warmup}")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """A policy against a cache. `policy` is a run directory, a model directory, a hub id or a file."""
+
+    policy: str
+    ref_cache: Path
+    loss: str = "sigmoid"
+    logps: str = "mean"
+    beta: float = 0.1
+    dtype: str = "auto"
+    tokens_per_batch: int = 16384
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("--logps", self.logps, LOGPS)
+        _one_of("--dtype", self.dtype, TRAIN_DTYPES)
+        _above_zero("--beta", self.beta)
+        _at_least("--tokens-per-batch", self.tokens_per_batch, 1)
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Looking at a cache. `pair` is a position in it, from 0; `model` is only used to verify."""
+
+    ref_cache: Path
+    pair: int | None = None
+    verify: bool = False
+    model: str | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        _at_least("--pair", self.pair, 0)
+        if self.model and not self.verify:
+            raise ConfigError("--model: is used by --verify only; expected both, got --model alone")
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Reference and policy answer the same prompts, greedily. `prompts` has one prompt a line; `prompt` is one."""
+
+    policy: str
+    reference: str | None = None
+    prompts: Path | None = None
+    prompt: tuple[str, ...] = ()
+    max_new_tokens: int = 128
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        _at_least("--max-new-tokens", self.max_new_tokens, 1)
+        if not self.prompts and not self.prompt:
+            raise ConfigError("compare: expected --prompt TEXT or --prompts FILE, got neither")
+
+
+def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{option}: expected one of {', '.join(allowed)}, got {value!r}")
+
+
+def _at_least(option: str, value: float | None, least: float) -> None:
+    if value is not None and not value >= least:
+        raise ConfigError(f"{option}: expected {least} or more, got {value}")
+
+
+def _above_zero(option: str, value: float) -> None:
+    if not 0 < value < float("inf"):
+        raise ConfigError(f"{option}: expected a number above 0, got {value}")

@@ -1,0 +1,172 @@
+"""Pair -> EncodedPair: rendering, the boundary between prompt and answer, truncation, loss mask.
+
+Each side is rendered and tokenized *whole*, and the boundary is found by the characters that tokens span: tokenizing prompt
+and answer apart gives other ids than the model sees whenever a token crosses the boundary. A token that reaches past
+the boundary belongs to the answer.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from typing import Any, TypeVar
+
+import numpy as np
+
+from minicache.data.records import Pair, Turn
+from minicache.data.tokenizers import ChatTokenizer
+from minicache.errors import RowRefused
+from minicache.pairs import EncodedPair, Ints
+
+CHUNK = 128  # pairs tokenized in one call: enough to keep all cores of the tokenizers library busy
+
+R = TypeVar("R")
+Span = tuple[int, int]  # characters, begin and end
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns pairs into token ids.
+
+    max_length: tokens a side may have. truncate: 'right' cuts the end of a side that is longer, 'left' the beginning of the
+    prompt (as much on both sides) and then the end, 'refuse' refuses the row. loss_on: which tokens count, 'response'
+    (all after the shared prompt turns) or 'assistant' (every assistant turn, its closing token included).
+    """
+
+    tokenizer: ChatTokenizer
+    max_length: int
+    truncate: str = "right"
+    loss_on: str = "response"
+
+    def encode_all(
+        self, rows: Iterable[Pair | RowRefused], file: int
+    ) -> Iterator[tuple[EncodedPair, bool] | RowRefused]:
+        """In order, for each row: the encoded pair and whether it was truncated, or the refusal."""
+        rows = iter(rows)
+        while chunk := list(islice(rows, CHUNK)):
+            rendered = [row if isinstance(row, RowRefused) else _try(row, self._render, row) for row in chunk]
+            texts = [text for item in rendered if not isinstance(item, RowRefused) for text, _ in item]
+            encoded = iter(self.tokenizer.encode(texts))
+            for row, item in zip(chunk, rendered, strict=True):
+                if isinstance(item, RowRefused):
+                    yield item
+                    continue
+                assert isinstance(row, Pair)
+                sides = [(*next(encoded), spans) for _, spans in item]
+                yield _try(row, self._assemble, sides, (file, row.line))
+
+    def encode(self, pair: Pair, file: int = 0) -> tuple[EncodedPair, bool]:
+        """One pair.
+
+        Raises:
+            RowRefused: it has nothing to learn from, or does not fit.
+        """
+        (result,) = self.encode_all([pair], file)
+        if isinstance(result, RowRefused):
+            raise result
+        return result
+
+    def _render(self, pair: Pair) -> list[tuple[str, list[Span]]]:
+        """Of each side: its text and the spans of characters that count."""
+        sides = []
+        for answer in (pair.chosen, pair.rejected):
+            text = self.tokenizer.render(pair.prompt + answer)
+            if self.loss_on == "assistant":
+                spans = self._assistant_spans(text, pair.prompt + answer)
+            else:
+                spans = [(self._boundary(text, pair.prompt), len(text))]
+            sides.append((text, spans))
+        return sides
+
+    def _boundary(self, text: str, prompt: tuple[Turn, ...]) -> int:
+        """Where the answer begins: as far as the whole text agrees with the prompt opened for an answer."""
+        if not prompt:
+            return 0
+        opened = self.tokenizer.render(prompt, open_answer=True)
+        boundary = _shared_length(text, opened)
+        if boundary < len(opened) and boundary < len(self.tokenizer.render(prompt)):
+            raise RowRefused("template", "the chat template writes the prompt's turns otherwise once an answer follows")
+        return boundary
+
+    def _assistant_spans(self, text: str, turns: tuple[Turn, ...]) -> list[Span]:
+        """What the assistant says, found turn by turn, so that a header typed by a user is never taken for one.
+
+        A turn's span begins right after the header that opens it (before a think block that the template adds) and ends
+        after what closes it.
+        """
+        opening, closing = self._frame
+        spans, position = [], 0
+        for turn in turns:
+            content = turn.content.strip()
+            begin = text.find(content, position)
+            if turn.role == "assistant":
+                header = text.rfind(opening, max(position - len(opening), 0), max(begin, 0))
+                end = begin + len(content)
+                if begin < 0 or header < 0 or not text.startswith(closing, end):
+                    raise RowRefused("template", "the chat template rewrites an assistant turn; try --loss-on response")
+                position = end + len(closing)
+                spans.append((header + len(opening), position))
+            elif begin >= 0:
+                position = begin + len(content)
+        return spans
+
+    @cached_property
+    def _frame(self) -> tuple[str, str]:
+        """What the template writes between a user's turn and the answer, and after the answer."""
+        user, assistant = Turn("user", "\x01question\x01"), Turn("assistant", "\x02answer\x02")
+        opened = self.tokenizer.render((user,), open_answer=True)
+        whole = self.tokenizer.render((user, assistant))
+        opening = opened.split(user.content)[-1].split("<think>")[0]
+        return opening, whole.split(assistant.content)[-1]
+
+    def _assemble(
+        self, sides: list[tuple[Ints, Ints, list[Span]]], source: tuple[int, int]
+    ) -> tuple[EncodedPair, bool]:
+        ids = [tokens for tokens, _, _ in sides]
+        masks = [_mask(offsets, spans) for _, offsets, spans in sides]
+        for name, mask in zip(("chosen", "rejected"), masks, strict=True):
+            if not mask.any():
+                raise RowRefused("empty-answer", f"{name} has no token that counts")
+        longest = max(len(tokens) for tokens in ids)
+        cut = 0
+        if longest > self.max_length:
+            if self.truncate == "refuse":
+                raise RowRefused("too-long", f"{longest} tokens; --max-length is {self.max_length}")
+            if self.truncate == "left":
+                cut = min(longest - self.max_length, *(int(mask.argmax()) for mask in masks))
+        window = slice(cut, cut + self.max_length)
+        ids, masks = [tokens[window] for tokens in ids], [mask[window] for mask in masks]
+        for name, mask in zip(("chosen", "rejected"), masks, strict=True):
+            if len(mask):
+                mask[0] = 0  # nothing precedes the first token, so nothing predicts it
+            if not mask.any():
+                raise RowRefused(
+                    "truncated-away",
+                    f"{name} has no answer left within --max-length {self.max_length} (the longer side has {longest} tokens)",
+                )
+        if np.array_equal(ids[0], ids[1]) and np.array_equal(masks[0], masks[1]):
+            raise RowRefused("identical", f"the sides are the same tokens within --max-length {self.max_length}")
+        return EncodedPair.join(ids[0], masks[0], ids[1], masks[1], source), longest > self.max_length
+
+
+def _try(pair: Pair, step: Callable[..., R], *arguments: Any) -> R | RowRefused:
+    """A step's result, or its refusal as a value, so that one bad row does not end a batch."""
+    try:
+        return step(*arguments)
+    except RowRefused as refusal:
+        refusal.line = pair.line
+        return refusal
+
+
+def _shared_length(left: str, right: str) -> int:
+    """Characters that two strings begin with alike."""
+    pairs = zip(left, right, strict=False)
+    return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))
+
+
+def _mask(offsets: Ints, spans: list[Span]) -> np.ndarray:
+    """(n,) uint8: 1 for each token that spans a character of a counted span."""
+    mask = np.zeros(len(offsets), np.uint8)
+    for begin, end in spans:
+        mask |= ((offsets[:, 1] > begin) & (offsets[:, 0] < end)).astype(np.uint8)
+    return mask

@@ -1,0 +1,271 @@
+"""Rows of preference files to `Pair`: one function a format, and the reading of the files that hold them.
+
+A row's format is found by looking at the row (`FORMATS`, in order) unless the user forces one.
+"""
+
+import gzip
+import io
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from minicache.data.records import ROLES, Pair, Turn
+from minicache.errors import DataError, RowRefused
+
+Row = dict[str, Any]
+Conversations = tuple[list[Turn], list[Turn]]  # whole chosen, whole rejected
+
+ROLE_NAMES = {
+    **{role: role for role in ROLES},
+    "human": "user",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "developer": "system",
+    "observation": "tool",
+    "function_call": "assistant",
+}
+HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+
+
+# --- one function a format: a row -> two whole conversations ---
+
+
+def from_messages(row: Row) -> Conversations:
+    """`chosen` and `rejected` are lists of {role, content}; `prompt` is absent, a string or a list (MiniMind, UltraFeedback)."""
+    sides = [_turns(row[side], side) for side in ("chosen", "rejected")]
+    if not all(sides):
+        raise RowRefused("empty-answer", "a side has no turns")
+    if any(side[0].role != "assistant" for side in sides):  # the sides carry the prompt themselves
+        return sides[0], sides[1]
+    if "prompt" not in row:
+        raise RowRefused("missing-field", "the sides begin with an answer, and there is no 'prompt'")
+    prompt = _prompt(row["prompt"], "prompt")
+    return prompt + sides[0], prompt + sides[1]
+
+
+def from_prompt(row: Row) -> Conversations:
+    """`prompt`, `chosen`, `rejected` strings (TRL); the prompt may also be a list of {role, content}."""
+    return _answers(_prompt(row["prompt"], "prompt"), row["chosen"], row["rejected"])
+
+
+def from_stack_exchange(row: Row) -> Conversations:
+    """`question`, `response_j` (preferred), `response_k` (lvwerra/stack-exchange-paired)."""
+    return _answers(_prompt(row["question"], "question"), row["response_j"], row["response_k"])
+
+
+def from_sharegpt(row: Row) -> Conversations:
+    """`conversations` of {from, value}; `chosen` and `rejected` one such turn or a list of them (LLaMA-Factory)."""
+    prompt = _turns(row["conversations"], "conversations")
+    if isinstance(row.get("system"), str) and row["system"]:
+        prompt = [Turn("system", row["system"]), *prompt]
+    sides = [row[side] if isinstance(row[side], list) else [row[side]] for side in ("chosen", "rejected")]
+    return prompt + _turns(sides[0], "chosen"), prompt + _turns(sides[1], "rejected")
+
+
+def from_transcript(row: Row) -> Conversations:
+    r"""`chosen` and `rejected` are transcripts "\n\nHuman: … \n\nAssistant: …" (Anthropic HH). Turns are stripped."""
+    return _transcript(row["chosen"], "chosen"), _transcript(row["rejected"], "rejected")
+
+
+def _is_transcript(row: Row) -> bool:
+    return isinstance(row["chosen"], str) and row["chosen"].startswith("\n\nHuman:")
+
+
+# name -> (fields it needs, further test, reader); the first that fits a row reads it
+FORMATS: dict[str, tuple[set[str], Callable[[Row], bool], Callable[[Row], Conversations]]] = {
+    "sharegpt": ({"conversations", "chosen", "rejected"}, lambda row: True, from_sharegpt),
+    "stack-exchange": ({"question", "response_j", "response_k"}, lambda row: True, from_stack_exchange),
+    "messages": ({"chosen", "rejected"}, lambda row: isinstance(row["chosen"], list), from_messages),
+    "prompt": ({"prompt", "chosen", "rejected"}, lambda row: isinstance(row["chosen"], str), from_prompt),
+    "hh": ({"chosen", "rejected"}, _is_transcript, from_transcript),
+}
+
+
+def to_pair(row: object, file: str, line: int, format: str = "auto") -> Pair:
+    """Read one row.
+
+    Raises:
+        RowRefused: with a reason code and what was expected.
+    """
+    if not isinstance(row, dict):
+        raise RowRefused("wrong-type", f"expected an object, got {_kind(row)}")
+    chosen, rejected = _reader(row, format)(row)
+    return Pair.from_conversations(chosen, rejected, file, line)
+
+
+def _reader(row: Row, format: str) -> Callable[[Row], Conversations]:
+    if format != "auto":
+        fields, _, reader = FORMATS[format]
+        if missing := sorted(fields - row.keys()):
+            raise RowRefused("missing-field", f"format {format} needs {_listed(missing)}; the row has {_listed(row)}")
+        return reader
+    for fields, test, reader in FORMATS.values():
+        if fields <= row.keys() and test(row):
+            return reader
+    if "chosen" in row and "rejected" in row:
+        if isinstance(row["chosen"], str):
+            raise RowRefused("missing-field", "chosen and rejected are strings, and there is no 'prompt'")
+        raise RowRefused("wrong-type", f"'chosen' must be text or a list of turns, got {_kind(row['chosen'])}")
+    if any(fields & row.keys() for fields, _, _ in FORMATS.values()):
+        raise RowRefused("missing-field", f"a pair needs both answers; the row has {_listed(row)}")
+    raise RowRefused("unknown-format", f"no known format has the fields {_listed(row)}; formats: {', '.join(FORMATS)}")
+
+
+# --- the small readers the formats share ---
+
+
+def _text(value: object, field: str) -> str:
+    if not isinstance(value, str):
+        raise RowRefused("wrong-type", f"{field!r} must be text, got {_kind(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise RowRefused("bad-unicode", f"{field!r} holds a lone surrogate, which no UTF-8 text can") from None
+    return value
+
+
+def _turns(value: object, field: str) -> list[Turn]:
+    if not isinstance(value, list):
+        raise RowRefused("wrong-type", f"{field!r} must be a list of turns, got {_kind(value)}")
+    return [_turn(item, field) for item in value]
+
+
+def _turn(item: object, field: str) -> Turn:
+    if not isinstance(item, dict):
+        raise RowRefused("wrong-type", f"a turn of {field!r} must be an object, got {_kind(item)}")
+    role_key, text_key = ("from", "value") if "from" in item else ("role", "content")
+    for key in (role_key, text_key):
+        if key not in item:
+            raise RowRefused("missing-field", f"a turn of {field!r} has no {key!r}; it has {_listed(item)}")
+    role = ROLE_NAMES.get(_text(item[role_key], role_key).lower())
+    if role is None:
+        raise RowRefused("unknown-role", f"role {item[role_key]!r} in {field!r}; known: {', '.join(ROLE_NAMES)}")
+    return Turn(role, _text(item[text_key], text_key))
+
+
+def _prompt(value: object, field: str) -> list[Turn]:
+    return _turns(value, field) if isinstance(value, list) else [Turn("user", _text(value, field))]
+
+
+def _answers(prompt: list[Turn], chosen: object, rejected: object) -> Conversations:
+    return (
+        [*prompt, Turn("assistant", _text(chosen, "chosen"))],
+        [*prompt, Turn("assistant", _text(rejected, "rejected"))],
+    )
+
+
+def _transcript(value: object, field: str) -> list[Turn]:
+    parts = HH_TURN.split(_text(value, field))
+    if parts[0].strip() or len(parts) < 3:
+        raise RowRefused("wrong-type", rf"{field!r} does not read '\n\nHuman: …\n\nAssistant: …'")
+    return [
+        Turn("user" if who == "Human" else "assistant", text.strip())
+        for who, text in zip(parts[1::2], parts[2::2], strict=True)
+    ]
+
+
+def _kind(value: object) -> str:
+    if value is None:
+        return "null"
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _listed(names: object) -> str:
+    assert isinstance(names, (list, dict))
+    return ", ".join(repr(str(name)[:40]) for name in list(names)[:8]) or "none"
+
+
+# --- files ---
+
+
+def read_rows(path: str) -> Iterator[tuple[int, object]]:
+    """(line or row number from 1, row) of a jsonl, JSON array or parquet file, plain, gzip or zstd.
+
+    A line that is no JSON comes as the `RowRefused` itself, for the caller to count.
+
+    Raises:
+        DataError: the file does not exist, is empty, or cannot be read.
+    """
+    file = Path(path)
+    if not file.exists():
+        raise DataError(f"{path}: no such file")
+    if file.is_dir():
+        raise DataError(f"{path}: is a directory; give the files in it, for example {path.rstrip('/')}/*.jsonl")
+    if file.stat().st_size == 0:
+        raise DataError(f"{path}: the file is empty; expected one preference pair a line")
+    rows = 0
+    try:
+        for item in _parquet_rows(file) if _is_parquet(file) else _json_rows(file):
+            rows += 1
+            yield item
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read after {rows} rows: {error}") from error
+    if rows == 0:
+        raise DataError(f"{path}: the file holds no rows; expected one preference pair a line")
+
+
+def _is_parquet(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(4) == b"PAR1"
+
+
+def _open_text(file: Path) -> io.TextIOBase:
+    with file.open("rb") as stream:
+        magic = stream.read(4)
+    if magic[:2] == b"\x1f\x8b":
+        return gzip.open(file, "rt", encoding="utf-8-sig")
+    if magic == b"\x28\xb5\x2f\xfd":
+        import zstandard
+
+        return zstandard.open(file, "rt", encoding="utf-8-sig")
+    return file.open(encoding="utf-8-sig")
+
+
+def _json_rows(file: Path) -> Iterator[tuple[int, object]]:
+    with _open_text(file) as stream:
+        lines = enumerate(stream, start=1)
+        for number, line in lines:
+            if not line.strip():
+                continue
+            if line.lstrip().startswith("["):  # a JSON array: an object a line never begins so
+                yield from enumerate(_json_array(line + stream.read(), file), start=1)
+                return
+            yield number, _json_line(line)
+            break
+        for number, line in lines:
+            if line.strip():
+                yield number, _json_line(line)
+
+
+def _json_line(line: str) -> object:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return RowRefused("broken-json", f"not JSON: {error}")
+
+
+def _json_array(text: str, file: Path) -> list[object]:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file}: begins like a JSON array but is not one: {error}") from None
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[int, object]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError(f"{file}: reading parquet needs pyarrow: pip install 'minicache[parquet]'") from None
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{file}: cannot be read as parquet: {error}") from None

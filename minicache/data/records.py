@@ -1,0 +1,55 @@
+"""Turn and Pair: a preference as text, before any tokenizer."""
+
+from dataclasses import dataclass
+
+from minicache.errors import RowRefused
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message of a conversation. `role` is one of ROLES."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two continuations of one prompt.
+
+    prompt: the turns both sides share. chosen, rejected: what follows; each begins with an assistant turn.
+    file, line: where the pair came from (file as given by the user; line from 1, a row number in JSON arrays and parquet).
+    """
+
+    prompt: tuple[Turn, ...]
+    chosen: tuple[Turn, ...]
+    rejected: tuple[Turn, ...]
+    file: str = ""
+    line: int = 0
+
+    @classmethod
+    def from_conversations(cls, chosen: list[Turn], rejected: list[Turn], file: str = "", line: int = 0) -> "Pair":
+        """Split two whole conversations at the first turn in which they differ.
+
+        Raises:
+            RowRefused: nothing differs, a side has no answer, or the sides differ before an answer begins.
+        """
+        if not chosen or not rejected:
+            raise RowRefused("empty-answer", f"{'chosen' if not chosen else 'rejected'} has no turns")
+        if chosen == rejected:
+            raise RowRefused("identical", "chosen and rejected are the same text")
+        shared = 0
+        while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+            shared += 1
+        for name, turns in (("chosen", chosen[shared:]), ("rejected", rejected[shared:])):
+            if not turns or not any(turn.content.strip() for turn in turns if turn.role == "assistant"):
+                raise RowRefused("empty-answer", f"{name} has no answer of its own")
+            if turns[0].role != "assistant":
+                raise RowRefused(
+                    "prompts-differ", f"the sides differ first in a {turns[0].role} turn, not in an answer"
+                )
+            if not turns[-1].content.strip() or turns[-1].role != "assistant":
+                raise RowRefused("empty-answer", f"{name} does not end in an answer")
+        return cls(tuple(chosen[:shared]), tuple(chosen[shared:]), tuple(rejected[shared:]), file, line)

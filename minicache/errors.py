@@ -1,0 +1,74 @@
+"""What can go wrong for a user, as a tree.
+
+    MinicacheError              one line: what was expected, what came, what to do
+    ├── ConfigError             an option has a value that cannot work
+    ├── DataError               a preference file cannot be read at all
+    │   └── RowRefused          one row of it cannot become a pair (counted, listed, skipped)
+    ├── CacheError              a reference cache cannot be used
+    │   ├── CacheNotFound       there is none at this path
+    │   ├── CacheMismatch       it was made with other options, another model or another tokenizer
+    │   ├── CacheIncomplete     some of its blocks are not scored yet
+    │   └── CacheDamaged        bytes on disk are not the bytes that were written
+    ├── ModelError              a model or tokenizer cannot be loaded or used
+    ├── HandshakeError          the model does not reproduce the cached logprobs
+    └── OutputError             a result cannot be written
+
+The command line prints the message in red and exits with code 1. Anything that is not a `MinicacheError` is a bug.
+"""
+
+
+class MinicacheError(Exception):
+    """Base of everything a user can cause."""
+
+
+class ConfigError(MinicacheError):
+    """An option has a value that cannot work."""
+
+
+class DataError(MinicacheError):
+    """A preference file cannot be read at all."""
+
+
+class RowRefused(DataError):
+    """One row cannot become a pair.
+
+    `reason` is a short stable code that reports are counted by; the message says what was wrong in this row; `line` is
+    where it stands in its file, once a reader has set it.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.line = 0
+
+
+class CacheError(MinicacheError):
+    """A reference cache cannot be used."""
+
+
+class CacheNotFound(CacheError):
+    """There is no reference cache at this path."""
+
+
+class CacheMismatch(CacheError):
+    """The cache was made with other options, another model or another tokenizer."""
+
+
+class CacheIncomplete(CacheError):
+    """Some blocks of the cache are not scored yet."""
+
+
+class CacheDamaged(CacheError):
+    """Bytes on disk are not the bytes that were written."""
+
+
+class ModelError(MinicacheError):
+    """A model or tokenizer cannot be loaded or used."""
+
+
+class HandshakeError(MinicacheError):
+    """The model does not reproduce the cached logprobs."""
+
+
+class OutputError(MinicacheError):
+    """A result cannot be written."""

@@ -1,0 +1,53 @@
+"""`--nproc N`: the same run as `torchrun --nproc-per-node N -m minicache …`, with one message where torchrun prints a traceback."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+
+def launch(processes: int, arguments: list[str]) -> int:
+    """Run `python -m minicache ARGUMENTS` in as many processes as told, as torchrun would; the first failure ends all.
+
+    Returns:
+        The exit code: 0 if every process ended well, else that of the first that failed.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // processes))
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(processes),
+        "OMP_NUM_THREADS": threads,
+    }
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-m", "minicache", *arguments],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(processes)
+    ]
+    try:
+        while any(child.poll() is None for child in children) and not any(child.poll() for child in children):
+            time.sleep(0.1)
+        return next((child.returncode for child in children if child.returncode), 0)
+    except KeyboardInterrupt:  # the terminal has sent it to every child too
+        return 130
+    finally:
+        _end(children)
+
+
+def _end(children: list[subprocess.Popen]) -> None:
+    deadline = time.monotonic() + 10
+    for child in children:
+        if child.poll() is None:
+            child.send_signal(signal.SIGTERM)
+    for child in children:
+        try:
+            child.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            child.kill()

@@ -1,0 +1,72 @@
+"""Hugging Face directories, hub ids and .gguf files, through transformers. Weights keep the precision they were stored in."""
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from minicache.errors import ModelError
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+ATTENTION = "sdpa"
+
+
+def load(source: str, trust_remote_code: bool) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return _from_pretrained(
+        AutoModelForCausalLM,
+        source,
+        trust_remote_code,
+        dtype="auto",
+        attn_implementation=ATTENTION,
+        use_safetensors=None,
+    )
+
+
+def save(model: Any, directory: Path) -> None:
+    """`save_pretrained` refuses an object that was read from a quantized file; the plain weights it became save well."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = copy.copy(model)
+    plain.config = config
+    plain.save_pretrained(directory)
+
+
+def save_tokenizer(source: str, directory: Path, trust_remote_code: bool) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = _from_pretrained(AutoTokenizer, source, trust_remote_code)
+    tokenizer.save_pretrained(directory)
+    if not (directory / "tokenizer.json").exists():
+        raise ModelError(f"{source}: the tokenizer has no fast (tokenizers library) version, which minidpo needs")
+
+
+def _from_pretrained(cls: Any, source: str, trust_remote_code: bool, **options: Any) -> Any:
+    """Any transformers class from a directory, a hub id or a .gguf file."""
+    path = Path(source)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"{source}: no such file")
+        _require_gguf(source)
+        source, options = str(path.parent), {**options, "gguf_file": path.name}
+    elif not path.is_dir() and (path.exists() or source.count("/") > 1 or source.startswith((".", "/", "~"))):
+        raise ModelError(f"{source}: expected a model directory, a .gguf or .pth file, or a hub id like org/name")
+    try:
+        return cls.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        line = " ".join(str(error).split())
+        hint = " (add --trust-remote-code if you trust its authors)" if "trust_remote_code" in line else ""
+        raise ModelError(f"{path}: transformers cannot load it: {line[:300]}{hint}") from error
+
+
+def _require_gguf(source: str) -> None:
+    try:
+        import accelerate  # noqa: F401
+        import gguf  # noqa: F401
+    except ImportError:
+        raise ModelError(f"{source}: reading .gguf needs two more packages: pip install 'minicache[gguf]'") from None

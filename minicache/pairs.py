@@ -1,0 +1,126 @@
+"""An encoded preference pair and a table of many: what data/ makes, cache/ stores and batch.py turns into tensors.
+
+A pair is one run of tokens, `prefix | chosen's rest | rejected's rest`, where the prefix is the longest beginning on which
+both sides agree in ids *and* mask while each side keeps a rest of at least one token. Numpy only.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.integer]
+CHOSEN, REJECTED = 0, 1  # the side axis, wherever there is one
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """One pair as token ids.
+
+    tokens: (n,) ids of prefix, chosen's rest, rejected's rest.
+    loss_mask: (n,) uint8, 1 where the token counts in the loss.
+    lengths: tokens in each of the three parts; they sum to n.
+    source: number of the file in the manifest's list of sources, line (or row) in it, from 1.
+    """
+
+    tokens: Ints
+    loss_mask: NDArray[np.uint8]
+    lengths: tuple[int, int, int]
+    source: tuple[int, int] = (-1, -1)
+
+    @classmethod
+    def join(
+        cls, chosen: Ints, chosen_mask: Ints, rejected: Ints, rejected_mask: Ints, source: tuple[int, int] = (-1, -1)
+    ) -> "EncodedPair":
+        """Store the beginning that two whole sequences share once. Each side must have at least one token."""
+        shortest = min(len(chosen), len(rejected))
+        differs = (chosen[:shortest] != rejected[:shortest]) | (chosen_mask[:shortest] != rejected_mask[:shortest])
+        prefix = min(int(np.argmax(differs)) if differs.any() else shortest, shortest - 1)
+        return cls(
+            np.concatenate([chosen, rejected[prefix:]]),
+            np.concatenate([chosen_mask, rejected_mask[prefix:]]).astype(np.uint8),
+            (prefix, len(chosen) - prefix, len(rejected) - prefix),
+            source,
+        )
+
+    def side(self, side: int) -> tuple[Ints, NDArray[np.uint8]]:
+        """The whole sequence of CHOSEN or REJECTED: ids (length,) and loss mask (length,)."""
+        prefix, chosen, _ = self.lengths
+        if side == CHOSEN:
+            return self.tokens[: prefix + chosen], self.loss_mask[: prefix + chosen]
+        keep = np.r_[0:prefix, prefix + chosen : len(self.tokens)]
+        return self.tokens[keep], self.loss_mask[keep]
+
+    @property
+    def digest(self) -> bytes:
+        """blake2b-128 of the pair's part lengths, ids and mask: the pair's identity everywhere."""
+        state = blake2b(np.asarray(self.lengths, "<i8").tobytes(), digest_size=16)
+        state.update(np.asarray(self.tokens, "<i4").tobytes())
+        state.update(np.asarray(self.loss_mask, "u1").tobytes())
+        return state.digest()
+
+
+@dataclass(frozen=True)
+class PairTable:
+    """Many pairs in flat columns: a block of a cache, or the whole of it.
+
+    tokens: (T,) uint16 or int32; loss_mask: (T,) uint8; the pairs one after another.
+    lengths: (N, 3) int32, as in `EncodedPair`; digest: (N, 2) uint64; source: (N, 2) int64.
+    """
+
+    tokens: Ints
+    loss_mask: NDArray[np.uint8]
+    lengths: NDArray[np.int32]
+    digest: NDArray[np.uint64]
+    source: NDArray[np.int64]
+
+    @classmethod
+    def from_pairs(cls, pairs: list[EncodedPair], token_dtype: str) -> "PairTable":
+        return cls(
+            np.concatenate([pair.tokens for pair in pairs]).astype(token_dtype),
+            np.concatenate([pair.loss_mask for pair in pairs]),
+            np.array([pair.lengths for pair in pairs], np.int32),
+            np.array([np.frombuffer(pair.digest, "<u8") for pair in pairs], np.uint64),
+            np.array([pair.source for pair in pairs], np.int64),
+        )
+
+    @classmethod
+    def concatenate(cls, tables: list["PairTable"]) -> "PairTable":
+        columns = ("tokens", "loss_mask", "lengths", "digest", "source")
+        return cls(*(np.concatenate([getattr(table, column) for table in tables]) for column in columns))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @cached_property
+    def offsets(self) -> NDArray[np.int64]:
+        """(N + 1,) where each pair begins in `tokens`; the last entry is T."""
+        return np.concatenate([[0], self.lengths.sum(1, dtype=np.int64).cumsum()])
+
+    def __getitem__(self, index: int) -> EncodedPair:
+        start, stop = self.offsets[index], self.offsets[index + 1]
+        prefix, chosen, rejected = (int(n) for n in self.lengths[index])
+        file, line = (int(n) for n in self.source[index])
+        return EncodedPair(
+            self.tokens[start:stop], self.loss_mask[start:stop], (prefix, chosen, rejected), (file, line)
+        )
+
+    def take(self, indices: Ints) -> list[EncodedPair]:
+        return [self[int(index)] for index in indices]
+
+    @cached_property
+    def side_lengths(self) -> NDArray[np.int64]:
+        """(N, 2) tokens in the whole chosen and the whole rejected sequence."""
+        return (self.lengths[:, :1] + self.lengths[:, 1:]).astype(np.int64)
+
+    @cached_property
+    def token_counts(self) -> NDArray[np.int32]:
+        """(N, 2) counted tokens of each side; a counted prefix token counts on both."""
+        running = np.concatenate([[0], self.loss_mask.cumsum(dtype=np.int64)])
+        starts = self.offsets[:-1, None] + np.concatenate(
+            [np.zeros((len(self), 1), np.int64), self.lengths.cumsum(1, dtype=np.int64)], axis=1
+        )  # (N, 4) bounds of the three parts
+        parts = running[starts[:, 1:]] - running[starts[:, :-1]]  # (N, 3)
+        return (parts[:, :1] + parts[:, 1:]).astype(np.int32)

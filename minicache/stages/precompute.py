@@ -1,0 +1,202 @@
+"""Stage one: preference files + a frozen reference -> a reference cache."""
+
+import platform
+import shutil
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+
+from minicache.cache.schema import FORMAT_VERSION, Identity, Log, Manifest, RefBlock, Source, digest_of
+from minicache.cache.writer import CacheWriter
+from minicache.config import PrecomputeConfig
+from minicache.data.batching import balance
+from minicache.data.encode import Encoder
+from minicache.data.formats import read_rows
+from minicache.data.tokenizers import ChatTokenizer
+from minicache.distributed import World
+from minicache.errors import DataError, MinicacheError, ModelError
+from minicache.evaluation import TOLERANCE, check_reproduces, score_table
+from minicache.models import LoadedModel, load_model, save_tokenizer
+from minicache.models.huggingface import ATTENTION
+from minicache.pairs import PairTable
+from minicache.scoring import Scorer, resolve_dtype
+from minicache.stages.intake import REFUSED_FILE, take_in
+from minicache.trackers import Tracker
+
+BLOCK_SECONDS = 60  # what a kill may cost
+ASSUMED_FLOPS = {"cpu": 5e10, "cuda": 1e14}  # a careful guess; only the size of a block depends on it
+
+
+@dataclass(frozen=True)
+class PrecomputeReport:
+    """What stage one did. sources: every file of the cache. scored: pairs scored by this call, on all processes."""
+
+    ref_cache: Path
+    sources: list[Source]
+    pairs: int
+    scored: int
+    refused_file: Path
+
+
+def precompute(config: PrecomputeConfig, world: World, tracker: Tracker) -> PrecomputeReport:
+    """Read, encode, score and store. What is already in the cache is not done again.
+
+    Raises:
+        MinicacheError: any of its kinds. Nothing of a new cache remains then; of an old one, no finished block is lost.
+    """
+    for file in config.data:  # a wrong path should not cost the loading of a model
+        next(read_rows(file))
+    tracker.begin(f"loading {config.model}", None)
+    loaded = load_model(config.model, config.trust_remote_code)
+    dtype = resolve_dtype(config.dtype, world.device)
+    if world.is_main:
+        _prepare(config, loaded, dtype, world.device, tracker)
+    world.barrier()
+    scorer = Scorer(loaded.model.to(world.device, torch.float32), dtype)
+    cache = CacheWriter(config.ref_cache)
+    scored = _score_blocks(cache, scorer, config.tokens_per_batch, world, tracker)
+    return PrecomputeReport(
+        config.ref_cache, cache.log.sources, cache.log.pairs, scored, config.ref_cache / REFUSED_FILE
+    )
+
+
+# --- rank 0 alone: afterwards the cache exists and holds every pair ---
+
+
+def _prepare(config: PrecomputeConfig, loaded: LoadedModel, dtype: str, device: torch.device, tracker: Tracker) -> None:
+    path = config.ref_cache
+    with TemporaryDirectory(prefix="minidpo-") as scratch:
+        tokenizer_dir = Path(scratch) / "tokenizer"
+        tokenizer = _tokenizer(config, tokenizer_dir)
+        identity = _identity(config, loaded, tokenizer, dtype, device)
+        existed = (path / "zarr.json").exists()
+        if existed:
+            cache = CacheWriter(path)
+            block_pairs = config.block_pairs or cache.identity.block_pairs
+            cache.identity.require(replace(identity, block_pairs=block_pairs), str(path))
+            cache.remove_leftovers()
+            tracker.note(f"{path} exists: going on with it")
+        else:
+            manifest = Manifest(identity, Log(_location(config.model), _now(), _versions()))
+            cache = CacheWriter.create(path, manifest, lambda place: shutil.copytree(tokenizer_dir, place))
+    encoder = Encoder(tokenizer, config.max_length, config.truncate, config.loss_on)
+    try:
+        take_in(cache, encoder, config.data, config.format, config.on_bad_row == "fail", tracker)
+    except MinicacheError:
+        if not existed:
+            shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
+def _tokenizer(config: PrecomputeConfig, directory: Path) -> ChatTokenizer:
+    template = None
+    if config.chat_template:
+        try:
+            template = config.chat_template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"--chat-template {config.chat_template}: cannot be read: {error}") from error
+    save_tokenizer(config.tokenizer or config.model, directory, template, config.trust_remote_code)
+    tokenizer = ChatTokenizer.load(directory)
+    # A policy trained on a form of conversation is to be prompted in that form: it stays with the tokenizer.
+    (directory / "chat_template.jinja").write_text(tokenizer.template, encoding="utf-8")
+    return tokenizer
+
+
+def _identity(
+    config: PrecomputeConfig, loaded: LoadedModel, tokenizer: ChatTokenizer, dtype: str, device: torch.device
+) -> Identity:
+    if tokenizer.vocabulary > loaded.vocabulary:
+        raise ModelError(
+            f"{config.tokenizer or config.model}: the tokenizer gives ids up to {tokenizer.vocabulary - 1}, "
+            f"the model knows {loaded.vocabulary}; expected the tokenizer the model was trained with (--tokenizer)"
+        )
+    return Identity(
+        format_version=FORMAT_VERSION,
+        weights=loaded.fingerprint,
+        family=loaded.family,
+        tokenizer=tokenizer.digest,
+        template=digest_of([tokenizer.template, tokenizer.special]),
+        vocabulary=loaded.vocabulary,
+        max_length=config.max_length,
+        truncate=config.truncate,
+        loss_on=config.loss_on,
+        dtype=dtype,
+        attention=ATTENTION,
+        block_pairs=config.block_pairs or _block_pairs(loaded, config.max_length, device),
+        per_token=config.per_token,
+    )
+
+
+def _block_pairs(loaded: LoadedModel, max_length: int, device: torch.device) -> int:
+    """Pairs that take about BLOCK_SECONDS to score: a power of two, at most 4096."""
+    parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+    seconds_a_pair = 2 * parameters * min(max_length, 512) / ASSUMED_FLOPS[device.type]
+    return 1 << int(np.clip(np.log2(BLOCK_SECONDS / seconds_a_pair), 4, 12))
+
+
+def _location(model: str) -> str:
+    """A path is kept absolute, so that stage two finds it from anywhere; a hub id as it is."""
+    return str(Path(model).resolve()) if Path(model).exists() else model
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _versions() -> dict[str, str]:
+    packages = ("minicache", "torch", "transformers", "tokenizers", "zarr", "numpy")
+    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
+
+
+# --- all ranks ---
+
+
+def _score_blocks(cache: CacheWriter, scorer: Scorer, budget: int, world: World, tracker: Tracker) -> int:
+    """Score the blocks that are not, each rank its share; returns how many pairs that were."""
+    todo, tokens = world.broadcast(_todo(cache) if world.is_main else None)
+    if done := sorted(set(range(cache.blocks)) - set(todo)):
+        table, reference = cache.pairs(done[0]), cache.ref(done[0])
+        check_reproduces(scorer, table, reference, world.device, TOLERANCE[cache.identity.dtype], "the model")
+    if not todo:
+        return 0
+    pairs = sum(cache.block_sizes[block] for block in todo)
+    mine = [todo[index] for index in balance(tokens, world.size)[world.rank]]
+    # Rank 0 tells of everyone's progress by its own.
+    scale = pairs / max(1, sum(cache.block_sizes[block] for block in mine))
+    tracker.begin("scoring", pairs)
+    for block in mine:
+        cache.write_ref(
+            block, _score(scorer, cache.pairs(block), budget, cache.identity.per_token, world, scale, tracker)
+        )
+    world.barrier()
+    return pairs
+
+
+def _todo(cache: CacheWriter) -> tuple[list[int], np.ndarray]:
+    blocks = sorted(cache.unfinished("ref"))
+    return blocks, np.array([len(cache.pairs(block).tokens) for block in blocks])
+
+
+def _score(
+    scorer: Scorer, table: PairTable, budget: int, per_token: bool, world: World, scale: float, tracker: Tracker
+) -> RefBlock:
+    logp_mean = np.full((len(table), 2), np.nan, np.float32)
+    token_logps = np.full(len(table.tokens), np.nan, np.float32) if per_token else None
+    for indices, places, scores in score_table(scorer, table, np.arange(len(table)), budget, world.device):
+        logp_mean[indices] = scores.logp_mean.cpu().numpy()
+        if token_logps is not None:
+            spans = [np.arange(table.offsets[index], table.offsets[index + 1]) for index in indices]
+            token_logps[np.concatenate(spans)[places.cpu().numpy()]] = scores.token_logps.cpu().numpy()
+        tracker.advance(round(len(indices) * scale), round(int(table.side_lengths[indices].sum()) * scale))
+    if len(bad := np.flatnonzero(~np.isfinite(logp_mean).all(1))):
+        file, line = table.source[bad[0]].tolist()
+        raise ModelError(
+            f"the model gives no finite logprob for {len(bad)} pairs, the first from line {line} of source {file}; "
+            "nothing of their block was stored. Expected sound weights; in float16 try --dtype float32"
+        )
+    return RefBlock(logp_mean, table.token_counts, token_logps)

@@ -1,0 +1,151 @@
+"""Hand-made models and data: nothing is downloaded, everything is small enough for two slow cores."""
+
+import json
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+SHARED = Path(__file__).parents[2] / "shared"
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "it", "rained", "你好", "世界", "今天", "天气", "很好", "why", "not"]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    if not (SHARED / "data").is_dir():
+        pytest.skip(f"needs {SHARED.name}/ beside the checkout (data, fixtures)")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE of 400 ids with a ChatML template."""
+    directory = tmp_path_factory.mktemp("tokenizer")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS), "user assistant system\n"] * 20, trainer)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "chat_template": TEMPLATE,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return directory
+
+
+def tiny_llama(vocabulary: int = 400, seed: int = 0):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,  # so that logprobs differ from uniform by far more than rounding
+        bos_token_id=None,
+        eos_token_id=2,
+    )
+    return LlamaForCausalLM(config)
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
+    """A Llama of two layers with its tokenizer, as a Hugging Face directory."""
+    directory = tmp_path_factory.mktemp("model")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tiny_llama().save_pretrained(directory)
+    for file in tokenizer_dir.iterdir():
+        (directory / file.name).write_bytes(file.read_bytes())
+    return directory
+
+
+def make_rows(count: int, seed: int = 0) -> list[dict]:
+    """Preference pairs in MiniMind's form: random words, every third with three turns of prompt."""
+    import numpy as np
+
+    random = np.random.default_rng(seed)
+
+    def words(most: int) -> str:
+        return " ".join(random.choice(WORDS, random.integers(2, most)))
+
+    rows = []
+    for index in range(count):
+        prompt = [{"role": "user", "content": f"{words(10)} {index} {seed}"}]
+        if index % 3 == 0:
+            prompt += [{"role": "assistant", "content": words(6)}, {"role": "user", "content": words(6)}]
+        sides = ({"role": "assistant", "content": words(most)} for most in (12, 25))
+        chosen, rejected = ([*prompt, side] for side in sides)
+        rows.append({"chosen": chosen, "rejected": rejected})
+    return rows
+
+
+def write_jsonl(file: Path, rows: list[dict]) -> Path:
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="session")
+def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 pairs."""
+    return write_jsonl(tmp_path_factory.mktemp("data") / "pairs.jsonl", make_rows(40))
+
+
+@pytest.fixture(scope="session")
+def ref_cache(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, data_file: Path) -> Path:
+    """The 40 pairs scored by the tiny model in blocks of 8. Read it; copy it before changing it."""
+    return precompute_into(tmp_path_factory.mktemp("cache") / "ref", model_dir, data_file)
+
+
+def precompute_into(path: Path, model: Path, *data: Path, **options) -> Path:
+    from minicache.config import PrecomputeConfig
+    from minicache.stages.precompute import precompute
+    from minicache.trackers import Silent
+
+    config = PrecomputeConfig(str(model), tuple(map(str, data)), path, **{"block_pairs": 8, **options})
+    precompute(config, one_process(), Silent())
+    return path
+
+
+def one_process():
+    import torch
+
+    from minicache.distributed import World
+
+    return World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run the command line in this process: (exit code, stdout, stderr)."""
+    from typer.testing import CliRunner
+
+    from minicache.cli import app, expand_data
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        result = CliRunner().invoke(app, expand_data([str(argument) for argument in arguments]))
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result.exit_code, result.stdout, result.stderr
+
+    return run
