@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from minicache.stages.train import TrainReport
 
 LIVE_ROWS = 12  # log lines that stay in view
-COLUMNS = {  # metric -> heading, format; what a narrow screen has room for
+COLUMNS = {  # metric -> heading, format: what 80 columns have room for
     "loss": ("loss", ".4f"),
     "rewards/margin": ("margin", "+.4f"),
-    "rewards/accuracy": ("accuracy", ".0%"),
+    "rewards/accuracy": ("acc", ".0%"),
     "logps/chosen": ("chosen", ".3f"),
     "logps/rejected": ("rejected", ".3f"),
     "kl": ("kl", ".2g"),
@@ -93,6 +93,7 @@ class Screen(Silent):
     def begin(self, phase: str, pairs: int | None) -> None:
         if self.task is not None:
             self.progress.remove_task(self.task)
+        self.rows.clear()
         self.task = self.progress.add_task(escape(phase), total=pairs, tokens=0)
         if self.console.is_terminal:
             self.live.start(refresh=True)
@@ -102,7 +103,7 @@ class Screen(Silent):
     def advance(self, pairs: int, tokens: int) -> None:
         task = next(task for task in self.progress.tasks if task.id == self.task)
         self.progress.update(self.task, advance=pairs, tokens=task.fields["tokens"] + tokens)
-        if not self.console.is_terminal and task.total and task.elapsed:
+        if not self.console.is_terminal and task.total and not self.rows:  # a training step has a line of its own
             self._tell_tenths(task, pairs)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -134,7 +135,7 @@ class Screen(Silent):
 
 def metrics_table(rows: Iterable[tuple[int, Mapping[str, float]]]) -> Table:
     """Logged steps as a table, one a line."""
-    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     for heading in ("step", *(heading for heading, _ in COLUMNS.values())):
         table.add_column(heading, justify="right", no_wrap=True)
     for step, metrics in rows:

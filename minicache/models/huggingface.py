@@ -1,15 +1,12 @@
 """Hugging Face directories, hub ids and .gguf files, through transformers. Weights keep the precision they were stored in."""
 
 import copy
-import os
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from minicache.errors import ModelError
-
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 ATTENTION = "sdpa"
 
@@ -56,6 +53,9 @@ def _from_pretrained(cls: Any, source: str, trust_remote_code: bool, **options: 
         source, options = str(path.parent), {**options, "gguf_file": path.name}
     elif not path.is_dir() and (path.exists() or source.count("/") > 1 or source.startswith((".", "/", "~"))):
         raise ModelError(f"{source}: expected a model directory, a .gguf or .pth file, or a hub id like org/name")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # ours are the ones a person watches
     try:
         return cls.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:

@@ -65,9 +65,8 @@ def _qwen3(state: dict[str, torch.Tensor], path: Path) -> nn.Module:
             dtype=state["model.embed_tokens.weight"].dtype,
             bos_token_id=1,
             eos_token_id=2,
-            attn_implementation="sdpa",
         )
-        model: nn.Module = Qwen3ForCausalLM(config)
+        model: nn.Module = Qwen3ForCausalLM._from_config(config, attn_implementation="sdpa")
         model.to(state["model.embed_tokens.weight"].dtype)
         rotary = {key for key in state if key.endswith(("freqs_cos", "freqs_sin"))}  # tables, computed anew
         model.load_state_dict({key: value for key, value in state.items() if key not in rotary})

@@ -1,0 +1,140 @@
+"""The one scorer against a plain computation: row by row, no padding, float64."""
+
+import numpy as np
+import pytest
+import torch
+
+from minicache.batch import LAYOUTS, padded
+from minicache.pairs import EncodedPair
+from minicache.scoring import Scorer, resolve_dtype
+from tests.conftest import tiny_llama
+
+
+def random_pairs(count: int, seed: int = 0) -> list[EncodedPair]:
+    random = np.random.default_rng(seed)
+    pairs = []
+    for _ in range(count):
+        prefix = random.integers(3, 400, random.integers(2, 12))
+        sides = []
+        for _ in range(2):
+            ids = np.concatenate([prefix, random.integers(3, 400, random.integers(1, 20))])
+            mask = np.concatenate([random.integers(0, 2, len(prefix)), np.ones(len(ids) - len(prefix), int)])
+            mask[0] = 0
+            mask[: len(prefix)] = sides[0][1][: len(prefix)] if sides else mask[: len(prefix)]
+            sides.append((ids.astype(np.int32), mask.astype(np.uint8)))
+        pairs.append(EncodedPair.join(*sides[0], *sides[1]))
+    return pairs
+
+
+def plain_logps(model: torch.nn.Module, pair: EncodedPair) -> tuple[list[float], list[int]]:
+    """Sum of counted logprobs and their number, of both sides: one unpadded row each, log-softmax and sum in float64."""
+    sums, counts = [], []
+    for side in (0, 1):
+        ids, mask = pair.side(side)
+        with torch.no_grad():
+            logits = model.double()(torch.tensor(ids[None].astype(np.int64))).logits[0]
+        logps = logits.log_softmax(-1)
+        sums.append(sum(logps[at - 1, ids[at]].item() for at in range(1, len(ids)) if mask[at]))
+        counts.append(int(mask[1:].sum()))
+    return sums, counts
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_scores_equal_the_plain_float64_computation(layout: str) -> None:
+    model, pairs = tiny_llama(), random_pairs(12)
+    with torch.no_grad():
+        scores = Scorer(model, "float32")(LAYOUTS[layout](pairs))
+    expected = [plain_logps(model, pair) for pair in pairs]
+    counts = torch.tensor([counts for _, counts in expected])
+    means = torch.tensor([sums for sums, _ in expected], dtype=torch.float64) / counts
+    assert torch.equal(scores.token_count.long(), counts)
+    assert (scores.logp_mean - means).abs().max() < 1e-5
+
+
+def test_gradients_equal_those_of_the_plain_computation() -> None:
+    pairs = random_pairs(5, seed=3)
+    model = tiny_llama()
+    Scorer(model, "float32")(padded(pairs)).logp_mean[:, 0].sum().backward()
+    plain = tiny_llama().double()
+    total = torch.zeros((), dtype=torch.float64)
+    for pair in pairs:
+        ids, mask = (torch.tensor(column.astype(np.int64)) for column in pair.side(0))
+        logps = plain(ids[None]).logits[0].log_softmax(-1)[:-1].gather(1, ids[1:, None])[:, 0]
+        total = total + (logps * mask[1:]).sum() / mask[1:].sum()
+    total.backward()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-6 * theirs.grad.abs().max().item())
+
+
+def test_what_a_batch_is_made_of_changes_no_value() -> None:
+    scorer, pairs = Scorer(tiny_llama(), "float32"), random_pairs(16, seed=1)
+    with torch.no_grad():
+        together = scorer(padded(pairs)).logp_mean
+        alone = torch.cat([scorer(padded([pair])).logp_mean for pair in pairs])
+        backwards = scorer(padded(pairs[::-1])).logp_mean.flip(0)
+    assert (together - alone).abs().max() < 1e-5
+    assert (together - backwards).abs().max() < 1e-5
+
+
+def test_token_logps_lie_where_their_places_say() -> None:
+    pairs = random_pairs(6, seed=2)
+    batch = padded(pairs)
+    with torch.no_grad():
+        scores = Scorer(tiny_llama(), "float32")(batch)
+    tokens = np.concatenate([pair.tokens for pair in pairs])
+    masks = np.concatenate([pair.loss_mask for pair in pairs])
+    assert np.array_equal(tokens[batch.places.numpy()], batch.targets.numpy())
+    assert set(batch.places.tolist()) == set(np.flatnonzero(masks).tolist())
+    values: dict[int, float] = {}
+    for place, logp in zip(batch.places.tolist(), scores.token_logps.tolist(), strict=True):
+        assert values.setdefault(place, logp) == pytest.approx(logp, abs=1e-5)  # a shared token, from either side
+
+
+def test_only_counted_positions_reach_the_head() -> None:
+    model, pairs = tiny_llama(), random_pairs(4)
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape)))
+    batch = padded(pairs)
+    with torch.no_grad():
+        Scorer(model, "float32")(batch)
+        whole = model(batch.input_ids).logits
+    assert seen == [(1, len(batch.sources), 400), tuple(whole.shape)]  # and afterwards the head is as before
+
+
+def test_capped_logits_stay_capped() -> None:
+    """Gemma 2 caps its logits after the head; the scorer must not lose that."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, initializer_range=0.5, final_logit_softcapping=2.0, sliding_window=64,
+    )  # fmt: skip
+    model, (pair,) = Gemma2ForCausalLM(config).eval(), random_pairs(1)
+    with torch.no_grad():
+        scores = Scorer(model, "float32")(padded([pair]))
+    sums, _ = plain_logps(model, pair)
+    assert np.allclose(scores.logp_sum.numpy(), sums, atol=1e-3)
+
+
+def test_dropout_does_not_disturb_step_0() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0))
+    scorer, batch = Scorer(model.train(), "float32"), padded(random_pairs(3))
+    assert torch.equal(scorer(batch).logp_sum, scorer(batch).logp_sum)
+
+
+def test_half_precision_scores_come_as_float32_and_near() -> None:
+    pairs = random_pairs(8)
+    with torch.no_grad():
+        exact = Scorer(tiny_llama(), "float32")(padded(pairs)).logp_mean
+        rounded = Scorer(tiny_llama(), "bfloat16")(padded(pairs)).logp_mean
+    assert rounded.dtype == torch.float32
+    assert 0 < (exact - rounded).abs().max() < 0.2
+
+
+def test_auto_precision_is_float32_without_a_gpu() -> None:
+    assert resolve_dtype("auto", torch.device("cpu")) == "float32"
+    assert resolve_dtype("bfloat16", torch.device("cpu")) == "bfloat16"
