@@ -216,6 +216,7 @@ def _run(name: str, config: Any, nproc: int, show: Callable[[Console, Any], obje
         from minicache.launch import launch
 
         raise typer.Exit(launch(nproc, sys.argv[1:]))
+    os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' own bars; ours are the ones to watch
     screen_ = screen.Screen(err)
     screen_.begin("starting", None)
     from minicache.distributed import join_world, leave_world

@@ -1,6 +1,5 @@
 """Hugging Face directories, hub ids and .gguf files, through transformers. Weights keep the precision they were stored in."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +13,13 @@ ATTENTION = "sdpa"
 def load(source: str, trust_remote_code: bool) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    return _from_pretrained(
-        AutoModelForCausalLM,
-        source,
-        trust_remote_code,
-        dtype="auto",
-        attn_implementation=ATTENTION,
-        use_safetensors=None,
+    model = _from_pretrained(
+        AutoModelForCausalLM, source, trust_remote_code, dtype="auto", attn_implementation=ATTENTION
     )
-
-
-def save(model: Any, directory: Path) -> None:
-    """`save_pretrained` refuses an object that was read from a quantized file; the plain weights it became save well."""
-    config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    plain = copy.copy(model)
-    plain.config = config
-    plain.save_pretrained(directory)
+    if Path(source).suffix == ".gguf":  # by now plain tensors; as a quantized model it could not be saved again
+        model.hf_quantizer = None
+        del model.config.quantization_config
+    return model
 
 
 def save_tokenizer(source: str, directory: Path, trust_remote_code: bool) -> None:

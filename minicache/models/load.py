@@ -79,7 +79,7 @@ def save_model(model: nn.Module, tokenizer_dir: Path, directory: Path) -> None:
     """Write a complete Hugging Face directory: weights in safetensors, config, tokenizer. Appears whole or not at all."""
     draft = directory.with_name(f".{directory.name}.saving")
     shutil.rmtree(draft, ignore_errors=True)
-    huggingface.save(model, draft)
+    model.save_pretrained(draft)  # type: ignore[operator]
     shutil.copytree(tokenizer_dir, draft, dirs_exist_ok=True)
     draft.replace(directory)
 

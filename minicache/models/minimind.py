@@ -34,7 +34,7 @@ def load(path: Path) -> nn.Module:
 def _read(path: Path) -> dict[str, torch.Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError) as error:
         line = " ".join(str(error).split())[:200]
         raise ModelError(
             f"{path}: not a file of tensors alone, or damaged (pickled code is never run): {line}"
