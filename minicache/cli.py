@@ -251,7 +251,7 @@ def _print_json(console: Console, report: Any) -> None:
         [asdict(item) for item in report]
         if isinstance(report, list)
         else asdict(report)
-        if is_dataclass(report)
+        if is_dataclass(report) and not isinstance(report, type)
         else report
     )
     console.out(json.dumps(plain, indent=2, ensure_ascii=False, default=str), highlight=False)

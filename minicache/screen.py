@@ -3,6 +3,7 @@
 import math
 from collections import deque
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -27,7 +28,6 @@ from rich.text import Text
 from minicache.trackers import Silent
 
 if TYPE_CHECKING:
-    from minicache.cache.schema import Source
     from minicache.stages.compare import Answers
     from minicache.stages.evaluate import EvaluateReport
     from minicache.stages.precompute import PrecomputeReport
@@ -162,7 +162,7 @@ def show_error(console: Console, message: str) -> None:
 
 
 def show_precompute(console: Console, report: "PrecomputeReport") -> None:
-    console.print(sources_table(report.sources))
+    console.print(sources_table([asdict(source) for source in report.sources]))
     scored = f"{report.scored:,} scored now" if report.scored else "nothing left to score"
     console.print(
         f"[bold green]✓[/] {report.pairs:,} pairs in [bold]{escape(str(report.ref_cache))}[/], {scored}",
@@ -172,16 +172,16 @@ def show_precompute(console: Console, report: "PrecomputeReport") -> None:
         console.print(f"  refused rows, line by line: {escape(str(report.refused_file))}", highlight=False)
 
 
-def sources_table(sources: Iterable["Source"]) -> Table:
+def sources_table(sources: Iterable[Mapping[str, Any]]) -> Table:
     """What was read of each file: kept, duplicate, truncated, refused by reason."""
     table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
     table.add_column("file", overflow="fold")
     for heading in ("rows", "kept", "duplicate", "truncated", "refused"):
         table.add_column(heading, justify="right")
     for source in sources:
-        refused = ", ".join(f"{count:,} {reason}" for reason, count in sorted(source.refused.items())) or "0"
-        numbers = (f"{number:,}" for number in (source.rows, source.kept, source.duplicates, source.truncated))
-        table.add_row(Text(source.name), *numbers, Text(refused))
+        refused = ", ".join(f"{count:,} {reason}" for reason, count in sorted(source["refused"].items())) or "0"
+        numbers = (f"{source[name]:,}" for name in ("rows", "kept", "duplicates", "truncated"))
+        table.add_row(Text(source["name"]), *numbers, Text(refused))
     return table
 
 

@@ -16,7 +16,25 @@ TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "it", "rained", "你好", "世界", "今天", "天气", "很好", "why", "not"]
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "then",
+    "it",
+    "rained",
+    "你好",
+    "世界",
+    "今天",
+    "天气",
+    "很好",
+    "why",
+    "not",
+]
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +53,10 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator([" ".join(WORDS), "user assistant system\n"] * 20, trainer)
     tokenizer.save(str(directory / "tokenizer.json"))

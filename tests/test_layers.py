@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "minicache"
 LAYERS = [
     {"errors", "pairs"},
     {"config", "trackers"},
-    {"data", "cache", "screen", "screen_inspect", "launch"},
-    {"distributed", "models", "batch"},
+    {"data", "cache", "screen", "launch"},
+    {"distributed", "models", "batch", "screen_inspect"},
     {"scoring"},
     {"losses", "optim"},
     {"metrics"},
@@ -69,8 +69,6 @@ def test_the_light_modules_work_without_torch() -> None:
 
 
 def test_help_needs_no_torch() -> None:
-    code = (
-        "import sys; sys.modules['torch'] = None; sys.argv = ['minidpo', '--help']; from minicache.cli import main; main()"
-    )
+    code = "import sys; sys.modules['torch'] = None; sys.argv = ['minidpo', '--help']; from minicache.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert "precompute-ref" in done.stdout and "inspect-cache" in done.stdout

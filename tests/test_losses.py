@@ -1,6 +1,7 @@
 """Losses, metrics and the learning rate against their formulas written out."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -66,9 +67,9 @@ def test_metrics_are_their_definitions(logps: str) -> None:
 def test_learning_rate_rises_then_falls_and_never_stops() -> None:
     rates = [cosine_with_warmup(step, 100, 1e-3, 0.1) for step in range(100)]
     assert rates[9] == pytest.approx(1e-3) and max(rates) == pytest.approx(1e-3)
-    assert all(a < b for a, b in zip(rates[:9], rates[1:10], strict=True))
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
-    assert 0 < rates[0] and 0 < rates[-1] < 1e-5
+    assert all(a < b for a, b in pairwise(rates[:10]))
+    assert all(a >= b for a, b in pairwise(rates[10:]))
+    assert rates[0] > 0 and 0 < rates[-1] < 1e-5
     assert cosine_with_warmup(0, 1, 1e-3, 0.0) == pytest.approx(1e-3)
 
 

@@ -48,7 +48,7 @@ def test_a_pth_without_a_tokenizer_says_what_to_add(minimind3: Path, tmp_path: P
 
 @pytest.mark.parametrize("name", ["minimind3-moe", "minimind2-2504-dense", "minimind2-2510-dense"])
 def test_other_minimind_files_are_refused_by_what_was_found(minimind3: Path, name: str) -> None:
-    with pytest.raises(ModelError, match="mixture-of-experts|found keys like"):
+    with pytest.raises(ModelError, match=r"mixture-of-experts|found keys like"):
         load_model(str(minimind3.with_name(f"{name}.pth")))
 
 
@@ -140,7 +140,12 @@ def gguf_file(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> 
     merges = json.loads((tokenizer_dir / "tokenizer.json").read_text())["model"]["merges"]
     file = tmp_path_factory.mktemp("gguf") / "tiny model.gguf"
     writer = gguf.GGUFWriter(file, "llama")
-    for name, value in {"block_count": 2, "context_length": 512, "embedding_length": 32, "feed_forward_length": 64}.items():
+    for name, value in {
+        "block_count": 2,
+        "context_length": 512,
+        "embedding_length": 32,
+        "feed_forward_length": 64,
+    }.items():
         writer.add_uint32(f"llama.{name}", value)
     writer.add_head_count(4)
     writer.add_head_count_kv(2)

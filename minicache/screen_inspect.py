@@ -1,0 +1,184 @@
+"""What `inspect-cache` prints. rich only."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.columns import Columns
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from minicache.screen import sources_table
+
+if TYPE_CHECKING:
+    from minicache.stages.inspect import Histogram, Inspection, PairLine, PairView, Segment
+
+BAR = " ▏▎▍▌▋▊▉█"
+BAR_WIDTH = 14
+SHOWN_PROBLEMS = 20
+
+
+def show_inspection(console: Console, it: "Inspection") -> None:
+    """The whole report, top to bottom: what it is, how complete, what was read, how it is distributed, what stands out."""
+    console.print(Panel(_header(it), title=Text(it.path), title_align="left", border_style="cyan"))
+    console.print(sources_table(it.log["sources"]))
+    console.print(_figures(it))
+    histograms = [
+        _histogram(f"{title} (chosen │ rejected)", histogram, form)
+        for title, histogram, form in (
+            ("tokens a side", it.length_histogram, ",.0f"),
+            ("mean logprob, nats a token", it.logp_histogram, ".2f"),
+        )
+        if histogram
+    ]
+    console.print(Columns(histograms, padding=(0, 3)))
+    for title, lines in (
+        ("longest pairs", it.longest),
+        ("reference prefers chosen most", it.highest_margin),
+        ("reference prefers rejected most", it.lowest_margin),
+        ("least likely answers", it.lowest_logp),
+    ):
+        if lines:
+            console.print(_pair_table(title, lines))
+    for block, why in list(it.unfinished.items())[:SHOWN_PROBLEMS]:
+        console.print(Text(f"block {block}: {why}", style="yellow"))
+
+
+def show_pair(console: Console, view: "PairView") -> None:
+    """One pair: shared text dim, counted tokens coloured and underlined, whatever is neither plain."""
+    prefix, chosen, rejected = view.line.lengths
+    console.print(Text(f"pair {view.line.index}, {visible(view.line.source)} line {view.line.line}", style="bold"))
+    console.print(
+        Text.assemble("shared ", (f"{prefix} tokens", "bold"), "; ", ("counted tokens", "underline"), " are underlined")
+    )
+    shared = [segment for segment in view.segments[0] if segment.shared]
+    if shared:
+        console.print(
+            Panel(_text(shared, "yellow"), title="shared by both sides", title_align="left", border_style="dim")
+        )
+    for side, name, colour in ((0, "chosen", "green"), (1, "rejected", "red")):
+        title = f"{name}: {(chosen, rejected)[side]} tokens of its own, {view.token_count[side]} counted"
+        if view.line.logp_mean:
+            title += f", reference {view.line.logp_mean[side]:.4f} nats a token"
+        own = [segment for segment in view.segments[side] if not segment.shared]
+        console.print(Panel(_text(own, colour), title=title, title_align="left", border_style=colour))
+    if view.line.margin is not None:
+        console.print(Text(f"reference margin {view.line.margin:+.4f} nats a token"))
+
+
+def show_problems(console: Console, path: str, problems: Sequence[str]) -> None:
+    """The outcome of --verify."""
+    if not problems:
+        console.print(
+            Text.assemble(("✓", "bold green"), f" {path}: every chunk, ledger row and pair digest is as written")
+        )
+    for problem in problems:
+        console.print(Text(f"✗ {problem}", style="red"), soft_wrap=True)
+
+
+def visible(text: str) -> str:
+    """Control characters as signs (ESC as ␛), so that what a user's data holds never steers the terminal."""
+    shown = {code: 0x2400 + code for code in range(32) if code not in (9, 10)}
+    c1 = dict.fromkeys((*range(128, 160), 8234, 8235, 8237, 8238, 8294, 8295, 8296), "�")
+    return text.translate({**shown, 0x7F: 0x2421, **c1})
+
+
+def _header(it: "Inspection") -> Group:
+    identity = it.identity
+    done = it.pairs_scored / max(1, it.pairs)
+    bar = "█" * round(30 * done) + "░" * (30 - round(30 * done))
+    state = ("complete", "bold green") if it.complete else ("NOT COMPLETE", "bold yellow")
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    rows = {
+        "model": f"{it.log['model']} ({identity['family']}, weights {identity['weights'][:12]}…)",
+        "scored in": f"{identity['dtype']}, {identity['attention']} attention",
+        "pairs cut at": f"{identity['max_length']:,} tokens a side, truncate {identity['truncate']}",
+        "counted": f"loss on {identity['loss_on']}",
+        "identity": it.identity_digest,
+        "made": f"{it.log['created']} with "
+        + ", ".join(f"{name} {version}" for name, version in it.log["versions"].items()),
+    }
+    for name, value in rows.items():
+        table.add_row(name, Text(value))
+    line = Text.assemble(f"{bar} {done:.0%}  ", state, f"  {it.blocks_scored} of {it.blocks} blocks")
+    return Group(table, line)
+
+
+def _figures(it: "Inspection") -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
+    rows = [
+        ("pairs", f"{it.pairs:,}, scored {it.pairs_scored:,}"),
+        (
+            "tokens",
+            f"{it.tokens:,} stored (shared beginnings once), {it.counted[0]:,} counted in chosen, {it.counted[1]:,} in rejected",
+        ),
+        ("on disk", f"{it.bytes_on_disk / 1e6:,.2f} MB"),
+    ]
+    if it.reference_prefers_chosen:
+        by = it.reference_prefers_chosen
+        rows.append(("reference prefers chosen", f"{by['mean']:.1%} of pairs by mean, {by['sum']:.1%} by sum"))
+        rows.append(("reference margin", f"{it.reference_margin:+.4f} nats a token on average"))
+    refused = ", ".join(f"{count:,} {reason}" for reason, count in sorted(it.refused.items())) or "0"
+    rows.append(("rows", f"{it.truncated:,} truncated, refused: {refused}"))
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def _histogram(title: str, histogram: "Histogram", form: str) -> Table:
+    """Two bars a bin: chosen grows to the left of the middle, rejected to the right."""
+    table = Table(
+        box=None, title=title, title_justify="left", title_style="bold", pad_edge=False, padding=0, show_header=False
+    )
+    table.add_column(justify="right", style="dim")
+    table.add_column(justify="right", style="green")
+    table.add_column()
+    table.add_column(style="red")
+    most = max(*histogram.chosen, *histogram.rejected, 1)
+    bins = zip(histogram.edges, histogram.chosen, histogram.rejected, strict=False)
+    for edge, chosen, rejected in bins:
+        left = "█" * round(BAR_WIDTH * chosen / most) or ("·" if chosen else "")
+        table.add_row(
+            f"{edge + (0.5 if form == ',.0f' else 0):{form}} ",
+            left,
+            "│",
+            _bar(rejected / most) or ("·" if rejected else ""),
+        )
+    return table
+
+
+def _bar(share: float) -> str:
+    eighths = round(8 * BAR_WIDTH * share)
+    return "█" * (eighths // 8) + BAR[eighths % 8].strip()
+
+
+def _pair_table(title: str, lines: Sequence["PairLine"]) -> Table:
+    table = Table(
+        box=SIMPLE_HEAD,
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        header_style="dim",
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    for heading in ("pair", "line", "shared", "chosen", "rejected", "chosen nats", "rejected nats", "margin"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for line in lines:
+        logps = [f"{logp:.3f}" for logp in line.logp_mean] if line.logp_mean else ["–", "–"]
+        margin = f"{line.margin:+.3f}" if line.margin is not None else "–"
+        table.add_row(f"{line.index:,}", f"{line.line:,}", *(f"{n:,}" for n in line.lengths), *logps, margin)
+    return table
+
+
+def _text(segments: Sequence["Segment"], colour: str) -> Text:
+    text = Text()
+    for segment in segments:
+        text.append(visible(segment.text), style=f"{colour} underline" if segment.counted else "dim")
+    return text

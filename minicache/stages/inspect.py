@@ -1,0 +1,258 @@
+"""What is in a reference cache, as plain numbers: complete or not, damaged or not. No torch; one block in memory at a time."""
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minicache.cache.reader import ReferenceCache
+from minicache.config import InspectConfig
+from minicache.data.tokenizers import ChatTokenizer
+from minicache.errors import CacheDamaged, CacheIncomplete
+from minicache.pairs import CHOSEN, PairTable
+
+BINS = 24
+SIDES = ("chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """edges: BINS + 1 bounds, shared by both sides; chosen, rejected: how many pairs fall between them."""
+
+    edges: list[float]
+    chosen: list[int]
+    rejected: list[int]
+
+
+@dataclass(frozen=True)
+class PairLine:
+    """One pair of a list. lengths: tokens of prefix, chosen's rest, rejected's rest; logp_mean: nats a token."""
+
+    index: int
+    source: str
+    line: int
+    lengths: list[int]
+    logp_mean: list[float] | None
+    margin: float | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Everything `inspect-cache` shows; `--json` prints just this, by these names.
+
+    identity: what the values depend on. log: model, dates, versions, sources (rows = kept + duplicates + refused).
+    complete: every block is there and scored. unfinished: block -> why not, as text.
+    tokens: stored, a shared prefix once. counted: tokens in the mean of [chosen, rejected].
+    lengths: min, median, mean, p95, max of whole sides, of the shared prefix and of counted tokens.
+    reference_prefers_chosen: share of scored pairs in which the reference gives chosen the higher logprob, by mean and by sum.
+    reference_margin: mean of (chosen - rejected) mean logprob, nats a token.
+    """
+
+    path: str
+    identity: dict[str, Any]
+    identity_digest: str
+    log: dict[str, Any]
+    complete: bool
+    blocks: int
+    blocks_scored: int
+    unfinished: dict[str, str]
+    pairs: int
+    pairs_scored: int
+    tokens: int
+    counted: list[int]
+    bytes_on_disk: int
+    lengths: dict[str, dict[str, float]]
+    length_histogram: Histogram | None
+    logp_histogram: Histogram | None
+    reference_prefers_chosen: dict[str, float] | None
+    reference_margin: float | None
+    refused: dict[str, int]
+    truncated: int
+    longest: list[PairLine]
+    highest_margin: list[PairLine]
+    lowest_margin: list[PairLine]
+    lowest_logp: list[PairLine]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive tokens of one kind, as text. shared: they lie in the prefix of both sides."""
+
+    text: str
+    counted: bool
+    shared: bool
+
+
+@dataclass(frozen=True)
+class PairView:
+    """One pair, decoded. segments: of chosen and of rejected; each is the whole side."""
+
+    line: PairLine
+    token_count: list[int]
+    segments: list[list[Segment]]
+
+
+@dataclass
+class _Columns:
+    """A number or a few for each pair; what stays in memory of a cache of a million."""
+
+    lengths: NDArray[np.int32]  # (N, 3)
+    counted: NDArray[np.int32]  # (N, 2)
+    source: NDArray[np.int64]  # (N, 2)
+    logp_mean: NDArray[np.float32]  # (N, 2), NaN where not scored
+
+    @property
+    def sides(self) -> NDArray[np.int32]:
+        return self.lengths[:, :1] + self.lengths[:, 1:]
+
+    @property
+    def scored(self) -> NDArray[np.bool_]:
+        return np.isfinite(self.logp_mean).all(axis=1)
+
+
+def inspect_cache(config: InspectConfig) -> Inspection:
+    """Read every block once, checking its digest; a missing or damaged one is reported, not raised.
+
+    Raises:
+        CacheNotFound, CacheMismatch, CacheDamaged: only if the manifest or an array's metadata cannot be read.
+    """
+    cache = ReferenceCache(config.ref_cache)
+    columns, unfinished = _read_columns(cache)
+    log = asdict(cache.log)
+    scored = columns.logp_mean[columns.scored]
+    margins = np.where(columns.scored, columns.logp_mean[:, 0] - columns.logp_mean[:, 1], np.nan)
+    sources = cache.log.sources
+    return Inspection(
+        path=str(cache.path),
+        identity=asdict(cache.identity),
+        identity_digest=cache.identity.digest,
+        log=log,
+        complete=not unfinished and bool(sources) and all(source.complete for source in sources),
+        blocks=cache.blocks,
+        blocks_scored=cache.blocks - len(unfinished),
+        unfinished=unfinished,
+        pairs=len(columns.lengths),
+        pairs_scored=len(scored),
+        tokens=int(columns.lengths.sum()),
+        counted=[int(total) for total in columns.counted.sum(0)],
+        bytes_on_disk=sum(file.stat().st_size for file in cache.path.rglob("*") if file.is_file()),
+        lengths=_length_statistics(columns) if len(columns.lengths) else {},
+        length_histogram=_histogram(columns.sides, integers=True),
+        logp_histogram=_histogram(scored),
+        reference_prefers_chosen=_preference(columns),
+        reference_margin=float(np.nanmean(margins)) if len(scored) else None,
+        refused=dict(sum((Counter(source.refused) for source in sources), Counter())),
+        truncated=sum(source.truncated for source in sources),
+        longest=_lines(cache, columns, np.argsort(-columns.sides.max(1, initial=0), kind="stable")[:5]),
+        highest_margin=_lines(cache, columns, _extreme(-margins, 3)),
+        lowest_margin=_lines(cache, columns, _extreme(margins, 3)),
+        lowest_logp=_lines(cache, columns, _extreme(columns.logp_mean.min(1, initial=np.inf), 3)),
+    )
+
+
+def verify_cache(config: InspectConfig) -> list[str]:
+    """Re-read everything and check every digest; one line a problem."""
+    return [str(problem) for _, problem in ReferenceCache(config.ref_cache).verify()]
+
+
+def inspect_pair(config: InspectConfig) -> PairView:
+    """One pair of the cache, decoded with the tokenizer that lies in it. Raises CacheError."""
+    assert config.pair is not None
+    cache = ReferenceCache(config.ref_cache)
+    tokenizer = ChatTokenizer.load(cache.tokenizer_dir)
+    pair, logp_mean = cache.pair(config.pair)
+    table = PairTable.from_pairs([pair], cache.identity.token_dtype)
+    scores = np.full((1, 2), np.nan, np.float32) if logp_mean is None else logp_mean[None]
+    columns = _Columns(table.lengths, table.token_counts, table.source, scores)
+    (line,) = _lines(cache, columns, np.array([0]))
+    segments = []
+    for side in (0, 1):
+        ids, mask = pair.side(side)
+        shared = np.arange(len(ids)) < pair.lengths[0]
+        starts = np.flatnonzero(np.r_[True, (mask[1:] != mask[:-1]) | (shared[1:] != shared[:-1])])
+        parts = zip(starts, [*starts[1:], len(ids)], strict=True)
+        segments.append([Segment(tokenizer.decode(ids[a:b]), bool(mask[a]), bool(shared[a])) for a, b in parts])
+    line = PairLine(**{**asdict(line), "index": config.pair})
+    return PairView(line, table.token_counts[0].tolist(), segments)
+
+
+def _read_columns(cache: ReferenceCache) -> tuple[_Columns, dict[str, str]]:
+    lengths, counted, source, logps = [], [], [], []
+    unfinished: dict[str, str] = {}
+    for block in range(cache.blocks):
+        try:
+            table = cache.pairs(block)
+        except (CacheIncomplete, CacheDamaged) as error:
+            unfinished[str(block)] = str(error)
+            continue
+        lengths.append(table.lengths)
+        counted.append(table.token_counts)
+        source.append(table.source)
+        try:
+            logps.append(cache.ref(block).logp_mean)
+        except (CacheIncomplete, CacheDamaged) as error:
+            unfinished[str(block)] = str(error)
+            logps.append(np.full((len(table), 2), np.nan, np.float32))
+    if not lengths:
+        none = np.zeros((0, 2), np.int32)
+        return _Columns(np.zeros((0, 3), np.int32), none, none.astype(np.int64), none.astype(np.float32)), unfinished
+    return _Columns(*(np.concatenate(parts) for parts in (lengths, counted, source, logps))), unfinished
+
+
+def _length_statistics(columns: _Columns) -> dict[str, dict[str, float]]:
+    values = {"prefix": columns.lengths[:, 0]}
+    for side, name in enumerate(SIDES):
+        values[name] = columns.sides[:, side]
+        values[f"{name}_counted"] = columns.counted[:, side]
+    return {
+        name: {
+            "min": int(column.min()),
+            "median": float(np.median(column)),
+            "mean": float(column.mean()),
+            "p95": float(np.percentile(column, 95)),
+            "max": int(column.max()),
+        }
+        for name, column in values.items()
+    }
+
+
+def _histogram(values: np.ndarray, integers: bool = False) -> Histogram | None:
+    """values: (N, 2), chosen and rejected. None if there are none."""
+    if not len(values):
+        return None
+    low, high = float(values.min()), float(values.max())
+    if integers:  # bins of whole numbers: none is empty only because of where its bounds fall
+        width = max(1, -(-int(high - low + 1) // BINS))
+        edges = np.arange(low, low + width * (int(high - low) // width + 1) + 1, width) - 0.5
+    else:
+        edges = np.linspace(low, high if high > low else low + 1, BINS + 1)
+    counts = [np.histogram(values[:, side], edges)[0].tolist() for side in (0, 1)]
+    return Histogram(edges.tolist(), *counts)
+
+
+def _preference(columns: _Columns) -> dict[str, float] | None:
+    if not columns.scored.any():
+        return None
+    mean = columns.logp_mean[columns.scored]
+    total = mean * columns.counted[columns.scored]
+    return {name: float((logps[:, 0] > logps[:, 1]).mean()) for name, logps in (("mean", mean), ("sum", total))}
+
+
+def _extreme(values: np.ndarray, most: int) -> np.ndarray:
+    """Indices of the smallest values that are numbers."""
+    order = np.argsort(values, kind="stable")[:most]  # NaN sorts last
+    return order[np.isfinite(values[order])]
+
+
+def _lines(cache: ReferenceCache, columns: _Columns, indices: np.ndarray) -> list[PairLine]:
+    names = [source.name for source in cache.log.sources]
+    lines = []
+    for index in indices.tolist():
+        file, line = columns.source[index].tolist()
+        logps = columns.logp_mean[index].tolist() if columns.scored[index] else None
+        name = names[file] if 0 <= file < len(names) else "?"
+        margin = logps[CHOSEN] - logps[1] if logps else None
+        lines.append(PairLine(index, name, line, columns.lengths[index].tolist(), logps, margin))
+    return lines
