@@ -247,14 +247,10 @@ def _errors_as_one_line() -> Iterator[None]:
 
 
 def _print_json(console: Console, report: Any) -> None:
-    plain = (
-        [asdict(item) for item in report]
-        if isinstance(report, list)
-        else asdict(report)
-        if is_dataclass(report) and not isinstance(report, type)
-        else report
-    )
-    console.out(json.dumps(plain, indent=2, ensure_ascii=False, default=str), highlight=False)
+    def plain(value: Any) -> Any:
+        return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
+
+    console.out(json.dumps(report, indent=2, ensure_ascii=False, default=plain), highlight=False)
 
 
 def expand_data(arguments: list[str]) -> list[str]:

@@ -159,17 +159,9 @@ def _bar(share: float) -> str:
 
 
 def _pair_table(title: str, lines: Sequence["PairLine"]) -> Table:
-    table = Table(
-        box=SIMPLE_HEAD,
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        header_style="dim",
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
+    table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", padding=(0, 1, 0, 0))
     for heading in ("pair", "line", "shared", "chosen", "rejected", "chosen nats", "rejected nats", "margin"):
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right", no_wrap=True, header_style="dim")
     for line in lines:
         logps = [f"{logp:.3f}" for logp in line.logp_mean] if line.logp_mean else ["–", "–"]
         margin = f"{line.margin:+.3f}" if line.margin is not None else "–"

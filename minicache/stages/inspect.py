@@ -109,7 +109,7 @@ class _Columns:
 
     @property
     def scored(self) -> NDArray[np.bool_]:
-        return np.isfinite(self.logp_mean).all(axis=1)
+        return np.asarray(np.isfinite(self.logp_mean).all(axis=1))
 
 
 def inspect_cache(config: InspectConfig) -> Inspection:
