@@ -16,7 +16,7 @@ from minicache.errors import CacheDamaged, CacheError, CacheIncomplete, CacheNot
 from minicache.pairs import EncodedPair, PairTable
 
 # What zarr raises on a chunk whose bytes are wrong: checksum, decompression, size.
-UNREADABLE = (ValueError, RuntimeError, KeyError, TypeError)
+UNREADABLE = (ValueError, RuntimeError, KeyError, TypeError, AttributeError)
 
 
 class ReferenceCache:

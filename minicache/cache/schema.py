@@ -108,7 +108,7 @@ class Manifest:
         """Raises CacheMismatch (another format version) or CacheDamaged (edited, truncated, not ours)."""
         stored = attributes.get(ATTRIBUTE)
         if not isinstance(stored, dict) or not isinstance(stored.get("identity"), dict):
-            raise CacheDamaged(f"{where}: a zarr group without a minicache manifest; expected a reference cache")
+            raise CacheDamaged(f"{where}/zarr.json: a zarr group without a minicache manifest; expected a reference cache")
         version = stored["identity"].get("format_version")
         if version != FORMAT_VERSION:
             raise CacheMismatch(
@@ -185,7 +185,8 @@ def pairs_row(identity: Identity, table: PairTable) -> np.ndarray:
 def ref_row(identity: Identity, block: RefBlock, pairs: np.ndarray) -> np.ndarray:
     """(5,) int64: the ledger's row for a scored block; `pairs`, the row of the pairs it scored, is part of its digest."""
     data = [pairs.astype("<i8"), block.logp_mean, block.token_count]
-    if block.token_logps is not None:
+    if identity.per_token:
+        assert block.token_logps is not None
         data.append(block.token_logps)
     return _row(identity, len(block.logp_mean), int(pairs[2]), int(block.token_count.sum()), data)
 
