@@ -43,7 +43,9 @@ def scores_of(table: PairTable, seed: int) -> RefBlock:
     return RefBlock(-random.random((len(table), 2)).astype(np.float32), table.token_counts, per_token)
 
 
-def build(path: Path, identity: Identity = IDENTITY, sizes: tuple[int, ...] = (4, 4, 3)) -> list[tuple[PairTable, RefBlock]]:
+def build(
+    path: Path, identity: Identity = IDENTITY, sizes: tuple[int, ...] = (4, 4, 3)
+) -> list[tuple[PairTable, RefBlock]]:
     log = Log("model", "2026-01-01", {}, [Source("a.jsonl", 1, "x", complete=True)], len(sizes), sum(sizes))
     cache = CacheWriter.create(path, Manifest(identity, log), lambda place: place.mkdir())
     cache.grow(len(sizes))
@@ -122,7 +124,10 @@ def test_every_damaged_chunk_is_found_and_named(pristine: Path, tmp_path: Path, 
         named = [line for line in problems if f"block {block}" in line]
         assert named and named == problems, (relative, problems)
         # an array of token logprobs may hold any NaN, so a lost chunk of it shows in its group's digest
-        assert any(array in line or (array == "ref/token_logps" and "ref/*" in line) for line in problems), (relative, problems)
+        assert any(array in line or (array == "ref/token_logps" and "ref/*" in line) for line in problems), (
+            relative,
+            problems,
+        )
         with pytest.raises((CacheDamaged, CacheIncomplete), match=f"block {block}"):
             ReferenceCache(store).load()
 
@@ -186,7 +191,11 @@ def test_edited_array_metadata_is_refused(store: Path, change: dict) -> None:
 def test_what_is_no_cache_is_said_to_be_none(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty").mkdir()
-    for name, message in (("absent", "no such directory"), ("file", "no such directory"), ("empty", "no reference cache")):
+    for name, message in (
+        ("absent", "no such directory"),
+        ("file", "no such directory"),
+        ("empty", "no reference cache"),
+    ):
         with pytest.raises(CacheNotFound, match=message):
             ReferenceCache(tmp_path / name)
 

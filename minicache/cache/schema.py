@@ -108,7 +108,9 @@ class Manifest:
         """Raises CacheMismatch (another format version) or CacheDamaged (edited, truncated, not ours)."""
         stored = attributes.get(ATTRIBUTE)
         if not isinstance(stored, dict) or not isinstance(stored.get("identity"), dict):
-            raise CacheDamaged(f"{where}/zarr.json: a zarr group without a minicache manifest; expected a reference cache")
+            raise CacheDamaged(
+                f"{where}/zarr.json: a zarr group without a minicache manifest; expected a reference cache"
+            )
         version = stored["identity"].get("format_version")
         if version != FORMAT_VERSION:
             raise CacheMismatch(

@@ -35,6 +35,7 @@ def take_in(
     holes = sorted(cache.unfinished("pairs"))
     before, blocks_before = copy.deepcopy(cache.log), cache.blocks
     numbers = {_register(cache.log.sources, file): file for file in files}
+    _check_given(cache, before.sources, numbers, holes)
     todo = {number: file for number, file in numbers.items() if holes or not cache.log.sources[number].complete}
     if not todo:
         return
@@ -50,6 +51,16 @@ def take_in(
         cache.shrink(blocks_before)
         cache.write_log()
         raise
+
+
+def _check_given(cache: CacheWriter, sources: list[Source], given: dict[int, str], holes: list[int]) -> None:
+    """A hole can only be filled from the files that were read when it was; so can a file that was not read to its end."""
+    needed = [
+        source.name for number, source in enumerate(sources) if number not in given and (holes or not source.complete)
+    ]
+    if needed:
+        what = f"pairs of block {holes[0]} are missing or damaged" if holes else "a file was not read to its end"
+        raise CacheDamaged(f"{cache.path}: {what}; to go on, add to --data: {', '.join(needed)}")
 
 
 def _register(sources: list[Source], file: str) -> int:
@@ -110,8 +121,8 @@ class _Intake:
             self._write_block()
         if self.holes:
             raise CacheDamaged(
-                f"{self.cache.path}: pairs of block {self.holes[0]} are missing or damaged and are not in the files given; "
-                f"give those the cache was made from: {', '.join(source.name for source in self.cache.log.sources)}"
+                f"{self.cache.path}: pairs of block {self.holes[0]} are damaged and no longer in the files they came from; "
+                "precompute into another --ref-cache"
             )
         if not self.seen:
             raise DataError(f"no row became a pair: {self._why()}")
