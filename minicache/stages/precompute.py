@@ -2,6 +2,7 @@
 
 import platform
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -166,13 +167,17 @@ def _score_blocks(cache: CacheWriter, scorer: Scorer, budget: int, world: World,
         return 0
     pairs = sum(cache.block_sizes[block] for block in todo)
     mine = [todo[index] for index in balance(tokens, world.size)[world.rank]]
-    # Rank 0 tells of everyone's progress by its own.
     scale = pairs / max(1, sum(cache.block_sizes[block] for block in mine))
+
+    def tell(pairs: int, tokens: int) -> None:  # rank 0 tells of everyone's progress by its own
+        tracker.advance(round(pairs * scale), round(tokens * scale))
+
     tracker.begin("scoring", pairs)
     for block in mine:
-        cache.write_ref(
-            block, _score(scorer, cache.pairs(block), budget, cache.identity.per_token, world, scale, tracker)
-        )
+        table = cache.pairs(block)
+        scores = _score(scorer, table, budget, cache.identity.per_token, world.device, tell)
+        _check_finite(cache, table, scores)
+        cache.write_ref(block, scores)
     world.barrier()
     return pairs
 
@@ -183,20 +188,28 @@ def _todo(cache: CacheWriter) -> tuple[list[int], np.ndarray]:
 
 
 def _score(
-    scorer: Scorer, table: PairTable, budget: int, per_token: bool, world: World, scale: float, tracker: Tracker
+    scorer: Scorer,
+    table: PairTable,
+    budget: int,
+    per_token: bool,
+    device: torch.device,
+    tell: Callable[[int, int], None],
 ) -> RefBlock:
     logp_mean = np.full((len(table), 2), np.nan, np.float32)
     token_logps = np.full(len(table.tokens), np.nan, np.float32) if per_token else None
-    for indices, places, scores in score_table(scorer, table, np.arange(len(table)), budget, world.device):
+    for indices, places, scores in score_table(scorer, table, np.arange(len(table)), budget, device):
         logp_mean[indices] = scores.logp_mean.cpu().numpy()
         if token_logps is not None:
             spans = [np.arange(table.offsets[index], table.offsets[index + 1]) for index in indices]
             token_logps[np.concatenate(spans)[places.cpu().numpy()]] = scores.token_logps.cpu().numpy()
-        tracker.advance(round(len(indices) * scale), round(int(table.side_lengths[indices].sum()) * scale))
-    if len(bad := np.flatnonzero(~np.isfinite(logp_mean).all(1))):
+        tell(len(indices), int(table.side_lengths[indices].sum()))
+    return RefBlock(logp_mean, table.token_counts, token_logps)
+
+
+def _check_finite(cache: CacheWriter, table: PairTable, scores: RefBlock) -> None:
+    if len(bad := np.flatnonzero(~np.isfinite(scores.logp_mean).all(axis=1))):
         file, line = table.source[bad[0]].tolist()
         raise ModelError(
-            f"the model gives no finite logprob for {len(bad)} pairs, the first from line {line} of source {file}; "
+            f"the model gives no finite logprob for {len(bad)} pairs, the first from {cache.log.sources[file].name}:{line}; "
             "nothing of their block was stored. Expected sound weights; in float16 try --dtype float32"
         )
-    return RefBlock(logp_mean, table.token_counts, token_logps)
