@@ -99,7 +99,6 @@ def check_reproduces(
         )
         raise HandshakeError(
             f"{what} does not reproduce the cache: {int(bad.sum())} of {len(sample)} pairs re-scored differ by more than "
-            f"{tolerance:g} nats a token ({listed}). Expected the same weights, config and code as in stage one; "
-            "to start from other weights on purpose use --init-from"
+            f"{tolerance:g} nats a token ({listed}). Expected the same weights, config and code as when the cache was made"
         )
     return float(worst.max())

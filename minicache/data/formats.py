@@ -7,12 +7,19 @@ import gzip
 import io
 import json
 import re
+import sys
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from minicache.data.records import ROLES, Pair, Turn
 from minicache.errors import DataError, RowRefused
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 Row = dict[str, Any]
 Conversations = tuple[list[Turn], list[Turn]]  # whole chosen, whole rejected
@@ -27,6 +34,7 @@ ROLE_NAMES = {
     "observation": "tool",
     "function_call": "assistant",
 }
+BAD_BYTES = "surrogateescape"  # bytes that are no UTF-8 become lone surrogates: one line is refused, not the file
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -202,7 +210,7 @@ def read_rows(path: str) -> Iterator[tuple[int, object]]:
         for item in _parquet_rows(file) if _is_parquet(file) else _json_rows(file):
             rows += 1
             yield item
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, zstd.ZstdError) as error:
         raise DataError(f"{path}: cannot be read after {rows} rows: {error}") from error
     if rows == 0:
         raise DataError(f"{path}: the file holds no rows; expected one preference pair a line")
@@ -217,12 +225,10 @@ def _open_text(file: Path) -> io.TextIOBase:
     with file.open("rb") as stream:
         magic = stream.read(4)
     if magic[:2] == b"\x1f\x8b":
-        return gzip.open(file, "rt", encoding="utf-8-sig")
+        return gzip.open(file, "rt", encoding="utf-8-sig", errors=BAD_BYTES)
     if magic == b"\x28\xb5\x2f\xfd":
-        import zstandard
-
-        return zstandard.open(file, "rt", encoding="utf-8-sig")
-    return file.open(encoding="utf-8-sig")
+        return zstd.open(file, "rt", encoding="utf-8-sig", errors=BAD_BYTES)
+    return file.open(encoding="utf-8-sig", errors=BAD_BYTES)
 
 
 def _json_rows(file: Path) -> Iterator[tuple[int, object]]:
@@ -243,7 +249,10 @@ def _json_rows(file: Path) -> Iterator[tuple[int, object]]:
 
 def _json_line(line: str) -> object:
     try:
+        line.encode()
         return json.loads(line)
+    except UnicodeEncodeError:
+        return RowRefused("bad-unicode", "the line is not UTF-8")
     except (ValueError, RecursionError) as error:
         return RowRefused("broken-json", f"not JSON: {error}")
 
