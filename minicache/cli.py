@@ -127,9 +127,9 @@ def train(
 def evaluate(
     policy: Annotated[str, typer.Option(help="A run directory, model directory, hub id or file.")],
     ref_cache: RefCache,
-    loss: Loss = EvaluateConfig.loss,
-    logps: Logps = EvaluateConfig.logps,
-    beta: Beta = EvaluateConfig.beta,
+    loss: Annotated[str | None, typer.Option(help="[default: the run's]")] = None,
+    logps: Annotated[str | None, typer.Option(help="mean or sum. [default: the run's]")] = None,
+    beta: Annotated[float | None, typer.Option(help="[default: the run's]")] = None,
     dtype: TrainDtype = EvaluateConfig.dtype,
     tokens_per_batch: Annotated[
         int, typer.Option(help="Token slots of one forward pass.")

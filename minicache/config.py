@@ -97,19 +97,22 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """A policy against a cache. `policy` is a run directory, a model directory, a hub id or a file."""
+    """A policy against a cache. `policy` is a run directory, a model directory, a hub id or a file.
+
+    loss, logps, beta: None takes what the run was trained with, or `TrainConfig`'s default where there is no run.
+    """
 
     policy: str
     ref_cache: Path
-    loss: str = "sigmoid"
-    logps: str = "mean"
-    beta: float = 0.1
+    loss: str | None = None
+    logps: str | None = None
+    beta: float | None = None
     dtype: str = "auto"
     tokens_per_batch: int = 16384
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        _one_of("--logps", self.logps, LOGPS)
+        _one_of("--logps", self.logps, (*LOGPS, None))
         _one_of("--dtype", self.dtype, TRAIN_DTYPES)
         _above_zero("--beta", self.beta)
         _at_least("--tokens-per-batch", self.tokens_per_batch, 1)
@@ -148,9 +151,9 @@ class CompareConfig:
             raise ConfigError("compare: expected --prompt TEXT or --prompts FILE, got neither")
 
 
-def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
+def _one_of(option: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
     if value not in allowed:
-        raise ConfigError(f"{option}: expected one of {', '.join(allowed)}, got {value!r}")
+        raise ConfigError(f"{option}: expected one of {', '.join(filter(None, allowed))}, got {value!r}")
 
 
 def _at_least(option: str, value: float | None, least: float) -> None:
@@ -158,6 +161,6 @@ def _at_least(option: str, value: float | None, least: float) -> None:
         raise ConfigError(f"{option}: expected {least} or more, got {value}")
 
 
-def _above_zero(option: str, value: float) -> None:
-    if not 0 < value < float("inf"):
+def _above_zero(option: str, value: float | None) -> None:
+    if value is not None and not 0 < value < float("inf"):
         raise ConfigError(f"{option}: expected a number above 0, got {value}")

@@ -198,7 +198,10 @@ def show_train(console: Console, report: "TrainReport") -> None:
 def show_evaluate(console: Console, report: "EvaluateReport") -> None:
     metrics = report.metrics
     table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    table.add_column(f"{report.pairs:,} pairs of {report.ref_cache}")
+    asked = report.settings
+    table.add_column(
+        f"{report.pairs:,} pairs of {report.ref_cache}, {asked['loss']} loss, {asked['logps']}, beta {asked['beta']:g}"
+    )
     table.add_column("reference", justify="right")
     table.add_column("policy", justify="right")
     rows = [

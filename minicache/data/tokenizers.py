@@ -74,9 +74,10 @@ class ChatTokenizer:
             RowRefused: the template refuses these turns (most enforce an order of roles).
         """
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        template = self._compiled
         try:
-            return self._compiled.render(messages=messages, add_generation_prompt=open_answer, **self.special)
-        except jinja2.TemplateError as error:
+            return template.render(messages=messages, add_generation_prompt=open_answer, **self.special)
+        except Exception as error:  # a template is a program: on an odd row it may raise anything
             raise RowRefused("template", f"the chat template refuses it: {error}") from error
 
     def encode(self, texts: list[str]) -> list[tuple[Ints, Ints]]:

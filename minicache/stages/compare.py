@@ -1,6 +1,5 @@
 """Reference and policy answer the same prompts side by side, greedily."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from minicache.data.tokenizers import ChatTokenizer
 from minicache.distributed import World
 from minicache.errors import ConfigError, DataError
 from minicache.models import load_model
-from minicache.stages.evaluate import policy_source
+from minicache.stages.evaluate import policy_source, run_facts
 from minicache.trackers import Tracker
 
 
@@ -30,7 +29,7 @@ def compare(config: CompareConfig, world: World, tracker: Tracker) -> list[Answe
     """Raises MinicacheError: a model or the prompts cannot be read, or the reference is not known."""
     prompts = [*config.prompt, *_read_prompts(config.prompts)]
     policy = policy_source(config.policy)
-    reference = config.reference or _reference_of(Path(config.policy))
+    reference = config.reference or _reference_of(config.policy)
     tokenizer = ChatTokenizer.load(Path(policy))
     answers = []
     for source in (reference, policy):
@@ -54,12 +53,12 @@ def _read_prompts(file: Path | None) -> list[str]:
     return lines
 
 
-def _reference_of(run: Path) -> str:
+def _reference_of(run: str) -> str:
     """What the run started from."""
-    try:
-        return json.loads((run / "run.json").read_text(encoding="utf-8"))["started_from"]
-    except (OSError, ValueError, KeyError):
-        raise ConfigError(f"{run} is no run directory that says what it started from; add --reference MODEL") from None
+    source = run_facts(run).get("started_from")
+    if source is None:
+        raise ConfigError(f"{run} is no run directory that says what it started from; add --reference MODEL")
+    return source
 
 
 def _answer(model: Any, tokenizer: ChatTokenizer, prompt: str, max_new_tokens: int, tracker: Tracker) -> str:

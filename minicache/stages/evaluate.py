@@ -1,14 +1,16 @@
 """A policy against a reference cache: preference accuracy, margin, KL, loss."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from minicache.cache.reader import ReferenceCache
-from minicache.config import EvaluateConfig
+from minicache.config import EvaluateConfig, TrainConfig
 from minicache.distributed import World
-from minicache.errors import CacheMismatch
+from minicache.errors import CacheMismatch, OutputError
 from minicache.evaluation import evaluate_policy
 from minicache.losses import find_loss
 from minicache.models import load_model
@@ -18,18 +20,23 @@ from minicache.trackers import Tracker
 
 @dataclass(frozen=True)
 class EvaluateReport:
-    """metrics: means over the cache's pairs, by the names of metrics.py. same_weights: the policy is the reference."""
+    """metrics: means over the cache's pairs, by the names of metrics.py, under `settings` (loss, logps, beta).
+
+    same_weights: the policy has the reference's own weights.
+    """
 
     policy: str
     ref_cache: Path
     pairs: int
     same_weights: bool
+    settings: dict[str, Any]
     metrics: dict[str, float]
 
 
 def evaluate(config: EvaluateConfig, world: World, tracker: Tracker) -> EvaluateReport:
     """Score every pair of the cache with the policy. Raises MinicacheError of any kind."""
-    loss = find_loss(config.loss)
+    settings = _settings(config)
+    loss = find_loss(settings["loss"])
     tracker.begin("reading the cache", None)
     cache = ReferenceCache(config.ref_cache)
     table, reference = cache.load()
@@ -43,9 +50,25 @@ def evaluate(config: EvaluateConfig, world: World, tracker: Tracker) -> Evaluate
     same = loaded.fingerprint == cache.identity.weights
     scorer = Scorer(loaded.model.to(world.device, torch.float32), resolve_dtype(config.dtype, world.device))
     metrics = evaluate_policy(
-        scorer, table, reference, loss, config.logps, config.beta, config.tokens_per_batch, world, tracker
+        scorer, table, reference, loss, settings["logps"], settings["beta"], config.tokens_per_batch, world, tracker
     )
-    return EvaluateReport(config.policy, config.ref_cache, len(table), same, metrics)
+    return EvaluateReport(config.policy, config.ref_cache, len(table), same, settings, metrics)
+
+
+def _settings(config: EvaluateConfig) -> dict[str, Any]:
+    """Loss, logps and beta: what is asked for, else what the run was trained with, else the default of a run."""
+    facts = run_facts(config.policy)
+    names = ("loss", "logps", "beta")
+    return {name: getattr(config, name) or facts.get(name, getattr(TrainConfig, name)) for name in names}
+
+
+def run_facts(policy: str) -> dict[str, Any]:
+    """What run.json says of a run directory; nothing for anything else."""
+    file = Path(policy) / "run.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{file}: cannot be read: {error}") from error
 
 
 def policy_source(policy: str) -> str:
