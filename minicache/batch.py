@@ -1,10 +1,9 @@
-"""EncodedPairs -> tensors. A layout decides how pairs lie in rows; what is scored is the same in all of them.
+"""EncodedPairs -> tensors.
 
 A `Batch` says what the model reads and, apart from that, a flat list of predictions: at which position, of which token, for
 which side of which pair. The scorer knows no layout.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,6 +57,3 @@ def padded(pairs: list[EncodedPair]) -> Batch:
     flat = np.concatenate(sources)
     tensors = (input_ids, flat, input_ids.ravel()[flat + 1], np.concatenate(owners), np.concatenate(places))
     return Batch(len(pairs), *(torch.from_numpy(tensor.astype(np.int64, copy=False)) for tensor in tensors))
-
-
-LAYOUTS: dict[str, Callable[[list[EncodedPair]], Batch]] = {"padded": padded}

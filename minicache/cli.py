@@ -192,11 +192,9 @@ def _verify(config: InspectConfig, as_json: bool) -> None:
     problems = stage.verify_cache(config)
     if not as_json:
         screen_inspect.show_problems(out, str(config.ref_cache), problems)
-    worst = (
-        _run("verify", config, 1, screen.show_nothing if as_json else screen.show_verify)
-        if config.model and not problems
-        else None
-    )
+    worst = None
+    if config.model and not problems:
+        worst = _run("verify", config, 1, None if as_json else screen.show_verify)
     if as_json:
         _print_json(out, {"problems": problems, "rescored_difference": worst})
     if problems:
@@ -210,7 +208,7 @@ def about(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
-def _run(name: str, config: Any, nproc: int, show: Callable[[Console, Any], object]) -> Any:
+def _run(name: str, config: Any, nproc: int, show: Callable[[Console, Any], object] | None) -> Any:
     """Run the stage `name`, a function in a module of that name, in as many processes as asked, and show its report."""
     if nproc > 1 and "WORLD_SIZE" not in os.environ:
         from minicache.launch import launch
@@ -225,7 +223,7 @@ def _run(name: str, config: Any, nproc: int, show: Callable[[Console, Any], obje
     world = join_world()
     with screen_ if world.is_main else Silent() as tracker:
         report = stage(config, world, tracker)
-    if world.is_main:
+    if world.is_main and show:
         show(out, report)
     leave_world()
     return report

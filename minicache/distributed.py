@@ -38,14 +38,6 @@ class World:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, on every rank."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
-
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()

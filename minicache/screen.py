@@ -187,10 +187,10 @@ def sources_table(sources: Iterable[Mapping[str, Any]]) -> Table:
 
 def show_train(console: Console, report: "TrainReport") -> None:
     console.print(metrics_table([(0, report.first), (report.steps - 1, report.last)]))
-    drift = abs(report.first["loss"] - math.log(2))
+    start = "" if report.noise is None else f" (step 0 was {abs(report.first['loss'] - math.log(2)):.1g} from ln 2)"
     console.print(
         f"[bold green]✓[/] {report.steps:,} steps in {_duration(report.seconds)}: loss {report.first['loss']:.4f} → "
-        f"{report.last['loss']:.4f} (step 0 was {drift:.1g} from ln 2); policy in [bold]{escape(str(report.model_dir))}[/]",
+        f"{report.last['loss']:.4f}{start}; policy in [bold]{escape(str(report.model_dir))}[/]",
         highlight=False,
     )
 
@@ -242,6 +242,3 @@ def show_verify(console: Console, worst: float) -> None:
     console.print(
         f"[bold green]✓[/] the model reproduces the sample re-scored, within {worst:.1g} nats a token", highlight=False
     )
-
-
-def show_nothing(console: Console, report: object) -> None: ...

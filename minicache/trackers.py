@@ -1,4 +1,4 @@
-"""Where a run's numbers go. TRACKERS names what can be asked for; the screen (screen.py) is one more of them."""
+"""Where a run's progress and numbers go. The screen (screen.py) is one more tracker."""
 
 import json
 from pathlib import Path

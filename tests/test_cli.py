@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from minicache import config
 from minicache.cli import expand_data
+from minicache.data import formats
 from tests.conftest import make_rows, write_jsonl
 
 
@@ -103,6 +105,10 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     code, _, stderr = cli(*(places.get(argument, argument) for argument in arguments))
     assert code == 1 and message in one_line(stderr)
     assert not (tmp_path / "new").exists() and not list(tmp_path.iterdir())
+
+
+def test_the_formats_offered_are_those_there_are() -> None:
+    assert set(config.FORMATS) == {"auto", *formats.FORMATS}
 
 
 def test_wrong_usage_is_exit_code_2(cli) -> None:

@@ -4,7 +4,6 @@ zarr is read a block at a time and never a row at a time: one slice costs about 
 """
 
 from collections.abc import Iterator
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -217,7 +216,8 @@ class ReferenceCache:
             CacheError: there is no such pair, or its block cannot be read.
         """
         first = 0
-        for block, pairs in enumerate(self.block_sizes):
+        for block in range(self.blocks):
+            pairs, _ = self.block_size(block)
             if index < first + pairs:
                 try:
                     scores = self.ref(block).logp_mean[index - first]
@@ -227,16 +227,10 @@ class ReferenceCache:
             first += pairs
         raise CacheError(f"{self.path}: there is no pair {index}; the cache holds {first}, numbered from 0")
 
-    @cached_property
-    def block_sizes(self) -> list[int]:
-        """Pairs in each block, by the ledger; 0 where the ledger's row is missing."""
-        sizes = []
-        for block in range(self.blocks):
-            try:
-                sizes.append(int(self._ledger_row("ledger/pairs", block)[1]))
-            except CacheIncomplete:
-                sizes.append(0)
-        return sizes
+    def block_size(self, block: int) -> tuple[int, int]:
+        """Pairs and stored tokens of a block, by the ledger; raises as `pairs` does."""
+        _, pairs, tokens, _, _ = self._ledger_row("ledger/pairs", block).tolist()
+        return pairs, tokens
 
 
 def _concatenate(blocks: list[RefBlock]) -> RefBlock:

@@ -62,11 +62,6 @@ class ChatTokenizer:
         special = {name: _token_text(value) for name, value in config.items() if name.endswith("_token") and value}
         return cls(backend, _template(directory, config) or PLAIN_TEMPLATE, special, _digest(content))
 
-    @property
-    def vocabulary(self) -> int:
-        """One more than the largest id the tokenizer can give."""
-        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
-
     def render(self, turns: tuple[Turn, ...], open_answer: bool = False) -> str:
         """The conversation as one string; `open_answer` ends it where the assistant would begin to speak.
 

@@ -10,9 +10,10 @@ from hashlib import blake2b
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
-from minicache.errors import ModelError
+from minicache.errors import ModelError, OutputError
 from minicache.models import huggingface, minimind
 
 
@@ -76,12 +77,20 @@ def load_model(source: str, trust_remote_code: bool = False) -> LoadedModel:
 
 
 def save_model(model: nn.Module, tokenizer_dir: Path, directory: Path) -> None:
-    """Write a complete Hugging Face directory: weights in safetensors, config, tokenizer. Appears whole or not at all."""
+    """Write a complete Hugging Face directory: weights in safetensors, config, tokenizer. Appears whole or not at all.
+
+    Raises:
+        OutputError: the disk is full or cannot be written.
+    """
     draft = directory.with_name(f".{directory.name}.saving")
     shutil.rmtree(draft, ignore_errors=True)
-    model.save_pretrained(draft)  # type: ignore[operator]
-    shutil.copytree(tokenizer_dir, draft, dirs_exist_ok=True)
-    draft.replace(directory)
+    try:
+        model.save_pretrained(draft)  # type: ignore[operator]
+        shutil.copytree(tokenizer_dir, draft, dirs_exist_ok=True)
+        draft.replace(directory)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise OutputError(f"{directory}: the model cannot be written: {error}") from error
 
 
 def save_tokenizer(source: str, directory: Path, chat_template: str | None, trust_remote_code: bool = False) -> None:

@@ -13,7 +13,7 @@ from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import CacheDamaged, CacheIncomplete
 from minicache.pairs import CHOSEN, PairTable
 
-BINS = 24
+BINS = 16
 SIDES = ("chosen", "rejected")
 
 

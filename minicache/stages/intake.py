@@ -12,7 +12,7 @@ from minicache.cache.writer import CacheWriter, writing
 from minicache.data.encode import Encoder
 from minicache.data.formats import read_rows, to_pair
 from minicache.data.records import Pair
-from minicache.errors import CacheDamaged, DataError, MinicacheError, RowRefused
+from minicache.errors import CacheDamaged, DataError, MinicacheError, ModelError, RowRefused
 from minicache.pairs import EncodedPair, PairTable
 from minicache.trackers import Tracker
 
@@ -131,6 +131,12 @@ class _Intake:
         self.cache.write_log()
 
     def _write_block(self) -> None:
+        largest, vocabulary = max(int(pair.tokens.max()) for pair in self.pending), self.cache.identity.vocabulary
+        if largest >= vocabulary:
+            raise ModelError(
+                f"the tokenizer gives token id {largest}, the model knows {vocabulary}; "
+                "expected the tokenizer the model was trained with (--tokenizer)"
+            )
         block = self.holes.pop(0) if self.holes else self.cache.blocks
         self.cache.grow(block + 1)
         self.cache.write_pairs(block, PairTable.from_pairs(self.pending, self.cache.identity.token_dtype))

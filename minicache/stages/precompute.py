@@ -111,11 +111,6 @@ def _tokenizer(config: PrecomputeConfig, directory: Path) -> ChatTokenizer:
 def _identity(
     config: PrecomputeConfig, loaded: LoadedModel, tokenizer: ChatTokenizer, dtype: str, device: torch.device
 ) -> Identity:
-    if tokenizer.vocabulary > loaded.vocabulary:
-        raise ModelError(
-            f"{config.tokenizer or config.model}: the tokenizer gives ids up to {tokenizer.vocabulary - 1}, "
-            f"the model knows {loaded.vocabulary}; expected the tokenizer the model was trained with (--tokenizer)"
-        )
     return Identity(
         format_version=FORMAT_VERSION,
         weights=loaded.fingerprint,
@@ -165,9 +160,9 @@ def _score_blocks(cache: CacheWriter, scorer: Scorer, budget: int, world: World,
         check_reproduces(scorer, table, reference, world.device, TOLERANCE[cache.identity.dtype], "the model")
     if not todo:
         return 0
-    pairs = sum(cache.block_sizes[block] for block in todo)
+    pairs = sum(cache.block_size(block)[0] for block in todo)
     mine = [todo[index] for index in balance(tokens, world.size)[world.rank]]
-    scale = pairs / max(1, sum(cache.block_sizes[block] for block in mine))
+    scale = pairs / max(1, sum(cache.block_size(block)[0] for block in mine))
 
     def tell(pairs: int, tokens: int) -> None:  # rank 0 tells of everyone's progress by its own
         tracker.advance(round(pairs * scale), round(tokens * scale))
@@ -184,7 +179,7 @@ def _score_blocks(cache: CacheWriter, scorer: Scorer, budget: int, world: World,
 
 def _todo(cache: CacheWriter) -> tuple[list[int], np.ndarray]:
     blocks = sorted(cache.unfinished("ref"))
-    return blocks, np.array([len(cache.pairs(block).tokens) for block in blocks])
+    return blocks, np.array([cache.block_size(block)[1] for block in blocks])
 
 
 def _score(

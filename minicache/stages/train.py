@@ -1,6 +1,7 @@
 """Stage two: a reference cache -> a trained policy. Only the policy is in memory."""
 
 import json
+import shutil
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -31,13 +32,16 @@ from minicache.trackers import Both, JsonLines, Tracker
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What a run did. first, last: the metrics of the first and the last logged step. noise: the handshake's difference."""
+    """What a run did. first, last: the metrics of the first and the last logged step.
+
+    noise: the largest difference the handshake found, nats a token; None for a run that began from other weights on purpose.
+    """
 
     out: Path
     model_dir: Path
     steps: int
     seconds: float
-    noise: float
+    noise: float | None
     first: dict[str, float]
     last: dict[str, float]
 
@@ -74,17 +78,19 @@ def train(config: TrainConfig, world: World, tracker: Tracker) -> TrainReport:
     scorer = Scorer(policy, resolve_dtype(config.dtype, world.device))
     run = _Run(config, world, scorer, loss, table, reference, steps)
     noise = _handshake(run, cache.identity.dtype, tracker)
-    with _record(run, loaded.source, noise, tracker) as both:
+    needed = stored.itemsize * sum(parameter.numel() for parameter in policy.parameters())
+    with _record(run, loaded.source, needed, noise, tracker) as both:
         started = time.monotonic()
         logged = _optimize(run, both)
         seconds = time.monotonic() - started
     model_dir = config.out / "model"
     if world.is_main:
         tracker.begin("saving the policy", None)
-        with writing(model_dir):
-            save_model(policy.to(stored), cache.tokenizer_dir, model_dir)
+        save_model(policy.to(stored), cache.tokenizer_dir, model_dir)
     world.barrier()
-    return TrainReport(config.out, model_dir, steps, seconds, noise, logged[0], logged[-1])
+    return TrainReport(
+        config.out, model_dir, steps, seconds, None if config.init_from else noise, logged[0], logged[-1]
+    )
 
 
 def _load(config: TrainConfig, cache: ReferenceCache, tracker: Tracker) -> LoadedModel:
@@ -125,8 +131,11 @@ def _handshake(run: _Run, cached_dtype: str, tracker: Tracker) -> float:
     return worst
 
 
-def _record(run: _Run, source: str, noise: float, tracker: Tracker) -> Both:
-    """Make the run directory with run.json and metrics.jsonl; rank 0 alone has anything to tell."""
+def _record(run: _Run, source: str, needed: int, noise: float, tracker: Tracker) -> Both:
+    """Make the run directory with run.json and metrics.jsonl; rank 0 alone has anything to tell.
+
+    needed: bytes the saved policy will take: better known before the training than after it.
+    """
     if not run.world.is_main:
         return Both()
     out = run.config.out
@@ -137,6 +146,10 @@ def _record(run: _Run, source: str, noise: float, tracker: Tracker) -> Both:
         out.mkdir(parents=True, exist_ok=True)
         (out / "run.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         metrics = JsonLines(out / "metrics.jsonl")
+        free = shutil.disk_usage(out).free
+    if free < needed:
+        shutil.rmtree(out)
+        raise OutputError(f"{out}: the policy will take {needed / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB left")
     tracker.start("training", facts)
     return Both(metrics, tracker)
 
