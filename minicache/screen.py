@@ -11,17 +11,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
 from rich.panel import Panel
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -47,10 +37,16 @@ COLUMNS = {  # metric -> heading, format: what 80 columns have room for
 }
 
 
-class TokensPerSecond(ProgressColumn):
+class Numbers(ProgressColumn):
+    """Pairs done, tokens a second, time gone and time left; of a phase of unknown length only the time gone."""
+
     def render(self, task: Task) -> Text:
-        tokens, seconds = task.fields.get("tokens", 0), task.elapsed or 0
-        return Text(f"{tokens / seconds:,.0f} tok/s" if tokens and seconds else "", style="cyan")
+        gone = task.elapsed or 0.0
+        if not task.total:
+            return Text(_duration(gone), style="dim")
+        rate = f"  {task.fields['tokens'] / gone:,.0f} tokens/s" if gone and task.fields["tokens"] else ""
+        left = f"  {_duration(task.time_remaining)} left" if task.time_remaining is not None else ""
+        return Text(f"{task.completed:,.0f}/{task.total:,.0f} pairs{rate}{left}", style="cyan")
 
 
 class Screen(Silent):
@@ -63,11 +59,7 @@ class Screen(Silent):
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TokensPerSecond(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            Numbers(),
             console=console,
         )
         self.task: Any = None

@@ -1,6 +1,7 @@
 """What `inspect-cache` prints. rich only."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
@@ -26,10 +27,10 @@ def show_inspection(console: Console, it: "Inspection") -> None:
     console.print(sources_table(it.log["sources"]))
     console.print(_figures(it))
     histograms = [
-        _histogram(f"{title} (chosen │ rejected)", histogram, form)
+        _histogram(f"{title}: chosen │ rejected", histogram, form)
         for title, histogram, form in (
-            ("tokens a side", it.length_histogram, ",.0f"),
-            ("mean logprob, nats a token", it.logp_histogram, ".2f"),
+            ("tokens", it.length_histogram, ",.0f"),
+            ("nats a token", it.logp_histogram, ".2f"),
         )
         if histogram
     ]
@@ -94,7 +95,7 @@ def _header(it: "Inspection") -> Group:
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     rows = {
-        "model": f"{it.log['model']} ({identity['family']}, weights {identity['weights'][:12]}…)",
+        "model": f"{_near(it.log['model'])} ({identity['family']}, weights {identity['weights'][:12]}…)",
         "scored in": f"{identity['dtype']}, {identity['attention']} attention",
         "pairs cut at": f"{identity['max_length']:,} tokens a side, truncate {identity['truncate']}",
         "counted": f"loss on {identity['loss_on']}",
@@ -106,6 +107,11 @@ def _header(it: "Inspection") -> Group:
         table.add_row(name, Text(value))
     line = Text.assemble(f"{bar} {done:.0%}  ", state, f"  {it.blocks_scored} of {it.blocks} blocks")
     return Group(table, line)
+
+
+def _near(path: str) -> str:
+    """As seen from here, if it lies below."""
+    return str(Path(path).relative_to(Path.cwd())) if Path(path).is_relative_to(Path.cwd()) else path
 
 
 def _figures(it: "Inspection") -> Table:
