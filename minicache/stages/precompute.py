@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
+from minicache import __version__
 from minicache.cache.schema import FORMAT_VERSION, Identity, Log, Manifest, RefBlock, Source, digest_of
 from minicache.cache.writer import CacheWriter
 from minicache.config import PrecomputeConfig
@@ -145,8 +146,9 @@ def _now() -> str:
 
 
 def _versions() -> dict[str, str]:
-    packages = ("minicache", "torch", "transformers", "tokenizers", "zarr", "numpy")
-    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
+    packages = ("torch", "transformers", "tokenizers", "zarr", "numpy")
+    ours = {"minicache": __version__, "python": platform.python_version()}
+    return {**ours, **{package: version(package) for package in packages}}
 
 
 # --- all ranks ---
