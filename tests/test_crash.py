@@ -115,8 +115,8 @@ def test_interrupted_by_hand_it_says_so_and_goes_on_later(job, tmp_path: Path) -
     assert process.returncode == 130, stderr
     assert "interrupted" in stderr and "Traceback" not in stderr
     done = finished_blocks(cache)
-    assert done and "1,900 pairs" in finish(command, cache)
-    assert done.items() <= finished_blocks(cache).items() and not list(ReferenceCache(cache).verify())
+    finish(command, cache)
+    assert done and done.items() <= finished_blocks(cache).items() and not list(ReferenceCache(cache).verify())
 
 
 def test_an_error_of_several_processes_is_one_line(job, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ def load(source: str, trust_remote_code: bool) -> nn.Module:
     )
     if Path(source).suffix == ".gguf":  # by now plain tensors; as a quantized model it could not be saved again
         model.hf_quantizer = None
-        del model.config.quantization_config
+        vars(model.config).pop("quantization_config", None)
     return model
 
 
