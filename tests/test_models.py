@@ -156,6 +156,7 @@ def gguf_file(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> 
     writer.add_token_list(vocabulary)
     writer.add_token_types([3] * 3 + [1] * (len(vocabulary) - 3))
     writer.add_token_merges([" ".join(merge) for merge in merges])
+    writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_chat_template(json.loads((tokenizer_dir / "tokenizer_config.json").read_text())["chat_template"])
     names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
