@@ -60,7 +60,7 @@ def precompute_ref(
         str, typer.Option(help="auto (bfloat16 on CUDA, else float32), bfloat16, float16 or float32.")
     ] = PrecomputeConfig.dtype,
     block_pairs: Annotated[
-        int | None, typer.Option(help="Pairs in a block, the unit of resuming. [default: by model size]")
+        int | None, typer.Option(help="Pairs in a block, the unit of resuming. (Default: by model size.)")
     ] = None,
     tokens_per_batch: Annotated[
         int, typer.Option(help="Token slots of one forward pass.")
@@ -84,7 +84,7 @@ def train(
     ref_cache: RefCache,
     out: Annotated[Path, typer.Option(help="The run directory to make.")],
     model: Annotated[
-        str | None, typer.Option(help="Where the reference's weights are now. [default: where stage one found them]")
+        str | None, typer.Option(help="Where the reference's weights are now. (Default: where stage one found them.)")
     ] = None,
     init_from: Annotated[
         str | None, typer.Option(help="Start from other weights than the reference's, on purpose.")
@@ -127,9 +127,9 @@ def train(
 def evaluate(
     policy: Annotated[str, typer.Option(help="A run directory, model directory, hub id or file.")],
     ref_cache: RefCache,
-    loss: Annotated[str | None, typer.Option(help="[default: the run's]")] = None,
-    logps: Annotated[str | None, typer.Option(help="mean or sum. [default: the run's]")] = None,
-    beta: Annotated[float | None, typer.Option(help="[default: the run's]")] = None,
+    loss: Annotated[str | None, typer.Option(help="(Default: the run's.)")] = None,
+    logps: Annotated[str | None, typer.Option(help="mean or sum. (Default: the run's.)")] = None,
+    beta: Annotated[float | None, typer.Option(help="(Default: the run's.)")] = None,
     dtype: TrainDtype = EvaluateConfig.dtype,
     tokens_per_batch: Annotated[
         int, typer.Option(help="Token slots of one forward pass.")
@@ -147,7 +147,7 @@ def evaluate(
 @app.command()
 def compare(
     policy: Annotated[str, typer.Option(help="A run directory or model directory.")],
-    reference: Annotated[str | None, typer.Option(help="[default: what the run started from]")] = None,
+    reference: Annotated[str | None, typer.Option(help="(Default: what the run started from.)")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A file with one prompt a line.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = CompareConfig.max_new_tokens,

@@ -100,20 +100,34 @@ def test_only_counted_positions_reach_the_head() -> None:
     assert seen == [(1, len(batch.sources), 400), tuple(whole.shape)]  # and afterwards the head is as before
 
 
-def test_capped_logits_stay_capped() -> None:
-    """Gemma 2 caps its logits after the head; the scorer must not lose that."""
-    from transformers import Gemma2Config, Gemma2ForCausalLM
+SMALL = {
+    "vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.5, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+# Beside plain families: Gemma 2 caps its logits after the head, Granite and Cohere scale them, Mistral's window slides.
+FAMILIES: dict[str, dict] = {
+    "qwen2": {},
+    "qwen3": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": 8},
+    "gemma2": {"final_logit_softcapping": 2.0, "sliding_window": 8},
+    "granite": {"logits_scaling": 3.0, "embedding_multiplier": 2.0},
+    "cohere": {"logit_scale": 0.25},
+    "olmo2": {},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_scored_as_it_computes_itself(family: str) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = Gemma2Config(
-        vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, initializer_range=0.5, final_logit_softcapping=2.0, sliding_window=64,
-    )  # fmt: skip
-    model, (pair,) = Gemma2ForCausalLM(config).eval(), random_pairs(1)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**SMALL, **FAMILIES[family]})).eval()
+    pairs = random_pairs(4)
     with torch.no_grad():
-        scores = Scorer(model, "float32")(padded([pair]))
-    sums, _ = plain_logps(model, pair)
-    assert np.allclose(scores.logp_sum.numpy(), sums, atol=1e-3)
+        scores = Scorer(model, "float32")(padded(pairs))
+    for index, pair in enumerate(pairs):
+        sums, _ = plain_logps(model, pair)
+        assert np.allclose(scores.logp_sum[index].numpy(), sums, rtol=1e-5, atol=1e-4)
 
 
 def test_dropout_does_not_disturb_step_0() -> None:
