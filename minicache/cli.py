@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from minicache import __version__, screen
-from minicache.config import CompareConfig, EvaluateConfig, InspectConfig, PrecomputeConfig, TrainConfig
+from minicache.config import CompareConfig, EvaluateConfig, InspectConfig, LossOptions, PrecomputeConfig, TrainConfig
 from minicache.errors import MinicacheError
 from minicache.trackers import Silent
 
@@ -35,7 +35,9 @@ Logps = Annotated[
     str, typer.Option(help="Compare 'mean' logprobs a token (MiniMind) or 'sum'med ones (DPO paper, TRL).")
 ]
 Beta = Annotated[float, typer.Option(help="Strength of the pull towards the reference.")]
-Loss = Annotated[str, typer.Option(help="Preference loss: sigmoid.")]
+Loss = Annotated[
+    str, typer.Option(help="Preference loss (docs/training.md lists them), or several: sigmoid:0.8,hinge:0.2.")
+]
 TrainDtype = Annotated[str, typer.Option(help="auto (bfloat16 on CUDA, else float32), bfloat16 or float32.")]
 
 
@@ -92,6 +94,16 @@ def train(
     loss: Loss = TrainConfig.loss,
     logps: Logps = TrainConfig.logps,
     beta: Beta = TrainConfig.beta,
+    label_smoothing: Annotated[
+        float, typer.Option(help="Share of labels taken to be flipped.")
+    ] = LossOptions.label_smoothing,
+    f_divergence: Annotated[str, typer.Option(help="reverse_kl, forward_kl, js or alpha.")] = LossOptions.f_divergence,
+    f_alpha: Annotated[float, typer.Option(help="Of the alpha divergence.")] = LossOptions.f_alpha,
+    discopop_tau: Annotated[float, typer.Option(help="Of the discopop loss.")] = LossOptions.discopop_tau,
+    simpo_gamma: Annotated[float, typer.Option(help="Target margin of the simpo loss.")] = LossOptions.simpo_gamma,
+    sft_weight: Annotated[
+        float, typer.Option(help="Weight of the chosen answers' likelihood beside it (RPO).")
+    ] = LossOptions.sft_weight,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = TrainConfig.lr,
     weight_decay: Annotated[float, typer.Option(help="AdamW's, on matrices.")] = TrainConfig.weight_decay,
     warmup: Annotated[
@@ -116,8 +128,9 @@ def train(
 ) -> None:
     """Stage two: train the policy against a reference cache. Model, tokenizer and pairs come from the cache."""
     with _errors_as_one_line():
+        options = LossOptions(label_smoothing, f_divergence, f_alpha, discopop_tau, simpo_gamma, sft_weight)
         config = TrainConfig(
-            ref_cache, out, model, init_from, loss, logps, beta, lr, weight_decay, warmup, epochs, max_steps, batch_size,
+            ref_cache, out, model, init_from, loss, options, logps, beta, lr, weight_decay, warmup, epochs, max_steps, batch_size,
             tokens_per_micro_batch, max_grad_norm, seed, dtype, log_every, trust_remote_code,
         )  # fmt: skip
         _run("train", config, nproc, screen.show_train)

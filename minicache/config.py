@@ -16,6 +16,22 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 TRAIN_DTYPES = ("auto", "bfloat16", "float32")
 ON_BAD_ROW = ("skip", "fail")
 LOGPS = ("mean", "sum")
+F_DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
+
+
+def _one_of(option: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{option}: expected one of {', '.join(filter(None, allowed))}, got {value!r}")
+
+
+def _at_least(option: str, value: float | None, least: float) -> None:
+    if value is not None and not value >= least:
+        raise ConfigError(f"{option}: expected {least} or more, got {value}")
+
+
+def _above_zero(option: str, value: float | None) -> None:
+    if value is not None and not 0 < value < float("inf"):
+        raise ConfigError(f"{option}: expected a number above 0, got {value}")
 
 
 @dataclass(frozen=True)
@@ -52,6 +68,30 @@ class PrecomputeConfig:
 
 
 @dataclass(frozen=True)
+class LossOptions:
+    """What some losses ask for beside beta.
+
+    label_smoothing: the share of labels taken to be flipped (sigmoid, robust, exo_pair, aot, aot_unpaired).
+    f_divergence, f_alpha: what takes the place of the log ratio in losses on the difference of the sides.
+    sft_weight: weight of the chosen answers' negative log likelihood beside the preference loss.
+    """
+
+    label_smoothing: float = 0.0
+    f_divergence: str = "reverse_kl"
+    f_alpha: float = 0.5
+    discopop_tau: float = 0.05
+    simpo_gamma: float = 0.5
+    sft_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ConfigError(f"--label-smoothing: expected 0 to below 0.5, got {self.label_smoothing}")
+        _one_of("--f-divergence", self.f_divergence, F_DIVERGENCES)
+        _above_zero("--discopop-tau", self.discopop_tau)
+        _at_least("--sft-weight", self.sft_weight, 0)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Stage two. `batch_size` is in pairs per optimizer step over all processes; `warmup` is a share of the steps.
 
@@ -63,6 +103,7 @@ class TrainConfig:
     model: str | None = None
     init_from: str | None = None
     loss: str = "sigmoid"
+    loss_options: LossOptions = LossOptions()
     logps: str = "mean"
     beta: float = 0.1
     lr: float = 1e-6
@@ -149,18 +190,3 @@ class CompareConfig:
         _at_least("--max-new-tokens", self.max_new_tokens, 1)
         if not self.prompts and not self.prompt:
             raise ConfigError("compare: expected --prompt TEXT or --prompts FILE, got neither")
-
-
-def _one_of(option: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{option}: expected one of {', '.join(filter(None, allowed))}, got {value!r}")
-
-
-def _at_least(option: str, value: float | None, least: float) -> None:
-    if value is not None and not value >= least:
-        raise ConfigError(f"{option}: expected {least} or more, got {value}")
-
-
-def _above_zero(option: str, value: float | None) -> None:
-    if value is not None and not 0 < value < float("inf"):
-        raise ConfigError(f"{option}: expected a number above 0, got {value}")

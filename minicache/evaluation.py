@@ -9,8 +9,8 @@ from minicache.batch import padded
 from minicache.cache.schema import RefBlock
 from minicache.data.batching import Indices, by_length
 from minicache.distributed import World
-from minicache.errors import HandshakeError
-from minicache.losses import Loss
+from minicache.errors import ConfigError, HandshakeError
+from minicache.losses import Logps, Objective
 from minicache.metrics import Means
 from minicache.pairs import PairTable
 from minicache.scoring import PairScores, Scorer
@@ -40,33 +40,36 @@ def evaluate_policy(
     scorer: Scorer,
     table: PairTable,
     reference: RefBlock,
-    loss: Loss,
-    logps: str,
-    beta: float,
+    objective: Objective,
     budget: int,
     world: World,
     tracker: Tracker,
 ) -> dict[str, float]:
-    """Mean metrics (see metrics.py) of a policy over all pairs of a cache, shared among the processes."""
-    means = Means(world.device)
+    """Mean metrics (see metrics.py) of a policy over all pairs of a cache, shared among the processes.
+
+    Raises:
+        ConfigError: the loss sorts over a batch, and a data set is no batch.
+    """
+    if name := objective.over_the_batch:
+        raise ConfigError(
+            f"--loss {name}: sorts over a training batch, so it says nothing of a data set; try --loss sigmoid"
+        )
+    means, chosen_tokens = Means(world.device), float(table.token_counts[:, 0].mean())
     tracker.begin("evaluating", len(table))
-    for indices, _, scores in score_table(
-        scorer, table, np.arange(world.rank, len(table), world.size), budget, world.device
-    ):
-        policy, ref = comparable(scores, reference, indices, logps)
-        means.add(loss(policy, ref, beta), scores, policy, ref, beta)
+    mine = np.arange(world.rank, len(table), world.size)
+    for indices, _, scores in score_table(scorer, table, mine, budget, world.device):
+        logps = pair_logps(scores, reference, indices, objective.kind)
+        means.add(objective(logps, chosen_tokens), logps, objective.beta)
         tracker.advance(len(indices) * world.size, int(table.side_lengths[indices].sum()) * world.size)
     return means.reduce(world)[0]
 
 
-def comparable(
-    scores: PairScores, reference: RefBlock, indices: Indices, logps: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Policy and reference logprobs of a batch, (B, 2) each, as means or as sums (mean x tokens): the same for both."""
+def pair_logps(scores: PairScores, reference: RefBlock, indices: Indices, kind: str) -> Logps:
+    """Policy's and reference's logprobs of a batch side by side, as means or as sums (mean x tokens): the same for both."""
     ref = torch.from_numpy(reference.logp_mean[indices]).to(scores.logp_sum.device)
-    if logps == "mean":
-        return scores.logp_mean, ref
-    return scores.logp_sum, ref * scores.token_count
+    if kind == "mean":
+        return Logps(scores.logp_mean, ref, scores.token_count, averaged=True)
+    return Logps(scores.logp_sum, ref * scores.token_count, scores.token_count, averaged=False)
 
 
 def sample_differences(

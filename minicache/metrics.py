@@ -3,8 +3,7 @@
 import torch
 
 from minicache.distributed import World
-from minicache.losses import log_ratios
-from minicache.scoring import PairScores
+from minicache.losses import Logps
 
 NAMES = (
     "loss",
@@ -26,12 +25,10 @@ class Means:
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(len(NAMES) + 2, dtype=torch.float64, device=device)  # ..., pairs, tokens
 
-    def add(
-        self, losses: torch.Tensor, scores: PairScores, policy: torch.Tensor, reference: torch.Tensor, beta: float
-    ) -> None:
-        """losses: (B,). policy, reference: (B, 2) logprobs as the loss saw them (means or sums), nats."""
-        values = pair_metrics(losses.detach(), scores, policy.detach(), reference, beta)
-        self.sums[:-2] += values.sum(1)
+    def add(self, losses: torch.Tensor, logps: Logps, beta: float) -> None:
+        """losses: (B,). logps: as the loss saw them."""
+        with torch.no_grad():
+            self.sums[:-2] += pair_metrics(losses, logps, beta).sum(1)
         self.sums[-2] += len(losses)
 
     def add_tokens(self, tokens: int) -> None:
@@ -45,9 +42,7 @@ class Means:
         return means, int(sums[-1])
 
 
-def pair_metrics(
-    losses: torch.Tensor, scores: PairScores, policy: torch.Tensor, reference: torch.Tensor, beta: float
-) -> torch.Tensor:
+def pair_metrics(losses: torch.Tensor, logps: Logps, beta: float) -> torch.Tensor:
     """(len(NAMES), B) float64.
 
     rewards/accuracy: share of pairs whose implicit reward margin is above 0 (at step 0 there is none: 0).
@@ -56,10 +51,10 @@ def pair_metrics(
     http://joschu.net/blog/kl-approx.html. The tokens are the data's and not the policy's samples, so it says how far the policy has
     moved on these answers, nats a token, and is no unbiased KL.
     """
-    ratios = log_ratios(policy, reference)
-    rewards = beta * ratios
+    policy, reference = logps.policy, logps.reference
+    rewards = beta * logps.ratios
     margin = rewards[:, 0] - rewards[:, 1]
-    per_token = ratios if torch.equal(policy, scores.logp_mean) else ratios / scores.token_count
+    per_token = logps.per_token(logps.ratios)
     kl = (torch.expm1(-per_token) + per_token).mean(1)
     rows = [
         losses,

@@ -48,10 +48,12 @@ def test_the_whole_story(cli, model_dir: Path, tmp_path: Path) -> None:
 
 
 def test_evaluate_takes_the_settings_of_the_run(cli, ref_cache: Path, tmp_path: Path) -> None:
-    options = ("--beta", "0.7", "--logps", "sum", "--max-steps", "1")
+    options = ("--beta", "0.7", "--logps", "sum", "--loss", "hinge", "--sft-weight", "0.25", "--max-steps", "1")
     assert cli("train", "--ref-cache", ref_cache, "--out", tmp_path / "run", *options)[0] == 0
     _, stdout, _ = cli("evaluate", "--policy", tmp_path / "run", "--ref-cache", ref_cache, "--json")
-    assert json.loads(stdout)["settings"] == {"loss": "sigmoid", "logps": "sum", "beta": 0.7}
+    settings = json.loads(stdout)["settings"]
+    assert (settings["loss"], settings["logps"], settings["beta"]) == ("hinge", "sum", 0.7)
+    assert settings["loss_options"]["sft_weight"] == 0.25
     _, stdout, _ = cli("evaluate", "--policy", tmp_path / "run", "--ref-cache", ref_cache, "--beta", "0.2", "--json")
     assert json.loads(stdout)["settings"]["beta"] == 0.2
 

@@ -7,59 +7,153 @@ import numpy as np
 import pytest
 import torch
 
+from minicache.config import LossOptions
 from minicache.errors import ConfigError
-from minicache.losses import LOSSES, find_loss
+from minicache.losses import LOSSES, Logps, Objective
 from minicache.metrics import NAMES, pair_metrics
 from minicache.optim import cosine_with_warmup, make_optimizer
-from minicache.scoring import PairScores
 
 
-def random_scores(count: int = 50) -> tuple[PairScores, torch.Tensor]:
+def random_logps(averaged: bool, count: int = 50) -> Logps:
     generator = torch.Generator().manual_seed(0)
-    counts = torch.randint(1, 40, (count, 2), generator=generator).float()
-    sums = -3 * counts * torch.rand(count, 2, generator=generator)
-    reference = -3 * torch.rand(count, 2, generator=generator)
-    return PairScores(sums, counts, torch.empty(0)), reference
+    tokens = torch.randint(1, 40, (count, 2), generator=generator).float()
+    policy = -3 * torch.rand(count, 2, generator=generator)
+    reference = policy + 0.1 * torch.randn(count, 2, generator=generator)
+    return (
+        Logps(policy, reference, tokens, True)
+        if averaged
+        else Logps(policy * tokens, reference * tokens, tokens, False)
+    )
 
 
-def test_sigmoid_is_the_formula_in_float64() -> None:
-    scores, reference = random_scores()
-    policy = scores.logp_mean
-    p, r = policy.double().numpy(), reference.double().numpy()
-    margin = (p[:, 0] - r[:, 0]) - (p[:, 1] - r[:, 1])
-    assert np.allclose(LOSSES["sigmoid"](policy, reference, 0.3), np.log1p(np.exp(-0.3 * margin)), atol=1e-6)
+def log_sigmoid(x: np.ndarray) -> np.ndarray:
+    return -np.logaddexp(0, -x)
 
 
-def test_loss_is_ln_2_where_policy_and_reference_agree() -> None:
-    scores, _ = random_scores()
-    losses = LOSSES["sigmoid"](scores.logp_mean, scores.logp_mean.clone(), 0.1)
-    assert torch.allclose(losses, torch.full_like(losses, math.log(2)))
+def sigma(x: np.ndarray) -> np.ndarray:
+    return np.exp(log_sigmoid(x))
 
 
-def test_sigmoid_does_not_overflow() -> None:
-    far = torch.tensor([[-1e4, 0.0], [0.0, -1e4]])
-    assert torch.isfinite(LOSSES["sigmoid"](far, torch.zeros(2, 2), 1.0)).all()
+DIVERGENCE = {
+    "reverse_kl": lambda r, a: r,
+    "forward_kl": lambda r, a: 1 - np.exp(-r),
+    "js": lambda r, a: np.log(2) + log_sigmoid(r),
+    "alpha": lambda r, a: (np.exp(np.minimum(r * (a - 1), 80)) - 1) / (a - 1),
+}
 
 
-def test_an_unknown_loss_names_the_known() -> None:
-    with pytest.raises(ConfigError, match="sigmoid"):
-        find_loss("sigmiod")
+def written_out(name: str, logps: Logps, beta: float, o: LossOptions) -> np.ndarray:
+    """Every loss as TRL 1.16 states it, in float64 and in one place, independent of the code under test."""
+    p, r, n = (values.double().numpy() for values in (logps.policy, logps.reference, logps.token_count))
+    e, ratios = o.label_smoothing, p - r
+    scores = DIVERGENCE[o.f_divergence](ratios, o.f_alpha)
+    d = beta * (scores[:, 0] - scores[:, 1])
+    w, l = beta * ratios[:, 0], beta * ratios[:, 1]  # noqa: E741
+    mean = scores if logps.averaged else scores / n
+    own = p if logps.averaged else p / n
+    odds = np.sort(p[:, 0] - p[:, 1]) - np.sort(r[:, 0] - r[:, 1])
+    unpaired = np.sort(ratios[:, 0]) - np.sort(ratios[:, 1])
+    blend = sigma(d / o.discopop_tau)
+    return {
+        "sigmoid": lambda: -(1 - e) * log_sigmoid(d) - e * log_sigmoid(-d),
+        "robust": lambda: (-(1 - e) * log_sigmoid(d) + e * log_sigmoid(-d)) / (1 - 2 * e),
+        "hinge": lambda: np.maximum(0, 1 - d),
+        "ipo": lambda: (mean[:, 0] - mean[:, 1] - 1 / (2 * beta)) ** 2,
+        "exo_pair": lambda: sigma(d) * (log_sigmoid(d) - np.log(1 - e)) + sigma(-d) * (log_sigmoid(-d) - np.log(e)),
+        "nca_pair": lambda: -log_sigmoid(w) - 0.5 * log_sigmoid(-w) - 0.5 * log_sigmoid(-l),
+        "bco_pair": lambda: -log_sigmoid(w) - log_sigmoid(-l),
+        "sppo_hard": lambda: (w / beta - 0.5 / beta) ** 2 + (l / beta + 0.5 / beta) ** 2,
+        "apo_zero": lambda: 1 - sigma(w) + sigma(l),
+        "apo_down": lambda: sigma(w) + 1 - sigma(w - l),
+        "discopop": lambda: -log_sigmoid(d) * (1 - blend) + np.exp(-d) * blend,
+        "sigmoid_norm": lambda: -log_sigmoid(beta * (mean[:, 0] - mean[:, 1])),
+        "simpo": lambda: -log_sigmoid(beta * (own[:, 0] - own[:, 1]) - o.simpo_gamma),
+        "aot": lambda: -(1 - e) * log_sigmoid(beta * odds) - e * log_sigmoid(-beta * odds),
+        "aot_unpaired": lambda: -(1 - e) * log_sigmoid(beta * unpaired) - e * log_sigmoid(-beta * unpaired),
+    }[name]()
 
 
-@pytest.mark.parametrize("logps", ["mean", "sum"])
-def test_metrics_are_their_definitions(logps: str) -> None:
-    scores, ref_mean = random_scores()
-    policy, reference = scores.logp_mean, ref_mean
-    if logps == "sum":
-        policy, reference = scores.logp_sum, ref_mean * scores.token_count
-    losses = LOSSES["sigmoid"](policy, reference, 0.2)
-    values = dict(zip(NAMES, pair_metrics(losses, scores, policy, reference, 0.2).numpy(), strict=True))
-    p, r = policy.double().numpy(), reference.double().numpy()
+@pytest.mark.parametrize("averaged", [True, False], ids=["mean", "sum"])
+@pytest.mark.parametrize("divergence", DIVERGENCE)
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_is_its_formula(name: str, divergence: str, averaged: bool) -> None:
+    logps = random_logps(averaged)
+    double = Logps(*(values.double() for values in (logps.policy, logps.reference, logps.token_count)), averaged)
+    for smoothing, beta in ((0.1, 0.1), (0.3, 0.02)):
+        options = LossOptions(label_smoothing=smoothing, f_divergence=divergence, f_alpha=0.7, simpo_gamma=0.4)
+        expected = written_out(name, logps, beta, options)
+        assert np.allclose(LOSSES[name](double, beta, options), expected, rtol=1e-9, atol=1e-9)
+        # what float32 makes of values of this size; exp(-ratio) of a sum of a long answer may be huge
+        assert np.allclose(LOSSES[name](logps, beta, options), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("exo_pair", "simpo", "robust")])
+def test_where_policy_and_reference_agree_every_reference_loss_is_a_constant(name: str) -> None:
+    """At step 0 nothing of a pair is left in the loss; of sigmoid, ln 2."""
+    logps = random_logps(averaged=True)
+    losses = LOSSES[name](Logps(logps.policy, logps.policy.clone(), logps.token_count, True), 0.1, LossOptions())
+    assert torch.allclose(losses, losses[0].expand_as(losses))
+    assert name != "sigmoid" or losses[0].item() == pytest.approx(math.log(2))
+
+
+def test_simpo_knows_no_reference() -> None:
+    logps = random_logps(averaged=True)
+    other = Logps(logps.policy, logps.reference * 0, logps.token_count, True)
+    assert torch.equal(LOSSES["simpo"](logps, 2.0, LossOptions()), LOSSES["simpo"](other, 2.0, LossOptions()))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_loss_overflows(name: str) -> None:
+    far = Logps(torch.tensor([[-700.0, 0.0], [0.0, -700.0]]), torch.zeros(2, 2), torch.full((2, 2), 700.0), False)
+    assert torch.isfinite(LOSSES[name](far, 0.1, LossOptions(label_smoothing=0.1))).all()
+
+
+def test_losses_mix_by_weight_and_take_an_sft_term() -> None:
+    logps = random_logps(averaged=False)
+    objective = Objective.parse("sigmoid:0.7, hinge:0.2", "sum", 0.1, LossOptions(sft_weight=0.5))
+    chosen_tokens = logps.token_count[:, 0].mean().item()
+    parts = [LOSSES[name](logps, 0.1, LossOptions()) for name in ("sigmoid", "hinge")]
+    token_mean = -logps.policy[:, 0].sum() / logps.token_count[:, 0].sum()
+    expected = (0.7 * parts[0] + 0.2 * parts[1]).mean() + 0.5 * token_mean
+    assert objective(logps, chosen_tokens).mean().item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        ("sigmiod", "expected sigmoid"),
+        ("", "expected sigmoid"),
+        ("sigmoid:x", "must be a number"),
+        ("sigmoid:-1", "above 0"),
+        ("sigmoid:nan", "above 0"),
+        ("sigmoid,sigmoid", "named twice"),
+        ("exo_pair", "--label-smoothing above 0"),
+    ],
+)
+def test_a_loss_that_cannot_be_is_refused(loss: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Objective.parse(loss, "mean", 0.1, LossOptions())
+
+
+@pytest.mark.parametrize(
+    "options", [{"label_smoothing": 0.5}, {"f_divergence": "kl"}, {"discopop_tau": 0}, {"sft_weight": -1}]
+)
+def test_options_that_cannot_be_are_refused(options: dict) -> None:
+    with pytest.raises(ConfigError, match="--"):
+        LossOptions(**options)
+
+
+@pytest.mark.parametrize("averaged", [True, False], ids=["mean", "sum"])
+def test_metrics_are_their_definitions(averaged: bool) -> None:
+    logps = random_logps(averaged)
+    losses = LOSSES["sigmoid"](logps, 0.2, LossOptions())
+    values = dict(zip(NAMES, pair_metrics(losses, logps, 0.2).numpy(), strict=True))
+    p, r, n = (column.double().numpy() for column in (logps.policy, logps.reference, logps.token_count))
     assert np.allclose(values["rewards/margin"], 0.2 * ((p - r)[:, 0] - (p - r)[:, 1]), atol=1e-5)
     assert np.array_equal(values["rewards/accuracy"], (p - r)[:, 0] > (p - r)[:, 1])
     assert np.array_equal(values["accuracy/policy"], p[:, 0] > p[:, 1])
     assert np.array_equal(values["accuracy/reference"], r[:, 0] > r[:, 1])
-    d = scores.logp_mean.double().numpy() - ref_mean.double().numpy()
+    d = (p - r) if averaged else (p - r) / n
     assert np.allclose(values["kl"], (np.exp(-d) - 1 + d).mean(1), rtol=1e-3, atol=1e-5)
     assert (values["kl"] >= 0).all()
 

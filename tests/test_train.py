@@ -13,10 +13,10 @@ import torch
 
 from minicache.batch import padded
 from minicache.cache.reader import ReferenceCache
-from minicache.config import TrainConfig
+from minicache.config import LossOptions, TrainConfig
 from minicache.data.batching import global_batches
-from minicache.errors import CacheMismatch, HandshakeError, ModelError, OutputError
-from minicache.losses import sigmoid
+from minicache.errors import CacheMismatch, ConfigError, HandshakeError, ModelError, OutputError
+from minicache.losses import LOSSES, Logps, sigmoid
 from minicache.optim import cosine_with_warmup
 from minicache.scoring import Scorer
 from minicache.stages.train import TrainReport, train
@@ -91,7 +91,9 @@ def test_the_curve_equals_a_plain_training_loop(ref_cache: Path, tmp_path: Path,
             one = padded([table[int(index)]])
             with torch.no_grad():
                 ref = Scorer(reference, "float32")(one).logp_mean
-            total = total + sigmoid(Scorer(policy, "float32")(one).logp_mean, ref, 0.1).sum() / len(batch)
+            scores = Scorer(policy, "float32")(one)
+            logps = Logps(scores.logp_mean, ref, scores.token_count, averaged=True)
+            total = total + sigmoid(logps, 0.1, LossOptions()).sum() / len(batch)
         total.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
@@ -127,6 +129,21 @@ def test_two_ranks_give_the_curve_of_one(ref_cache: Path, tmp_path: Path, launch
     run(ref_cache, tmp_path / "one", batch_size=13)
     for name in ("loss", "grad_norm", "logps/rejected"):
         assert np.abs(curve(tmp_path / "one", name) - curve(tmp_path / "two", name)).max() < 1e-5, name
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_trains_and_does_not_care_how_the_batch_is_split(ref_cache: Path, tmp_path: Path, loss: str) -> None:
+    options = {"loss": loss, "loss_options": LossOptions(label_smoothing=0.1, sft_weight=0.1), "epochs": 4, "lr": 3e-3}
+    run(ref_cache, tmp_path / "whole", tokens_per_micro_batch=10**6, **options)
+    losses = curve(tmp_path / "whole")
+    assert losses[-5:].mean() < losses[:5].mean()
+    if loss in ("aot", "aot_unpaired"):
+        with pytest.raises(ConfigError, match="sorts over the whole batch, but 8 pairs make 8 micro-batches"):
+            run(ref_cache, tmp_path / "pieces", tokens_per_micro_batch=1, **options)
+    else:
+        run(ref_cache, tmp_path / "pieces", tokens_per_micro_batch=1, **options)
+        first, other = losses[:5], curve(tmp_path / "pieces")[:5]
+        assert np.abs(first - other).max() < 1e-4 * max(1, np.abs(first).max())
 
 
 def test_log_lines_are_means_over_the_steps_between(ref_cache: Path, tmp_path: Path) -> None:

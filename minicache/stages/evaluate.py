@@ -1,18 +1,18 @@
 """A policy against a reference cache: preference accuracy, margin, KL, loss."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from minicache.cache.reader import ReferenceCache
-from minicache.config import EvaluateConfig, TrainConfig
+from minicache.config import EvaluateConfig, LossOptions, TrainConfig
 from minicache.distributed import World
 from minicache.errors import CacheMismatch, OutputError
 from minicache.evaluation import evaluate_policy
-from minicache.losses import find_loss
+from minicache.losses import Objective
 from minicache.models import load_model
 from minicache.scoring import Scorer, resolve_dtype
 from minicache.trackers import Tracker
@@ -20,7 +20,7 @@ from minicache.trackers import Tracker
 
 @dataclass(frozen=True)
 class EvaluateReport:
-    """metrics: means over the cache's pairs, by the names of metrics.py, under `settings` (loss, logps, beta).
+    """metrics: means over the cache's pairs, by the names of metrics.py, under `settings` (loss, loss_options, logps, beta).
 
     same_weights: the policy has the reference's own weights.
     """
@@ -36,7 +36,8 @@ class EvaluateReport:
 def evaluate(config: EvaluateConfig, world: World, tracker: Tracker) -> EvaluateReport:
     """Score every pair of the cache with the policy. Raises MinicacheError of any kind."""
     settings = _settings(config)
-    loss = find_loss(settings["loss"])
+    options = LossOptions(**settings["loss_options"])
+    objective = Objective.parse(settings["loss"], settings["logps"], settings["beta"], options)
     tracker.begin("reading the cache", None)
     cache = ReferenceCache(config.ref_cache)
     table, reference = cache.load()
@@ -49,17 +50,16 @@ def evaluate(config: EvaluateConfig, world: World, tracker: Tracker) -> Evaluate
         )
     same = loaded.fingerprint == cache.identity.weights
     scorer = Scorer(loaded.model.to(world.device, torch.float32), resolve_dtype(config.dtype, world.device))
-    metrics = evaluate_policy(
-        scorer, table, reference, loss, settings["logps"], settings["beta"], config.tokens_per_batch, world, tracker
-    )
+    metrics = evaluate_policy(scorer, table, reference, objective, config.tokens_per_batch, world, tracker)
     return EvaluateReport(config.policy, config.ref_cache, len(table), same, settings, metrics)
 
 
 def _settings(config: EvaluateConfig) -> dict[str, Any]:
-    """Loss, logps and beta: what is asked for, else what the run was trained with, else the default of a run."""
+    """Loss, its options, logps and beta: what is asked for, else what the run was trained with, else the default of a run."""
     facts = run_facts(config.policy)
     names = ("loss", "logps", "beta")
-    return {name: getattr(config, name) or facts.get(name, getattr(TrainConfig, name)) for name in names}
+    settings = {name: getattr(config, name) or facts.get(name, getattr(TrainConfig, name)) for name in names}
+    return {**settings, "loss_options": facts.get("loss_options", asdict(LossOptions()))}
 
 
 def run_facts(policy: str) -> dict[str, Any]:

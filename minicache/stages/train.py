@@ -5,6 +5,7 @@ import shutil
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,9 @@ from minicache.cache.writer import writing
 from minicache.config import TrainConfig
 from minicache.data.batching import Indices, global_batches, share, training_steps
 from minicache.distributed import World
-from minicache.errors import CacheMismatch, ModelError, OutputError
-from minicache.evaluation import TOLERANCE, check_reproduces, comparable, sample_differences
-from minicache.losses import Loss, find_loss
+from minicache.errors import CacheMismatch, ConfigError, ModelError, OutputError
+from minicache.evaluation import TOLERANCE, check_reproduces, pair_logps, sample_differences
+from minicache.losses import Objective
 from minicache.metrics import Means
 from minicache.models import LoadedModel, load_model, save_model
 from minicache.optim import cosine_with_warmup, make_optimizer
@@ -53,7 +54,7 @@ class _Run:
     config: TrainConfig
     world: World
     scorer: Scorer
-    loss: Loss
+    objective: Objective
     table: PairTable
     reference: RefBlock
     steps: int
@@ -65,7 +66,7 @@ def train(config: TrainConfig, world: World, tracker: Tracker) -> TrainReport:
     Raises:
         MinicacheError: any of its kinds; the run directory is not made before everything about the request is known to fit.
     """
-    loss = find_loss(config.loss)
+    objective = Objective.parse(config.loss, config.logps, config.beta, config.loss_options)
     if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
         raise OutputError(f"{config.out}: exists already; name another --out or remove it")
     tracker.begin("reading the cache", None)
@@ -76,7 +77,8 @@ def train(config: TrainConfig, world: World, tracker: Tracker) -> TrainReport:
     stored = next(loaded.model.parameters()).dtype
     policy = loaded.model.to(world.device, torch.float32).requires_grad_(True)
     scorer = Scorer(policy, resolve_dtype(config.dtype, world.device))
-    run = _Run(config, world, scorer, loss, table, reference, steps)
+    run = _Run(config, world, scorer, objective, table, reference, steps)
+    _check_batches(run)
     noise = _handshake(run, cache.identity.dtype, tracker)
     needed = stored.itemsize * sum(parameter.numel() for parameter in policy.parameters())
     with _record(run, loaded.source, needed, noise, tracker) as both:
@@ -113,6 +115,24 @@ def _load(config: TrainConfig, cache: ReferenceCache, tracker: Tracker) -> Loade
             "or start from these on purpose with --init-from"
         )
     return loaded
+
+
+def _check_batches(run: _Run) -> None:
+    """Refuse a loss over the whole batch where a batch is split."""
+    name, config = run.objective.over_the_batch, run.config
+    if name is None:
+        return
+    if run.world.size > 1:
+        raise ConfigError(
+            f"--loss {name}: sorts over the whole batch, which {run.world.size} processes would split; use one"
+        )
+    lengths, budget = run.table.side_lengths.max(1), config.tokens_per_micro_batch
+    for batch in islice(global_batches(len(run.table), config.batch_size, config.seed), run.steps):
+        if (pieces := len(share(batch, lengths, budget, 0, 1))) > 1:
+            raise ConfigError(
+                f"--loss {name}: sorts over the whole batch, but {len(batch)} pairs make {pieces} micro-batches of "
+                f"{budget} token slots; lower --batch-size or raise --tokens-per-micro-batch"
+            )
 
 
 def _handshake(run: _Run, cached_dtype: str, tracker: Tracker) -> float:
@@ -191,6 +211,7 @@ def _accumulate(run: _Run, forward: nn.Module, batch: Indices, means: Means) -> 
     budget = run.config.tokens_per_micro_batch
     shares = share(batch, lengths.max(1), budget, run.world.rank, run.world.size)
     weight = run.world.size / len(batch)
+    chosen_tokens = float(run.table.token_counts[batch, 0].mean())
     if not shares:  # fewer pairs than ranks: DDP waits for everyone, so this one takes part with a loss of weight 0
         shares, weight = [batch[:1]], 0.0
     for number, indices in enumerate(shares, start=1):
@@ -198,11 +219,11 @@ def _accumulate(run: _Run, forward: nn.Module, batch: Indices, means: Means) -> 
         last = number == len(shares)
         with nullcontext() if last or run.world.size == 1 else forward.no_sync():  # type: ignore[operator]
             scores = forward(inputs)
-            policy, reference = comparable(scores, run.reference, indices, run.config.logps)
-            losses = run.loss(policy, reference, run.config.beta)
+            logps = pair_logps(scores, run.reference, indices, run.objective.kind)
+            losses = run.objective(logps, chosen_tokens)
             (losses.sum() * weight).backward()
         if weight:
-            means.add(losses, scores, policy, reference, run.config.beta)
+            means.add(losses, logps, run.objective.beta)
             means.add_tokens(int(lengths[indices].sum()))
 
 
