@@ -123,7 +123,8 @@ def discopop(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
     """Logistic and exponential loss, blended by the log ratio. Source: Lu et al. 2024, DiscoPOP, arXiv:2406.08414, eq. 5."""
     logits = beta * _delta(logps, options)
     blend = torch.sigmoid(logits / options.discopop_tau)
-    return -logsigmoid(logits) * (1 - blend) + torch.exp(-logits) * blend
+    exponential = torch.exp(logsigmoid(logits / options.discopop_tau) - logits)  # blend * exp(-logits), without inf * 0
+    return -logsigmoid(logits) * (1 - blend) + exponential
 
 
 def sigmoid_norm(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:

@@ -84,7 +84,7 @@ def test_every_loss_is_its_formula(name: str, divergence: str, averaged: bool) -
         expected = written_out(name, logps, beta, options)
         assert np.allclose(LOSSES[name](double, beta, options), expected, rtol=1e-9, atol=1e-9)
         # what float32 makes of values of this size; exp(-ratio) of a sum of a long answer may be huge
-        assert np.allclose(LOSSES[name](logps, beta, options), expected, rtol=1e-3, atol=1e-4)
+        assert np.allclose(LOSSES[name](logps, beta, options), expected, rtol=2e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("exo_pair", "simpo", "robust")])
