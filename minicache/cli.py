@@ -6,10 +6,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -18,6 +18,8 @@ from minicache import __version__, screen
 from minicache.config import CompareConfig, EvaluateConfig, InspectConfig, LossOptions, PrecomputeConfig, TrainConfig
 from minicache.errors import MinicacheError
 from minicache.trackers import Silent
+
+Config = TypeVar("Config")
 
 app = typer.Typer(
     help="Offline DPO in two stages: run the frozen reference once, then train the policy alone.",
@@ -73,11 +75,9 @@ def precompute_ref(
     trust_remote_code: Trust = False,
 ) -> None:
     """Stage one: run the frozen reference over all pairs, once. Repeat the command to resume, or with more data to append."""
+    given = locals()
     with _errors_as_one_line():
-        config = PrecomputeConfig(
-            model, tuple(data), ref_cache, tokenizer, chat_template, format, max_length, truncate, loss_on, dtype,
-            block_pairs, tokens_per_batch, per_token, on_bad_row, trust_remote_code,
-        )  # fmt: skip
+        config = _fill(PrecomputeConfig, given, data=tuple(data))
         _run("precompute", config, nproc, screen.show_precompute)
 
 
@@ -94,6 +94,7 @@ def train(
     loss: Loss = TrainConfig.loss,
     logps: Logps = TrainConfig.logps,
     beta: Beta = TrainConfig.beta,
+    beta_end: Annotated[float | None, typer.Option(help="Beta at the last step; it changes linearly.")] = None,
     label_smoothing: Annotated[
         float, typer.Option(help="Share of labels taken to be flipped.")
     ] = LossOptions.label_smoothing,
@@ -105,9 +106,13 @@ def train(
         float, typer.Option(help="Weight of the chosen answers' likelihood beside it (RPO).")
     ] = LossOptions.sft_weight,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = TrainConfig.lr,
+    schedule: Annotated[
+        str, typer.Option(help="cosine, linear, constant, minimind-2504 or minimind-3.")
+    ] = TrainConfig.schedule,
+    min_lr: Annotated[float, typer.Option(help="Share of --lr that cosine and linear end at.")] = TrainConfig.min_lr,
     weight_decay: Annotated[float, typer.Option(help="AdamW's, on matrices.")] = TrainConfig.weight_decay,
     warmup: Annotated[
-        float, typer.Option(help="Share of the steps in which the learning rate rises.")
+        float, typer.Option(help="Steps in which the learning rate rises: below 1 a share of all, else a number.")
     ] = TrainConfig.warmup,
     epochs: Annotated[float, typer.Option(help="Times over the data.")] = TrainConfig.epochs,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, whatever --epochs says.")] = None,
@@ -127,12 +132,9 @@ def train(
     trust_remote_code: Trust = False,
 ) -> None:
     """Stage two: train the policy against a reference cache. Model, tokenizer and pairs come from the cache."""
+    given = locals()
     with _errors_as_one_line():
-        options = LossOptions(label_smoothing, f_divergence, f_alpha, discopop_tau, simpo_gamma, sft_weight)
-        config = TrainConfig(
-            ref_cache, out, model, init_from, loss, options, logps, beta, lr, weight_decay, warmup, epochs, max_steps, batch_size,
-            tokens_per_micro_batch, max_grad_norm, seed, dtype, log_every, trust_remote_code,
-        )  # fmt: skip
+        config = _fill(TrainConfig, given, loss_options=_fill(LossOptions, given))
         _run("train", config, nproc, screen.show_train)
 
 
@@ -152,8 +154,9 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Preference accuracy, margin, KL estimate and loss of a policy on a (held-out) reference cache."""
+    given = locals()
     with _errors_as_one_line():
-        config = EvaluateConfig(policy, ref_cache, loss, logps, beta, dtype, tokens_per_batch, trust_remote_code)
+        config = _fill(EvaluateConfig, given)
         _run("evaluate", config, nproc, _print_json if as_json else screen.show_evaluate)
 
 
@@ -168,8 +171,9 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Reference and policy answer the same prompts, side by side."""
+    given = locals()
     with _errors_as_one_line():
-        config = CompareConfig(policy, reference, prompts, tuple(prompt or ()), max_new_tokens, trust_remote_code)
+        config = _fill(CompareConfig, given, prompt=tuple(prompt or ()))
         _run("compare", config, 1, _print_json if as_json else screen.show_answers)
 
 
@@ -186,8 +190,9 @@ def inspect_cache(
     from minicache import screen_inspect
     from minicache.stages import inspect as stage
 
+    given = locals()
     with _errors_as_one_line():
-        config = InspectConfig(ref_cache, pair, verify, model, trust_remote_code)
+        config = _fill(InspectConfig, given)
         if verify:
             _verify(config, as_json)
         elif pair is not None:
@@ -240,6 +245,12 @@ def _run(name: str, config: Any, nproc: int, show: Callable[[Console, Any], obje
         show(out, report)
     leave_world()
     return report
+
+
+def _fill(config: type[Config], given: dict[str, Any], **prepared: Any) -> Config:
+    """A config from a command's parameters: each field from the parameter of its name."""
+    taken = {item.name: given[item.name] for item in fields(config) if item.name in given}  # type: ignore[arg-type]
+    return config(**{**taken, **prepared})
 
 
 @contextmanager

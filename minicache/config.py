@@ -16,6 +16,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 TRAIN_DTYPES = ("auto", "bfloat16", "float32")
 ON_BAD_ROW = ("skip", "fail")
 LOGPS = ("mean", "sum")
+SCHEDULES = ("cosine", "linear", "constant", "minimind-2504", "minimind-3")
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
 
 
@@ -93,8 +94,10 @@ class LossOptions:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Stage two. `batch_size` is in pairs per optimizer step over all processes; `warmup` is a share of the steps.
+    """Stage two. `batch_size` is in pairs per optimizer step over all processes.
 
+    warmup: below 1 a share of the steps, else a number of them. min_lr: share of `lr` that the schedule ends at.
+    beta_end: beta changes linearly to this over the run.
     model: where the reference's weights lie now, if not where stage one found them. init_from: start from other weights.
     """
 
@@ -106,7 +109,10 @@ class TrainConfig:
     loss_options: LossOptions = LossOptions()
     logps: str = "mean"
     beta: float = 0.1
+    beta_end: float | None = None
     lr: float = 1e-6
+    schedule: str = "cosine"
+    min_lr: float = 0.0
     weight_decay: float = 0.0
     warmup: float = 0.1
     epochs: float = 1.0
@@ -132,8 +138,14 @@ class TrainConfig:
         _at_least("--tokens-per-micro-batch", self.tokens_per_micro_batch, 1)
         _at_least("--log-every", self.log_every, 1)
         _at_least("--seed", self.seed, 0)
-        if not 0 <= self.warmup < 1:
-            raise ConfigError(f"--warmup: expected a share of the steps from 0 to below 1, got {self.warmup}")
+        _above_zero("--beta-end", self.beta_end)
+        _one_of("--schedule", self.schedule, SCHEDULES)
+        if not 0 <= self.min_lr <= 1:
+            raise ConfigError(f"--min-lr: expected a share of --lr from 0 to 1, got {self.min_lr}")
+        if not 0 <= self.warmup < float("inf") or (self.warmup > 1 and self.warmup % 1):
+            raise ConfigError(
+                f"--warmup: expected a share of the steps below 1, or a number of steps, got {self.warmup}"
+            )
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ WRONG = {
     "unknown loss": (["train", "--ref-cache", "CACHE", "--out", "NEW", "--loss", "dpo"], "sigmoid"),
     "unknown format": (["precompute-ref", "--model", "MODEL", "--data", "DATA", "--ref-cache", "NEW", "--format", "x"], "sharegpt"),
     "beta of 0": (["train", "--ref-cache", "CACHE", "--out", "NEW", "--beta", "0"], "--beta: expected a number above 0"),
-    "warmup of 3": (["train", "--ref-cache", "CACHE", "--out", "NEW", "--warmup", "3"], "--warmup: expected a share"),
+    "warmup of 3.5": (["train", "--ref-cache", "CACHE", "--out", "NEW", "--warmup", "3.5"], "--warmup: expected a share"),
     "no pair 99": (["inspect-cache", "CACHE", "--pair", "99"], "the cache holds 40"),
     "model without verify": (["inspect-cache", "CACHE", "--model", "MODEL"], "--verify"),
     "nothing to compare": (["compare", "--policy", "MODEL"], "--prompt TEXT"),

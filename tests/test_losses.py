@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from minicache import config
 from minicache.config import LossOptions
 from minicache.errors import ConfigError
-from minicache.losses import LOSSES, Logps, Objective
+from minicache.losses import DIVERGENCES, LOSSES, Logps, Objective
 from minicache.metrics import NAMES, pair_metrics
-from minicache.optim import cosine_with_warmup, make_optimizer
+from minicache.optim import SCHEDULES, beta_at, learning_rate, make_optimizer
 
 
 def random_logps(averaged: bool, count: int = 50) -> Logps:
@@ -158,13 +159,35 @@ def test_metrics_are_their_definitions(averaged: bool) -> None:
     assert (values["kl"] >= 0).all()
 
 
-def test_learning_rate_rises_then_falls_and_never_stops() -> None:
-    rates = [cosine_with_warmup(step, 100, 1e-3, 0.1) for step in range(100)]
-    assert rates[9] == pytest.approx(1e-3) and max(rates) == pytest.approx(1e-3)
-    assert all(a < b for a, b in pairwise(rates[:10]))
-    assert all(a >= b for a, b in pairwise(rates[10:]))
-    assert rates[0] > 0 and 0 < rates[-1] < 1e-5
-    assert cosine_with_warmup(0, 1, 1e-3, 0.0) == pytest.approx(1e-3)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_learning_rate_rises_then_follows_its_schedule(schedule: str) -> None:
+    rates = [learning_rate(step, 100, 1e-3, schedule, 0.1, 0.2) for step in range(100)]
+    assert rates[9] == pytest.approx(1e-3) and all(a < b for a, b in pairwise(rates[:10])) and rates[0] > 0
+    t = np.arange(90) / 90
+    expected = {
+        "cosine": 0.2 + 0.8 * (1 + np.cos(np.pi * t)) / 2,
+        "linear": 1 - 0.8 * t,
+        "constant": np.ones(90),
+        "minimind-2504": 1 / 10 + (1 + np.cos(np.pi * t)) / 2,
+        "minimind-3": 0.1 + 0.45 * (1 + np.cos(np.pi * t)),
+    }[schedule]
+    assert np.allclose(rates[10:], 1e-3 * expected, rtol=1e-9)
+
+
+def test_warmup_is_a_share_or_a_number_of_steps() -> None:
+    for warmup, rising in ((0.0, 0), (0.25, 5), (1, 1), (7, 7), (50, 20)):
+        rates = [learning_rate(step, 20, 1.0, "constant", warmup, 0.0) for step in range(20)]
+        assert [rate < 1.0 for rate in rates].count(True) == max(0, min(rising, 20) - 1)
+    assert learning_rate(0, 1, 1e-3, "cosine", 0.0, 0.0) == pytest.approx(1e-3)
+
+
+def test_beta_changes_linearly_from_first_to_last_step() -> None:
+    assert np.allclose([beta_at(step, 5, 0.1, 0.5) for step in range(5)], [0.1, 0.2, 0.3, 0.4, 0.5])
+    assert beta_at(3, 5, 0.1, None) == 0.1 and beta_at(0, 1, 0.1, 0.5) == 0.1
+
+
+def test_the_options_offered_are_those_there_are() -> None:
+    assert tuple(SCHEDULES) == config.SCHEDULES and tuple(DIVERGENCES) == config.F_DIVERGENCES
 
 
 def test_norms_and_biases_do_not_decay() -> None:

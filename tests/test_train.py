@@ -17,7 +17,7 @@ from minicache.config import LossOptions, TrainConfig
 from minicache.data.batching import global_batches
 from minicache.errors import CacheMismatch, ConfigError, HandshakeError, ModelError, OutputError
 from minicache.losses import LOSSES, Logps, sigmoid
-from minicache.optim import cosine_with_warmup
+from minicache.optim import learning_rate
 from minicache.scoring import Scorer
 from minicache.stages.train import TrainReport, train
 from minicache.trackers import Silent
@@ -85,7 +85,7 @@ def test_the_curve_equals_a_plain_training_loop(ref_cache: Path, tmp_path: Path,
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0)
     losses = []
     for step, batch in zip(range(10), global_batches(len(table), 8, seed=42), strict=False):
-        optimizer.param_groups[0]["lr"] = cosine_with_warmup(step, 10, lr, 0.1)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, 10, lr, "cosine", 0.1, 0.0)
         total = torch.zeros(())
         for index in batch:
             one = padded([table[int(index)]])
@@ -133,7 +133,7 @@ def test_two_ranks_give_the_curve_of_one(ref_cache: Path, tmp_path: Path, launch
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_trains_and_does_not_care_how_the_batch_is_split(ref_cache: Path, tmp_path: Path, loss: str) -> None:
-    options = {"loss": loss, "loss_options": LossOptions(label_smoothing=0.1, sft_weight=0.1), "epochs": 4, "lr": 3e-3}
+    options = {"loss": loss, "loss_options": LossOptions(label_smoothing=0.1, sft_weight=0.1), "epochs": 3, "lr": 3e-3}
     run(ref_cache, tmp_path / "whole", tokens_per_micro_batch=10**6, **options)
     losses = curve(tmp_path / "whole")
     assert losses[-5:].mean() < losses[:5].mean()
@@ -141,9 +141,15 @@ def test_every_loss_trains_and_does_not_care_how_the_batch_is_split(ref_cache: P
         with pytest.raises(ConfigError, match="sorts over the whole batch, but 8 pairs make 8 micro-batches"):
             run(ref_cache, tmp_path / "pieces", tokens_per_micro_batch=1, **options)
     else:
-        run(ref_cache, tmp_path / "pieces", tokens_per_micro_batch=1, **options)
-        first, other = losses[:5], curve(tmp_path / "pieces")[:5]
+        run(ref_cache, tmp_path / "pieces", tokens_per_micro_batch=150, **{**options, "max_steps": 15})
+        first, other = losses[:4], curve(tmp_path / "pieces")[:4]
         assert np.abs(first - other).max() < 1e-4 * max(1, np.abs(first).max())
+
+
+def test_beta_and_learning_rate_are_logged_as_they_change(ref_cache: Path, tmp_path: Path) -> None:
+    run(ref_cache, tmp_path / "run", beta=0.1, beta_end=0.5, max_steps=5, schedule="linear", warmup=1, min_lr=0.5)
+    assert np.allclose(curve(tmp_path / "run", "beta"), [0.1, 0.2, 0.3, 0.4, 0.5])
+    assert np.allclose(curve(tmp_path / "run", "lr"), 1e-3 * np.array([1, 1, 0.875, 0.75, 0.625]))
 
 
 def test_log_lines_are_means_over_the_steps_between(ref_cache: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import json
 import shutil
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from minicache.evaluation import TOLERANCE, check_reproduces, pair_logps, sample
 from minicache.losses import Objective
 from minicache.metrics import Means
 from minicache.models import LoadedModel, load_model, save_model
-from minicache.optim import cosine_with_warmup, make_optimizer
+from minicache.optim import beta_at, learning_rate, make_optimizer
 from minicache.pairs import PairTable
 from minicache.scoring import Scorer, resolve_dtype
 from minicache.trackers import Both, JsonLines, Tracker
@@ -183,10 +183,11 @@ def _optimize(run: _Run, tracker: Tracker) -> list[dict[str, float]]:
     means, logged, clock = Means(world.device), [], time.monotonic()
     tracker.begin("training", run.steps * min(config.batch_size, pairs))
     for step, batch in zip(range(run.steps), global_batches(pairs, config.batch_size, config.seed), strict=False):
-        lr = cosine_with_warmup(step, run.steps, config.lr, config.warmup)
+        lr = learning_rate(step, run.steps, config.lr, config.schedule, config.warmup, config.min_lr)
+        objective = replace(run.objective, beta=beta_at(step, run.steps, config.beta, config.beta_end))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        _accumulate(run, forward, batch, means)
+        _accumulate(replace(run, objective=objective), forward, batch, means)
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -194,7 +195,12 @@ def _optimize(run: _Run, tracker: Tracker) -> list[dict[str, float]]:
         if step % config.log_every == 0 or step == run.steps - 1:
             metrics, tokens = means.reduce(world)
             seconds, clock = time.monotonic() - clock, time.monotonic()
-            metrics |= {"lr": lr, "grad_norm": norm.item(), "tokens_per_second": tokens / seconds}
+            metrics |= {
+                "lr": lr,
+                "beta": objective.beta,
+                "grad_norm": norm.item(),
+                "tokens_per_second": tokens / seconds,
+            }
             metrics |= {"epoch": (step + 1) / -(-pairs // config.batch_size)}
             _check_finite(step, metrics)
             logged.append(metrics)
