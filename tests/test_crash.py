@@ -37,7 +37,7 @@ def start(command: list[str], cache: Path) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         start_new_session=True,
         # a shell's background job ignores SIGINT, and so would what it starts
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
