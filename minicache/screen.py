@@ -105,7 +105,7 @@ class Screen(Silent):
             self.console.print(Text(f"step {step}  {numbers}"), soft_wrap=True)
 
     def note(self, text: str) -> None:
-        self.console.print(Text(text), style="dim")
+        self.console.print(Text(visible(text)), style="dim")
 
     def close(self) -> None:
         self.live.stop()
@@ -145,12 +145,20 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}"
 
 
+def visible(text: str) -> str:
+    """Control characters as signs (ESC as ␛), so that what a user's data holds never steers the terminal."""
+    shown = {code: 0x2400 + code for code in range(32) if code not in (9, 10)}
+    c1 = dict.fromkeys((*range(128, 160), 8234, 8235, 8237, 8238, 8294, 8295, 8296), "�")
+    # a file name that is not UTF-8 comes with surrogates, which no terminal can be sent
+    return text.translate({**shown, 0x7F: 0x2421, **c1}).encode("utf-8", "replace").decode()
+
+
 # --- reports, one function a stage ---
 
 
 def show_error(console: Console, message: str) -> None:
     """One red line."""
-    console.print(Text(f"error: {' '.join(message.split())}", style="bold red"), soft_wrap=True)
+    console.print(Text(visible(f"error: {' '.join(message.split())}"), style="bold red"), soft_wrap=True)
 
 
 def show_precompute(console: Console, report: "PrecomputeReport") -> None:
@@ -173,7 +181,7 @@ def sources_table(sources: Iterable[Mapping[str, Any]]) -> Table:
     for source in sources:
         refused = ", ".join(f"{count:,} {reason}" for reason, count in sorted(source["refused"].items())) or "0"
         numbers = (f"{source[name]:,}" for name in ("rows", "kept", "duplicates", "truncated"))
-        table.add_row(Text(source["name"]), *numbers, Text(refused))
+        table.add_row(Text(visible(source["name"])), *numbers, Text(refused))
     return table
 
 
@@ -220,13 +228,13 @@ def show_answers(console: Console, answers: Iterable["Answers"]) -> None:
             box=SIMPLE_HEAD,
             header_style="bold",
             pad_edge=False,
-            title=Text(item.prompt),
+            title=Text(visible(item.prompt)),
             title_justify="left",
             expand=True,
         )
         table.add_column("reference", ratio=1)
         table.add_column("policy", ratio=1)
-        table.add_row(Text(item.reference), Text(item.policy))
+        table.add_row(Text(visible(item.reference)), Text(visible(item.policy)))
         console.print(table)
 
 

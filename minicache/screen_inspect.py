@@ -1,8 +1,8 @@
 """What `inspect-cache` prints. rich only."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.columns import Columns
@@ -11,21 +11,32 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from minicache.screen import sources_table
+from minicache.screen import sources_table, visible
 
 if TYPE_CHECKING:
     from minicache.stages.inspect import Histogram, Inspection, PairLine, PairView, Segment
 
 BAR = " ▏▎▍▌▋▊▉█"
 BAR_WIDTH = 14
+PARTS = {
+    "prefix": "shared beginning",
+    "chosen": "chosen",
+    "rejected": "rejected",
+    "chosen_counted": "counted, chosen",
+    "rejected_counted": "counted, rejected",
+}
 SHOWN_PROBLEMS = 20
+NARROW = 70  # columns: below, tables keep only what one acts on
 
 
 def show_inspection(console: Console, it: "Inspection") -> None:
     """The whole report, top to bottom: what it is, how complete, what was read, how it is distributed, what stands out."""
-    console.print(Panel(_header(it), title=Text(it.path), title_align="left", border_style="cyan"))
-    console.print(sources_table(it.log["sources"]))
+    narrow = console.width < NARROW
+    console.print(Panel(_header(it), title=Text(visible(it.path)), title_align="left", border_style="cyan"))
+    console.print(_sources_list(sources) if narrow else sources_table(it.log["sources"]))
     console.print(_figures(it))
+    if it.lengths:
+        console.print(_lengths(it.lengths))
     histograms = [
         _histogram(f"{title}: chosen │ rejected", histogram, form)
         for title, histogram, form in (
@@ -42,9 +53,15 @@ def show_inspection(console: Console, it: "Inspection") -> None:
         ("least likely answers", it.lowest_logp),
     ):
         if lines:
-            console.print(_pair_table(title, lines))
-    for block, why in list(it.unfinished.items())[:SHOWN_PROBLEMS]:
-        console.print(Text(f"block {block}: {why}", style="yellow"))
+            console.print(_pair_table(title, lines, narrow))
+    problems = [
+        *([it.problem] if it.problem else []),
+        *(f"block {block}: {why}" for block, why in it.unfinished.items()),
+    ]
+    for problem in problems[:SHOWN_PROBLEMS]:
+        console.print(Text(visible(problem), style="yellow"))
+    if len(problems) > SHOWN_PROBLEMS:
+        console.print(Text(f"… and {len(problems) - SHOWN_PROBLEMS:,} more; --json lists all", style="yellow"))
 
 
 def show_pair(console: Console, view: "PairView") -> None:
@@ -73,23 +90,18 @@ def show_problems(console: Console, path: str, problems: Sequence[str]) -> None:
     """The outcome of --verify."""
     if not problems:
         console.print(
-            Text.assemble(("✓", "bold green"), f" {path}: every chunk, ledger row and pair digest is as written")
+            Text.assemble(
+                ("✓", "bold green"), f" {visible(path)}: every chunk, ledger row and pair digest is as written"
+            )
         )
     for problem in problems:
-        console.print(Text(f"✗ {problem}", style="red"), soft_wrap=True)
-
-
-def visible(text: str) -> str:
-    """Control characters as signs (ESC as ␛), so that what a user's data holds never steers the terminal."""
-    shown = {code: 0x2400 + code for code in range(32) if code not in (9, 10)}
-    c1 = dict.fromkeys((*range(128, 160), 8234, 8235, 8237, 8238, 8294, 8295, 8296), "�")
-    return text.translate({**shown, 0x7F: 0x2421, **c1})
+        console.print(Text(f"✗ {visible(problem)}", style="red"), soft_wrap=True)
 
 
 def _header(it: "Inspection") -> Group:
     identity = it.identity
-    done = it.pairs_scored / max(1, it.pairs)
-    bar = "█" * round(30 * done) + "░" * (30 - round(30 * done))
+    done = it.blocks_scored / max(1, it.blocks)  # of blocks: how many pairs an unwritten one will hold nobody knows
+    bar = "█" * int(30 * done) + "░" * (30 - int(30 * done))
     state = ("complete", "bold green") if it.complete else ("NOT COMPLETE", "bold yellow")
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
@@ -104,8 +116,8 @@ def _header(it: "Inspection") -> Group:
         + ", ".join(f"{name} {version}" for name, version in it.log["versions"].items()),
     }
     for name, value in rows.items():
-        table.add_row(name, Text(value))
-    line = Text.assemble(f"{bar} {done:.0%}  ", state, f"  {it.blocks_scored} of {it.blocks} blocks")
+        table.add_row(name, Text(visible(value)))
+    line = Text.assemble(f"{bar} {int(100 * done)}%  ", state, f"  {it.blocks_scored} of {it.blocks} blocks")
     return Group(table, line)
 
 
@@ -130,11 +142,36 @@ def _figures(it: "Inspection") -> Table:
         by = it.reference_prefers_chosen
         rows.append(("reference prefers chosen", f"{by['mean']:.1%} of pairs by mean, {by['sum']:.1%} by sum"))
         rows.append(("reference margin", f"{it.reference_margin:+.4f} nats a token on average"))
-    refused = ", ".join(f"{count:,} {reason}" for reason, count in sorted(it.refused.items())) or "0"
-    rows.append(("rows", f"{it.truncated:,} truncated, refused: {refused}"))
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(it.refused.items()))
+    refused = f" ({reasons})" if reasons else ""
+    listed = f"; listed in {visible(it.refused_file)}" if it.refused_rows and it.refused_file else ""
+    rows.append(("rows", f"{it.truncated:,} truncated, {it.refused_rows:,} refused{refused}{listed}"))
     for name, value in rows:
-        table.add_row(name, value)
+        table.add_row(name, Text(value))
     return table
+
+
+def _lengths(lengths: Mapping[str, Mapping[str, float]]) -> Table:
+    """Tokens of the sides and their parts, a row each."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("tokens", style="dim")
+    for heading in ("min", "median", "mean", "p95", "max"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for part, name in PARTS.items():
+        of = lengths[part]
+        middle = (f"{of[key]:,.1f}" for key in ("median", "mean"))
+        table.add_row(name, f"{of['min']:,}", *middle, f"{of['p95']:,.0f}", f"{of['max']:,}")
+    return table
+
+
+def _sources_list(sources: Sequence[Mapping[str, Any]]) -> Text:
+    """What was read of each file, as sentences: the table's six columns need more room than a narrow terminal has."""
+    text = Text()
+    for source in sources:
+        text.append(f"{source['name']}\n", style="bold")
+        numbers = ", ".join(f"{source[key]:,} {key}" for key in ("rows", "kept", "duplicates", "truncated"))
+        text.append(f"  {numbers}, {sum(source['refused'].values()):,} refused\n")
+    return text
 
 
 def _histogram(title: str, histogram: "Histogram", form: str) -> Table:
@@ -164,14 +201,26 @@ def _bar(share: float) -> str:
     return "█" * (eighths // 8) + BAR[eighths % 8].strip()
 
 
-def _pair_table(title: str, lines: Sequence["PairLine"]) -> Table:
+def _pair_table(title: str, lines: Sequence["PairLine"], narrow: bool) -> Table:
+    """A row a pair. The file gives way where room is short; the pair's number, which `--pair` takes, never does."""
     table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", padding=(0, 1, 0, 0))
-    for heading in ("pair", "line", "shared", "chosen", "rejected", "chosen nats", "rejected nats", "margin"):
+    if not narrow:
+        table.add_column("file", overflow="ellipsis", header_style="dim")
+        table.add_column("line", justify="right", no_wrap=True, header_style="dim")
+    wide = ("pair", "shared", "chosen", "rejected", "chosen\nnats", "rejected\nnats", "margin")
+    headings = ("pair", "chosen", "rejected", "margin") if narrow else wide
+    for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True, header_style="dim")
     for line in lines:
+        shared, *own = (f"{n:,}" for n in line.lengths)
         logps = [f"{logp:.3f}" for logp in line.logp_mean] if line.logp_mean else ["–", "–"]
+        index = f"{line.index:,}" if line.index is not None else "–"
         margin = f"{line.margin:+.3f}" if line.margin is not None else "–"
-        table.add_row(f"{line.index:,}", f"{line.line:,}", *(f"{n:,}" for n in line.lengths), *logps, margin)
+        if narrow:
+            table.add_row(index, *own, margin)
+        else:
+            name = Text(visible(Path(line.source).name))
+            table.add_row(name, f"{line.line:,}", index, shared, *own, *logps, margin)
     return table
 
 

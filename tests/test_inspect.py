@@ -10,9 +10,14 @@ import pytest
 from rich.console import Console
 
 from minicache.cache.reader import ReferenceCache
+from minicache.cache.schema import FORMAT_VERSION, Identity, Log, Manifest, RefBlock, Source
+from minicache.cache.writer import CacheWriter
 from minicache.config import InspectConfig
-from minicache.screen_inspect import show_inspection, show_pair, visible
-from minicache.stages.inspect import Inspection, inspect_cache, inspect_pair
+from minicache.data.tokenizers import ChatTokenizer
+from minicache.pairs import EncodedPair, PairTable
+from minicache.screen import visible
+from minicache.screen_inspect import show_inspection, show_pair, show_problems
+from minicache.stages.inspect import Inspection, inspect_cache, inspect_pair, verify_cache
 from tests.conftest import make_rows, precompute_into, write_jsonl
 
 
@@ -99,3 +104,154 @@ def test_what_users_wrote_never_steers_the_terminal(model_dir: Path, tmp_path: P
     assert "␛[31mred␇ [bold]x[/bold]" in text and "[red]b[/red]" in text
     assert "[red]x.jsonl" in printed(show_inspection, look(cache), 160)
     assert visible("plain 你好\n\t😀") == "plain 你好\n\t😀"
+
+
+IDENTITY = Identity(
+    format_version=FORMAT_VERSION, weights="w" * 32, family="llama", tokenizer="t", template="p", vocabulary=400,
+    max_length=512, truncate="right", loss_on="response", dtype="float32", attention="sdpa", block_pairs=3, per_token=False,
+)  # fmt: skip
+
+
+def by_hand(path: Path, tokenizer_dir: Path, texts: list[tuple[str, str, str]], scored: bool = True) -> Path:
+    """A cache of (prompt, chosen, rejected) texts with made-up logprobs: no model. Pair i comes from line i + 1."""
+    encode = ChatTokenizer.load(tokenizer_dir).encode
+    pairs = []
+    for line, (prompt, *answers) in enumerate(texts, 1):
+        sides = []
+        for answer in answers:
+            (head, _), (tail, _) = encode([prompt, answer])
+            sides += [np.concatenate([head, tail]), np.repeat([0, 1], [len(head), len(tail)])]
+        pairs.append(EncodedPair.join(*sides, source=(0, line)))
+    counts = {"rows": len(pairs) + 2, "kept": len(pairs), "truncated": 1, "refused": {"empty-answer": 2}}
+    source = Source("data/pairs.jsonl", 1, "s", complete=True, **counts)
+    log = Log("some/model", "2026-01-01", {"zarr": "3"}, [source], -(-len(pairs) // 3), len(pairs))
+    cache = CacheWriter.create(path, Manifest(IDENTITY, log), lambda place: shutil.copytree(tokenizer_dir, place))
+    cache.grow(log.blocks)
+    random = np.random.default_rng(0)
+    for block in range(log.blocks):
+        table = PairTable.from_pairs(pairs[3 * block : 3 * block + 3], "uint16")
+        cache.write_pairs(block, table)
+        if scored:
+            cache.write_ref(block, RefBlock(-random.random((len(table), 2)).astype(np.float32), table.token_counts))
+    return path
+
+
+@pytest.fixture
+def made(tmp_path: Path, tokenizer_dir: Path) -> Path:
+    """Ten pairs, a longer one on each line, in blocks of 3, 3, 3 and 1."""
+    texts = [("why ", "the cat " * (line + 1), "a mat") for line in range(10)]
+    return by_hand(tmp_path / "made", tokenizer_dir, texts)
+
+
+def every_line(found: Inspection) -> list:
+    return [*found.longest, *found.highest_margin, *found.lowest_margin, *found.lowest_logp]
+
+
+def test_pairs_behind_a_damaged_block_keep_their_numbers(made: Path) -> None:
+    (made / "pairs" / "tokens" / "c" / "1" / "0").write_bytes(b"junk")
+    found = look(made)
+    assert (found.pairs, found.blocks_with_pairs, found.blocks_scored, list(found.unfinished)) == (7, 3, 3, ["1"])
+    assert {line.index for line in found.longest} == {9, 8, 7, 6, 2}
+    for line in every_line(found):
+        assert inspect_pair(InspectConfig(made, pair=line.index)).line == line and line.line == line.index + 1
+
+
+def test_pairs_behind_a_lost_ledger_row_have_no_number(made: Path) -> None:
+    (made / "ledger" / "pairs" / "c" / "1" / "0").unlink()
+    found = look(made)
+    assert all(line.index == (line.line - 1 if line.line <= 3 else None) for line in every_line(found))
+    assert "–" in printed(show_inspection, found)
+
+
+def test_lost_blocks_and_pairs_are_missed(made: Path) -> None:
+    assert look(made).complete and look(made).problem is None
+    CacheWriter(made).shrink(3)
+    found = look(made)
+    assert not found.complete and (found.blocks, found.blocks_scored) == (4, 3) and list(found.unfinished) == ["3"]
+    text = printed(show_inspection, found)
+    assert "75%" in text and "NOT COMPLETE" in text and "block 3" in text
+    writer = CacheWriter(made)
+    writer.log.blocks = 3
+    writer.write_log()
+    found = look(made)
+    assert not found.complete and not found.unfinished and "10 pairs" in found.problem
+    assert "counts 10 pairs" in printed(show_inspection, found)
+
+
+def test_an_interrupted_source_is_a_problem(made: Path) -> None:
+    writer = CacheWriter(made)
+    writer.log.sources[0].complete = False
+    writer.write_log()
+    found = look(made)
+    assert not found.complete and "interrupted" in found.problem and found.pairs_scored == 10
+
+
+def test_pairs_without_scores_are_shown(tmp_path: Path, tokenizer_dir: Path) -> None:
+    cache = by_hand(tmp_path / "cache", tokenizer_dir, [("why ", "the cat", "a mat")] * 4, scored=False)
+    found = look(cache)
+    assert (found.pairs, found.pairs_scored, found.blocks_with_pairs, found.blocks_scored) == (4, 0, 2, 0)
+    assert found.logp_histogram is None and found.reference_margin is None and found.length_histogram
+    assert "0%" in printed(show_inspection, found)
+    view = inspect_pair(InspectConfig(cache, pair=3))
+    assert view.line.logp_mean is None and "nats" not in printed(show_pair, view)
+    json.dumps(asdict(view), allow_nan=False)
+
+
+def test_a_file_that_vanishes_meanwhile_is_left_out(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = look(made).bytes_on_disk
+    leftover = made / "pairs" / "x.partial"
+    leftover.write_text("half a chunk")
+    is_file = Path.is_file
+
+    def renamed_away(file: Path, **options) -> bool:
+        found = is_file(file, **options)
+        if file == leftover:
+            file.unlink()
+        return found
+
+    monkeypatch.setattr(Path, "is_file", renamed_away)
+    assert look(made).bytes_on_disk == size
+
+
+def test_refused_rows_are_counted_and_their_list_is_named(made: Path) -> None:
+    found = look(made)
+    assert (found.refused_rows, found.refused, found.refused_file) == (2, {"empty-answer": 2}, None)
+    (made / "refused.jsonl").write_text("{}\n")
+    assert look(made).refused_file == str(made / "refused.jsonl")
+    assert "2 refused (2 empty-answer)" in printed(show_inspection, found) and found.truncated == 1
+
+
+def test_characters_of_many_tokens_are_decoded_whole(tmp_path: Path, tokenizer_dir: Path) -> None:
+    text = ("谁是 李白？🙂 ", "唐代诗人😀👩‍🚀", "a 龘 mat")
+    view = inspect_pair(InspectConfig(by_hand(tmp_path / "cache", tokenizer_dir, [text]), pair=0))
+    for segments, answer in zip(view.segments, text[1:], strict=True):
+        assert [(part.text, part.counted, part.shared) for part in segments] == [
+            (text[0], False, True),
+            (answer, True, False),
+        ]
+    for part in text:
+        assert part.strip() in printed(show_pair, view)
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_what_one_acts_on_is_never_cut(made: Path, width: int) -> None:
+    found = look(made)
+    text = printed(show_inspection, found, width)
+    for line in every_line(found):
+        assert any(str(line.index) in row.split() and f"{line.margin:+.3f}" in row.split() for row in text.splitlines())
+
+
+def test_names_of_files_never_steer_the_terminal(made: Path) -> None:
+    writer = CacheWriter(made)
+    writer.log.sources[0].name = "data/\x1b[31m\udcff.jsonl"
+    writer.log.model = "\x1b[5mmodel"
+    writer.write_log()
+    cache = made.rename(made.with_name("\x1b[7mmade"))
+    (cache / "pairs" / "tokens" / "c" / "1" / "0").write_bytes(b"junk")
+    for width in (40, 100):
+        assert "\x1b" not in printed(show_inspection, look(cache), width).encode().decode()
+    assert "\x1b" not in printed(show_pair, inspect_pair(InspectConfig(cache, pair=0))).encode().decode()
+    problems = verify_cache(InspectConfig(cache))
+    for some in (problems, []):
+        assert "\x1b" not in printed(lambda console, lines: show_problems(console, str(cache), lines), some)
+    assert problems and all("block 1" in problem for problem in problems)

@@ -1,7 +1,9 @@
 """What is in a reference cache, as plain numbers: complete or not, damaged or not. No torch; one block in memory at a time."""
 
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +12,9 @@ from numpy.typing import NDArray
 from minicache.cache.reader import ReferenceCache
 from minicache.config import InspectConfig
 from minicache.data.tokenizers import ChatTokenizer
-from minicache.errors import CacheDamaged, CacheIncomplete
-from minicache.pairs import CHOSEN, PairTable
+from minicache.errors import CacheDamaged, CacheError, CacheIncomplete
+from minicache.pairs import CHOSEN, REJECTED, EncodedPair, PairTable
+from minicache.stages.intake import REFUSED_FILE
 
 BINS = 16
 SIDES = ("chosen", "rejected")
@@ -28,9 +31,14 @@ class Histogram:
 
 @dataclass(frozen=True)
 class PairLine:
-    """One pair of a list. lengths: tokens of prefix, chosen's rest, rejected's rest; logp_mean: nats a token."""
+    """One pair of a list.
 
-    index: int
+    index: what `--pair` calls it; None if a block before it has lost its ledger row, so that nobody can count to it.
+    source, line: the file it came from and the line there, from 1. lengths: tokens of prefix, chosen's rest, rejected's rest.
+    logp_mean: nats a token of chosen and rejected; margin: their difference. Both None if not scored.
+    """
+
+    index: int | None
     source: str
     line: int
     lengths: list[int]
@@ -43,11 +51,16 @@ class Inspection:
     """Everything `inspect-cache` shows; `--json` prints just this, by these names.
 
     identity: what the values depend on. log: model, dates, versions, sources (rows = kept + duplicates + refused).
-    complete: every block is there and scored. unfinished: block -> why not, as text.
+    complete: training may use it. problem: why not, where that is no matter of a single block; otherwise None.
+    blocks: all there are or should be; blocks_with_pairs, blocks_scored: those that read back sound.
+    unfinished: block -> what it lacks, as text. pairs, pairs_scored and all below: of the blocks that read back sound.
     tokens: stored, a shared prefix once. counted: tokens in the mean of [chosen, rejected].
-    lengths: min, median, mean, p95, max of whole sides, of the shared prefix and of counted tokens.
+    lengths: prefix, chosen, rejected, chosen_counted, rejected_counted -> min, median, mean, p95, max; {} without pairs.
+    length_histogram: tokens of whole sides. logp_histogram: mean logprobs, nats a token. None if there is nothing to count.
     reference_prefers_chosen: share of scored pairs in which the reference gives chosen the higher logprob, by mean and by sum.
     reference_margin: mean of (chosen - rejected) mean logprob, nats a token.
+    refused: rows by reason; refused_rows: all of them; refused_file: where they are listed, None if there is no list.
+    longest: by the longer side. highest_margin, lowest_margin: by mean logprob. lowest_logp: by the less likely side.
     """
 
     path: str
@@ -55,7 +68,9 @@ class Inspection:
     identity_digest: str
     log: dict[str, Any]
     complete: bool
+    problem: str | None
     blocks: int
+    blocks_with_pairs: int
     blocks_scored: int
     unfinished: dict[str, str]
     pairs: int
@@ -69,6 +84,8 @@ class Inspection:
     reference_prefers_chosen: dict[str, float] | None
     reference_margin: float | None
     refused: dict[str, int]
+    refused_rows: int
+    refused_file: str | None
     truncated: int
     longest: list[PairLine]
     highest_margin: list[PairLine]
@@ -98,6 +115,7 @@ class PairView:
 class _Columns:
     """A number or a few for each pair; what stays in memory of a cache of a million."""
 
+    index: NDArray[np.int64]  # (N,) position in the cache, -1 where it cannot be told
     lengths: NDArray[np.int32]  # (N, 3)
     counted: NDArray[np.int32]  # (N, 2)
     source: NDArray[np.int64]  # (N, 2)
@@ -119,31 +137,39 @@ def inspect_cache(config: InspectConfig) -> Inspection:
         CacheNotFound, CacheMismatch, CacheDamaged: only if the manifest or an array's metadata cannot be read.
     """
     cache = ReferenceCache(config.ref_cache)
-    columns, unfinished = _read_columns(cache)
-    log = asdict(cache.log)
+    columns, without_pairs, unscored = _read_columns(cache)
+    problem = _problem(cache, None if without_pairs else len(columns.lengths))
+    unfinished = dict(sorted({**without_pairs, **unscored}.items()))
     scored = columns.logp_mean[columns.scored]
-    margins = np.where(columns.scored, columns.logp_mean[:, 0] - columns.logp_mean[:, 1], np.nan)
+    margins = np.where(columns.scored, columns.logp_mean[:, CHOSEN] - columns.logp_mean[:, REJECTED], np.nan)
     sources = cache.log.sources
+    refused = sum((Counter(source.refused) for source in sources), Counter())
+    refused_file = cache.path / REFUSED_FILE
+    blocks = max(cache.blocks, cache.log.blocks)
     return Inspection(
         path=str(cache.path),
         identity=asdict(cache.identity),
         identity_digest=cache.identity.digest,
-        log=log,
-        complete=not unfinished and bool(sources) and all(source.complete for source in sources),
-        blocks=cache.blocks,
-        blocks_scored=cache.blocks - len(unfinished),
-        unfinished=unfinished,
+        log=asdict(cache.log),
+        complete=not unfinished and problem is None,
+        problem=problem,
+        blocks=blocks,
+        blocks_with_pairs=blocks - len(without_pairs),
+        blocks_scored=blocks - len(unfinished),
+        unfinished={str(block): why for block, why in unfinished.items()},
         pairs=len(columns.lengths),
         pairs_scored=len(scored),
         tokens=int(columns.lengths.sum()),
         counted=[int(total) for total in columns.counted.sum(0)],
-        bytes_on_disk=sum(file.stat().st_size for file in cache.path.rglob("*") if file.is_file()),
+        bytes_on_disk=_bytes_below(cache.path),
         lengths=_length_statistics(columns) if len(columns.lengths) else {},
         length_histogram=_histogram(columns.sides, integers=True),
         logp_histogram=_histogram(scored),
         reference_prefers_chosen=_preference(columns),
         reference_margin=float(np.nanmean(margins)) if len(scored) else None,
-        refused=dict(sum((Counter(source.refused) for source in sources), Counter())),
+        refused=dict(refused),
+        refused_rows=refused.total(),
+        refused_file=str(refused_file) if refused_file.is_file() else None,
         truncated=sum(source.truncated for source in sources),
         longest=_lines(cache, columns, np.argsort(-columns.sides.max(1, initial=0), kind="stable")[:5]),
         highest_margin=_lines(cache, columns, _extreme(-margins, 3)),
@@ -165,40 +191,69 @@ def inspect_pair(config: InspectConfig) -> PairView:
     pair, logp_mean = cache.pair(config.pair)
     table = PairTable.from_pairs([pair], cache.identity.token_dtype)
     scores = np.full((1, 2), np.nan, np.float32) if logp_mean is None else logp_mean[None]
-    columns = _Columns(table.lengths, table.token_counts, table.source, scores)
+    columns = _Columns(np.array([config.pair]), table.lengths, table.token_counts, table.source, scores)
     (line,) = _lines(cache, columns, np.array([0]))
-    segments = []
-    for side in (0, 1):
-        ids, mask = pair.side(side)
-        shared = np.arange(len(ids)) < pair.lengths[0]
-        starts = np.flatnonzero(np.r_[True, (mask[1:] != mask[:-1]) | (shared[1:] != shared[:-1])])
-        parts = zip(starts, [*starts[1:], len(ids)], strict=True)
-        segments.append([Segment(tokenizer.decode(ids[a:b]), bool(mask[a]), bool(shared[a])) for a, b in parts])
-    line = PairLine(**{**asdict(line), "index": config.pair})
+    segments = [_segments(tokenizer, pair, side) for side in (CHOSEN, REJECTED)]
     return PairView(line, table.token_counts[0].tolist(), segments)
 
 
-def _read_columns(cache: ReferenceCache) -> tuple[_Columns, dict[str, str]]:
-    lengths, counted, source, logps = [], [], [], []
-    unfinished: dict[str, str] = {}
+def _segments(tokenizer: ChatTokenizer, pair: EncodedPair, side: int) -> list[Segment]:
+    """One whole side in runs of tokens of one kind: a character of several tokens is decoded from all of them."""
+    ids, mask = pair.side(side)
+    shared = np.arange(len(ids)) < pair.lengths[0]
+    starts = np.flatnonzero(np.r_[True, (mask[1:] != mask[:-1]) | (shared[1:] != shared[:-1])])
+    parts = zip(starts, [*starts[1:], len(ids)], strict=True)
+    return [Segment(tokenizer.decode(ids[a:b]), bool(mask[a]), bool(shared[a])) for a, b in parts]
+
+
+def _read_columns(cache: ReferenceCache) -> tuple[_Columns, dict[int, str], dict[int, str]]:
+    """The sound blocks' columns; which blocks have no pairs and which of the others no scores, and why."""
+    none = np.zeros((0, 2), np.float32)
+    parts = [
+        (none[:, 0].astype(np.int64), np.zeros((0, 3), np.int32), none.astype(np.int32), none.astype(np.int64), none)
+    ]
+    without_pairs: dict[int, str] = {}
+    unscored: dict[int, str] = {}
+    first: int | None = 0  # position in the cache of the block's first pair, as `ReferenceCache.pair` counts
     for block in range(cache.blocks):
+        start, first = first, None  # behind a lost ledger row nobody can count on
         try:
+            size, _ = cache.block_size(block)
+            first = None if start is None else start + size
             table = cache.pairs(block)
         except (CacheIncomplete, CacheDamaged) as error:
-            unfinished[str(block)] = str(error)
+            without_pairs[block] = str(error)
             continue
-        lengths.append(table.lengths)
-        counted.append(table.token_counts)
-        source.append(table.source)
         try:
-            logps.append(cache.ref(block).logp_mean)
+            logp_mean = cache.ref(block).logp_mean
         except (CacheIncomplete, CacheDamaged) as error:
-            unfinished[str(block)] = str(error)
-            logps.append(np.full((len(table), 2), np.nan, np.float32))
-    if not lengths:
-        none = np.zeros((0, 2), np.int32)
-        return _Columns(np.zeros((0, 3), np.int32), none, none.astype(np.int64), none.astype(np.float32)), unfinished
-    return _Columns(*(np.concatenate(parts) for parts in (lengths, counted, source, logps))), unfinished
+            unscored[block] = str(error)
+            logp_mean = np.full((len(table), 2), np.nan, np.float32)
+        index = np.full(len(table), -1) if start is None else np.arange(start, start + len(table))
+        parts.append((index, table.lengths, table.token_counts, table.source, logp_mean))
+    for block in range(cache.blocks, cache.log.blocks):
+        without_pairs[block] = f"{cache.path}: block {block} was written, but the arrays end before it"
+    return _Columns(*(np.concatenate(part) for part in zip(*parts, strict=True))), without_pairs, unscored
+
+
+def _problem(cache: ReferenceCache, pairs: int | None) -> str | None:
+    """What keeps the cache as a whole from being complete. pairs: how many there are, None if blocks are known to lack."""
+    try:
+        cache.check_complete()
+    except CacheError as error:
+        return str(error)
+    if pairs is not None and pairs != cache.log.pairs:
+        return f"{cache.path}: the manifest counts {cache.log.pairs} pairs, the blocks hold {pairs}"
+    return None
+
+
+def _bytes_below(path: Path) -> int:
+    """Of all files; one that a running stage one renames or removes meanwhile is left out."""
+    total = 0
+    for file in path.rglob("*"):
+        with suppress(OSError):
+            total += file.stat().st_size if file.is_file() else 0
+    return total
 
 
 def _length_statistics(columns: _Columns) -> dict[str, dict[str, float]]:
@@ -253,6 +308,9 @@ def _lines(cache: ReferenceCache, columns: _Columns, indices: np.ndarray) -> lis
         file, line = columns.source[index].tolist()
         logps = columns.logp_mean[index].tolist() if columns.scored[index] else None
         name = names[file] if 0 <= file < len(names) else "?"
-        margin = logps[CHOSEN] - logps[1] if logps else None
-        lines.append(PairLine(index, name, line, columns.lengths[index].tolist(), logps, margin))
+        margin = logps[CHOSEN] - logps[REJECTED] if logps else None
+        position = int(columns.index[index])
+        lines.append(
+            PairLine(position if position >= 0 else None, name, line, columns.lengths[index].tolist(), logps, margin)
+        )
     return lines
