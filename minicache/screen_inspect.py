@@ -33,7 +33,7 @@ def show_inspection(console: Console, it: "Inspection") -> None:
     """The whole report, top to bottom: what it is, how complete, what was read, how it is distributed, what stands out."""
     narrow = console.width < NARROW
     console.print(Panel(_header(it), title=Text(visible(it.path)), title_align="left", border_style="cyan"))
-    console.print(_sources_list(sources) if narrow else sources_table(it.log["sources"]))
+    console.print(_sources_list(it.log["sources"]) if narrow else sources_table(it.log["sources"]))
     console.print(_figures(it))
     if it.lengths:
         console.print(_lengths(it.lengths))
@@ -168,7 +168,7 @@ def _sources_list(sources: Sequence[Mapping[str, Any]]) -> Text:
     """What was read of each file, as sentences: the table's six columns need more room than a narrow terminal has."""
     text = Text()
     for source in sources:
-        text.append(f"{source['name']}\n", style="bold")
+        text.append(visible(source["name"]) + "\n", style="bold")
         numbers = ", ".join(f"{source[key]:,} {key}" for key in ("rows", "kept", "duplicates", "truncated"))
         text.append(f"  {numbers}, {sum(source['refused'].values()):,} refused\n")
     return text

@@ -14,8 +14,8 @@ from minicache.cache.schema import ArraySpec, Identity, Log, Manifest, RefBlock,
 from minicache.errors import CacheDamaged, CacheError, CacheIncomplete, CacheNotFound
 from minicache.pairs import EncodedPair, PairTable
 
-# What zarr raises on a chunk whose bytes are wrong: checksum, decompression, size.
-UNREADABLE = (ValueError, RuntimeError, KeyError, TypeError, AttributeError)
+# What zarr raises on bytes that are not what was written: checksum, decompression, size, metadata; OSError is the disk itself.
+UNREADABLE = (ValueError, ArithmeticError, LookupError, RuntimeError, TypeError, AttributeError, OSError)
 
 
 class ReferenceCache:
@@ -33,11 +33,15 @@ class ReferenceCache:
             CacheNotFound, CacheMismatch (another format version), CacheDamaged.
         """
         self.path = path
-        if not path.is_dir():
+        try:
+            is_directory, is_cache = path.is_dir(), (path / "zarr.json").is_file()
+        except OSError as error:
+            raise CacheNotFound(f"{path}: cannot be looked into: {error.strerror}") from error
+        if not is_directory:
             raise CacheNotFound(
                 f"{path}: no such directory; `minidpo precompute-ref --ref-cache {path} …` makes a cache"
             )
-        if not (path / "zarr.json").is_file():
+        if not is_cache:
             raise CacheNotFound(
                 f"{path}: no reference cache (it has no zarr.json); name the directory precompute-ref wrote"
             )
@@ -45,11 +49,14 @@ class ReferenceCache:
         try:
             self.group = zarr.open_group(store, mode=self.mode, zarr_format=3, use_consolidated=False)  # type: ignore[arg-type]
             attributes = self.group.attrs.asdict()
-        except (*UNREADABLE, zarr.errors.GroupNotFoundError) as error:
+        except UNREADABLE as error:
             raise CacheDamaged(f"{path}/zarr.json: cannot be read as a zarr group: {error}") from error
         self.manifest = Manifest.from_attributes(attributes, str(path))
         self.specs = array_specs(self.identity)
-        self.arrays = {name: self._open_array(name, spec) for name, spec in self.specs.items()}
+        self.arrays: dict[str, zarr.Array] = {}
+        # The array that grows last is opened first: whatever another process adds meanwhile, the others have room for it.
+        for name in sorted(self.specs, key=lambda name: name != "ledger/pairs"):
+            self.arrays[name] = self._open_array(name, self.specs[name])
 
     @property
     def identity(self) -> Identity:
@@ -70,13 +77,16 @@ class ReferenceCache:
     def _open_array(self, name: str, spec: ArraySpec) -> zarr.Array:
         try:
             array = self.group[name]
-        except (*UNREADABLE, zarr.errors.NodeNotFoundError, zarr.errors.MetadataValidationError) as error:
+        except UNREADABLE as error:
             raise CacheDamaged(f"{self.path}/{name}: the array's zarr.json is missing or damaged: {error}") from error
-        assert isinstance(array, zarr.Array)
+        if not isinstance(array, zarr.Array):
+            raise CacheDamaged(f"{self.path}/{name}: expected an array, found a group")
         found = (array.shape[1:], str(array.dtype), array.chunks, str(array.fill_value))
         expected = (spec.shape, spec.dtype, spec.chunks, str(np.dtype(spec.dtype).type(spec.fill)))
         if found != expected:
             raise CacheDamaged(f"{self.path}/{name}: expected shape, dtype, chunks, fill {expected}, found {found}")
+        if self.arrays and array.shape[0] < self.blocks:
+            raise CacheDamaged(f"{self.path}/{name}: expected room for {self.blocks} blocks, found {array.shape[0]}")
         return array
 
     # --- one block ---
@@ -97,7 +107,7 @@ class ReferenceCache:
             self._read("pairs/source", block, pairs),
         )
         if not np.array_equal(pairs_row(self.identity, table), row):
-            raise CacheDamaged(f"{self.path}: pairs/*, block {block}: the data does not fit the ledger's digest")
+            raise self._unfitting("pairs/", block)
         return table
 
     def ref(self, block: int) -> RefBlock:
@@ -111,7 +121,7 @@ class ReferenceCache:
             self._read("ref/token_logps", block, tokens) if self.identity.per_token else None,
         )
         if not np.array_equal(ref_row(self.identity, scored, pairs), row):
-            raise CacheDamaged(f"{self.path}: ref/*, block {block}: the data does not fit the ledger's digest")
+            raise self._unfitting("ref/", block)
         return scored
 
     def _ledger_row(self, name: str, block: int) -> NDArray[np.int64]:
@@ -142,18 +152,24 @@ class ReferenceCache:
             f"{self.path}: {name}, block {block}: a chunk is damaged ({' '.join(str(error).split())[:120]})"
         )
 
+    def _unfitting(self, group: str, block: int) -> CacheDamaged:
+        names = ", ".join(name for name in self.specs if name.startswith(group))
+        return CacheDamaged(
+            f"{self.path}: one of {names}, block {block}: the data does not fit the ledger's digest (or a chunk is missing)"
+        )
+
     # --- all blocks ---
 
-    def unfinished(self, what: str) -> dict[int, CacheError]:
-        """Blocks whose `what` ('pairs' or 'ref') is missing or damaged, and why."""
-        assert what in ("pairs", "ref"), what
-        found: dict[int, CacheError] = {}
-        for block in range(self.blocks):
-            try:
-                getattr(self, what)(block)
-            except (CacheIncomplete, CacheDamaged) as error:
-                found[block] = error
-        return found
+    def unscored(self) -> list[int]:
+        """Blocks whose scores are missing or damaged."""
+        return [block for block in range(self.blocks) if not self._is_scored(block)]
+
+    def _is_scored(self, block: int) -> bool:
+        try:
+            self.ref(block)
+        except (CacheIncomplete, CacheDamaged):
+            return False
+        return True
 
     def check_complete(self) -> None:
         """Raises CacheIncomplete unless every source was read to its end and every block of it is there."""

@@ -66,11 +66,15 @@ class Identity:
 
 @dataclass
 class Source:
-    """A preference file that went into the cache. `refused` counts rows by reason; `rows` = kept + duplicates + refused."""
+    """A preference file that went into the cache. `refused` counts rows by reason; `rows` = kept + duplicates + refused.
+
+    format: as asked for. complete: read to its end; until then nothing of it is scored.
+    """
 
     name: str
     size: int
     sha256: str
+    format: str = "auto"
     rows: int = 0
     kept: int = 0
     duplicates: int = 0
@@ -123,8 +127,11 @@ class Manifest:
                 f"{where}: zarr.json was changed after it was written; its manifest does not fit its digest"
             )
         log = dict(stored["log"])
-        log["sources"] = [Source(**source) for source in log["sources"]]
-        return cls(Identity(**stored["identity"]), Log(**log))
+        try:
+            log["sources"] = [Source(**source) for source in log["sources"]]
+            return cls(Identity(**stored["identity"]), Log(**log))
+        except TypeError as error:
+            raise CacheMismatch(f"{where}: its manifest is of another version of this program: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -204,4 +211,4 @@ def _row(identity: Identity, pairs: int, tokens: int, counted: int, data: Iterab
 def digest_of(content: object) -> str:
     """blake2b-128 of the content's canonical JSON, as a hex string."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return blake2b(text.encode(), digest_size=16).hexdigest()
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()  # file names may hold any bytes

@@ -1,15 +1,16 @@
 """Creating a reference cache and writing blocks into it.
 
 Crash safety: the data of a block first, flushed to disk, its ledger row last. A block whose row is absent or does not fit
-its data is simply not done, so a kill at any instant costs at most the blocks in flight. Processes may write different blocks at
-the same time without locks; only one process creates, grows, and writes the log.
+its data is simply not done, so a kill at any instant costs at most the blocks in flight. The processes of a run may write different
+blocks at the same time without locks; only one of them creates, grows, and writes the log, and holds off other runs.
 """
 
 import errno
+import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -34,49 +35,62 @@ class CacheWriter(ReferenceCache):
         Raises:
             OutputError: something else lies at `path`, or it cannot be written.
         """
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and (not path.is_dir() or any(path.iterdir()) or path.samefile(Path.cwd())):
             raise OutputError(f"{path}: exists and is no reference cache; name another --ref-cache or remove it")
-        draft = path.with_name(f".{path.name}.creating")
-        with writing(path):
+        place = path.resolve()  # what a link leads to
+        draft = place.with_name(f".{place.name}.creating")
+        try:
+            with writing(path):
+                shutil.rmtree(draft, ignore_errors=True)
+                draft.parent.mkdir(parents=True, exist_ok=True)
+                group = zarr.create_group(zarr.storage.LocalStore(draft), attributes=manifest.to_attributes())
+                for name, spec in array_specs(manifest.identity).items():
+                    group.create_array(
+                        name,
+                        shape=(0, *spec.shape),
+                        dtype=spec.dtype,
+                        chunks=spec.chunks,
+                        fill_value=spec.fill,
+                        compressors=[*([ZstdCodec(level=3)] if spec.compress else []), Crc32cCodec()],
+                    )
+                write_tokenizer(draft / "tokenizer")
+                _flush_to_disk(draft.rglob("*"))
+                draft.replace(place)
+        finally:
             shutil.rmtree(draft, ignore_errors=True)
-            draft.parent.mkdir(parents=True, exist_ok=True)
-            group = zarr.create_group(zarr.storage.LocalStore(draft), attributes=manifest.to_attributes())
-            for name, spec in array_specs(manifest.identity).items():
-                group.create_array(
-                    name,
-                    shape=(0, *spec.shape),
-                    dtype=spec.dtype,
-                    chunks=spec.chunks,
-                    fill_value=spec.fill,
-                    compressors=[*([ZstdCodec(level=3)] if spec.compress else []), Crc32cCodec()],
-                )
-            write_tokenizer(draft / "tokenizer")
-            draft.replace(path)
         return cls(path)
 
     def remove_leftovers(self) -> None:
         """Delete what writers that were killed left half-written. Only while no other process writes."""
-        for leftover in self.path.rglob("*.partial"):
-            leftover.unlink(missing_ok=True)
+        with writing(self.path):
+            for leftover in self.path.rglob("*.partial"):
+                leftover.unlink(missing_ok=True)
 
     def grow(self, blocks: int) -> None:
-        """Make room for `blocks` blocks. The ledger grows last: what it has room for, every array has."""
-        with writing(self.path):
-            for name in sorted(self.arrays, key=lambda name: name.startswith("ledger/")):
-                array = self.arrays[name]
-                if array.shape[0] < blocks:
-                    array.resize((blocks, *array.shape[1:]))
+        """Make room for `blocks` blocks. The ledger of pairs grows last: what it has room for, every array has."""
+        self._resize([name for name, array in self._others() if array.shape[0] < blocks], blocks)
+        if self.blocks < blocks:
+            self._resize(["ledger/pairs"], blocks)
 
     def shrink(self, blocks: int) -> None:
-        """Take back blocks from the end: what a call that failed had added."""
+        """Take back blocks from the end: what a call that failed had added. The ledger of pairs shrinks first."""
+        if self.blocks > blocks:
+            self._resize(["ledger/pairs"], blocks)
+        self._resize([name for name, array in self._others() if array.shape[0] > blocks], blocks)
+
+    def _others(self) -> list[tuple[str, zarr.Array]]:
+        return [(name, array) for name, array in self.arrays.items() if name != "ledger/pairs"]
+
+    def _resize(self, names: list[str], blocks: int) -> None:
         with writing(self.path):
-            for name in sorted(self.arrays, key=lambda name: not name.startswith("ledger/")):
-                array = self.arrays[name]
-                array.resize((min(blocks, array.shape[0]), *array.shape[1:]))
+            for name in names:
+                self.arrays[name].resize((blocks, *self.arrays[name].shape[1:]))
+            _flush_to_disk([self.path / name / "zarr.json" for name in names])
 
     def write_log(self) -> None:
         with writing(self.path):
             self.group.attrs.put(self.manifest.to_attributes())
+            _flush_to_disk(_with_folders([self.path / "zarr.json"]))
 
     def write_pairs(self, block: int, table: PairTable) -> None:
         self._commit(
@@ -105,9 +119,9 @@ class CacheWriter(ReferenceCache):
     def _commit(self, ledger: str, block: int, row: np.ndarray, columns: dict[str, np.ndarray]) -> None:
         with writing(self.path):
             written = [file for name, values in columns.items() for file in self._write(name, block, values)]
-            _flush_to_disk(written)
+            _flush_to_disk(_with_folders(written))
             self.arrays[ledger][block] = row
-            _flush_to_disk([self._chunk_file(ledger, block, 0)])
+            _flush_to_disk(_with_folders([self._chunk_file(ledger, block, 0)]))
 
     def _write(self, name: str, block: int, values: np.ndarray) -> list[Path]:
         """Write whole chunks, padded with the fill value, so that nothing is read and no other block is touched."""
@@ -116,12 +130,35 @@ class CacheWriter(ReferenceCache):
         padded = np.full((chunks * spec.chunk, *spec.shape[1:]), spec.fill, spec.dtype)
         padded[: len(values)] = values
         self.arrays[name][block, : len(padded)] = padded
-        return [self._chunk_file(name, block, chunk) for chunk in range(chunks)]
+        files = [self._chunk_file(name, block, chunk) for chunk in range(chunks)]
+        return [file for file in files if file.exists()]  # a chunk of nothing but NaN is not stored
 
     def _chunk_file(self, name: str, block: int, chunk: int) -> Path:
         array = self.arrays[name]
         rest = (0,) * (array.ndim - 2)
         return self.path / name / array.metadata.encode_chunk_key((block, chunk, *rest))
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[None]:
+    """Hold off other runs from the cache at `path`; for one process of a run. It ends with the process, however that ends.
+
+    Raises:
+        OutputError: another run writes into this cache.
+    """
+    with writing(path):
+        directory = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # there are file systems without locks
+            try:
+                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OutputError(
+                    f"{path}: another precompute-ref is writing into this cache; wait for its end"
+                ) from None
+        yield
+    finally:
+        os.close(directory)
 
 
 @contextmanager
@@ -135,9 +172,13 @@ def writing(path: Path) -> Iterator[None]:
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
-def _flush_to_disk(files: list[Path]) -> None:
-    """zarr renames chunks into place but never flushes them; after a power loss a renamed file may be empty."""
-    for place in [*files, *{file.parent for file in files}]:
+def _with_folders(files: list[Path]) -> list[Path]:
+    return [*files, *{file.parent for file in files}]
+
+
+def _flush_to_disk(places: Iterable[Path]) -> None:
+    """zarr renames files into place but never flushes them; after a power loss a renamed file may be empty, or not there."""
+    for place in places:
         descriptor = os.open(place, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -43,7 +43,7 @@ def balance(costs: Indices, shares: int) -> list[Indices]:
 
 def training_steps(pairs: int, batch_size: int, epochs: float, max_steps: int | None) -> int:
     """Optimizer steps of a run: `max_steps` if given, else `epochs`, a fraction of one rounded up to a whole step."""
-    return max_steps or int(np.ceil(-(-pairs // batch_size) * epochs - 1e-9))
+    return max_steps or max(1, int(np.ceil(-(-pairs // batch_size) * epochs - 1e-9)))
 
 
 def global_batches(pairs: int, batch_size: int, seed: int, first_step: int = 0) -> Iterator[Indices]:

@@ -45,14 +45,14 @@ class Encoder:
         rows = iter(rows)
         while chunk := list(islice(rows, CHUNK)):
             rendered = [row if isinstance(row, RowRefused) else _try(row, self._render, row) for row in chunk]
-            texts = [text for item in rendered if not isinstance(item, RowRefused) for text, _ in item]
+            texts = [text for item in rendered if not isinstance(item, RowRefused) for text, _, _ in item]
             encoded = iter(self.tokenizer.encode(texts))
             for row, item in zip(chunk, rendered, strict=True):
                 if isinstance(item, RowRefused):
                     yield item
                     continue
                 assert isinstance(row, Pair)
-                sides = [(*next(encoded), spans) for _, spans in item]
+                sides = [(*next(encoded), spans, begin) for _, spans, begin in item]
                 yield _try(row, self._assemble, sides, (file, row.line))
 
     def encode(self, pair: Pair, file: int = 0) -> tuple[EncodedPair, bool]:
@@ -66,24 +66,26 @@ class Encoder:
             raise result
         return result
 
-    def _render(self, pair: Pair) -> list[tuple[str, list[Span]]]:
-        """Of each side: its text and the spans of characters that count."""
+    def _render(self, pair: Pair) -> list[tuple[str, list[Span], int]]:
+        """Of each side: its text, the spans of characters that count, and where its own answer begins."""
         sides = []
         for answer in (pair.chosen, pair.rejected):
-            text = self.tokenizer.render(pair.prompt + answer)
+            text, earlier = self.tokenizer.render(pair.prompt + answer), 0
             if self.loss_on == "assistant":
                 spans = self._assistant_spans(text, pair.prompt + answer)
+                earlier = sum(turn.role == "assistant" for turn in pair.prompt)
             else:
                 spans = [(self._boundary(text, pair.prompt), len(text))]
-            sides.append((text, spans))
+            sides.append((text, spans, spans[earlier][0]))
         return sides
 
     def _boundary(self, text: str, prompt: tuple[Turn, ...]) -> int:
         """Where the answer begins: as far as the whole text agrees with the prompt opened for an answer."""
-        if not prompt:
-            return 0
         opened = self.tokenizer.render(prompt, open_answer=True)
         boundary = _shared_length(text, opened)
+        if boundary < len(opened):  # an answer "<b>…" agrees with a "<think>" that only a generation prompt has
+            other = self.tokenizer.render((*prompt, Turn("assistant", "\x02answer\x02")))
+            boundary = min(boundary, _shared_length(other, opened))
         if boundary < len(opened) and boundary < len(self.tokenizer.render(prompt)):
             raise RowRefused("template", "the chat template writes the prompt's turns otherwise once an answer follows")
         return boundary
@@ -92,38 +94,37 @@ class Encoder:
         """What the assistant says, found turn by turn, so that a header typed by a user is never taken for one.
 
         A turn's span begins right after the header that opens it (before a think block that the template adds) and ends
-        after what closes it.
+        after what closes it. Whitespace around a content is the template's to keep or to trim.
         """
-        opening, closing = self._frame
+        header, think, closing = self._frame
         spans, position = [], 0
         for turn in turns:
             content = turn.content.strip()
-            begin = text.find(content, position)
-            if turn.role == "assistant":
-                header = text.rfind(opening, max(position - len(opening), 0), max(begin, 0))
-                end = begin + len(content)
-                if begin < 0 or header < 0 or not text.startswith(closing, end):
-                    raise RowRefused("template", "the chat template rewrites an assistant turn; try --loss-on response")
-                position = end + len(closing)
-                spans.append((header + len(opening), position))
-            elif begin >= 0:
-                position = begin + len(content)
+            if turn.role != "assistant":
+                begin = text.find(content, position)
+                position = begin + len(content) if begin >= 0 else position
+                continue
+            start = text.find(header, position)
+            begin = start + len(header)
+            position = -1 if start < 0 else _end_of(content, text, begin, think, closing)
+            if position < 0:
+                raise RowRefused("template", "the chat template rewrites an assistant turn; try --loss-on response")
+            spans.append((begin, position + len(closing)))
         return spans
 
     @cached_property
-    def _frame(self) -> tuple[str, str]:
-        """What the template writes between a user's turn and the answer, and after the answer."""
+    def _frame(self) -> tuple[str, str, str]:
+        """What the template writes before an answer: its header, and a think block if any; and after it."""
         user, assistant = Turn("user", "\x01question\x01"), Turn("assistant", "\x02answer\x02")
-        opened = self.tokenizer.render((user,), open_answer=True)
-        whole = self.tokenizer.render((user, assistant))
-        opening = opened.split(user.content)[-1].split("<think>")[0]
-        return opening, whole.split(assistant.content)[-1]
+        before, _, closing = self.tokenizer.render((user, assistant)).rpartition(assistant.content)
+        header, tag, rest = before.rpartition(user.content)[2].partition("<think>")
+        return header.removeprefix(closing), tag + rest, closing
 
     def _assemble(
-        self, sides: list[tuple[Ints, Ints, list[Span]]], source: tuple[int, int]
+        self, sides: list[tuple[Ints, Ints, list[Span], int]], source: tuple[int, int]
     ) -> tuple[EncodedPair, bool]:
-        ids = [tokens for tokens, _, _ in sides]
-        masks = [_mask(offsets, spans) for _, offsets, spans in sides]
+        ids = [tokens for tokens, _, _, _ in sides]
+        masks = [_mask(offsets, spans) for _, offsets, spans, _ in sides]
         for name, mask in zip(("chosen", "rejected"), masks, strict=True):
             if not mask.any():
                 raise RowRefused("empty-answer", f"{name} has no token that counts")
@@ -133,7 +134,8 @@ class Encoder:
             if self.truncate == "refuse":
                 raise RowRefused("too-long", f"{longest} tokens; --max-length is {self.max_length}")
             if self.truncate == "left":
-                cut = min(longest - self.max_length, *(int(mask.argmax()) for mask in masks))
+                prompts = [int((offsets[:, 1] > begin).argmax()) for _, offsets, _, begin in sides]  # tokens of them
+                cut = min(longest - self.max_length, *prompts)
         window = slice(cut, cut + self.max_length)
         ids, masks = [tokens[window] for tokens in ids], [mask[window] for mask in masks]
         for name, mask in zip(("chosen", "rejected"), masks, strict=True):
@@ -162,6 +164,17 @@ def _shared_length(left: str, right: str) -> int:
     """Characters that two strings begin with alike."""
     pairs = zip(left, right, strict=False)
     return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))
+
+
+def _end_of(content: str, text: str, begin: int, think: str, closing: str) -> int:
+    """Where the closing stands in `text` that ends what is said from `begin`, if that is just `content`; else -1."""
+    for origin in (begin + len(think), begin):
+        at = text.find(content, origin)
+        end = text.find(closing, at + len(content))
+        alone = text[begin:at].strip() in ("", think.strip()) and not text[at + len(content) : end].strip()
+        if at >= 0 and end >= 0 and alone:
+            return end
+    return -1
 
 
 def _mask(offsets: Ints, spans: list[Span]) -> np.ndarray:

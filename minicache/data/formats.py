@@ -46,12 +46,15 @@ def from_messages(row: Row) -> Conversations:
     sides = [_turns(row[side], side) for side in ("chosen", "rejected")]
     if not all(sides):
         raise RowRefused("empty-answer", "a side has no turns")
-    if any(side[0].role != "assistant" for side in sides):  # the sides carry the prompt themselves
+    whole = any(side[0].role != "assistant" for side in sides)  # the sides carry the prompt themselves
+    if row.get("prompt") is None or (whole and not isinstance(row["prompt"], list)):
         return sides[0], sides[1]
-    if "prompt" not in row:
-        raise RowRefused("missing-field", "the sides begin with an answer, and there is no 'prompt'")
     prompt = _prompt(row["prompt"], "prompt")
-    return prompt + sides[0], prompt + sides[1]
+    if not whole:
+        return prompt + sides[0], prompt + sides[1]
+    if any(side[: len(prompt)] != prompt for side in sides):
+        raise RowRefused("prompts-differ", "the sides carry a prompt themselves, and it does not begin with 'prompt'")
+    return sides[0], sides[1]
 
 
 def from_prompt(row: Row) -> Conversations:
@@ -67,8 +70,8 @@ def from_stack_exchange(row: Row) -> Conversations:
 def from_sharegpt(row: Row) -> Conversations:
     """`conversations` of {from, value}; `chosen` and `rejected` one such turn or a list of them (LLaMA-Factory)."""
     prompt = _turns(row["conversations"], "conversations")
-    if isinstance(row.get("system"), str) and row["system"]:
-        prompt = [Turn("system", row["system"]), *prompt]
+    if row.get("system"):
+        prompt = [Turn("system", _text(row["system"], "system")), *prompt]
     sides = [row[side] if isinstance(row[side], list) else [row[side]] for side in ("chosen", "rejected")]
     return prompt + _turns(sides[0], "chosen"), prompt + _turns(sides[1], "rejected")
 
@@ -150,7 +153,7 @@ def _turn(item: object, field: str) -> Turn:
             raise RowRefused("missing-field", f"a turn of {field!r} has no {key!r}; it has {_listed(item)}")
     role = ROLE_NAMES.get(_text(item[role_key], role_key).lower())
     if role is None:
-        raise RowRefused("unknown-role", f"role {item[role_key]!r} in {field!r}; known: {', '.join(ROLE_NAMES)}")
+        raise RowRefused("unknown-role", f"role {item[role_key][:40]!r} in {field!r}; known: {', '.join(ROLE_NAMES)}")
     return Turn(role, _text(item[text_key], text_key))
 
 
@@ -198,15 +201,14 @@ def read_rows(path: str) -> Iterator[tuple[int, object]]:
     Raises:
         DataError: the file does not exist, is empty, or cannot be read.
     """
-    file = Path(path)
-    if not file.exists():
-        raise DataError(f"{path}: no such file")
-    if file.is_dir():
-        raise DataError(f"{path}: is a directory; give the files in it, for example {path.rstrip('/')}/*.jsonl")
-    if file.stat().st_size == 0:
-        raise DataError(f"{path}: the file is empty; expected one preference pair a line")
-    rows = 0
+    file, rows = Path(path), 0
     try:
+        if not file.exists():
+            raise DataError(f"{path}: no such file")
+        if file.is_dir():
+            raise DataError(f"{path}: is a directory; give the files in it, for example {path.rstrip('/')}/*.jsonl")
+        if file.stat().st_size == 0:
+            raise DataError(f"{path}: the file is empty; expected one preference pair a line")
         for item in _parquet_rows(file) if _is_parquet(file) else _json_rows(file):
             rows += 1
             yield item
@@ -221,7 +223,7 @@ def _is_parquet(file: Path) -> bool:
         return stream.read(4) == b"PAR1"
 
 
-def _open_text(file: Path) -> io.TextIOBase:
+def _open_text(file: Path) -> io.TextIOWrapper:
     with file.open("rb") as stream:
         magic = stream.read(4)
     if magic[:2] == b"\x1f\x8b":
@@ -233,13 +235,18 @@ def _open_text(file: Path) -> io.TextIOBase:
 
 def _json_rows(file: Path) -> Iterator[tuple[int, object]]:
     with _open_text(file) as stream:
+        if b"\0" in stream.buffer.peek(1024)[:1024]:  # type: ignore[attr-defined]  # all three kinds can peek
+            raise DataError(f"{file}: is no UTF-8 text; expected jsonl, a JSON array or parquet, plain, gzip or zstd")
         lines = enumerate(stream, start=1)
         for number, line in lines:
             if not line.strip():
                 continue
             if line.lstrip().startswith("["):  # a JSON array: an object a line never begins so
-                yield from enumerate(_json_array(line + stream.read(), file), start=1)
+                text = "\n" * (number - 1) + line + stream.read()
+                yield from enumerate(_json_array(text, file), start=1)
                 return
+            if line.strip() == "{":
+                raise DataError(f"{file}: an object is spread over lines; expected one object a line, or a JSON array")
             yield number, _json_line(line)
             break
         for number, line in lines:
@@ -273,8 +280,20 @@ def _parquet_rows(file: Path) -> Iterator[tuple[int, object]]:
     number = 0
     try:
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
+            for row in _arrow_rows(batch):
                 number += 1
                 yield number, row
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{file}: cannot be read as parquet: {error}") from None
+    except (pyarrow.ArrowException, ValueError) as error:
+        line = " ".join(str(error).split())
+        raise DataError(f"{file}: cannot be read as parquet after {number} rows: {line}") from None
+
+
+def _arrow_rows(batch: Any) -> list[object]:
+    """The rows of a record batch; in the place of one that is not UTF-8, its refusal, found by halving."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        if len(batch) == 1:
+            return [RowRefused("bad-unicode", "the row holds text that is not UTF-8")]
+        half = len(batch) // 2
+        return _arrow_rows(batch.slice(0, half)) + _arrow_rows(batch.slice(half))

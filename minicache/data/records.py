@@ -34,7 +34,7 @@ class Pair:
         """Split two whole conversations at the first turn in which they differ.
 
         Raises:
-            RowRefused: nothing differs, a side has no answer, or the sides differ before an answer begins.
+            RowRefused: nothing differs, there is no prompt, a side has no answer, or the sides differ before an answer begins.
         """
         if not chosen or not rejected:
             raise RowRefused("empty-answer", f"{'chosen' if not chosen else 'rejected'} has no turns")
@@ -43,6 +43,8 @@ class Pair:
         shared = 0
         while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
             shared += 1
+        if not shared and chosen[0].role == rejected[0].role == "assistant":
+            raise RowRefused("missing-field", "there is no prompt: nothing precedes the answers")
         for name, turns in (("chosen", chosen[shared:]), ("rejected", rejected[shared:])):
             if not turns or not any(turn.content.strip() for turn in turns if turn.role == "assistant"):
                 raise RowRefused("empty-answer", f"{name} has no answer of its own")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -46,7 +47,7 @@ class ChatTokenizer:
         """Read a directory of tokenizer files.
 
         Raises:
-            ModelError: there is no readable tokenizer.json.
+            ModelError: there is no readable tokenizer.json, or what lies beside it makes no sense.
         """
         file = directory / "tokenizer.json"
         try:
@@ -71,15 +72,26 @@ class ChatTokenizer:
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         template = self._compiled
         try:
-            return template.render(messages=messages, add_generation_prompt=open_answer, **self.special)
+            return template.render(
+                messages=messages, tools=None, documents=None, add_generation_prompt=open_answer, **self.special
+            )
         except Exception as error:  # a template is a program: on an odd row it may raise anything
-            raise RowRefused("template", f"the chat template refuses it: {error}") from error
+            line = " ".join(str(error).split())[:300] or type(error).__name__
+            raise RowRefused("template", f"the chat template refuses it: {line}") from error
 
     def encode(self, texts: list[str]) -> list[tuple[Ints, Ints]]:
-        """Of each text: ids (n,) int32 and the characters each token spans, (n, 2) begin and end."""
+        """Of each text: ids (n,) int32 and the characters each token spans, (n, 2) begin and end.
+
+        Raises:
+            ModelError: the tokenizer has no token for some text, not even one for the unknown.
+        """
+        try:
+            encodings = self.backend.encode_batch(texts, add_special_tokens=False)
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise ModelError(f"the tokenizer cannot encode the data: {error}") from error
         return [
             (np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int64).reshape(-1, 2))
-            for encoding in self.backend.encode_batch(texts, add_special_tokens=False)
+            for encoding in encodings
         ]
 
     def decode(self, ids: Ints) -> str:
@@ -103,23 +115,33 @@ class ChatTokenizer:
 
 def _template(directory: Path, config: dict) -> str:
     file = directory / "chat_template.jinja"
-    if file.exists():
-        return file.read_text(encoding="utf-8")
+    try:
+        if file.exists():
+            return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file}: cannot be read: {error}") from error
     template = config.get("chat_template") or ""
     if isinstance(template, list):  # several named templates
-        template = next((item["template"] for item in template if item.get("name") == "default"), "")
+        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+        template = named.get("default")
+    elsewhere = not template and (directory / "additional_chat_templates").is_dir()  # named ones too, in files
+    if elsewhere or not isinstance(template, str):
+        raise ModelError(f"{directory}: expected one chat template, or one named 'default'; add --chat-template FILE")
     return template
 
 
 def _read_json(file: Path) -> dict:
     try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    except ValueError as error:
-        raise ModelError(f"{file}: not JSON: {error}") from error
+        content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file}: cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{file}: expected a JSON object, got a {type(content).__name__}")
+    return content
 
 
-def _token_text(value: str | dict) -> str:
-    return value["content"] if isinstance(value, dict) else str(value)
+def _token_text(value: object) -> str:
+    return str(value.get("content", "")) if isinstance(value, dict) else str(value)
 
 
 def _digest(content: dict) -> str:
@@ -128,8 +150,8 @@ def _digest(content: dict) -> str:
     return blake2b(json.dumps(used, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _to_json(value: object, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _to_json(value: object, ensure_ascii: bool = False, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 def _raise_exception(message: str) -> None:

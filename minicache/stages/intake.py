@@ -1,23 +1,38 @@
-"""The first half of stage one: rows of preference files -> blocks of encoded pairs in the cache."""
+"""The first half of stage one: rows of preference files -> blocks of encoded pairs in the cache.
+
+A block never holds pairs of two files, and files are taken in the order of their numbers. So which pair lies where depends on the
+files alone: not on how many calls brought them in, how often one was killed, or what was damaged and made anew.
+"""
 
 import copy
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from minicache.cache.schema import Source
+import numpy as np
+
+from minicache.cache.schema import Log, Source
 from minicache.cache.writer import CacheWriter, writing
 from minicache.data.encode import Encoder
 from minicache.data.formats import read_rows, to_pair
 from minicache.data.records import Pair
-from minicache.errors import CacheDamaged, DataError, MinicacheError, ModelError, RowRefused
+from minicache.errors import (
+    CacheDamaged,
+    CacheIncomplete,
+    CacheMismatch,
+    DataError,
+    MinicacheError,
+    ModelError,
+    OutputError,
+    RowRefused,
+)
 from minicache.pairs import EncodedPair, PairTable
 from minicache.trackers import Tracker
 
 REFUSED_FILE = "refused.jsonl"
-Refusal = dict[str, str | int]  # file, line, reason, message
+Refusal = dict[str, str | int]  # source (number of the file in the log), file, line, reason, message
 
 
 def take_in(
@@ -25,53 +40,134 @@ def take_in(
 ) -> None:
     """Encode what the cache does not hold yet and write it into free blocks, in the order of files and lines.
 
-    A file that the log knows as complete is not read again, unless a block of pairs is missing or damaged: then the pairs of that
-    block are encoded anew. A call that was killed goes on: pairs that are stored already are recognised by digest and source.
+    A file that the log knows as complete is not read again, unless it may hold the pairs of a damaged block. A call that was killed
+    goes on when repeated: pairs that are stored already are recognised by digest and source. If its files are not all given
+    again, what it had taken in is dropped; nothing of it was scored.
 
     Raises:
-        DataError: a file cannot be read, no row became a pair, or (with `fail`) one row was refused. The cache is then as before.
+        DataError: a file cannot be read, no row became a pair, or (with `fail`) one row was refused.
+        ModelError: the tokenizer gives ids that the model does not know.
+        CacheMismatch: a file was read in another format before.
         CacheDamaged: a block is damaged and its pairs are not in these files.
+            After any of these the cache is as before.
+        OutputError: the disk is full. What is written stays, and the same call goes on.
     """
-    holes = sorted(cache.unfinished("pairs"))
+    given = {_sha256(file): file for file in files}
+    _require_format(cache, given, format)
+    _drop_abandoned(cache, given, tracker)
     before, blocks_before = copy.deepcopy(cache.log), cache.blocks
-    numbers = {_register(cache.log.sources, file): file for file in files}
-    _check_given(cache, before.sources, numbers, holes)
-    todo = {number: file for number, file in numbers.items() if holes or not cache.log.sources[number].complete}
+    numbers = {_register(cache.log.sources, sha256, file, format): file for sha256, file in given.items()}
+    stored = _Stored.read(cache)
+    needed = _sources_of_holes(cache, before, stored, set(numbers))
+    todo = {
+        number: numbers[number]
+        for number in sorted(numbers)
+        if number in needed or not cache.log.sources[number].complete
+    }
     if not todo:
         return
     tracker.begin("encoding", None)
     cache.write_log()  # from now on a kill leaves a source that is known to be unfinished
-    intake = _Intake(cache, holes, fail)
+    intake = _Intake(cache, stored.holes, fail, stored.places())
     try:
         for number, file in todo.items():
             intake.read(number, file, encoder, format, tracker)
-        intake.finish(set(todo.values()))
+        intake.finish(set(todo))
+    except OutputError:
+        raise
     except MinicacheError:
-        cache.manifest.log.__dict__.update(before.__dict__)
+        cache.manifest = replace(cache.manifest, log=before)
         cache.shrink(blocks_before)
         cache.write_log()
         raise
 
 
-def _check_given(cache: CacheWriter, sources: list[Source], given: dict[int, str], holes: list[int]) -> None:
-    """A hole can only be filled from the files that were read when it was; so can a file that was not read to its end."""
-    needed = [
-        source.name for number, source in enumerate(sources) if number not in given and (holes or not source.complete)
-    ]
-    if needed:
-        what = f"pairs of block {holes[0]} are missing or damaged" if holes else "a file was not read to its end"
-        raise CacheDamaged(f"{cache.path}: {what}; to go on, add to --data: {', '.join(needed)}")
-
-
-def _register(sources: list[Source], file: str) -> int:
-    """The number of this file's content in the log; a new one gets the next number."""
+def _sha256(file: str) -> str:
     with Path(file).open("rb") as stream:
-        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _require_format(cache: CacheWriter, given: dict[str, str], format: str) -> None:
+    for source in cache.log.sources:
+        if source.sha256 in given and source.format != format:
+            raise CacheMismatch(
+                f"{cache.path}: {given[source.sha256]} was read with --format {source.format}, asked for {format}. "
+                "Ask for the same, or name another --ref-cache"
+            )
+
+
+def _drop_abandoned(cache: CacheWriter, given: dict[str, str], tracker: Tracker) -> None:
+    """Take back what an interrupted call has taken in, unless all its files are given again."""
+    unread = [source for source in cache.log.sources if not source.complete]
+    if missing := [source.name for source in unread if source.sha256 not in given]:
+        tracker.note(
+            f"reading {', '.join(missing)} was interrupted, and is not asked for now: what came of that call is dropped"
+        )
+        cache.shrink(cache.log.blocks)
+        cache.log.sources = [source for source in cache.log.sources if source.complete]
+        cache.write_log()
+
+
+def _register(sources: list[Source], sha256: str, file: str, format: str) -> int:
+    """The number of this file's content in the log; a new one gets the next number."""
     for number, source in enumerate(sources):
         if source.sha256 == sha256:
             return number
-    sources.append(Source(file, Path(file).stat().st_size, sha256))
+    sources.append(Source(file, Path(file).stat().st_size, sha256, format))
     return len(sources) - 1
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """What the blocks of pairs hold. blocks: of each sound one, digest (n, 2) and source (n, 2); holes: the others."""
+
+    blocks: dict[int, tuple[np.ndarray, np.ndarray]]
+    holes: list[int]
+
+    @classmethod
+    def read(cls, cache: CacheWriter) -> "_Stored":
+        stored = cls({}, [])
+        for block in range(cache.blocks):
+            try:
+                table = cache.pairs(block)
+            except (CacheIncomplete, CacheDamaged):
+                stored.holes.append(block)
+            else:
+                stored.blocks[block] = table.digest, table.source
+        return stored
+
+    def file(self, block: int) -> int:
+        return int(self.blocks[block][1][0, 0])
+
+    def places(self) -> dict[bytes, tuple[int, int]]:
+        """Digest of a pair -> file and line it came from."""
+        places = {}
+        for digest, source in self.blocks.values():
+            keys = digest.astype("<u8").tobytes()
+            for index, (file, line) in enumerate(source.tolist()):
+                places[keys[16 * index : 16 * index + 16]] = file, line
+        return places
+
+
+def _sources_of_holes(cache: CacheWriter, before: Log, stored: _Stored, given: set[int]) -> set[int]:
+    """Files that may hold a hole's pairs: from that of the sound block before it to that of the one after.
+
+    Raises:
+        CacheDamaged: not all of them are given.
+    """
+    needed: set[int] = set()
+    for hole in stored.holes:
+        if hole >= before.blocks:  # of a call that was interrupted, and whose files are all given
+            continue
+        first = max((stored.file(block) for block in stored.blocks if block < hole), default=0)
+        last = min((stored.file(block) for block in stored.blocks if block > hole), default=len(before.sources) - 1)
+        needed |= {number for number in range(first, last + 1) if before.sources[number].kept}
+    if absent := sorted(needed - given):
+        names = ", ".join(before.sources[number].name for number in absent)
+        raise CacheDamaged(
+            f"{cache.path}: pairs of block {stored.holes[0]} are missing or damaged; to go on, add to --data: {names}"
+        )
+    return needed
 
 
 @dataclass
@@ -79,16 +175,9 @@ class _Intake:
     cache: CacheWriter
     holes: list[int]
     fail: bool
+    places: dict[bytes, tuple[int, int]]  # digest -> file and line of every stored or pending pair
     pending: list[EncodedPair] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
-    seen: dict[bytes, tuple[int, int]] = field(default_factory=dict)  # digest -> where the stored pair came from
-
-    def __post_init__(self) -> None:
-        for block in sorted(set(range(self.cache.blocks)) - set(self.holes)):
-            table = self.cache.pairs(block)
-            digests = table.digest.astype("<u8").tobytes()
-            for index, (file, line) in enumerate(table.source.tolist()):
-                self.seen[digests[16 * index : 16 * index + 16]] = (file, line)
 
     def read(self, number: int, file: str, encoder: Encoder, format: str, tracker: Tracker) -> None:
         """Take in one file, from its beginning."""
@@ -99,35 +188,41 @@ class _Intake:
             source.rows += 1
             tracker.advance(1, 0)
             if isinstance(item, RowRefused):
-                self._refuse(source, file, item)
+                self._refuse(number, file, item)
                 continue
             pair, truncated = item
-            known = self.seen.get(pair.digest)
-            if known not in (None, pair.source):
+            digest = pair.digest
+            place = self.places.get(digest)
+            if place not in (None, pair.source):
                 source.duplicates += 1
                 continue
             source.kept += 1
             source.truncated += truncated
-            if known is None:
-                self.seen[pair.digest] = pair.source
+            if place is None:
+                self.places[digest] = pair.source
                 self.pending.append(pair)
                 if len(self.pending) == self.cache.identity.block_pairs:
                     self._write_block()
-        source.complete = True
-
-    def finish(self, files: set[str]) -> None:
-        """Write what is left, check that no hole remains, and close the log."""
         if self.pending:
             self._write_block()
-        if self.holes:
-            raise CacheDamaged(
-                f"{self.cache.path}: pairs of block {self.holes[0]} are damaged and no longer in the files they came from; "
-                "precompute into another --ref-cache"
+        source.complete = True
+
+    def finish(self, numbers: set[int]) -> None:
+        """Check that the blocks hold just what the files give, list what was refused, and close the log."""
+        log = self.cache.log
+        if not self.places:
+            first = self.refusals[0]
+            raise DataError(
+                f"no row became a pair: {len(self.refusals)} refused, the first at "
+                f"{first['file']}:{first['line']}: {first['reason']}: {first['message']}"
             )
-        if not self.seen:
-            raise DataError(f"no row became a pair: {self._why()}")
-        self._list_refusals(files)
-        self.cache.log.blocks, self.cache.log.pairs = self.cache.blocks, len(self.seen)
+        if self.holes or len(self.places) != sum(source.kept for source in log.sources):
+            raise CacheDamaged(
+                f"{self.cache.path}: the files give other pairs than when they were first read (by another version of a "
+                "library?); precompute into another --ref-cache"
+            )
+        self._list_refusals(numbers)
+        log.blocks, log.pairs = self.cache.blocks, len(self.places)
         self.cache.write_log()
 
     def _write_block(self) -> None:
@@ -142,33 +237,36 @@ class _Intake:
         self.cache.write_pairs(block, PairTable.from_pairs(self.pending, self.cache.identity.token_dtype))
         self.pending = []
 
-    def _refuse(self, source: Source, file: str, refusal: RowRefused) -> None:
+    def _refuse(self, number: int, file: str, refusal: RowRefused) -> None:
         if self.fail:
             raise DataError(
                 f"{file}:{refusal.line}: {refusal.reason}: {refusal} (--on-bad-row skip goes on without it)"
             )
-        source.refused[refusal.reason] = source.refused.get(refusal.reason, 0) + 1
-        self.refusals.append({"file": file, "line": refusal.line, "reason": refusal.reason, "message": str(refusal)})
+        refused = self.cache.log.sources[number].refused
+        refused[refusal.reason] = refused.get(refusal.reason, 0) + 1
+        self.refusals.append(
+            {"source": number, "file": file, "line": refusal.line, "reason": refusal.reason, "message": str(refusal)}
+        )
 
-    def _why(self) -> str:
-        if not self.refusals:
-            return "every one of them is in the cache already"
-        first = self.refusals[0]
-        return f"{len(self.refusals)} refused, the first at {first['file']}:{first['line']}: {first['reason']}: {first['message']}"
-
-    def _list_refusals(self, files: set[str]) -> None:
-        """refused.jsonl: the refused rows of every file of the cache, those of `files` as found now."""
+    def _list_refusals(self, numbers: set[int]) -> None:
+        """refused.jsonl: the refused rows of every file of the cache, those of the files `numbers` as found now."""
         listing = self.cache.path / REFUSED_FILE
-        kept: list[Refusal] = []
-        if listing.exists():
-            lines = listing.read_text(encoding="utf-8").splitlines()
-            kept = [row for line in lines if (row := json.loads(line))["file"] not in files]
         with writing(listing):
+            old = listing.read_text(encoding="utf-8", errors="replace").splitlines() if listing.exists() else []
+            lines = [line for line in old if _source_of(line) not in numbers]
+            lines += [json.dumps(row, ensure_ascii=False) for row in self.refusals]
             draft = listing.with_suffix(".tmp")
-            draft.write_text(
-                "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [*kept, *self.refusals]), encoding="utf-8"
-            )
+            # what UTF-8 cannot hold is escaped as JSON would
+            draft.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="backslashreplace")
             draft.replace(listing)
+
+
+def _source_of(line: str) -> int | None:
+    """The file that a line of the listing is about; None for one that somebody else wrote."""
+    try:
+        return json.loads(line)["source"]
+    except (ValueError, LookupError, TypeError):
+        return None
 
 
 def _pairs(file: str, format: str) -> Iterator[Pair | RowRefused]:

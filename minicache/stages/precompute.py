@@ -3,6 +3,7 @@
 import platform
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -14,14 +15,14 @@ import torch
 
 from minicache import __version__
 from minicache.cache.schema import FORMAT_VERSION, Identity, Log, Manifest, RefBlock, Source, digest_of
-from minicache.cache.writer import CacheWriter
+from minicache.cache.writer import CacheWriter, claimed, writing
 from minicache.config import PrecomputeConfig
 from minicache.data.batching import balance
 from minicache.data.encode import Encoder
 from minicache.data.formats import read_rows
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.distributed import World
-from minicache.errors import DataError, MinicacheError, ModelError
+from minicache.errors import DataError, MinicacheError, ModelError, OutputError
 from minicache.evaluation import TOLERANCE, check_reproduces, score_table
 from minicache.models import LoadedModel, load_model, save_tokenizer
 from minicache.models.huggingface import ATTENTION
@@ -49,19 +50,21 @@ def precompute(config: PrecomputeConfig, world: World, tracker: Tracker) -> Prec
     """Read, encode, score and store. What is already in the cache is not done again.
 
     Raises:
-        MinicacheError: any of its kinds. Nothing of a new cache remains then; of an old one, no finished block is lost.
+        MinicacheError: any of its kinds. If it was about the data, nothing of a new cache remains and an old one is as before;
+            otherwise (a full disk, a model that gives no finite logprob) what is finished stays.
     """
     for file in config.data:  # a wrong path should not cost the loading of a model
         next(read_rows(file))
     tracker.begin(f"loading {config.model}", None)
     loaded = load_model(config.model, config.trust_remote_code)
     dtype = resolve_dtype(config.dtype, world.device)
-    if world.is_main:
-        _prepare(config, loaded, dtype, world.device, tracker)
-    world.barrier()
-    scorer = Scorer(loaded.model.to(world.device, torch.float32), dtype)
-    cache = CacheWriter(config.ref_cache)
-    scored = _score_blocks(cache, scorer, config.tokens_per_batch, world, tracker)
+    with ExitStack() as claim:
+        if world.is_main:
+            _prepare(config, loaded, dtype, world.device, tracker, claim)
+        world.barrier()
+        scorer = Scorer(loaded.model.to(world.device, torch.float32), dtype)
+        cache = CacheWriter(config.ref_cache)
+        scored = _score_blocks(cache, scorer, config.tokens_per_batch, world, tracker)
     return PrecomputeReport(
         config.ref_cache, cache.log.sources, cache.log.pairs, scored, config.ref_cache / REFUSED_FILE
     )
@@ -70,28 +73,34 @@ def precompute(config: PrecomputeConfig, world: World, tracker: Tracker) -> Prec
 # --- rank 0 alone: afterwards the cache exists and holds every pair ---
 
 
-def _prepare(config: PrecomputeConfig, loaded: LoadedModel, dtype: str, device: torch.device, tracker: Tracker) -> None:
+def _prepare(
+    config: PrecomputeConfig, loaded: LoadedModel, dtype: str, device: torch.device, tracker: Tracker, claim: ExitStack
+) -> None:
     path = config.ref_cache
     with TemporaryDirectory(prefix="minidpo-") as scratch:
         tokenizer_dir = Path(scratch) / "tokenizer"
         tokenizer = _tokenizer(config, tokenizer_dir)
         identity = _identity(config, loaded, tokenizer, dtype, device)
         existed = (path / "zarr.json").exists()
+        if not existed:
+            manifest = Manifest(identity, Log(_location(config.model), _now(), _versions()))
+            CacheWriter.create(path, manifest, lambda place: shutil.copytree(tokenizer_dir, place))
+        claim.enter_context(claimed(path))
+        cache = CacheWriter(path)
         if existed:
-            cache = CacheWriter(path)
             block_pairs = config.block_pairs or cache.identity.block_pairs
             cache.identity.require(replace(identity, block_pairs=block_pairs), str(path))
             cache.remove_leftovers()
+            _mend_tokenizer(cache, tokenizer_dir)
             tracker.note(f"{path} exists: going on with it")
-        else:
-            manifest = Manifest(identity, Log(_location(config.model), _now(), _versions()))
-            cache = CacheWriter.create(path, manifest, lambda place: shutil.copytree(tokenizer_dir, place))
     encoder = Encoder(tokenizer, config.max_length, config.truncate, config.loss_on)
     try:
         take_in(cache, encoder, config.data, config.format, config.on_bad_row == "fail", tracker)
+    except OutputError:
+        raise
     except MinicacheError:
         if not existed:
-            shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(path.resolve(), ignore_errors=True)
         raise
 
 
@@ -109,6 +118,23 @@ def _tokenizer(config: PrecomputeConfig, directory: Path) -> ChatTokenizer:
     return tokenizer
 
 
+def _mend_tokenizer(cache: CacheWriter, sound: Path) -> None:
+    """Put the tokenizer's files into the cache again if those there are missing or damaged."""
+    try:
+        tokenizer = ChatTokenizer.load(cache.tokenizer_dir)
+        intact = (tokenizer.digest, _template_digest(tokenizer)) == (cache.identity.tokenizer, cache.identity.template)
+    except (MinicacheError, ValueError):
+        intact = False
+    if not intact:
+        with writing(cache.tokenizer_dir):
+            shutil.rmtree(cache.tokenizer_dir, ignore_errors=True)
+            shutil.copytree(sound, cache.tokenizer_dir)
+
+
+def _template_digest(tokenizer: ChatTokenizer) -> str:
+    return digest_of([tokenizer.template, tokenizer.special])
+
+
 def _identity(
     config: PrecomputeConfig, loaded: LoadedModel, tokenizer: ChatTokenizer, dtype: str, device: torch.device
 ) -> Identity:
@@ -117,7 +143,7 @@ def _identity(
         weights=loaded.fingerprint,
         family=loaded.family,
         tokenizer=tokenizer.digest,
-        template=digest_of([tokenizer.template, tokenizer.special]),
+        template=_template_digest(tokenizer),
         vocabulary=loaded.vocabulary,
         max_length=config.max_length,
         truncate=config.truncate,
@@ -156,21 +182,21 @@ def _versions() -> dict[str, str]:
 
 def _score_blocks(cache: CacheWriter, scorer: Scorer, budget: int, world: World, tracker: Tracker) -> int:
     """Score the blocks that are not, each rank its share; returns how many pairs that were."""
-    todo, tokens = world.broadcast(_todo(cache) if world.is_main else None)
+    todo, sizes = world.broadcast(_todo(cache) if world.is_main else None)
     if done := sorted(set(range(cache.blocks)) - set(todo)):
         table, reference = cache.pairs(done[0]), cache.ref(done[0])
         check_reproduces(scorer, table, reference, world.device, TOLERANCE[cache.identity.dtype], "the model")
     if not todo:
         return 0
-    pairs = sum(cache.block_size(block)[0] for block in todo)
-    mine = [todo[index] for index in balance(tokens, world.size)[world.rank]]
-    scale = pairs / max(1, sum(cache.block_size(block)[0] for block in mine))
+    pairs = int(sizes[:, 0].sum())
+    share = balance(sizes[:, 1], world.size)[world.rank]
+    scale = pairs / max(1, int(sizes[share, 0].sum()))
 
     def tell(pairs: int, tokens: int) -> None:  # rank 0 tells of everyone's progress by its own
         tracker.advance(round(pairs * scale), round(tokens * scale))
 
     tracker.begin("scoring", pairs)
-    for block in mine:
+    for block in (todo[index] for index in share):
         table = cache.pairs(block)
         scores = _score(scorer, table, budget, cache.identity.per_token, world.device, tell)
         _check_finite(cache, table, scores)
@@ -180,8 +206,9 @@ def _score_blocks(cache: CacheWriter, scorer: Scorer, budget: int, world: World,
 
 
 def _todo(cache: CacheWriter) -> tuple[list[int], np.ndarray]:
-    blocks = sorted(cache.unfinished("ref"))
-    return blocks, np.array([cache.block_size(block)[1] for block in blocks])
+    """Blocks to score, and their sizes: (n, 2) pairs and stored tokens."""
+    blocks = cache.unscored()
+    return blocks, np.array([cache.block_size(block) for block in blocks], np.int64).reshape(-1, 2)
 
 
 def _score(
@@ -208,5 +235,5 @@ def _check_finite(cache: CacheWriter, table: PairTable, scores: RefBlock) -> Non
         file, line = table.source[bad[0]].tolist()
         raise ModelError(
             f"the model gives no finite logprob for {len(bad)} pairs, the first from {cache.log.sources[file].name}:{line}; "
-            "nothing of their block was stored. Expected sound weights; in float16 try --dtype float32"
+            "nothing of their block was stored. Expected sound weights; in float16 try --dtype float32, into another --ref-cache"
         )

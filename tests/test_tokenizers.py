@@ -1,0 +1,305 @@
+"""Chat templates render as transformers renders them, today as on any other day; what cannot work is a clean error."""
+
+import json
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models
+
+from minicache.data.records import Turn
+from minicache.data.tokenizers import PLAIN_TEMPLATE, ChatTokenizer
+from minicache.errors import ConfigError, ModelError, RowRefused
+from tests.conftest import TEMPLATE
+
+LLAMA3 = """{{- bos_token }}
+{%- if custom_tools is defined %}
+    {%- set tools = custom_tools %}
+{%- endif %}
+{%- if not date_string is defined %}
+    {%- if strftime_now is defined %}
+        {%- set date_string = strftime_now("%d %b %Y") %}
+    {%- else %}
+        {%- set date_string = "26 Jul 2024" %}
+    {%- endif %}
+{%- endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content']|trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = "" %}
+{%- endif %}
+{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}
+{%- if tools is not none %}
+    {{- "Environment: ipython\\n" }}
+{%- endif %}
+{{- "Today Date: " + date_string + "\\n\\n" }}
+{{- system_message }}
+{{- "<|eot_id|>" }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+"""
+MISTRAL = """{%- if messages[0]["role"] == "system" %}
+    {%- set system_message = messages[0]["content"] %}
+    {%- set loop_messages = messages[1:] %}
+{%- else %}
+    {%- set loop_messages = messages %}
+{%- endif %}
+{{- bos_token }}
+{%- for message in loop_messages %}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+        {{- raise_exception('After the optional system message, roles must alternate user/assistant') }}
+    {%- endif %}
+    {%- if message["role"] == "user" %}
+        {%- if loop.first and system_message is defined %}
+            {{- "[INST] " + system_message + "\\n\\n" + message["content"] + "[/INST]" }}
+        {%- else %}
+            {{- "[INST] " + message["content"] + "[/INST]" }}
+        {%- endif %}
+    {%- elif message["role"] == "assistant" %}
+        {{- " " + message["content"] + eos_token}}
+    {%- else %}
+        {{- raise_exception("Only user and assistant roles are supported") }}
+    {%- endif %}
+{%- endfor %}
+"""
+QWEN3 = """{%- set ns = namespace(last=-1) %}
+{%- for message in messages %}
+    {%- if message.role == "user" %}{% set ns.last = loop.index0 %}{% endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- set content = message.content %}
+    {%- set reasoning = '' %}
+    {%- if message.role == "assistant" and '</think>' in content %}
+        {%- set reasoning = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
+        {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+    {%- endif %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.role == "assistant" and loop.index0 > ns.last %}
+        {{- '<think>\\n' + reasoning.strip('\\n') + '\\n</think>\\n\\n' }}
+    {%- endif %}
+    {{- content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}
+"""
+MARKED = """{% for m in messages %}
+{% if m.role == 'assistant' %}
+A: {% generation %}{{ m.content }}<|im_end|>{% endgeneration %}
+
+{%- else %}
+U: {{ m.content }}
+{% endif %}
+{% if loop.index > 20 %}{% break %}{% endif %}
+{%- endfor %}
+{% if add_generation_prompt %}A: {% endif %}"""
+PROBE = (
+    "{{ tools is defined }}{{ tools is none }}{{ documents is none }}{{ strange is defined }}{{ pad_token }}{{ unk_token }}"
+    "{{ messages | tojson }}{{ messages | tojson(indent=2, sort_keys=True) }}{{ messages[0] | tojson(ensure_ascii=True) }}"
+)
+TEMPLATES = {"chatml": TEMPLATE, "llama3": LLAMA3, "mistral": MISTRAL, "qwen3": QWEN3, "marked": MARKED, "plain": ""}
+TALK = (
+    Turn("user", " why\n"),
+    Turn("assistant", "<think>\nhm\n</think>\n\nthe cat 你好"),
+    Turn("user", "and <b>😀</b> {{ 7 * 7 }}?"),
+    Turn("assistant", "\n not  "),
+)
+TALKS = [TALK, TALK[:3], TALK[:1], (Turn("system", "Be brief. "), *TALK), TALK[:2]]
+
+
+def with_template(tokenizer_dir: Path, place: Path, template: object, **config: object) -> ChatTokenizer:
+    """The tokenizer of 400 ids with another template and other entries in its configuration."""
+    place.mkdir(exist_ok=True)
+    (place / "tokenizer.json").write_bytes((tokenizer_dir / "tokenizer.json").read_bytes())
+    settings = json.loads((tokenizer_dir / "tokenizer_config.json").read_text())
+    settings |= {"chat_template": template, "bos_token": "<|endoftext|>", **config}
+    (place / "tokenizer_config.json").write_text(json.dumps(settings))
+    return ChatTokenizer.load(place)
+
+
+def require_same_rendering(ours: ChatTokenizer, directory: Path, **options: object) -> None:
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(directory)
+    theirs.chat_template = ours.template
+    for turns in TALKS:
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        for opened in (False, True):
+            expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened, **options)
+            assert ours.render(turns, opened) == expected
+            assert ours.encode([expected])[0][0].tolist() == theirs(expected, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("name", [*TEMPLATES, "probe"])
+def test_a_template_renders_as_in_transformers(tokenizer_dir: Path, tmp_path: Path, name: str) -> None:
+    tokenizer = with_template(tokenizer_dir, tmp_path, {**TEMPLATES, "probe": PROBE}[name])
+    require_same_rendering(tokenizer, tmp_path, **({"date_string": "26 Jul 2024"} if name == "llama3" else {}))
+
+
+@pytest.mark.parametrize("generation", ["minimind2-2504", "minimind2-2510", "minimind3"])
+def test_miniminds_tokenizers_render_as_in_transformers(shared: Path, generation: str) -> None:
+    directory = shared / "fixtures" / "minimind" / f"{generation}-tokenizer"
+    require_same_rendering(ChatTokenizer.load(directory), directory)
+
+
+def test_todays_date_never_gets_into_a_prompt(tokenizer_dir: Path, tmp_path: Path) -> None:
+    text = with_template(tokenizer_dir, tmp_path, LLAMA3).render(TALK)
+    assert "26 Jul 2024" in text and f"{datetime.now().astimezone():%d %b %Y}" not in text
+
+
+def test_a_template_that_insists_on_todays_date_is_refused(tokenizer_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(RowRefused, match="strftime_now"):
+        with_template(tokenizer_dir, tmp_path, "{{ strftime_now('%Y') }}").render(TALK)
+
+
+def test_without_a_template_there_is_the_plain_form(tokenizer_dir: Path, tmp_path: Path) -> None:
+    tokenizer = with_template(tokenizer_dir, tmp_path, None)
+    assert tokenizer.template == PLAIN_TEMPLATE
+    turns = (Turn("user", "why"), Turn("assistant", "你好"))
+    assert tokenizer.render(turns) == "<|endoftext|>User: why\n\nAssistant: 你好<|im_end|>\n\n"
+    assert tokenizer.render(turns[:1], open_answer=True) == "<|endoftext|>User: why\n\nAssistant: "
+
+
+def test_where_a_template_stands_does_not_matter(tokenizer_dir: Path, tmp_path: Path) -> None:
+    """In the configuration, as one of several there, or in a file of its own, which goes before."""
+    several = [{"name": "rag", "template": "x"}, {"name": "default", "template": TEMPLATE}]
+    assert with_template(tokenizer_dir, tmp_path / "a", TEMPLATE).template == TEMPLATE
+    assert with_template(tokenizer_dir, tmp_path / "b", several).template == TEMPLATE
+    (tmp_path / "b" / "chat_template.jinja").write_text(QWEN3)
+    assert ChatTokenizer.load(tmp_path / "b").template == QWEN3
+
+
+@pytest.mark.parametrize("template", [3, {"a": 1}, [{"name": "rag", "template": "x"}], ["x"], [{"name": "default"}]])
+def test_a_template_is_never_guessed(tokenizer_dir: Path, tmp_path: Path, template: object) -> None:
+    with pytest.raises(ModelError, match="--chat-template"):
+        with_template(tokenizer_dir, tmp_path, template)
+
+
+def test_named_templates_in_files_are_not_passed_over(tokenizer_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "additional_chat_templates").mkdir()
+    assert with_template(tokenizer_dir, tmp_path, TEMPLATE).template == TEMPLATE
+    with pytest.raises(ModelError, match="one named 'default'"):
+        with_template(tokenizer_dir, tmp_path, None)
+
+
+@pytest.mark.parametrize(
+    "template", ["{% for %}", "{{ 'a }}", "{{ x | nofilter }}", "{% generation %}", "{% nonsense %}"]
+)
+def test_a_template_that_is_none_is_an_error_of_the_options(tokenizer_dir: Path, tmp_path: Path, template: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be compiled"):
+        with_template(tokenizer_dir, tmp_path, template).render(TALK)
+
+
+BREAKING = [
+    "{{ messages[99].content.strip() }}",
+    "{{ 1 / 0 }}",
+    "{{ messages + 3 }}",
+    "{{ messages[0].missing + 'x' }}",
+    "{{ messages[1].content.encode('ascii') }}",
+    "{{ raise_exception('first\nsecond') }}",
+    "{{ messages.append(1) }}",
+    "{{ messages.__class__.__mro__ }}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "{{ {}['x'].y }}",
+]
+
+
+@pytest.mark.parametrize("template", BREAKING)
+def test_a_template_that_breaks_costs_the_row_alone(tokenizer_dir: Path, tmp_path: Path, template: str) -> None:
+    with pytest.raises(RowRefused) as refused:
+        with_template(tokenizer_dir, tmp_path, template).render(TALK)
+    assert refused.value.reason == "template"
+    assert "\n" not in str(refused.value) and 30 < len(str(refused.value)) < 400
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b'{"model": 3}', b"\xff", b"null"])
+def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(ModelError, match=r"tokenizer\.json"):
+        ChatTokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja"])
+@pytest.mark.parametrize("content", [b"{\xff", None])
+def test_a_file_that_cannot_be_read_is_named(
+    tokenizer_dir: Path, tmp_path: Path, name: str, content: bytes | None
+) -> None:
+    with_template(tokenizer_dir, tmp_path, TEMPLATE)
+    (tmp_path / name).unlink(missing_ok=True)
+    if content is None:
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ModelError, match=name.replace(".", r"\.")):
+        ChatTokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "{"])
+def test_a_configuration_that_is_no_object_is_refused(tokenizer_dir: Path, tmp_path: Path, content: str) -> None:
+    with_template(tokenizer_dir, tmp_path, TEMPLATE)
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(ModelError, match=r"tokenizer_config\.json"):
+        ChatTokenizer.load(tmp_path)
+
+
+def test_special_tokens_may_be_text_or_objects(tokenizer_dir: Path, tmp_path: Path) -> None:
+    eos = {"__type": "AddedToken", "content": "<|im_end|>", "lstrip": False}
+    tokenizer = with_template(
+        tokenizer_dir, tmp_path, "{{ bos_token }}{{ eos_token }}{{ unk_token }}", eos_token=eos, unk_token=None
+    )
+    assert tokenizer.render(TALK) == "<|endoftext|><|im_end|>"
+
+
+def test_ids_and_text_are_the_same_thing(tokenizer_dir: Path) -> None:
+    tokenizer = ChatTokenizer.load(tokenizer_dir)
+    texts = [
+        "",
+        " ",
+        "\n\n the  cat",
+        "你好世界",
+        "👩‍👩‍👧 é e\u0301 \u2028\x00 \ufeff",
+        "<|im_start|>user\nx<|im_end|>",
+        "a" * 5000,
+    ]
+    for text, (ids, offsets) in zip(texts, tokenizer.encode(texts), strict=True):
+        assert tokenizer.decode(ids) == text and offsets.shape == (len(ids), 2)
+        covered = {at for begin, end in offsets.tolist() for at in range(begin, end)}
+        assert covered == set(range(len(text)))
+
+
+def test_settings_of_the_tokenizer_file_neither_cut_nor_pad_nor_add(tokenizer_dir: Path, tmp_path: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    plain = ChatTokenizer.load(tokenizer_dir)
+    backend = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
+    backend.enable_truncation(7)
+    backend.enable_padding(length=100)
+    backend.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    other = ChatTokenizer.load(tmp_path)
+    texts = ["the cat sat on a mat and then it rained", "why"]
+    for ours, theirs in zip(plain.encode(texts), other.encode(texts), strict=True):
+        assert ours[0].tolist() == theirs[0].tolist() and ours[1].tolist() == theirs[1].tolist()
+    assert other.digest == plain.digest
+
+
+def test_the_digest_knows_what_changes_ids(tokenizer_dir: Path, tmp_path: Path) -> None:
+    backend = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
+    backend.add_tokens(["rained sat"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert ChatTokenizer.load(tmp_path).digest != ChatTokenizer.load(tokenizer_dir).digest
+
+
+def test_text_that_a_tokenizer_has_no_token_for_is_a_clean_error(tmp_path: Path) -> None:
+    Tokenizer(models.WordLevel({"a": 0}, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ModelError, match="cannot encode"):
+        ChatTokenizer.load(tmp_path).encode(["b"])
