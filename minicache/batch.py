@@ -35,6 +35,17 @@ class Batch:
         move = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if name != "pairs"}
         return Batch(self.pairs, **move)
 
+    def sum_by_side(self, values: torch.Tensor) -> torch.Tensor:
+        """(K,) values of predictions -> (pairs, 2), their sums over each side."""
+        return values.new_zeros(2 * self.pairs).index_add(0, self.owners, values).view(-1, 2)
+
+    def ranks(self) -> torch.Tensor:
+        """(K,) int64: the how-manieth counted token of its side each prediction is, from 0."""
+        order = self.owners.argsort(stable=True)
+        counts = torch.bincount(self.owners, minlength=2 * self.pairs)
+        ranks = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[self.owners[order]]
+        return torch.empty_like(ranks).index_copy_(0, order, ranks)
+
 
 def padded(pairs: list[EncodedPair]) -> Batch:
     """Every side a row of its own: chosen of pair 0, rejected of pair 0, chosen of pair 1, …"""

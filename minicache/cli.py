@@ -6,20 +6,30 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, is_dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from minicache import __version__, screen
-from minicache.config import CompareConfig, EvaluateConfig, InspectConfig, LossOptions, PrecomputeConfig, TrainConfig
+from minicache.config import CompareConfig, EvaluateConfig, InspectConfig, PrecomputeConfig
+from minicache.config_train import (
+    RECIPES,
+    SCHEDULES,
+    LoraOptions,
+    LossOptions,
+    TrainConfig,
+    ValidationOptions,
+    fill,
+)
+from minicache.config_train import recipe as preset
 from minicache.errors import MinicacheError
+from minicache.runs import run_facts
+from minicache.signals import Interruptible
 from minicache.trackers import Silent
-
-Config = TypeVar("Config")
 
 app = typer.Typer(
     help="Offline DPO in two stages: run the frozen reference once, then train the policy alone.",
@@ -30,25 +40,28 @@ app = typer.Typer(
 out, err = Console(), Console(stderr=True)  # reports; progress and errors
 
 RefCache = Annotated[Path, typer.Option("--ref-cache", help="The reference cache, a directory.")]
-Nproc = Annotated[int, typer.Option(min=1, help="Processes on this machine, as torchrun would start them.")]
+NPROC_HELP = "Processes on this machine, as torchrun would start them."
+Nproc = Annotated[int, typer.Option(min=1, help=NPROC_HELP)]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Logps = Annotated[
-    str, typer.Option(help="Compare 'mean' logprobs a token (MiniMind) or 'sum'med ones (DPO paper, TRL).")
+Recipe = Annotated[
+    str | None,
+    typer.Option(help=f"The defaults of MiniMind's own scripts: {', '.join(RECIPES)}. Other options win over it."),
 ]
-Beta = Annotated[float, typer.Option(help="Strength of the pull towards the reference.")]
-Loss = Annotated[
-    str, typer.Option(help="Preference loss (docs/training.md lists them), or several: sigmoid:0.8,hinge:0.2.")
-]
-TrainDtype = Annotated[str, typer.Option(help="auto (bfloat16 on CUDA, else float32), bfloat16 or float32.")]
+LOSS_HELP = "Preference loss (docs/training.md lists them), or several: sigmoid:0.8,hinge:0.2."
+LOGPS_HELP = "Compare 'mean' logprobs a token (MiniMind) or 'sum'med ones (DPO paper, TRL)."
+BETA_HELP = "Strength of the pull towards the reference."
+DTYPE_HELP = "auto (bfloat16 on CUDA, else float32), bfloat16, float16 or float32."
 
 
 @app.command("precompute-ref")
 def precompute_ref(
+    ctx: typer.Context,
     model: Annotated[str, typer.Option(help="The SFT model: directory, hub id, .gguf or MiniMind .pth.")],
     data: Annotated[list[str], typer.Option(help="Preference files: jsonl, json, parquet; plain, gzip or zstd.")],
     ref_cache: RefCache,
     tokenizer: Annotated[str | None, typer.Option(help="Where the tokenizer is, if not with the model.")] = None,
+    recipe: Recipe = None,
     chat_template: Annotated[Path | None, typer.Option(help="A Jinja template to use for the tokenizer's own.")] = None,
     format: Annotated[
         str, typer.Option(help="auto, messages, prompt, stack-exchange, sharegpt or hh.")
@@ -60,9 +73,10 @@ def precompute_ref(
     loss_on: Annotated[
         str, typer.Option(help="Tokens that count: 'response', or every 'assistant' turn.")
     ] = PrecomputeConfig.loss_on,
-    dtype: Annotated[
-        str, typer.Option(help="auto (bfloat16 on CUDA, else float32), bfloat16, float16 or float32.")
-    ] = PrecomputeConfig.dtype,
+    think: Annotated[
+        str, typer.Option(help="An empty think block that the template writes: 'keep' it or 'drop' it.")
+    ] = PrecomputeConfig.think,
+    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = PrecomputeConfig.dtype,
     block_pairs: Annotated[
         int | None, typer.Option(help="Pairs in a block, the unit of resuming. (Default: by model size.)")
     ] = None,
@@ -75,66 +89,161 @@ def precompute_ref(
     trust_remote_code: Trust = False,
 ) -> None:
     """Stage one: run the frozen reference over all pairs, once. Repeat the command to resume, or with more data to append."""
-    given = locals()
     with _errors_as_one_line():
-        config = _fill(PrecomputeConfig, given, data=tuple(data))
+        config = fill(PrecomputeConfig, {**preset(recipe), **_given(ctx)})
         _run("precompute", config, nproc, screen.show_precompute)
 
 
 @app.command()
 def train(
-    ref_cache: RefCache,
-    out: Annotated[Path, typer.Option(help="The run directory to make.")],
+    ctx: typer.Context,
+    out: Annotated[Path, typer.Option(help="The run directory to make, or to go on with.")],
+    ref_cache: Annotated[
+        Path | None, typer.Option(help="The reference cache. Needed unless --resume knows it from the run.")
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Where the reference's weights are now. (Default: where stage one found them.)")
     ] = None,
     init_from: Annotated[
         str | None, typer.Option(help="Start from other weights than the reference's, on purpose.")
     ] = None,
-    loss: Loss = TrainConfig.loss,
-    logps: Logps = TrainConfig.logps,
-    beta: Beta = TrainConfig.beta,
-    beta_end: Annotated[float | None, typer.Option(help="Beta at the last step; it changes linearly.")] = None,
-    label_smoothing: Annotated[
-        float, typer.Option(help="Share of labels taken to be flipped.")
-    ] = LossOptions.label_smoothing,
-    f_divergence: Annotated[str, typer.Option(help="reverse_kl, forward_kl, js or alpha.")] = LossOptions.f_divergence,
-    f_alpha: Annotated[float, typer.Option(help="Of the alpha divergence.")] = LossOptions.f_alpha,
-    discopop_tau: Annotated[float, typer.Option(help="Of the discopop loss.")] = LossOptions.discopop_tau,
-    simpo_gamma: Annotated[float, typer.Option(help="Target margin of the simpo loss.")] = LossOptions.simpo_gamma,
-    sft_weight: Annotated[
-        float, typer.Option(help="Weight of the chosen answers' likelihood beside it (RPO).")
-    ] = LossOptions.sft_weight,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = TrainConfig.lr,
-    schedule: Annotated[
-        str, typer.Option(help="cosine, linear, constant, minimind-2504 or minimind-3.")
-    ] = TrainConfig.schedule,
-    min_lr: Annotated[float, typer.Option(help="Share of --lr that cosine and linear end at.")] = TrainConfig.min_lr,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's, on matrices.")] = TrainConfig.weight_decay,
-    warmup: Annotated[
-        float, typer.Option(help="Steps in which the learning rate rises: below 1 a share of all, else a number.")
-    ] = TrainConfig.warmup,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the run's newest checkpoint, with the run's own options.")
+    ] = False,
+    recipe: Recipe = None,
     epochs: Annotated[float, typer.Option(help="Times over the data.")] = TrainConfig.epochs,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, whatever --epochs says.")] = None,
     batch_size: Annotated[
         int, typer.Option(help="Pairs an optimizer step, over all processes.")
     ] = TrainConfig.batch_size,
-    tokens_per_micro_batch: Annotated[
-        int, typer.Option(help="Token slots that fit in memory at once; accumulation follows.")
-    ] = TrainConfig.tokens_per_micro_batch,
-    max_grad_norm: Annotated[
-        float, typer.Option(help="Gradients are clipped to this norm.")
-    ] = TrainConfig.max_grad_norm,
     seed: Annotated[int, typer.Option(help="Of the order of pairs.")] = TrainConfig.seed,
-    dtype: TrainDtype = TrainConfig.dtype,
-    log_every: Annotated[int, typer.Option(help="Steps between log lines.")] = TrainConfig.log_every,
-    nproc: Nproc = 1,
+    loss: Annotated[str, typer.Option(help=LOSS_HELP, rich_help_panel="Loss")] = TrainConfig.loss,
+    logps: Annotated[str, typer.Option(help=LOGPS_HELP, rich_help_panel="Loss")] = TrainConfig.logps,
+    beta: Annotated[float, typer.Option(help=BETA_HELP, rich_help_panel="Loss")] = TrainConfig.beta,
+    beta_end: Annotated[
+        float | None, typer.Option(help="Beta at the last step; it changes linearly.", rich_help_panel="Loss")
+    ] = None,
+    label_smoothing: Annotated[
+        float, typer.Option(help="Share of labels taken to be flipped.", rich_help_panel="Loss")
+    ] = LossOptions.label_smoothing,
+    f_divergence: Annotated[
+        str, typer.Option(help="reverse_kl, forward_kl, js or alpha.", rich_help_panel="Loss")
+    ] = LossOptions.f_divergence,
+    f_alpha: Annotated[
+        float, typer.Option(help="Of the alpha divergence.", rich_help_panel="Loss")
+    ] = LossOptions.f_alpha,
+    discopop_tau: Annotated[
+        float, typer.Option(help="Of the discopop loss.", rich_help_panel="Loss")
+    ] = LossOptions.discopop_tau,
+    simpo_gamma: Annotated[
+        float, typer.Option(help="Target margin of the simpo loss.", rich_help_panel="Loss")
+    ] = LossOptions.simpo_gamma,
+    sft_weight: Annotated[
+        float, typer.Option(help="Weight of the chosen answers' likelihood beside it (RPO).", rich_help_panel="Loss")
+    ] = LossOptions.sft_weight,
+    wpo: Annotated[
+        bool, typer.Option("--wpo", help="Weight pairs by the policy's own likelihood of them.", rich_help_panel="Loss")
+    ] = False,
+    ld_alpha: Annotated[
+        float | None,
+        typer.Option(
+            help="Weight of tokens beyond the other answer's length (LD-DPO). Needs a cache made with --per-token.",
+            rich_help_panel="Loss",
+        ),
+    ] = None,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel="Optimizer")] = TrainConfig.lr,
+    schedule: Annotated[
+        str, typer.Option(help=f"{', '.join(SCHEDULES[:-1])} or {SCHEDULES[-1]}.", rich_help_panel="Optimizer")
+    ] = TrainConfig.schedule,
+    min_lr: Annotated[
+        float, typer.Option(help="Share of --lr that cosine and linear end at.", rich_help_panel="Optimizer")
+    ] = TrainConfig.min_lr,
+    warmup: Annotated[
+        float,
+        typer.Option(
+            help="Steps in which the learning rate rises: below 1 a share of all, else a number.",
+            rich_help_panel="Optimizer",
+        ),
+    ] = TrainConfig.warmup,
+    optimizer: Annotated[
+        str, typer.Option(help="adamw, adamw-8bit or paged-adamw-8bit (bitsandbytes).", rich_help_panel="Optimizer")
+    ] = TrainConfig.optimizer,
+    weight_decay: Annotated[
+        float, typer.Option(help="AdamW's, on matrices.", rich_help_panel="Optimizer")
+    ] = TrainConfig.weight_decay,
+    max_grad_norm: Annotated[
+        float, typer.Option(help="Gradients are clipped to this norm.", rich_help_panel="Optimizer")
+    ] = TrainConfig.max_grad_norm,
+    lora_rank: Annotated[
+        int, typer.Option(help="Train adapters of this rank instead of all weights; 0: none.", rich_help_panel="LoRA")
+    ] = LoraOptions.lora_rank,
+    lora_alpha: Annotated[
+        float | None, typer.Option(help="Scale of the adapters. (Default: twice the rank.)", rich_help_panel="LoRA")
+    ] = None,
+    lora_targets: Annotated[
+        str, typer.Option(help="all-linear, or names of modules: q_proj,v_proj.", rich_help_panel="LoRA")
+    ] = LoraOptions.lora_targets,
+    dtype: Annotated[str, typer.Option(help=DTYPE_HELP, rich_help_panel="Memory and speed")] = TrainConfig.dtype,
+    tokens_per_micro_batch: Annotated[
+        int,
+        typer.Option(
+            help="Token slots that fit in memory at once; accumulation follows.", rich_help_panel="Memory and speed"
+        ),
+    ] = TrainConfig.tokens_per_micro_batch,
+    activation_checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--activation-checkpointing",
+            help="Less memory, a third more time: layers are computed again in backward.",
+            rich_help_panel="Memory and speed",
+        ),
+    ] = False,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="torch.compile the decoder.", rich_help_panel="Memory and speed")
+    ] = False,
+    nproc: Annotated[int, typer.Option(min=1, help=NPROC_HELP, rich_help_panel="Memory and speed")] = 1,
+    holdout: Annotated[
+        float,
+        typer.Option(help="Share of the pairs to validate on, chosen by their digests.", rich_help_panel="Validation"),
+    ] = ValidationOptions.holdout,
+    eval_cache: Annotated[
+        Path | None, typer.Option(help="Validate on this reference cache instead.", rich_help_panel="Validation")
+    ] = None,
+    eval_every: Annotated[
+        int | None, typer.Option(help="Steps between. (Default: ten in a run.)", rich_help_panel="Validation")
+    ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(help="End after so many without a lower validation loss.", rich_help_panel="Validation"),
+    ] = None,
+    min_gain: Annotated[
+        float, typer.Option(help="How much lower, for --patience.", rich_help_panel="Validation")
+    ] = ValidationOptions.min_gain,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(help="Farthest the policy should move, nats a token.", rich_help_panel="Validation"),
+    ] = None,
+    on_max_kl: Annotated[
+        str, typer.Option(help="Beyond that: warn or stop.", rich_help_panel="Validation")
+    ] = TrainConfig.on_max_kl,
+    save_every: Annotated[
+        int, typer.Option(help="Steps between checkpoints; 0: none.", rich_help_panel="Checkpoints and logs")
+    ] = TrainConfig.save_every,
+    keep_last: Annotated[
+        int, typer.Option(help="Checkpoints that stay, beside the best.", rich_help_panel="Checkpoints and logs")
+    ] = TrainConfig.keep_last,
+    log_every: Annotated[
+        int, typer.Option(help="Steps between log lines.", rich_help_panel="Checkpoints and logs")
+    ] = TrainConfig.log_every,
     trust_remote_code: Trust = False,
 ) -> None:
     """Stage two: train the policy against a reference cache. Model, tokenizer and pairs come from the cache."""
-    given = locals()
     with _errors_as_one_line():
-        config = _fill(TrainConfig, given, loss_options=_fill(LossOptions, given))
+        given = _given(ctx)
+        before = run_facts(out) if resume else {}
+        if not ref_cache and not before:
+            raise typer.BadParameter("missing", param_hint="--ref-cache")
+        config = fill(TrainConfig, {**preset(recipe), **before, **given})
         _run("train", config, nproc, screen.show_train)
 
 
@@ -145,7 +254,7 @@ def evaluate(
     loss: Annotated[str | None, typer.Option(help="(Default: the run's.)")] = None,
     logps: Annotated[str | None, typer.Option(help="mean or sum. (Default: the run's.)")] = None,
     beta: Annotated[float | None, typer.Option(help="(Default: the run's.)")] = None,
-    dtype: TrainDtype = EvaluateConfig.dtype,
+    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = EvaluateConfig.dtype,
     tokens_per_batch: Annotated[
         int, typer.Option(help="Token slots of one forward pass.")
     ] = EvaluateConfig.tokens_per_batch,
@@ -156,7 +265,7 @@ def evaluate(
     """Preference accuracy, margin, KL estimate and loss of a policy on a (held-out) reference cache."""
     given = locals()
     with _errors_as_one_line():
-        config = _fill(EvaluateConfig, given)
+        config = fill(EvaluateConfig, given)
         _run("evaluate", config, nproc, _print_json if as_json else screen.show_evaluate)
 
 
@@ -173,7 +282,7 @@ def compare(
     """Reference and policy answer the same prompts, side by side."""
     given = locals()
     with _errors_as_one_line():
-        config = _fill(CompareConfig, given, prompt=tuple(prompt or ()))
+        config = fill(CompareConfig, given)
         _run("compare", config, 1, _print_json if as_json else screen.show_answers)
 
 
@@ -192,7 +301,7 @@ def inspect_cache(
 
     given = locals()
     with _errors_as_one_line():
-        config = _fill(InspectConfig, given)
+        config = fill(InspectConfig, given)
         if verify:
             _verify(config, as_json)
         elif pair is not None:
@@ -226,6 +335,12 @@ def about(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
+def _given(ctx: typer.Context) -> dict[str, Any]:
+    """What the user wrote on the command line, without any default."""
+    sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
+    return {name: ctx.params[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+
+
 def _run(name: str, config: Any, nproc: int, show: Callable[[Console, Any], object] | None) -> Any:
     """Run the stage `name`, a function in a module of that name, in as many processes as asked, and show its report."""
     if nproc > 1 and "WORLD_SIZE" not in os.environ:
@@ -247,24 +362,20 @@ def _run(name: str, config: Any, nproc: int, show: Callable[[Console, Any], obje
     return report
 
 
-def _fill(config: type[Config], given: dict[str, Any], **prepared: Any) -> Config:
-    """A config from a command's parameters: each field from the parameter of its name."""
-    taken = {item.name: given[item.name] for item in fields(config) if item.name in given}  # type: ignore[arg-type]
-    return config(**{**taken, **prepared})
-
-
 @contextmanager
 def _errors_as_one_line() -> Iterator[None]:
     """A user's error is one red line and exit code 1, an interruption 130; anything else is a bug and shows its traceback."""
     try:
-        yield
+        with Interruptible():
+            yield
     except MinicacheError as error:
         if int(os.environ.get("RANK", 0)):
             time.sleep(3)  # what every rank runs into, rank 0 tells: by now the launcher has ended this one
         screen.show_error(err, str(error))
         raise typer.Exit(1) from error
-    except KeyboardInterrupt:
-        err.print("interrupted; stage one goes on from its last finished block when run again", style="yellow")
+    except KeyboardInterrupt as interruption:
+        told = str(interruption) or "stage one goes on from its last finished block when run again"
+        err.print(f"interrupted; {told}", style="yellow")
         raise typer.Exit(130) from None
 
 

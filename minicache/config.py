@@ -13,31 +13,32 @@ FORMATS = ("auto", "messages", "prompt", "stack-exchange", "sharegpt", "hh")
 TRUNCATE = ("right", "left", "refuse")
 LOSS_ON = ("response", "assistant")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-TRAIN_DTYPES = ("auto", "bfloat16", "float32")
 ON_BAD_ROW = ("skip", "fail")
+THINK = ("keep", "drop")
 LOGPS = ("mean", "sum")
-SCHEDULES = ("cosine", "linear", "constant", "minimind-2504", "minimind-3")
-F_DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
 
 
-def _one_of(option: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
+def one_of(option: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
     if value not in allowed:
         raise ConfigError(f"{option}: expected one of {', '.join(filter(None, allowed))}, got {value!r}")
 
 
-def _at_least(option: str, value: float | None, least: float) -> None:
+def at_least(option: str, value: float | None, least: float) -> None:
     if value is not None and not value >= least:
         raise ConfigError(f"{option}: expected {least} or more, got {value}")
 
 
-def _above_zero(option: str, value: float | None) -> None:
+def above_zero(option: str, value: float | None) -> None:
     if value is not None and not 0 < value < float("inf"):
         raise ConfigError(f"{option}: expected a number above 0, got {value}")
 
 
 @dataclass(frozen=True)
 class PrecomputeConfig:
-    """Stage one. `model` and `tokenizer` are a directory, a hub id or a file; sizes are in tokens or pairs."""
+    """Stage one. `model` and `tokenizer` are a directory, a hub id or a file; sizes are in tokens or pairs.
+
+    think: whether an empty think block that the chat template writes is kept or dropped.
+    """
 
     model: str
     data: tuple[str, ...]
@@ -48,6 +49,7 @@ class PrecomputeConfig:
     max_length: int = 1024
     truncate: str = "right"
     loss_on: str = "response"
+    think: str = "keep"
     dtype: str = "auto"
     block_pairs: int | None = None
     tokens_per_batch: int = 16384
@@ -58,94 +60,15 @@ class PrecomputeConfig:
     def __post_init__(self) -> None:
         if not self.data:
             raise ConfigError("--data: expected at least one preference file, got none")
-        _one_of("--format", self.format, FORMATS)
-        _at_least("--max-length", self.max_length, 2)
-        _one_of("--truncate", self.truncate, TRUNCATE)
-        _one_of("--loss-on", self.loss_on, LOSS_ON)
-        _one_of("--dtype", self.dtype, DTYPES)
-        _at_least("--block-pairs", self.block_pairs, 1)
-        _at_least("--tokens-per-batch", self.tokens_per_batch, 1)
-        _one_of("--on-bad-row", self.on_bad_row, ON_BAD_ROW)
-
-
-@dataclass(frozen=True)
-class LossOptions:
-    """What some losses ask for beside beta.
-
-    label_smoothing: the share of labels taken to be flipped (sigmoid, robust, exo_pair, aot, aot_unpaired).
-    f_divergence, f_alpha: what takes the place of the log ratio in losses on the difference of the sides.
-    sft_weight: weight of the chosen answers' negative log likelihood beside the preference loss.
-    """
-
-    label_smoothing: float = 0.0
-    f_divergence: str = "reverse_kl"
-    f_alpha: float = 0.5
-    discopop_tau: float = 0.05
-    simpo_gamma: float = 0.5
-    sft_weight: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ConfigError(f"--label-smoothing: expected 0 to below 0.5, got {self.label_smoothing}")
-        _one_of("--f-divergence", self.f_divergence, F_DIVERGENCES)
-        _above_zero("--discopop-tau", self.discopop_tau)
-        _at_least("--sft-weight", self.sft_weight, 0)
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Stage two. `batch_size` is in pairs per optimizer step over all processes.
-
-    warmup: below 1 a share of the steps, else a number of them. min_lr: share of `lr` that the schedule ends at.
-    beta_end: beta changes linearly to this over the run.
-    model: where the reference's weights lie now, if not where stage one found them. init_from: start from other weights.
-    """
-
-    ref_cache: Path
-    out: Path
-    model: str | None = None
-    init_from: str | None = None
-    loss: str = "sigmoid"
-    loss_options: LossOptions = LossOptions()
-    logps: str = "mean"
-    beta: float = 0.1
-    beta_end: float | None = None
-    lr: float = 1e-6
-    schedule: str = "cosine"
-    min_lr: float = 0.0
-    weight_decay: float = 0.0
-    warmup: float = 0.1
-    epochs: float = 1.0
-    max_steps: int | None = None
-    batch_size: int = 32
-    tokens_per_micro_batch: int = 8192
-    max_grad_norm: float = 1.0
-    seed: int = 42
-    dtype: str = "auto"
-    log_every: int = 10
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        _one_of("--logps", self.logps, LOGPS)
-        _one_of("--dtype", self.dtype, TRAIN_DTYPES)
-        _above_zero("--beta", self.beta)
-        _above_zero("--lr", self.lr)
-        _above_zero("--epochs", self.epochs)
-        _above_zero("--max-grad-norm", self.max_grad_norm)
-        _at_least("--weight-decay", self.weight_decay, 0)
-        _at_least("--max-steps", self.max_steps, 1)
-        _at_least("--batch-size", self.batch_size, 1)
-        _at_least("--tokens-per-micro-batch", self.tokens_per_micro_batch, 1)
-        _at_least("--log-every", self.log_every, 1)
-        _at_least("--seed", self.seed, 0)
-        _above_zero("--beta-end", self.beta_end)
-        _one_of("--schedule", self.schedule, SCHEDULES)
-        if not 0 <= self.min_lr <= 1:
-            raise ConfigError(f"--min-lr: expected a share of --lr from 0 to 1, got {self.min_lr}")
-        if not 0 <= self.warmup < float("inf") or (self.warmup > 1 and self.warmup % 1):
-            raise ConfigError(
-                f"--warmup: expected a share of the steps below 1, or a number of steps, got {self.warmup}"
-            )
+        one_of("--format", self.format, FORMATS)
+        at_least("--max-length", self.max_length, 2)
+        one_of("--truncate", self.truncate, TRUNCATE)
+        one_of("--loss-on", self.loss_on, LOSS_ON)
+        one_of("--think", self.think, THINK)
+        one_of("--dtype", self.dtype, DTYPES)
+        at_least("--block-pairs", self.block_pairs, 1)
+        at_least("--tokens-per-batch", self.tokens_per_batch, 1)
+        one_of("--on-bad-row", self.on_bad_row, ON_BAD_ROW)
 
 
 @dataclass(frozen=True)
@@ -165,10 +88,10 @@ class EvaluateConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        _one_of("--logps", self.logps, (*LOGPS, None))
-        _one_of("--dtype", self.dtype, TRAIN_DTYPES)
-        _above_zero("--beta", self.beta)
-        _at_least("--tokens-per-batch", self.tokens_per_batch, 1)
+        one_of("--logps", self.logps, (*LOGPS, None))
+        one_of("--dtype", self.dtype, DTYPES)
+        above_zero("--beta", self.beta)
+        at_least("--tokens-per-batch", self.tokens_per_batch, 1)
 
 
 @dataclass(frozen=True)
@@ -182,7 +105,7 @@ class InspectConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        _at_least("--pair", self.pair, 0)
+        at_least("--pair", self.pair, 0)
         if self.model and not self.verify:
             raise ConfigError("--model: is used by --verify only; expected both, got --model alone")
 
@@ -199,6 +122,6 @@ class CompareConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        _at_least("--max-new-tokens", self.max_new_tokens, 1)
+        at_least("--max-new-tokens", self.max_new_tokens, 1)
         if not self.prompts and not self.prompt:
             raise ConfigError("compare: expected --prompt TEXT or --prompts FILE, got neither")

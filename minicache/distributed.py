@@ -30,6 +30,10 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def any(self, value: bool) -> bool:
+        """Whether it is true of any process."""
+        return bool(self.sum(torch.tensor(float(value), device=self.device)).item()) if self.size > 1 else value
+
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
         if self.size == 1:

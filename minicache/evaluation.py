@@ -1,12 +1,13 @@
 """Cached pairs scored by a model: metrics of a policy, and the check that a model reproduces its cache."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from minicache.batch import padded
-from minicache.cache.schema import RefBlock
+from minicache.batch import Batch, padded
+from minicache.cache.schema import CachedPairs
 from minicache.data.batching import Indices, by_length
 from minicache.distributed import World
 from minicache.errors import ConfigError, HandshakeError
@@ -22,30 +23,38 @@ SAMPLE = 8
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 
 
+@dataclass(frozen=True)
+class EvalSet:
+    """Pairs of a cache to evaluate on, and the token slots that one forward pass may take. indices: (n,) into the cache's pairs."""
+
+    cached: CachedPairs
+    indices: Indices
+    budget: int
+
+
 def score_table(
-    scorer: torch.nn.Module, table: PairTable, indices: Indices, budget: int, device: torch.device
-) -> Iterator[tuple[Indices, torch.Tensor, PairScores]]:
+    scorer: torch.nn.Module,
+    table: PairTable,
+    indices: Indices,
+    budget: int,
+    device: torch.device,
+    distribution: bool = False,
+) -> Iterator[tuple[Indices, Batch, PairScores]]:
     """Score some pairs of a table in batches of similar length, without gradients.
 
     Yields:
-        the batch's indices into the table, the places (K,) of `token_logps` in those pairs' concatenated tokens, the scores.
+        the batch's indices into the table, the batch, its scores (see `Scorer` for `distribution`).
     """
     for chosen in by_length(table.side_lengths[indices].max(1), budget):
         batch = padded(table.take(indices[chosen])).to(device)
         with torch.inference_mode():
-            yield indices[chosen], batch.places, scorer(batch)
+            yield indices[chosen], batch, scorer(batch, distribution)
 
 
 def evaluate_policy(
-    scorer: Scorer,
-    table: PairTable,
-    reference: RefBlock,
-    objective: Objective,
-    budget: int,
-    world: World,
-    tracker: Tracker,
+    scorer: torch.nn.Module, pairs: EvalSet, objective: Objective, world: World, tracker: Tracker
 ) -> dict[str, float]:
-    """Mean metrics (see metrics.py) of a policy over all pairs of a cache, shared among the processes.
+    """Mean metrics (see metrics.py) of a policy over these pairs, shared among the processes.
 
     Raises:
         ConfigError: the loss sorts over a batch, and a data set is no batch.
@@ -54,46 +63,58 @@ def evaluate_policy(
         raise ConfigError(
             f"--loss {name}: sorts over a training batch, so it says nothing of a data set; try --loss sigmoid"
         )
-    means, chosen_tokens = Means(world.device), float(table.token_counts[:, 0].mean())
-    tracker.begin("evaluating", len(table))
-    mine = np.arange(world.rank, len(table), world.size)
-    for indices, _, scores in score_table(scorer, table, mine, budget, world.device):
-        logps = pair_logps(scores, reference, indices, objective.kind)
-        means.add(objective(logps, chosen_tokens), logps, objective.beta)
+    table = pairs.cached.table
+    means, chosen_tokens = Means(world.device), float(table.token_counts[pairs.indices, 0].mean())
+    mine = pairs.indices[world.rank :: world.size]
+    for indices, batch, scores in score_table(scorer, table, mine, pairs.budget, world.device, distribution=True):
+        logps = pair_logps(scores, batch, pairs.cached, indices, objective)
+        means.add(objective(logps, chosen_tokens), logps, objective.beta, scores)
         tracker.advance(len(indices) * world.size, int(table.side_lengths[indices].sum()) * world.size)
-    return means.reduce(world)[0]
+    return means.reduce(world)
 
 
-def pair_logps(scores: PairScores, reference: RefBlock, indices: Indices, kind: str) -> Logps:
+def pair_logps(scores: PairScores, batch: Batch, cached: CachedPairs, indices: Indices, objective: Objective) -> Logps:
     """Policy's and reference's logprobs of a batch side by side, as means or as sums (mean x tokens): the same for both."""
-    ref = torch.from_numpy(reference.logp_mean[indices]).to(scores.logp_sum.device)
-    if kind == "mean":
-        return Logps(scores.logp_mean, ref, scores.token_count, averaged=True)
-    return Logps(scores.logp_sum, ref * scores.token_count, scores.token_count, averaged=False)
+    counts, averaged = scores.token_count, objective.kind == "mean"
+    if objective.options.ld_alpha is not None:
+        tokens = torch.from_numpy(cached.token_logps(indices)).to(counts.device)[batch.places]
+        weights = _ld_weights(batch, counts, objective.options.ld_alpha)
+        policy, reference = (batch.sum_by_side(values * weights) for values in (scores.token_logps, tokens))
+        divisor = counts if averaged else torch.ones_like(counts)
+        return Logps(policy / divisor, reference / divisor, counts, averaged, scores.alignment)
+    reference = torch.from_numpy(cached.reference.logp_mean[indices]).to(counts.device)
+    if averaged:
+        return Logps(scores.logp_mean, reference, counts, averaged, scores.alignment)
+    return Logps(scores.logp_sum, reference * counts, counts, averaged, scores.alignment)
 
 
-def sample_differences(
-    scorer: Scorer, table: PairTable, reference: RefBlock, device: torch.device
-) -> tuple[Indices, np.ndarray]:
-    """Re-score a few pairs spread over the table; (n,) indices and (n, 2) |difference| of mean logprobs, nats a token."""
-    sample = np.unique(np.linspace(0, len(table) - 1, SAMPLE).astype(np.int64))
+def _ld_weights(batch: Batch, counts: torch.Tensor, alpha: float) -> torch.Tensor:
+    """(K,) 1 for a token within the length of the shorter answer, `alpha` beyond.
+
+    Source: Liu et al. 2024, Length Desensitization in DPO, arXiv:2409.06411, eq. 9, with counted tokens as the length, as TRL.
+    """
+    shared = counts.min(1).values.repeat_interleave(2)[batch.owners]
+    return torch.where(batch.ranks() < shared, 1.0, alpha)
+
+
+def sample_differences(scorer: Scorer, cached: CachedPairs, device: torch.device) -> tuple[Indices, np.ndarray]:
+    """Re-score a few pairs spread over the cache; (n,) indices and (n, 2) |difference| of mean logprobs, nats a token."""
+    sample = np.unique(np.linspace(0, len(cached.table) - 1, SAMPLE).astype(np.int64))
     differences = np.zeros((len(sample), 2))
     # one at a time: another batch shape than stage one's, as in training
-    for indices, _, scores in score_table(scorer, table, sample, 1, device):
-        difference = np.abs(scores.logp_mean.double().cpu().numpy() - reference.logp_mean[indices])
+    for indices, _, scores in score_table(scorer, cached.table, sample, 1, device):
+        difference = np.abs(scores.logp_mean.double().cpu().numpy() - cached.reference.logp_mean[indices])
         differences[np.searchsorted(sample, indices)] = difference
     return sample, differences
 
 
-def check_reproduces(
-    scorer: Scorer, table: PairTable, reference: RefBlock, device: torch.device, tolerance: float, what: str
-) -> float:
+def check_reproduces(scorer: Scorer, cached: CachedPairs, device: torch.device, tolerance: float, what: str) -> float:
     """The handshake: the model must give what the cache says. Returns the largest difference, nats a token.
 
     Raises:
         HandshakeError: naming the pairs that differ, and by how much.
     """
-    sample, differences = sample_differences(scorer, table, reference, device)
+    sample, differences = sample_differences(scorer, cached, device)
     worst = differences.max(1)
     bad = ~(worst <= tolerance)  # a NaN is bad too
     if bad.any():

@@ -31,14 +31,25 @@ def launch(processes: int, arguments: list[str]) -> int:
         )
         for rank in range(processes)
     ]
+    asked: list[int] = []
+
+    def pass_on(kind: int, frame: object) -> None:
+        asked.append(kind)
+        for child in children:
+            child.send_signal(kind)
+
+    before = {kind: signal.signal(kind, pass_on) for kind in (signal.SIGINT, signal.SIGTERM)}
     try:
-        while any(child.poll() is None for child in children) and not any(child.poll() for child in children):
+        # once asked to stop, each may take its time to save
+        while any(child.poll() is None for child in children) and (
+            asked or not any(child.poll() for child in children)
+        ):
             time.sleep(0.1)
-        return next((child.returncode for child in children if child.returncode), 0)
-    except KeyboardInterrupt:  # the terminal has sent it to every child too
-        return 130
+        return 130 if asked else next((child.returncode for child in children if child.returncode), 0)
     finally:
         _end(children)
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
 
 
 def _end(children: list[subprocess.Popen]) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import logsigmoid, softplus
 
-from minicache.config import LossOptions
+from minicache.config_train import LossOptions
 from minicache.errors import ConfigError
 
 
@@ -20,12 +20,14 @@ class Logps:
 
     policy, reference: (B, 2) float32, nats: sums over the counted tokens, or means if `averaged`.
     token_count: (B, 2) float32.
+    alignment: (B, 2) float32, nats a token; see `PairScores`. Only WPO asks for it.
     """
 
     policy: torch.Tensor
     reference: torch.Tensor
     token_count: torch.Tensor
     averaged: bool
+    alignment: torch.Tensor | None = None
 
     @property
     def ratios(self) -> torch.Tensor:
@@ -227,6 +229,14 @@ def parse_loss(text: str) -> dict[str, float]:
     return weights
 
 
+def wpo_weights(alignment: torch.Tensor) -> torch.Tensor:
+    """(B, 2) -> (B,): both answers' mean likelihood under the policy, each token's relative to one drawn from it.
+
+    Source: Zhou et al. 2024, WPO, arXiv:2406.11827, eq. 2 with the sampled alignment of section 3.2, as TRL.
+    """
+    return alignment.detach().sum(1).exp()
+
+
 @dataclass(frozen=True)
 class Objective:
     """What a run minimises: weighted losses on mean or summed logprobs, and an SFT term if asked for."""
@@ -242,7 +252,12 @@ class Objective:
         losses = parse_loss(loss)
         if "exo_pair" in losses and options.label_smoothing == 0:
             raise ConfigError("--loss exo_pair: needs --label-smoothing above 0 (TRL's old default: 0.001), got 0")
-        return cls(losses, kind, beta, options)
+        objective = cls(losses, kind, beta, options)
+        if options.wpo and objective.over_the_batch:
+            raise ConfigError(
+                f"--wpo: weights single pairs, which --loss {objective.over_the_batch} sorts apart; use one"
+            )
+        return objective
 
     @property
     def over_the_batch(self) -> str | None:
@@ -255,9 +270,11 @@ class Objective:
         The SFT term is the mean over all chosen tokens of the step, as in TRL; with the preference loss it is RPO
         (Pang et al. 2024, Iterative Reasoning Preference Optimization, arXiv:2404.19733, eq. 1).
         """
-        total = torch.stack([w * LOSSES[name](logps, self.beta, self.options) for name, w in self.losses.items()]).sum(
-            0
-        )
+        parts = [weight * LOSSES[name](logps, self.beta, self.options) for name, weight in self.losses.items()]
+        total = torch.stack(parts).sum(0)
+        if self.options.wpo:
+            assert logps.alignment is not None
+            total = total * wpo_weights(logps.alignment)
         if self.options.sft_weight:
             chosen = logps.policy[:, 0] * (logps.token_count[:, 0] if logps.averaged else 1)
             total = total - self.options.sft_weight * chosen / chosen_tokens

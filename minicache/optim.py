@@ -2,26 +2,60 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
+from minicache.errors import ConfigError
 
-def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter, arXiv:1711.05101), fused. Weight decay on matrices only, not on norms and biases."""
+
+def _adamw(groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+    """Loshchilov & Hutter, arXiv:1711.05101; fused into one kernel a step."""
+    return torch.optim.AdamW(groups, lr=lr, fused=True)
+
+
+def _bitsandbytes(name: str) -> Callable[[list[dict[str, Any]], float], torch.optim.Optimizer]:
+    """Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization, arXiv:2110.02861."""
+
+    def make(groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+        try:
+            import bitsandbytes
+        except ImportError:
+            raise ConfigError(
+                "--optimizer: the 8-bit and paged ones need another package: pip install 'minicache[8bit]'"
+            ) from None
+        return getattr(bitsandbytes.optim, name)(groups, lr=lr)
+
+    return make
+
+
+OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], float], torch.optim.Optimizer]] = {
+    "adamw": _adamw,
+    "adamw-8bit": _bitsandbytes("AdamW8bit"),
+    "paged-adamw-8bit": _bitsandbytes("PagedAdamW8bit"),
+}
+
+
+def make_optimizer(model: nn.Module, name: str, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """One of OPTIMIZERS, with betas 0.9 and 0.999. Weight decay on matrices only, not on norms and biases.
+
+    Raises:
+        ConfigError: its library is not installed.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [parameter for parameter in parameters if parameter.ndim >= 2], "weight_decay": weight_decay},
         {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=(0.9, 0.999), fused=True)
+    return OPTIMIZERS[name]([group for group in groups if group["params"]], lr)
 
 
 def _half_cosine(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-# name -> share of the peak at a progress from 0 to below 1, and a floor from 0 to 1
+# name -> share of the peak at a progress from 0 to 1, and a floor from 0 to 1
 SCHEDULES: dict[str, Callable[[float, float], float]] = {
     # Loshchilov & Hutter, SGDR, arXiv:1608.03983, eq. 5
     "cosine": lambda progress, floor: floor + (1 - floor) * _half_cosine(progress),
@@ -29,8 +63,10 @@ SCHEDULES: dict[str, Callable[[float, float], float]] = {
     "constant": lambda progress, floor: 1.0,
     # MiniMind's train_dpo.py: lr/10 + lr/2 (1 + cos), which begins at 1.1 lr; later lr (0.1 + 0.45 (1 + cos))
     "minimind-2504": lambda progress, floor: 0.1 + _half_cosine(progress),
+    "minimind-2510": lambda progress, floor: 0.1 + _half_cosine(progress),
     "minimind-3": lambda progress, floor: 0.1 + 0.9 * _half_cosine(progress),
 }
+COUNTS_FROM_1 = {"minimind-2510", "minimind-3"}  # as those scripts number their steps
 
 
 def learning_rate(step: int, steps: int, lr: float, schedule: str, warmup: float, floor: float) -> float:
@@ -41,7 +77,8 @@ def learning_rate(step: int, steps: int, lr: float, schedule: str, warmup: float
     rising = min(math.ceil(warmup * steps) if warmup < 1 else round(warmup), steps)
     if step < rising:
         return lr * (step + 1) / rising
-    return lr * SCHEDULES[schedule]((step - rising) / max(1, steps - rising), floor)
+    done = step - rising + (schedule in COUNTS_FROM_1)
+    return lr * SCHEDULES[schedule](done / max(1, steps - rising), floor)
 
 
 def beta_at(step: int, steps: int, beta: float, beta_end: float | None) -> float:

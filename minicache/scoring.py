@@ -4,7 +4,7 @@ Whatever the model's precision, log-softmax, sums and means are float32. The hea
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from minicache.batch import Batch
 from minicache.errors import ConfigError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+CHUNK = 256  # positions
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,17 @@ class PairScores:
     """Scores of B pairs; column 0 is chosen, column 1 rejected.
 
     logp_sum: (B, 2) float32, nats. token_count: (B, 2) float32. token_logps: (K,) float32, in the order of the batch.
+    Of the whole distribution, if asked for, without gradients: entropy: (B, 2) float32, its mean over the counted tokens, nats;
+    alignment: (B, 2) float32, mean of log p(token) - log sum p^2, nats (Zhou et al. 2024, WPO, arXiv:2406.11827, section 3.2).
+    balance: (B,) float32, a mixture of experts' load-balancing loss; None for a dense model.
     """
 
     logp_sum: torch.Tensor
     token_count: torch.Tensor
     token_logps: torch.Tensor
+    entropy: torch.Tensor | None = None
+    alignment: torch.Tensor | None = None
+    balance: torch.Tensor | None = None
 
     @property
     def logp_mean(self) -> torch.Tensor:
@@ -44,19 +51,33 @@ class Scorer(nn.Module):
         self.model = model.eval()
         self.dtype = dtype
 
-    def forward(self, batch: Batch) -> PairScores:
+    def forward(self, batch: Batch, distribution: bool = False) -> PairScores:
         with self._precision(batch.input_ids.device), _only_positions(self.model, batch.sources):
             logits = self.model(input_ids=batch.input_ids, use_cache=False).logits  # (1, K, vocabulary)
         token_logps = -cross_entropy(logits[0].float(), batch.targets, reduction="none")  # (K,)
-        slots = token_logps.new_zeros(2, 2 * batch.pairs)
-        sums = slots[0].index_add(0, batch.owners, token_logps)
-        counts = slots[1].index_add(0, batch.owners, torch.ones_like(token_logps))
-        return PairScores(sums.view(-1, 2), counts.view(-1, 2), token_logps)
+        counts = batch.sum_by_side(torch.ones_like(token_logps))
+        scores = PairScores(batch.sum_by_side(token_logps), counts, token_logps)
+        if not distribution:
+            return scores
+        entropy, concentration = _of_the_distribution(logits[0].detach())
+        alignment = batch.sum_by_side(token_logps.detach() - concentration) / counts
+        return replace(scores, entropy=batch.sum_by_side(entropy) / counts, alignment=alignment)
 
     def _precision(self, device: torch.device) -> AbstractContextManager:
         if self.dtype == "float32":
             return nullcontext()
         return torch.autocast(device.type, DTYPES[self.dtype])
+
+
+@torch.no_grad()
+def _of_the_distribution(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(K, vocabulary) -> entropy (K,) and log sum p^2 (K,), float32, nats. In pieces: a second set of logits need not fit."""
+    parts = []
+    for piece in logits.split(CHUNK):
+        logps = piece.float().log_softmax(1)
+        parts.append(torch.stack([-(logps.exp() * logps).sum(1), (2 * logps).logsumexp(1)]))
+    entropy, concentration = torch.cat(parts, dim=1)
+    return entropy, concentration
 
 
 class _only_positions:
@@ -87,5 +108,5 @@ def resolve_dtype(dtype: str, device: torch.device) -> str:
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     if dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise ConfigError("--dtype bfloat16: this GPU has none; choose float32 (or float16 in precompute-ref)")
+        raise ConfigError("--dtype bfloat16: this GPU has none; choose float16 or float32")
     return dtype

@@ -99,6 +99,11 @@ class Screen(Silent):
             self._tell_tenths(task, pairs)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
+        if "eval/loss" in metrics:
+            shown = {"loss": ".4f", "rewards/accuracy": ".1%", "rewards/margin": "+.4f", "kl": ".3g"}
+            numbers = "  ".join(f"{name} {metrics[f'eval/{name}']:{form}}" for name, form in shown.items())
+            self.console.print(Text(f"after {step} steps, held-out pairs:  {numbers}"), soft_wrap=True)
+            return
         self.rows.append((step, metrics))
         if not self.console.is_terminal:
             numbers = "  ".join(f"{head} {_number(metrics, name)}" for name, (head, _) in COLUMNS.items())
@@ -186,11 +191,22 @@ def sources_table(sources: Iterable[Mapping[str, Any]]) -> Table:
 
 
 def show_train(console: Console, report: "TrainReport") -> None:
-    console.print(metrics_table([(0, report.first), (report.steps - 1, report.last)]))
-    start = "" if report.noise is None else f" (step 0 was {abs(report.first['loss'] - math.log(2)):.1g} from ln 2)"
+    progress = report.progress
+    first, last = progress.first, progress.last
+    console.print(metrics_table([(0, first), (progress.step - 1, last)]))
+    start = "" if report.noise is None else f" (step 0 was {abs(first['loss'] - math.log(2)):.1g} from ln 2)"
+    if report.stopped:
+        console.print(Text(f"ended early: {report.stopped}", style="yellow"))
+    if progress.validation:
+        held = progress.validation
+        console.print(
+            f"  best validation after {report.model_step:,} steps: loss {held['loss']:.4f}, "
+            f"accuracy {held['rewards/accuracy']:.1%}, kl {held['kl']:.3g}",
+            highlight=False,
+        )
     console.print(
-        f"[bold green]✓[/] {report.steps:,} steps in {_duration(report.seconds)}: loss {report.first['loss']:.4f} → "
-        f"{report.last['loss']:.4f}{start}; policy in [bold]{escape(str(report.model_dir))}[/]",
+        f"[bold green]✓[/] {progress.step:,} steps in {_duration(progress.total_seconds)}: loss {first['loss']:.4f} → "
+        f"{last['loss']:.4f}{start}; policy in [bold]{escape(str(report.model_dir))}[/]",
         highlight=False,
     )
 

@@ -45,14 +45,19 @@ class Silent:
 
 
 class JsonLines(Silent):
-    """metrics.jsonl: one object a logged step, flushed line by line."""
+    """metrics.jsonl: one object a line, flushed line by line. keep: bytes of an interrupted run's file to go on after."""
 
-    def __init__(self, file: Path) -> None:
-        self.stream = file.open("w", encoding="utf-8")
+    def __init__(self, file: Path, keep: int = 0) -> None:
+        self.stream = file.open("ab")
+        self.stream.truncate(keep)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        self.stream.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.stream.write(json.dumps({"step": step, **metrics}).encode() + b"\n")
         self.stream.flush()
+
+    def size(self) -> int:
+        """Bytes so far."""
+        return self.stream.tell()
 
     def close(self) -> None:
         self.stream.close()

@@ -31,7 +31,7 @@ from tests.stores import chunk_files
 
 IDENTITY = Identity(
     format_version=FORMAT_VERSION, weights="w", family="llama", tokenizer="t", template="p", vocabulary=400, max_length=32,
-    truncate="right", loss_on="response", dtype="float32", attention="sdpa", block_pairs=4, per_token=True,
+    truncate="right", loss_on="response", think="keep", dtype="float32", attention="sdpa", block_pairs=4, per_token=True,
 )  # fmt: skip
 
 
@@ -396,7 +396,7 @@ class Killed(Exception):
 def fail_at_step(monkeypatch: pytest.MonkeyPatch, step: int, error: Exception) -> list[str]:
     """From now on write or flush number `step`, from 0, fails with `error`, and so do all after it; returns those done before."""
     done: list[str] = []
-    set_, delete, flush = LocalStore.set, LocalStore.delete, writer._flush_to_disk
+    set_, delete, flush = LocalStore.set, LocalStore.delete, writer.flush_to_disk
 
     def note(what: str) -> None:
         if len(done) >= step:
@@ -417,7 +417,7 @@ def fail_at_step(monkeypatch: pytest.MonkeyPatch, step: int, error: Exception) -
 
     monkeypatch.setattr(LocalStore, "set", failing_set)
     monkeypatch.setattr(LocalStore, "delete", failing_delete)
-    monkeypatch.setattr(writer, "_flush_to_disk", failing_flush)
+    monkeypatch.setattr(writer, "flush_to_disk", failing_flush)
     return done
 
 

@@ -53,7 +53,7 @@ def test_evaluate_takes_the_settings_of_the_run(cli, ref_cache: Path, tmp_path: 
     _, stdout, _ = cli("evaluate", "--policy", tmp_path / "run", "--ref-cache", ref_cache, "--json")
     settings = json.loads(stdout)["settings"]
     assert (settings["loss"], settings["logps"], settings["beta"]) == ("hinge", "sum", 0.7)
-    assert settings["loss_options"]["sft_weight"] == 0.25
+    assert settings["sft_weight"] == 0.25
     _, stdout, _ = cli("evaluate", "--policy", tmp_path / "run", "--ref-cache", ref_cache, "--beta", "0.2", "--json")
     assert json.loads(stdout)["settings"]["beta"] == 0.2
 

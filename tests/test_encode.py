@@ -227,14 +227,16 @@ def test_the_kinds_of_loss_agree_where_there_is_one_answer(chatml: ChatTokenizer
 
 # --- MiniMind ---
 
-GENERATIONS = [("minimind2-2504", "as-is"), ("minimind2-2510", "as-is"), ("minimind3", "keep")]
+GENERATIONS = [("minimind2-2504", "as-is"), ("minimind2-2510", "as-is"), ("minimind3", "keep"), ("minimind3", "drop")]
 
 
 @pytest.mark.parametrize(("generation", "variant"), GENERATIONS)
 def test_loss_on_assistant_is_miniminds_mask_to_the_token(shared: Path, generation: str, variant: str) -> None:
     place = shared / "fixtures" / "minimind"
     fixture = json.loads((place / f"{generation}-encoding.json").read_text(encoding="utf-8"))
-    encoder = Encoder(ChatTokenizer.load(place / f"{generation}-tokenizer"), fixture["max_length"], loss_on="assistant")
+    think = "drop" if variant == "drop" else "keep"
+    tokenizer = ChatTokenizer.load(place / f"{generation}-tokenizer")
+    encoder = Encoder(tokenizer, fixture["max_length"], loss_on="assistant", think=think)
     compared = 0
     for row, expected in zip(fixture["rows"], fixture["encodings"][variant], strict=True):
         if not all(any(side["loss_mask"]) for side in expected.values()):
@@ -250,7 +252,7 @@ def test_loss_on_assistant_is_miniminds_mask_to_the_token(shared: Path, generati
     assert compared >= 8
 
 
-@pytest.mark.parametrize("generation", [generation for generation, _ in GENERATIONS])
+@pytest.mark.parametrize("generation", ["minimind2-2504", "minimind2-2510", "minimind3"])
 def test_loss_on_assistant_is_miniminds_rule_on_ids(shared: Path, generation: str) -> None:
     """From the ids of the assistant's header to those of what closes a turn, on many conversations."""
     tokenizer = ChatTokenizer.load(shared / "fixtures" / "minimind" / f"{generation}-tokenizer")

@@ -108,7 +108,8 @@ def test_what_users_wrote_never_steers_the_terminal(model_dir: Path, tmp_path: P
 
 IDENTITY = Identity(
     format_version=FORMAT_VERSION, weights="w" * 32, family="llama", tokenizer="t", template="p", vocabulary=400,
-    max_length=512, truncate="right", loss_on="response", dtype="float32", attention="sdpa", block_pairs=3, per_token=False,
+    max_length=512, truncate="right", loss_on="response", think="keep", dtype="float32",
+    attention="sdpa", block_pairs=3, per_token=False,
 )  # fmt: skip
 
 

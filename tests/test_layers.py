@@ -10,11 +10,11 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "minicache"
 LAYERS = [
     {"errors", "pairs"},
-    {"config", "trackers"},
-    {"data", "cache", "screen", "launch"},
-    {"distributed", "models", "batch", "screen_inspect"},
+    {"config", "trackers", "disk", "signals"},
+    {"config_train", "data", "cache", "screen", "launch", "runs"},
+    {"distributed", "models", "batch", "screen_inspect", "speed"},
     {"scoring"},
-    {"losses", "optim"},
+    {"losses", "optim", "checkpoints"},
     {"metrics"},
     {"evaluation"},
     {"stages"},
@@ -22,7 +22,19 @@ LAYERS = [
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-TORCH_FREE = ["config", "pairs", "trackers", "screen", "screen_inspect", "launch", "cli", "stages.inspect"]
+TORCH_FREE = [
+    "config",
+    "pairs",
+    "trackers",
+    "screen",
+    "screen_inspect",
+    "launch",
+    "runs",
+    "disk",
+    "config_train",
+    "cli",
+    "stages.inspect",
+]
 TORCH_FREE += [f"data.{name}" for name in ("records", "formats", "tokenizers", "encode", "batching")]
 TORCH_FREE += [f"cache.{name}" for name in ("schema", "reader", "writer")]
 

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from minicache import config
-from minicache.config import LossOptions
+from minicache import config_train as config
+from minicache.config_train import LossOptions
 from minicache.errors import ConfigError
 from minicache.losses import DIVERGENCES, LOSSES, Logps, Objective
 from minicache.metrics import NAMES, pair_metrics
-from minicache.optim import SCHEDULES, beta_at, learning_rate, make_optimizer
+from minicache.optim import COUNTS_FROM_1, OPTIMIZERS, SCHEDULES, beta_at, learning_rate, make_optimizer
+from minicache.scoring import PairScores
 
 
 def random_logps(averaged: bool, count: int = 50) -> Logps:
@@ -148,7 +149,9 @@ def test_options_that_cannot_be_are_refused(options: dict) -> None:
 def test_metrics_are_their_definitions(averaged: bool) -> None:
     logps = random_logps(averaged)
     losses = LOSSES["sigmoid"](logps, 0.2, LossOptions())
-    values = dict(zip(NAMES, pair_metrics(losses, logps, 0.2).numpy(), strict=True))
+    entropy = torch.rand(len(losses), 2)
+    scores = PairScores(logps.policy, logps.token_count, torch.zeros(0), entropy)
+    values = dict(zip(NAMES, pair_metrics(losses, logps, 0.2, scores).numpy(), strict=True))
     p, r, n = (column.double().numpy() for column in (logps.policy, logps.reference, logps.token_count))
     assert np.allclose(values["rewards/margin"], 0.2 * ((p - r)[:, 0] - (p - r)[:, 1]), atol=1e-5)
     assert np.array_equal(values["rewards/accuracy"], (p - r)[:, 0] > (p - r)[:, 1])
@@ -157,18 +160,22 @@ def test_metrics_are_their_definitions(averaged: bool) -> None:
     d = (p - r) if averaged else (p - r) / n
     assert np.allclose(values["kl"], (np.exp(-d) - 1 + d).mean(1), rtol=1e-3, atol=1e-5)
     assert (values["kl"] >= 0).all()
+    assert np.allclose(values["entropy"], entropy.numpy().mean(1)) and np.array_equal(
+        values["tokens/rejected"], n[:, 1]
+    )
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_learning_rate_rises_then_follows_its_schedule(schedule: str) -> None:
     rates = [learning_rate(step, 100, 1e-3, schedule, 0.1, 0.2) for step in range(100)]
     assert rates[9] == pytest.approx(1e-3) and all(a < b for a, b in pairwise(rates[:10])) and rates[0] > 0
-    t = np.arange(90) / 90
+    t = (np.arange(90) + (schedule in COUNTS_FROM_1)) / 90
     expected = {
         "cosine": 0.2 + 0.8 * (1 + np.cos(np.pi * t)) / 2,
         "linear": 1 - 0.8 * t,
         "constant": np.ones(90),
         "minimind-2504": 1 / 10 + (1 + np.cos(np.pi * t)) / 2,
+        "minimind-2510": 1 / 10 + (1 + np.cos(np.pi * t)) / 2,
         "minimind-3": 0.1 + 0.45 * (1 + np.cos(np.pi * t)),
     }[schedule]
     assert np.allclose(rates[10:], 1e-3 * expected, rtol=1e-9)
@@ -188,9 +195,10 @@ def test_beta_changes_linearly_from_first_to_last_step() -> None:
 
 def test_the_options_offered_are_those_there_are() -> None:
     assert tuple(SCHEDULES) == config.SCHEDULES and tuple(DIVERGENCES) == config.F_DIVERGENCES
+    assert tuple(OPTIMIZERS) == config.OPTIMIZERS
 
 
 def test_norms_and_biases_do_not_decay() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
-    groups = make_optimizer(model, 1e-3, 0.1).param_groups
+    groups = make_optimizer(model, "adamw", 1e-3, 0.1).param_groups
     assert [(group["weight_decay"], len(group["params"])) for group in groups] == [(0.1, 1), (0.0, 3)]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minicache.config import TrainConfig
+from minicache.config_train import TrainConfig
 from minicache.errors import ModelError
 from minicache.models import load_model, save_model, save_tokenizer
 from minicache.stages.train import train
@@ -54,7 +54,7 @@ def test_a_minimind_user_gets_a_policy(minimind3: Path, tokenizer_dir: Path, dat
 
     cache = precompute_into(tmp_path / "cache", minimind3, data_file, tokenizer=str(tokenizer_dir))
     report = train(TrainConfig(cache, tmp_path / "run", max_steps=2), one_process(), Silent())
-    assert report.first["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert report.progress.first["loss"] == pytest.approx(np.log(2), abs=1e-6)
     assert AutoModelForCausalLM.from_pretrained(report.model_dir).config.model_type == "qwen3"
 
 
@@ -202,7 +202,7 @@ def test_a_gguf_goes_all_the_way_and_opens_as_a_plain_model(gguf_file: Path, dat
 
     cache = precompute_into(tmp_path / "cache", gguf_file, data_file)
     report = train(TrainConfig(cache, tmp_path / "run", max_steps=2, lr=1e-3), one_process(), Silent())
-    assert report.first["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert report.progress.first["loss"] == pytest.approx(np.log(2), abs=1e-6)
     config = json.loads((report.model_dir / "config.json").read_text())
     assert "quantization_config" not in config
     opened = AutoModelForCausalLM.from_pretrained(report.model_dir)

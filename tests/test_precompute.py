@@ -97,7 +97,9 @@ def test_more_data_is_appended_and_only_that_is_scored(
     more = write_jsonl(tmp_path / "more.jsonl", [*rows, rows[-1]])
     scored = []
     forward = Scorer.forward
-    monkeypatch.setattr(Scorer, "forward", lambda self, batch: scored.append(batch.pairs) or forward(self, batch))
+    monkeypatch.setattr(
+        Scorer, "forward", lambda self, batch, *rest: scored.append(batch.pairs) or forward(self, batch)
+    )
     report = run(cache, model_dir, more)
     assert report.scored == 12 and report.pairs == 52
     assert sum(scored) == 12 + 8  # and the handshake with what was there

@@ -13,7 +13,7 @@ import torch
 
 from minicache.batch import padded
 from minicache.cache.reader import ReferenceCache
-from minicache.config import LossOptions, TrainConfig
+from minicache.config_train import LossOptions, TrainConfig
 from minicache.data.batching import global_batches
 from minicache.errors import CacheMismatch, ConfigError, HandshakeError, ModelError, OutputError
 from minicache.losses import LOSSES, Logps, sigmoid
@@ -51,7 +51,7 @@ def test_training_lowers_the_loss_and_writes_what_the_design_says(ref_cache: Pat
     out = tmp_path / "run"
     report = run(ref_cache, out, epochs=4)
     lines = metrics(out)
-    assert [line["step"] for line in lines] == list(range(20)) and report.steps == 20
+    assert [line["step"] for line in lines] == list(range(20)) and report.progress.step == 20
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.02 and lines[-1]["rewards/margin"] > 0.05
     names = {"loss", "rewards/chosen", "rewards/rejected", "rewards/margin", "rewards/accuracy", "logps/chosen"}
     assert names | {"logps/rejected", "kl", "lr", "grad_norm", "tokens_per_second", "epoch"} <= lines[0].keys()

@@ -10,7 +10,17 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from minicache.cache.schema import ArraySpec, Identity, Log, Manifest, RefBlock, array_specs, pairs_row, ref_row
+from minicache.cache.schema import (
+    ArraySpec,
+    CachedPairs,
+    Identity,
+    Log,
+    Manifest,
+    RefBlock,
+    array_specs,
+    pairs_row,
+    ref_row,
+)
 from minicache.errors import CacheDamaged, CacheError, CacheIncomplete, CacheNotFound
 from minicache.pairs import EncodedPair, PairTable
 
@@ -182,7 +192,7 @@ class ReferenceCache:
         if self.blocks < self.log.blocks:
             raise CacheDamaged(f"{self.path}: {self.log.blocks} blocks were written, the arrays hold {self.blocks}")
 
-    def load(self) -> tuple[PairTable, RefBlock]:
+    def load(self) -> CachedPairs:
         """All pairs and what the reference said of them, in memory, every block checked.
 
         Raises:
@@ -201,7 +211,7 @@ class ReferenceCache:
         table = PairTable.concatenate(tables)
         if len(table) != self.log.pairs:
             raise CacheDamaged(f"{self.path}: the manifest counts {self.log.pairs} pairs, the blocks hold {len(table)}")
-        return table, _concatenate(scores)
+        return CachedPairs(table, _concatenate(scores))
 
     def verify(self) -> Iterator[tuple[str, CacheError]]:
         """Re-read everything: every chunk, every ledger digest, every pair's own digest. Yields (what, problem)."""

@@ -8,9 +8,10 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from minicache.errors import CacheDamaged, CacheMismatch
 from minicache.pairs import PairTable
@@ -38,6 +39,7 @@ class Identity:
     max_length: int
     truncate: str
     loss_on: str
+    think: str
     dtype: str
     attention: str
     block_pairs: int
@@ -183,6 +185,19 @@ class RefBlock:
     logp_mean: np.ndarray
     token_count: np.ndarray
     token_logps: np.ndarray | None = None
+
+
+class CachedPairs(NamedTuple):
+    """Pairs and, pair by pair, what the reference thinks of them."""
+
+    table: PairTable
+    reference: RefBlock
+
+    def token_logps(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Each stored token's logprob, of these pairs one after another; NaN where it does not count. Needs --per-token."""
+        assert self.reference.token_logps is not None
+        offsets = self.table.offsets
+        return np.concatenate([self.reference.token_logps[offsets[i] : offsets[i + 1]] for i in indices])
 
 
 def pairs_row(identity: Identity, table: PairTable) -> np.ndarray:

@@ -5,11 +5,10 @@ its data is simply not done, so a kill at any instant costs at most the blocks i
 blocks at the same time without locks; only one of them creates, grows, and writes the log, and holds off other runs.
 """
 
-import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from minicache.cache.reader import ReferenceCache
 from minicache.cache.schema import Manifest, RefBlock, array_specs, pairs_row, ref_row
+from minicache.disk import flush_to_disk, with_folders, writing
 from minicache.errors import OutputError
 from minicache.pairs import PairTable
 
@@ -54,7 +54,7 @@ class CacheWriter(ReferenceCache):
                         compressors=[*([ZstdCodec(level=3)] if spec.compress else []), Crc32cCodec()],
                     )
                 write_tokenizer(draft / "tokenizer")
-                _flush_to_disk(draft.rglob("*"))
+                flush_to_disk(draft.rglob("*"))
                 draft.replace(place)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
@@ -85,12 +85,12 @@ class CacheWriter(ReferenceCache):
         with writing(self.path):
             for name in names:
                 self.arrays[name].resize((blocks, *self.arrays[name].shape[1:]))
-            _flush_to_disk([self.path / name / "zarr.json" for name in names])
+            flush_to_disk([self.path / name / "zarr.json" for name in names])
 
     def write_log(self) -> None:
         with writing(self.path):
             self.group.attrs.put(self.manifest.to_attributes())
-            _flush_to_disk(_with_folders([self.path / "zarr.json"]))
+            flush_to_disk(with_folders([self.path / "zarr.json"]))
 
     def write_pairs(self, block: int, table: PairTable) -> None:
         self._commit(
@@ -119,9 +119,9 @@ class CacheWriter(ReferenceCache):
     def _commit(self, ledger: str, block: int, row: np.ndarray, columns: dict[str, np.ndarray]) -> None:
         with writing(self.path):
             written = [file for name, values in columns.items() for file in self._write(name, block, values)]
-            _flush_to_disk(_with_folders(written))
+            flush_to_disk(with_folders(written))
             self.arrays[ledger][block] = row
-            _flush_to_disk(_with_folders([self._chunk_file(ledger, block, 0)]))
+            flush_to_disk(with_folders([self._chunk_file(ledger, block, 0)]))
 
     def _write(self, name: str, block: int, values: np.ndarray) -> list[Path]:
         """Write whole chunks, padded with the fill value, so that nothing is read and no other block is touched."""
@@ -159,28 +159,3 @@ def claimed(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(directory)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a failure of the disk into one line that names the place."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(f"{path}: the disk is full; free some space and run the same command again") from error
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
-
-
-def _with_folders(files: list[Path]) -> list[Path]:
-    return [*files, *{file.parent for file in files}]
-
-
-def _flush_to_disk(places: Iterable[Path]) -> None:
-    """zarr renames files into place but never flushes them; after a power loss a renamed file may be empty, or not there."""
-    for place in places:
-        descriptor = os.open(place, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -18,6 +18,7 @@ from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import RowRefused
 from minicache.pairs import EncodedPair, Ints
 
+EMPTY_THINK = "<think>\n\n</think>\n\n"
 CHUNK = 128  # pairs tokenized in one call: enough to keep all cores of the tokenizers library busy
 
 R = TypeVar("R")
@@ -30,13 +31,15 @@ class Encoder:
 
     max_length: tokens a side may have. truncate: 'right' cuts the end of a side that is longer, 'left' the beginning of the
     prompt (as much on both sides) and then the end, 'refuse' refuses the row. loss_on: which tokens count, 'response'
-    (all after the shared prompt turns) or 'assistant' (every assistant turn, its closing token included).
+    (all after the shared prompt turns) or 'assistant' (every assistant turn, its closing token included). think: 'drop' takes
+    out every empty think block; MiniMind's third generation does so by chance.
     """
 
     tokenizer: ChatTokenizer
     max_length: int
     truncate: str = "right"
     loss_on: str = "response"
+    think: str = "keep"
 
     def encode_all(
         self, rows: Iterable[Pair | RowRefused], file: int
@@ -66,11 +69,15 @@ class Encoder:
             raise result
         return result
 
+    def _text(self, turns: tuple[Turn, ...], open_answer: bool = False) -> str:
+        text = self.tokenizer.render(turns, open_answer)
+        return text.replace(EMPTY_THINK, "") if self.think == "drop" else text
+
     def _render(self, pair: Pair) -> list[tuple[str, list[Span], int]]:
         """Of each side: its text, the spans of characters that count, and where its own answer begins."""
         sides = []
         for answer in (pair.chosen, pair.rejected):
-            text, earlier = self.tokenizer.render(pair.prompt + answer), 0
+            text, earlier = self._text(pair.prompt + answer), 0
             if self.loss_on == "assistant":
                 spans = self._assistant_spans(text, pair.prompt + answer)
                 earlier = sum(turn.role == "assistant" for turn in pair.prompt)
@@ -81,12 +88,12 @@ class Encoder:
 
     def _boundary(self, text: str, prompt: tuple[Turn, ...]) -> int:
         """Where the answer begins: as far as the whole text agrees with the prompt opened for an answer."""
-        opened = self.tokenizer.render(prompt, open_answer=True)
+        opened = self._text(prompt, open_answer=True)
         boundary = _shared_length(text, opened)
         if boundary < len(opened):  # an answer "<b>…" agrees with a "<think>" that only a generation prompt has
-            other = self.tokenizer.render((*prompt, Turn("assistant", "\x02answer\x02")))
+            other = self._text((*prompt, Turn("assistant", "\x02answer\x02")))
             boundary = min(boundary, _shared_length(other, opened))
-        if boundary < len(opened) and boundary < len(self.tokenizer.render(prompt)):
+        if boundary < len(opened) and boundary < len(self._text(prompt)):
             raise RowRefused("template", "the chat template writes the prompt's turns otherwise once an answer follows")
         return boundary
 
@@ -116,7 +123,7 @@ class Encoder:
     def _frame(self) -> tuple[str, str, str]:
         """What the template writes before an answer: its header, and a think block if any; and after it."""
         user, assistant = Turn("user", "\x01question\x01"), Turn("assistant", "\x02answer\x02")
-        before, _, closing = self.tokenizer.render((user, assistant)).rpartition(assistant.content)
+        before, _, closing = self._text((user, assistant)).rpartition(assistant.content)
         header, tag, rest = before.rpartition(user.content)[2].partition("<think>")
         return header.removeprefix(closing), tag + rest, closing
 

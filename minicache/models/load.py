@@ -5,16 +5,18 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from minicache.errors import ModelError, OutputError
-from minicache.models import huggingface, minimind
+from minicache.models import huggingface, lora, minimind
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,15 @@ FAMILIES: dict[str, Callable[[Path], nn.Module]] = {".pth": minimind.load, ".pt"
 
 
 def load_model(source: str, trust_remote_code: bool = False) -> LoadedModel:
-    """Load a model directory, hub id, .gguf file or MiniMind .pth file.
+    """Load a model directory, hub id, .gguf file or MiniMind .pth file; an adapter's directory as its base with it merged, float32.
 
     Raises:
         ModelError: it does not exist, is of no known kind, or needs code of its own that was not allowed.
     """
     path = Path(source)
+    if base := lora.base_of(path):
+        merged = lora.with_adapter(load_model(base, trust_remote_code).model, path).merge_and_unload()
+        return LoadedModel(merged.eval().requires_grad_(False), source)
     if path.suffix in FAMILIES:
         if not path.is_file():
             raise ModelError(f"{source}: no such file")
@@ -76,8 +81,8 @@ def load_model(source: str, trust_remote_code: bool = False) -> LoadedModel:
     return LoadedModel(model.eval().requires_grad_(False), source)
 
 
-def save_model(model: nn.Module, tokenizer_dir: Path, directory: Path) -> None:
-    """Write a complete Hugging Face directory: weights in safetensors, config, tokenizer. Appears whole or not at all.
+def save_model(model: Any, tokenizer_dir: Path, directory: Path) -> None:
+    """Write a complete Hugging Face directory: weights (or the adapter's) in safetensors, config, tokenizer. Whole or not at all.
 
     Raises:
         OutputError: the disk is full or cannot be written.
@@ -85,7 +90,9 @@ def save_model(model: nn.Module, tokenizer_dir: Path, directory: Path) -> None:
     draft = directory.with_name(f".{directory.name}.saving")
     shutil.rmtree(draft, ignore_errors=True)
     try:
-        model.save_pretrained(draft)  # type: ignore[operator]
+        # peft would ask the hub whether the base's embeddings were resized; they never are
+        options: dict[str, Any] = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
+        model.save_pretrained(draft, **options)
         shutil.copytree(tokenizer_dir, draft, dirs_exist_ok=True)
         draft.replace(directory)
     except (OSError, SafetensorError) as error:
@@ -106,3 +113,17 @@ def save_tokenizer(source: str, directory: Path, chat_template: str | None, trus
     huggingface.save_tokenizer(source, directory, trust_remote_code)
     if chat_template is not None:
         (directory / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Keep a decoder layer's input only, and compute the rest again in backward (Chen et al. 2016, arXiv:1604.06174).
+
+    transformers' own switch works in train mode alone, and that would turn dropout on.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ModelError("--activation-checkpointing: this model's code has no layers that say they can; leave it off")
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

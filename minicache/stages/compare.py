@@ -12,7 +12,7 @@ from minicache.data.tokenizers import ChatTokenizer
 from minicache.distributed import World
 from minicache.errors import ConfigError, DataError
 from minicache.models import load_model
-from minicache.stages.evaluate import policy_source, run_facts
+from minicache.runs import policy_source, run_facts
 from minicache.trackers import Tracker
 
 

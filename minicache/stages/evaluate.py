@@ -1,26 +1,28 @@
 """A policy against a reference cache: preference accuracy, margin, KL, loss."""
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from minicache.cache.reader import ReferenceCache
-from minicache.config import EvaluateConfig, LossOptions, TrainConfig
+from minicache.config import EvaluateConfig
+from minicache.config_train import LossOptions, TrainConfig, fill, flat
 from minicache.distributed import World
-from minicache.errors import CacheMismatch, OutputError
-from minicache.evaluation import evaluate_policy
+from minicache.errors import CacheMismatch
+from minicache.evaluation import EvalSet, evaluate_policy
 from minicache.losses import Objective
 from minicache.models import load_model
+from minicache.runs import policy_source, run_facts
 from minicache.scoring import Scorer, resolve_dtype
 from minicache.trackers import Tracker
 
 
 @dataclass(frozen=True)
 class EvaluateReport:
-    """metrics: means over the cache's pairs, by the names of metrics.py, under `settings` (loss, loss_options, logps, beta).
+    """metrics: means over the cache's pairs, by the names of metrics.py, under `settings` (loss and its options, logps, beta).
 
     same_weights: the policy has the reference's own weights.
     """
@@ -35,12 +37,15 @@ class EvaluateReport:
 
 def evaluate(config: EvaluateConfig, world: World, tracker: Tracker) -> EvaluateReport:
     """Score every pair of the cache with the policy. Raises MinicacheError of any kind."""
-    settings = _settings(config)
-    options = LossOptions(**settings["loss_options"])
+    facts = run_facts(config.policy)
+    names = ("loss", "logps", "beta")
+    # what is asked for, else what the run was trained with, else the default of a run
+    settings = {name: getattr(config, name) or facts.get(name, getattr(TrainConfig, name)) for name in names}
+    options = fill(LossOptions, facts)
     objective = Objective.parse(settings["loss"], settings["logps"], settings["beta"], options)
     tracker.begin("reading the cache", None)
     cache = ReferenceCache(config.ref_cache)
-    table, reference = cache.load()
+    cached = cache.load()
     source = policy_source(config.policy)
     tracker.begin(f"loading {source}", None)
     loaded = load_model(source, config.trust_remote_code)
@@ -50,28 +55,9 @@ def evaluate(config: EvaluateConfig, world: World, tracker: Tracker) -> Evaluate
         )
     same = loaded.fingerprint == cache.identity.weights
     scorer = Scorer(loaded.model.to(world.device, torch.float32), resolve_dtype(config.dtype, world.device))
-    metrics = evaluate_policy(scorer, table, reference, objective, config.tokens_per_batch, world, tracker)
-    return EvaluateReport(config.policy, config.ref_cache, len(table), same, settings, metrics)
-
-
-def _settings(config: EvaluateConfig) -> dict[str, Any]:
-    """Loss, its options, logps and beta: what is asked for, else what the run was trained with, else the default of a run."""
-    facts = run_facts(config.policy)
-    names = ("loss", "logps", "beta")
-    settings = {name: getattr(config, name) or facts.get(name, getattr(TrainConfig, name)) for name in names}
-    return {**settings, "loss_options": facts.get("loss_options", asdict(LossOptions()))}
-
-
-def run_facts(policy: str) -> dict[str, Any]:
-    """What run.json says of a run directory; nothing for anything else."""
-    file = Path(policy) / "run.json"
-    try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{file}: cannot be read: {error}") from error
-
-
-def policy_source(policy: str) -> str:
-    """The model of a run directory, or the name as it is."""
-    model = Path(policy) / "model"
-    return str(model) if (model / "config.json").is_file() else policy
+    pairs = EvalSet(cached, np.arange(len(cached.table)), config.tokens_per_batch)
+    tracker.begin("evaluating", len(cached.table))
+    metrics = evaluate_policy(scorer, pairs, objective, world, tracker)
+    return EvaluateReport(
+        config.policy, config.ref_cache, len(cached.table), same, {**settings, **flat(options)}, metrics
+    )

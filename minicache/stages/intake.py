@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from minicache.cache.schema import Log, Source
-from minicache.cache.writer import CacheWriter, writing
+from minicache.cache.writer import CacheWriter
 from minicache.data.encode import Encoder
 from minicache.data.formats import read_rows, to_pair
 from minicache.data.records import Pair
+from minicache.disk import writing
 from minicache.errors import (
     CacheDamaged,
     CacheIncomplete,

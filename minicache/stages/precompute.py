@@ -14,13 +14,14 @@ import numpy as np
 import torch
 
 from minicache import __version__
-from minicache.cache.schema import FORMAT_VERSION, Identity, Log, Manifest, RefBlock, Source, digest_of
-from minicache.cache.writer import CacheWriter, claimed, writing
+from minicache.cache.schema import FORMAT_VERSION, CachedPairs, Identity, Log, Manifest, RefBlock, Source, digest_of
+from minicache.cache.writer import CacheWriter, claimed
 from minicache.config import PrecomputeConfig
 from minicache.data.batching import balance
 from minicache.data.encode import Encoder
 from minicache.data.formats import read_rows
 from minicache.data.tokenizers import ChatTokenizer
+from minicache.disk import writing
 from minicache.distributed import World
 from minicache.errors import DataError, MinicacheError, ModelError, OutputError
 from minicache.evaluation import TOLERANCE, check_reproduces, score_table
@@ -93,7 +94,7 @@ def _prepare(
             cache.remove_leftovers()
             _mend_tokenizer(cache, tokenizer_dir)
             tracker.note(f"{path} exists: going on with it")
-    encoder = Encoder(tokenizer, config.max_length, config.truncate, config.loss_on)
+    encoder = Encoder(tokenizer, config.max_length, config.truncate, config.loss_on, config.think)
     try:
         take_in(cache, encoder, config.data, config.format, config.on_bad_row == "fail", tracker)
     except OutputError:
@@ -148,6 +149,7 @@ def _identity(
         max_length=config.max_length,
         truncate=config.truncate,
         loss_on=config.loss_on,
+        think=config.think,
         dtype=dtype,
         attention=ATTENTION,
         block_pairs=config.block_pairs or _block_pairs(loaded, config.max_length, device),
@@ -184,8 +186,8 @@ def _score_blocks(cache: CacheWriter, scorer: Scorer, budget: int, world: World,
     """Score the blocks that are not, each rank its share; returns how many pairs that were."""
     todo, sizes = world.broadcast(_todo(cache) if world.is_main else None)
     if done := sorted(set(range(cache.blocks)) - set(todo)):
-        table, reference = cache.pairs(done[0]), cache.ref(done[0])
-        check_reproduces(scorer, table, reference, world.device, TOLERANCE[cache.identity.dtype], "the model")
+        cached = CachedPairs(cache.pairs(done[0]), cache.ref(done[0]))
+        check_reproduces(scorer, cached, world.device, TOLERANCE[cache.identity.dtype], "the model")
     if not todo:
         return 0
     pairs = int(sizes[:, 0].sum())
@@ -221,11 +223,11 @@ def _score(
 ) -> RefBlock:
     logp_mean = np.full((len(table), 2), np.nan, np.float32)
     token_logps = np.full(len(table.tokens), np.nan, np.float32) if per_token else None
-    for indices, places, scores in score_table(scorer, table, np.arange(len(table)), budget, device):
+    for indices, batch, scores in score_table(scorer, table, np.arange(len(table)), budget, device):
         logp_mean[indices] = scores.logp_mean.cpu().numpy()
         if token_logps is not None:
             spans = [np.arange(table.offsets[index], table.offsets[index + 1]) for index in indices]
-            token_logps[np.concatenate(spans)[places.cpu().numpy()]] = scores.token_logps.cpu().numpy()
+            token_logps[np.concatenate(spans)[batch.places.cpu().numpy()]] = scores.token_logps.cpu().numpy()
         tell(len(indices), int(table.side_lengths[indices].sum()))
     return RefBlock(logp_mean, table.token_counts, token_logps)
 

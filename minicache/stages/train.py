@@ -1,98 +1,173 @@
 """Stage two: a reference cache -> a trained policy. Only the policy is in memory."""
 
-import json
 import shutil
-import time
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from minicache.batch import padded
+from minicache import checkpoints
 from minicache.cache.reader import ReferenceCache
-from minicache.cache.schema import RefBlock
-from minicache.cache.writer import writing
-from minicache.config import TrainConfig
+from minicache.cache.schema import CachedPairs
+from minicache.config_train import MOVABLE, TrainConfig, flat, option
 from minicache.data.batching import Indices, global_batches, share, training_steps
+from minicache.disk import writing
 from minicache.distributed import World
 from minicache.errors import CacheMismatch, ConfigError, ModelError, OutputError
-from minicache.evaluation import TOLERANCE, check_reproduces, pair_logps, sample_differences
+from minicache.evaluation import TOLERANCE, EvalSet, check_reproduces, sample_differences
 from minicache.losses import Objective
-from minicache.metrics import Means
-from minicache.models import LoadedModel, load_model, save_model
-from minicache.optim import beta_at, learning_rate, make_optimizer
-from minicache.pairs import PairTable
-from minicache.scoring import Scorer, resolve_dtype
+from minicache.models import LoadedModel, checkpoint_activations, load_model, save_model
+from minicache.models.lora import add_lora, with_adapter
+from minicache.runs import run_facts, write_facts
+from minicache.scoring import DTYPES, Scorer, resolve_dtype
+from minicache.stages.optimize import Outcome, Progress, Run, optimize
 from minicache.trackers import Both, JsonLines, Tracker
 
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What a run did. first, last: the metrics of the first and the last logged step.
+    """What a run did.
 
-    noise: the largest difference the handshake found, nats a token; None for a run that began from other weights on purpose.
+    model_step: optimizer steps behind the saved model. noise: the largest difference the handshake found, nats a token; None for a
+    run that began from other weights on purpose. stopped: why it ended before its time, if so.
     """
 
     out: Path
     model_dir: Path
-    steps: int
-    seconds: float
+    model_step: int
     noise: float | None
-    first: dict[str, float]
-    last: dict[str, float]
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What every step needs."""
-
-    config: TrainConfig
-    world: World
-    scorer: Scorer
-    objective: Objective
-    table: PairTable
-    reference: RefBlock
-    steps: int
+    stopped: str | None
+    progress: Progress
 
 
 def train(config: TrainConfig, world: World, tracker: Tracker) -> TrainReport:
-    """Train a policy against cached reference logprobs and save it as a Hugging Face directory.
+    """Train a policy against cached reference logprobs and save it as a Hugging Face directory, or as an adapter.
 
     Raises:
         MinicacheError: any of its kinds; the run directory is not made before everything about the request is known to fit.
+        KeyboardInterrupt: on SIGINT or SIGTERM, after the state was saved.
     """
+    config = replace(config, dtype=resolve_dtype(config.dtype, world.device))
     objective = Objective.parse(config.loss, config.logps, config.beta, config.loss_options)
-    if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
-        raise OutputError(f"{config.out}: exists already; name another --out or remove it")
+    resume_at = world.broadcast(_resume_at(config) if world.is_main else None)
+    facts = run_facts(config.out)
+    if "outcome" in facts:
+        tracker.note(f"{config.out}: this run is finished; nothing to resume")
+        return _report(config.out, facts)
     tracker.begin("reading the cache", None)
     cache = ReferenceCache(config.ref_cache)
-    table, reference = cache.load()
-    steps = training_steps(len(table), config.batch_size, config.epochs, config.max_steps)
-    loaded = _load(config, cache, tracker)
-    stored = next(loaded.model.parameters()).dtype
-    policy = loaded.model.to(world.device, torch.float32).requires_grad_(True)
-    scorer = Scorer(policy, resolve_dtype(config.dtype, world.device))
-    run = _Run(config, world, scorer, objective, table, reference, steps)
-    _check_batches(run)
-    noise = _handshake(run, cache.identity.dtype, tracker)
-    needed = stored.itemsize * sum(parameter.numel() for parameter in policy.parameters())
-    with _record(run, loaded.source, needed, noise, tracker) as both:
-        started = time.monotonic()
-        logged = _optimize(run, both)
-        seconds = time.monotonic() - started
-    model_dir = config.out / "model"
-    if world.is_main:
-        tracker.begin("saving the policy", None)
-        save_model(policy.to(stored), cache.tokenizer_dir, model_dir)
-    world.barrier()
+    cached = cache.load()
+    training, held_out = _split(config, cache, cached)
+    steps = training_steps(len(training), config.batch_size, config.epochs, config.max_steps)
+    state = None if resume_at is None else checkpoints.load(config.out, resume_at)
+    policy, source, stored = _policy(config, cache, resume_at, tracker)
+    scorer = Scorer(policy.to(world.device), config.dtype)
+    run = Run(config, world, scorer, objective, cache, cached, training, held_out, steps)
+    _check(run, state)
+    if state is None:
+        noise = _handshake(run, tracker)
+        facts = {**flat(config), "steps": steps, "pairs": len(training), "held_out": len(held_out.indices) if held_out else 0,
+                 "started_from": source, "stored_dtype": stored, "handshake": noise, "processes": world.size,
+                 "device": world.device.type}  # fmt: skip
+    if config.activation_checkpointing:
+        checkpoint_activations(policy)
+    if config.compile:
+        policy.base_model.compile(dynamic=True)  # type: ignore[union-attr]
+    journal = _open_journal(run, facts, state) if world.is_main else None
+    with Both(*(tracker, journal) if journal else ()) as both:
+        both.start("training" if state is None else f"training, from step {resume_at}", facts)
+        outcome = optimize(run, state, journal.size if journal else int, both)
+        if world.is_main:
+            tracker.begin("saving the policy", None)
+            _save(run, outcome, facts["stored_dtype"])
+            facts["outcome"] = {
+                "model_step": outcome.model_step,
+                "stopped": outcome.stopped,
+                "progress": vars(outcome.progress),
+            }
+            write_facts(config.out, facts)
+    facts = world.broadcast(facts)
+    return _report(config.out, facts)
+
+
+def _report(out: Path, facts: dict[str, Any]) -> TrainReport:
+    outcome = facts["outcome"]
+    noise = None if facts["init_from"] else facts["handshake"]
     return TrainReport(
-        config.out, model_dir, steps, seconds, None if config.init_from else noise, logged[0], logged[-1]
+        out, out / "model", outcome["model_step"], noise, outcome["stopped"], Progress(**outcome["progress"])
     )
+
+
+# --- before anything is loaded ---
+
+
+def _resume_at(config: TrainConfig) -> int | None:
+    """The step of the checkpoint to go on from; None to begin.
+
+    Raises:
+        OutputError: there is a run or something else at --out already. ConfigError: the run there was started with other options.
+    """
+    facts = run_facts(config.out)
+    if not facts and config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
+        raise OutputError(f"{config.out}: exists already, and is no run; name another --out or remove it")
+    if not facts:
+        return None
+    if not config.resume:
+        raise OutputError(f"{config.out}: exists already; --resume goes on with it, or name another --out")
+    for name, value in flat(config).items():
+        if name not in MOVABLE and value != facts.get(name):
+            raise ConfigError(
+                f"{option(name)}: this run was started with {facts.get(name)}, asked for {value}; a resumed run keeps its options"
+            )
+    done = checkpoints.steps(config.out)
+    return done[-1] if done else None
+
+
+def _split(config: TrainConfig, cache: ReferenceCache, cached: CachedPairs) -> tuple[Indices, EvalSet | None]:
+    """The pairs to train on and those to validate on, by their digests alone."""
+    options, everything = config.validation, np.arange(len(cached.table))
+    if options.eval_cache:
+        other = ReferenceCache(options.eval_cache)
+        for name in ("weights", "tokenizer", "template", "vocabulary"):
+            mine, its = getattr(cache.identity, name), getattr(other.identity, name)
+            if mine != its:
+                raise CacheMismatch(
+                    f"{other.path}: {name} {its}, but {cache.path} was made with {mine}; expected the same"
+                )
+        pairs = other.load()
+        return everything, EvalSet(pairs, np.arange(len(pairs.table)), config.tokens_per_micro_batch)
+    if not options.holdout:
+        return everything, None
+    held = cached.table.digest[:, 0] < np.uint64(options.holdout * 2**64)
+    if held.all() or not held.any():
+        raise ConfigError(
+            f"--holdout {options.holdout}: of {len(held)} pairs {int(held.sum())} would be held out; expected some and not all"
+        )
+    return everything[~held], EvalSet(cached, everything[held], config.tokens_per_micro_batch)
+
+
+# --- the policy ---
+
+
+def _policy(
+    config: TrainConfig, cache: ReferenceCache, resume_at: int | None, tracker: Tracker
+) -> tuple[nn.Module, str, str]:
+    """The model to train, float32; what it started from; the precision its weights were stored in."""
+    place = None if resume_at is None else checkpoints.place(config.out, resume_at) / "model"
+    if place and not config.lora.lora_rank:
+        return load_model(str(place)).model.requires_grad_(True), "", ""
+    loaded = _load(config, cache, tracker)
+    base, stored = loaded.model, str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
+    if place:
+        return with_adapter(base, place), loaded.source, stored
+    base = base.to(torch.float32)
+    if config.lora.lora_rank:
+        return add_lora(base, loaded.source, config.lora, config.seed), loaded.source, stored
+    return base.requires_grad_(True), loaded.source, stored
 
 
 def _load(config: TrainConfig, cache: ReferenceCache, tracker: Tracker) -> LoadedModel:
@@ -117,125 +192,102 @@ def _load(config: TrainConfig, cache: ReferenceCache, tracker: Tracker) -> Loade
     return loaded
 
 
-def _check_batches(run: _Run) -> None:
-    """Refuse a loss over the whole batch where a batch is split."""
-    name, config = run.objective.over_the_batch, run.config
-    if name is None:
-        return
+def _check(run: Run, state: dict[str, Any] | None) -> None:
+    """What only the cache, the batches and the checkpoint together can tell.
+
+    Raises:
+        ConfigError: a loss over the whole batch, and the batch is split. CacheMismatch: the cache lacks what the loss needs, or is
+            not the one that the run began with.
+    """
+    cache = run.cache
+    if state and (state["cache"], state["pairs"]) != (cache.identity.digest, len(run.cached.table)):
+        raise CacheMismatch(
+            f"{cache.path}: {len(run.cached.table)} pairs, identity {cache.identity.digest}; this run began with {state['pairs']}, "
+            f"{state['cache']}. Expected the same cache: a run cannot change its pairs half-way"
+        )
+    if run.objective.options.ld_alpha is not None and not cache.identity.per_token:
+        raise CacheMismatch(
+            f"--ld-alpha: needs each token's reference logprob, which {cache.path} does not hold; run precompute-ref with "
+            "--per-token into another cache"
+        )
+    if name := run.objective.over_the_batch:
+        _check_whole(run, name)
+
+
+def _check_whole(run: Run, name: str) -> None:
+    """Refuse a loss over the whole batch where a batch is split, or where it would have to judge a data set."""
+    config, lengths = run.config, run.cached.table.side_lengths.max(1)
+    if run.held_out:
+        raise ConfigError(
+            f"--loss {name}: sorts over a training batch, so it cannot judge held-out pairs; drop --holdout"
+        )
     if run.world.size > 1:
         raise ConfigError(
             f"--loss {name}: sorts over the whole batch, which {run.world.size} processes would split; use one"
         )
-    lengths, budget = run.table.side_lengths.max(1), config.tokens_per_micro_batch
-    for batch in islice(global_batches(len(run.table), config.batch_size, config.seed), run.steps):
-        if (pieces := len(share(batch, lengths, budget, 0, 1))) > 1:
+    for batch in islice(global_batches(len(run.training), config.batch_size, config.seed), run.steps):
+        if (pieces := len(share(run.training[batch], lengths, config.tokens_per_micro_batch, 0, 1))) > 1:
             raise ConfigError(
                 f"--loss {name}: sorts over the whole batch, but {len(batch)} pairs make {pieces} micro-batches of "
-                f"{budget} token slots; lower --batch-size or raise --tokens-per-micro-batch"
+                f"{config.tokens_per_micro_batch} token slots; lower --batch-size or raise --tokens-per-micro-batch"
             )
 
 
-def _handshake(run: _Run, cached_dtype: str, tracker: Tracker) -> float:
+def _handshake(run: Run, tracker: Tracker) -> float:
     """Before the first step: does the policy reproduce the cache? Returns the largest difference, nats a token."""
     tracker.begin("handshake: re-scoring a few pairs", None)
-    scored = (run.scorer, run.table, run.reference, run.world.device)
     if source := run.config.init_from:
-        worst = float(sample_differences(*scored)[1].max())
+        worst = float(sample_differences(run.scorer, run.cached, run.world.device)[1].max())
         tracker.note(f"starts from {source}, not from the reference: they differ by up to {worst:.2g} nats a token")
         return worst
-    tolerance = max(TOLERANCE[run.scorer.dtype], TOLERANCE[cached_dtype])
-    worst = check_reproduces(*scored, tolerance, "the policy")
+    tolerance = max(TOLERANCE[run.scorer.dtype], TOLERANCE[run.cache.identity.dtype])
+    worst = check_reproduces(run.scorer, run.cached, run.world.device, tolerance, "the policy")
     tracker.note(
         f"handshake: the policy reproduces the cache within {worst:.1g} nats a token (tolerance {tolerance:g})"
     )
     return worst
 
 
-def _record(run: _Run, source: str, needed: int, noise: float, tracker: Tracker) -> Both:
-    """Make the run directory with run.json and metrics.jsonl; rank 0 alone has anything to tell.
+# --- the run directory; rank 0 alone ---
 
-    needed: bytes the saved policy will take: better known before the training than after it.
+
+def _open_journal(run: Run, facts: dict[str, Any], state: dict[str, Any] | None) -> JsonLines:
+    """run.json and metrics.jsonl; of a resumed run, the lines up to its checkpoint.
+
+    Raises:
+        OutputError: it cannot be written, or the disk has no room for what the run will leave: better known now than at the end.
     """
-    if not run.world.is_main:
-        return Both()
-    out = run.config.out
-    options = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(run.config).items()}
-    facts = {**options, "dtype": run.scorer.dtype, "steps": run.steps, "pairs": len(run.table), "started_from": source,
-             "handshake": noise, "processes": run.world.size, "device": run.world.device.type}  # fmt: skip
+    out, config = run.config.out, run.config
+    parameters = [parameter for parameter in run.scorer.model.parameters() if parameter.requires_grad]
+    trained = sum(parameter.numel() for parameter in parameters)
+    kept = config.keep_last + 2 if config.save_every and config.save_every < run.steps else 0
+    needed = trained * (DTYPES[facts["stored_dtype"]].itemsize + 12 * (kept + bool(run.held_out)))
     with writing(out):
+        made = not out.exists()
         out.mkdir(parents=True, exist_ok=True)
-        (out / "run.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        metrics = JsonLines(out / "metrics.jsonl")
         free = shutil.disk_usage(out).free
-    if free < needed:
-        shutil.rmtree(out)
-        raise OutputError(f"{out}: the policy will take {needed / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB left")
-    tracker.start("training", facts)
-    return Both(metrics, tracker)
+        if free < needed:
+            if made:
+                out.rmdir()
+            raise OutputError(
+                f"{out}: the policy{' and its checkpoints' if kept else ''} will take {needed / 1e6:,.1f} MB, the disk has "
+                f"{free / 1e6:,.1f} MB left"
+            )
+        if state is None:
+            write_facts(out, facts)
+        return JsonLines(out / "metrics.jsonl", keep=state["journal_size"] if state else 0)
 
 
-def _optimize(run: _Run, tracker: Tracker) -> list[dict[str, float]]:
-    """All optimizer steps; returns the logged lines. A line holds means over the steps since the line before."""
-    config, world, pairs = run.config, run.world, len(run.table)
-    optimizer = make_optimizer(run.scorer.model, config.lr, config.weight_decay)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    forward = DistributedDataParallel(run.scorer) if world.size > 1 else run.scorer
-    means, logged, clock = Means(world.device), [], time.monotonic()
-    tracker.begin("training", run.steps * min(config.batch_size, pairs))
-    for step, batch in zip(range(run.steps), global_batches(pairs, config.batch_size, config.seed), strict=False):
-        lr = learning_rate(step, run.steps, config.lr, config.schedule, config.warmup, config.min_lr)
-        objective = replace(run.objective, beta=beta_at(step, run.steps, config.beta, config.beta_end))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        _accumulate(replace(run, objective=objective), forward, batch, means)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        tracker.advance(len(batch), int(run.table.side_lengths[batch].sum()))
-        if step % config.log_every == 0 or step == run.steps - 1:
-            metrics, tokens = means.reduce(world)
-            seconds, clock = time.monotonic() - clock, time.monotonic()
-            metrics |= {
-                "lr": lr,
-                "beta": objective.beta,
-                "grad_norm": norm.item(),
-                "tokens_per_second": tokens / seconds,
-            }
-            metrics |= {"epoch": (step + 1) / -(-pairs // config.batch_size)}
-            _check_finite(step, metrics)
-            logged.append(metrics)
-            tracker.log(step, metrics)
-    return logged
-
-
-def _accumulate(run: _Run, forward: nn.Module, batch: Indices, means: Means) -> None:
-    """Gradients of the mean loss over one global batch; each rank adds those of its share.
-
-    The loss of a share is its sum over the *global* number of pairs, times the number of processes because DDP averages.
-    """
-    lengths = run.table.side_lengths
-    budget = run.config.tokens_per_micro_batch
-    shares = share(batch, lengths.max(1), budget, run.world.rank, run.world.size)
-    weight = run.world.size / len(batch)
-    chosen_tokens = float(run.table.token_counts[batch, 0].mean())
-    if not shares:  # fewer pairs than ranks: DDP waits for everyone, so this one takes part with a loss of weight 0
-        shares, weight = [batch[:1]], 0.0
-    for number, indices in enumerate(shares, start=1):
-        inputs = padded(run.table.take(indices)).to(run.world.device)
-        last = number == len(shares)
-        with nullcontext() if last or run.world.size == 1 else forward.no_sync():  # type: ignore[operator]
-            scores = forward(inputs)
-            logps = pair_logps(scores, run.reference, indices, run.objective.kind)
-            losses = run.objective(logps, chosen_tokens)
-            (losses.sum() * weight).backward()
-        if weight:
-            means.add(losses, logps, run.objective.beta)
-            means.add_tokens(int(lengths[indices].sum()))
-
-
-def _check_finite(step: int, metrics: dict[str, float]) -> None:
-    if not all(np.isfinite(metrics[name]) for name in ("loss", "grad_norm")):
-        raise ModelError(
-            f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: the run has diverged; "
-            "expected finite numbers. Try a lower --lr or --beta; nothing was saved"
-        )
+def _save(run: Run, outcome: Outcome, stored: str) -> None:
+    """The policy, or the best of its checkpoints, in the precision that the reference was stored in; adapters stay float32."""
+    out, tokenizer = run.config.out, run.cache.tokenizer_dir
+    best = checkpoints.place(out, outcome.model_step) / "model"
+    is_last = outcome.model_step == outcome.progress.step
+    if run.config.lora.lora_rank and not is_last:
+        with writing(out):
+            shutil.copytree(best, out / "model")
+        return
+    model = run.scorer.model if is_last else load_model(str(best)).model
+    if not run.config.lora.lora_rank:
+        model = model.to(DTYPES[stored])
+    save_model(model, tokenizer, out / "model")

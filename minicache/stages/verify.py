@@ -20,7 +20,7 @@ def verify(config: InspectConfig, world: World, tracker: Tracker) -> float:
     """
     assert config.model
     cache = ReferenceCache(config.ref_cache)
-    table, reference = cache.load()
+    cached = cache.load()
     tracker.begin(f"loading {config.model}", None)
     loaded = load_model(config.model, config.trust_remote_code)
     if loaded.fingerprint != cache.identity.weights:
@@ -30,4 +30,4 @@ def verify(config: InspectConfig, world: World, tracker: Tracker) -> float:
     tracker.begin("re-scoring a sample", None)
     dtype = cache.identity.dtype
     scorer = Scorer(loaded.model.to(world.device, torch.float32), dtype)
-    return check_reproduces(scorer, table, reference, world.device, TOLERANCE[dtype], config.model)
+    return check_reproduces(scorer, cached, world.device, TOLERANCE[dtype], config.model)

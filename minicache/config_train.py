@@ -1,0 +1,237 @@
+"""Every option of stage two once, and the recipes: what MiniMind's own scripts had as defaults."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_origin
+
+from minicache.config import DTYPES, LOGPS, above_zero, at_least, one_of
+from minicache.errors import ConfigError
+
+SCHEDULES = ("cosine", "linear", "constant", "minimind-2504", "minimind-2510", "minimind-3")
+F_DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
+OPTIMIZERS = ("adamw", "adamw-8bit", "paged-adamw-8bit")
+ON_MAX_KL = ("warn", "stop")
+# What a resumed run may be given anew: where things lie now, and what changes no number.
+MOVABLE = {
+    "out",
+    "ref_cache",
+    "eval_cache",
+    "model",
+    "resume",
+    "save_every",
+    "keep_last",
+    "trust_remote_code",
+    "tracker",
+}
+
+Config = TypeVar("Config")
+
+
+def _share(name: str, value: float | None) -> None:
+    if value is not None and not 0 <= value <= 1:
+        raise ConfigError(f"{name}: expected a share from 0 to 1, got {value}")
+
+
+def option(name: str) -> str:
+    """A field's name as a person types it."""
+    return f"--{name.replace('_', '-')}"
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """What some losses ask for beside beta.
+
+    label_smoothing: the share of labels taken to be flipped (sigmoid, robust, exo_pair, aot, aot_unpaired).
+    f_divergence, f_alpha: what takes the place of the log ratio in losses on the difference of the sides.
+    sft_weight: weight of the chosen answers' negative log likelihood beside the preference loss.
+    wpo: weight pairs by how likely the policy itself would write them. ld_alpha: weight of an answer's tokens beyond the length
+    of the other's.
+    """
+
+    label_smoothing: float = 0.0
+    f_divergence: str = "reverse_kl"
+    f_alpha: float = 0.5
+    discopop_tau: float = 0.05
+    simpo_gamma: float = 0.5
+    sft_weight: float = 0.0
+    wpo: bool = False
+    ld_alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ConfigError(f"--label-smoothing: expected 0 to below 0.5, got {self.label_smoothing}")
+        one_of("--f-divergence", self.f_divergence, F_DIVERGENCES)
+        above_zero("--discopop-tau", self.discopop_tau)
+        at_least("--sft-weight", self.sft_weight, 0)
+        _share("--ld-alpha", self.ld_alpha)
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """Low-rank adapters instead of all weights. lora_rank 0: none. lora_alpha: None is twice the rank.
+
+    lora_targets: 'all-linear', or the names of modules, separated by commas.
+    """
+
+    lora_rank: int = 0
+    lora_alpha: float | None = None
+    lora_targets: str = "all-linear"
+
+    def __post_init__(self) -> None:
+        at_least("--lora-rank", self.lora_rank, 0)
+        above_zero("--lora-alpha", self.lora_alpha)
+        if not self.lora_rank and self.lora_alpha is not None:
+            raise ConfigError("--lora-alpha: is used with --lora-rank only; expected both, got --lora-alpha alone")
+
+
+@dataclass(frozen=True)
+class ValidationOptions:
+    """Pairs that are not trained on, scored every so many steps.
+
+    holdout: share of the pairs, chosen by their digests, so that a pair falls on the same side in every run. eval_cache: another
+    reference cache instead. eval_every: steps between validations; None is ten in a run.
+    patience: validations without a loss lower by more than `min_gain` after which the run ends.
+    """
+
+    holdout: float = 0.0
+    eval_cache: Path | None = None
+    eval_every: int | None = None
+    patience: int | None = None
+    min_gain: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.holdout < 1:
+            raise ConfigError(f"--holdout: expected a share of the pairs from 0 to below 1, got {self.holdout}")
+        at_least("--eval-every", self.eval_every, 1)
+        at_least("--patience", self.patience, 1)
+        at_least("--min-gain", self.min_gain, 0)
+        if self.holdout and self.eval_cache:
+            raise ConfigError("--holdout, --eval-cache: expected one of them, got both")
+        if not self.wanted and (self.patience or self.eval_every):
+            raise ConfigError(
+                "--patience and --eval-every need pairs to validate on: add --holdout 0.05 or --eval-cache"
+            )
+
+    @property
+    def wanted(self) -> bool:
+        return bool(self.holdout or self.eval_cache)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Stage two. `batch_size` is in pairs per optimizer step over all processes.
+
+    warmup: below 1 a share of the steps, else a number of them. min_lr: share of `lr` that the schedule ends at.
+    beta_end: beta changes linearly to this over the run. max_kl: nats a token; on_max_kl: what happens above.
+    model: where the reference's weights lie now, if not where stage one found them. init_from: start from other weights.
+    save_every: steps between checkpoints, 0 for none; keep_last: how many of them stay.
+    """
+
+    ref_cache: Path
+    out: Path
+    model: str | None = None
+    init_from: str | None = None
+    resume: bool = False
+    loss: str = "sigmoid"
+    loss_options: LossOptions = LossOptions()
+    logps: str = "mean"
+    beta: float = 0.1
+    beta_end: float | None = None
+    lr: float = 1e-6
+    schedule: str = "cosine"
+    min_lr: float = 0.0
+    optimizer: str = "adamw"
+    weight_decay: float = 0.0
+    warmup: float = 0.1
+    epochs: float = 1.0
+    max_steps: int | None = None
+    batch_size: int = 32
+    tokens_per_micro_batch: int = 8192
+    max_grad_norm: float = 1.0
+    seed: int = 42
+    dtype: str = "auto"
+    lora: LoraOptions = LoraOptions()
+    compile: bool = False
+    activation_checkpointing: bool = False
+    validation: ValidationOptions = ValidationOptions()
+    max_kl: float | None = None
+    on_max_kl: str = "warn"
+    save_every: int = 500
+    keep_last: int = 1
+    log_every: int = 10
+    tracker: tuple[str, ...] = ()
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        one_of("--logps", self.logps, LOGPS)
+        one_of("--dtype", self.dtype, DTYPES)
+        one_of("--schedule", self.schedule, SCHEDULES)
+        one_of("--optimizer", self.optimizer, OPTIMIZERS)
+        one_of("--on-max-kl", self.on_max_kl, ON_MAX_KL)
+        for name in ("beta", "beta_end", "lr", "epochs", "max_grad_norm", "max_kl"):
+            above_zero(option(name), getattr(self, name))
+        for name in ("max_steps", "batch_size", "tokens_per_micro_batch", "log_every", "keep_last"):
+            at_least(option(name), getattr(self, name), 1)
+        for name in ("weight_decay", "seed", "save_every"):
+            at_least(option(name), getattr(self, name), 0)
+        _share("--min-lr", self.min_lr)
+        if not 0 <= self.warmup < float("inf") or (self.warmup > 1 and self.warmup % 1):
+            raise ConfigError(
+                f"--warmup: expected a share of the steps below 1, or a number of steps, got {self.warmup}"
+            )
+
+
+# What the defaults of each generation's train_dpo.py were, of both stages (github.com/jingyaogong/minimind). AdamW's decay is
+# torch's default there.
+_MINIMIND: dict[str, Any] = {
+    "loss_on": "assistant",
+    "max_length": 1024,
+    "epochs": 1.0,
+    "batch_size": 4,
+    "lr": 4e-8,
+    "warmup": 0.0,
+    "weight_decay": 0.01,
+    "max_grad_norm": 1.0,
+}
+RECIPES: dict[str, dict[str, Any]] = {
+    "minimind-2504": {**_MINIMIND, "logps": "mean", "beta": 0.1, "schedule": "minimind-2504",
+                      "lr": 1e-8, "batch_size": 8, "epochs": 2.0},
+    "minimind-2510": {**_MINIMIND, "logps": "mean", "beta": 0.1, "schedule": "minimind-2510"},
+    "minimind-3": {**_MINIMIND, "logps": "sum", "beta": 0.15, "schedule": "minimind-3", "think": "drop"},
+}  # fmt: skip
+
+
+def recipe(name: str | None) -> dict[str, Any]:
+    """Options by name, of both stages. Raises ConfigError: there is no such recipe."""
+    one_of("--recipe", name, (*RECIPES, None))
+    return RECIPES[name] if name else {}
+
+
+# --- configs and flat dictionaries: a command's parameters, run.json ---
+
+
+def fill(config: type[Config], given: Mapping[str, Any]) -> Config:
+    """A config from values by name; groups of options are filled from the same names. What is missing keeps its default."""
+    values = {}
+    for item in fields(config):  # type: ignore[arg-type]
+        if is_dataclass(item.type):
+            values[item.name] = fill(item.type, given)  # type: ignore[arg-type]
+        elif item.name in given:
+            values[item.name] = _typed(item.type, given[item.name])
+    return config(**values)
+
+
+def _typed(kind: Any, value: Any) -> Any:
+    if get_origin(kind) is tuple:
+        return tuple(value or ())
+    return Path(value) if value is not None and kind in (Path, Path | None) else value
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """The opposite of `fill`, as JSON holds it."""
+    values: dict[str, Any] = {}
+    for item in fields(config):
+        value = getattr(config, item.name)
+        values |= flat(value) if is_dataclass(value) else {item.name: str(value) if isinstance(value, Path) else value}
+    return values

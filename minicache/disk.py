@@ -1,0 +1,34 @@
+"""Writing to disk: one line for whatever fails, and making sure that what is written is there after a power loss."""
+
+import errno
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from minicache.errors import OutputError
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failure of the disk into one line that names the place."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(f"{path}: the disk is full; free some space and run the same command again") from error
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def with_folders(files: list[Path]) -> list[Path]:
+    return [*files, *{file.parent for file in files}]
+
+
+def flush_to_disk(places: Iterable[Path]) -> None:
+    """A file renamed into place but never flushed may be empty after a power loss; its folder not flushed, and it is not there."""
+    for place in places:
+        descriptor = os.open(place, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,85 @@
+"""Low-rank adapters through peft: the base stays frozen, the adapter is small (Hu et al. 2021, LoRA, arXiv:2106.09685)."""
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from minicache.config_train import LoraOptions
+from minicache.errors import ConfigError, ModelError
+
+ADAPTER = "adapter_config.json"
+
+
+def add_lora(model: nn.Module, source: str, options: LoraOptions, seed: int) -> nn.Module:
+    """New adapters that change nothing yet (their second factor is zero). No dropout: both stages run in eval mode.
+
+    source: what the base is called; the adapter's file remembers it.
+
+    Raises:
+        ConfigError: peft is not installed, or the model has no such modules.
+    """
+    peft = _peft()
+    named = options.lora_targets.split(",") if options.lora_targets != "all-linear" else options.lora_targets
+    config = peft.LoraConfig(
+        r=options.lora_rank,
+        lora_alpha=options.lora_alpha or 2 * options.lora_rank,
+        target_modules=named,
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(seed)
+    try:
+        with _quiet():
+            adapted = peft.get_peft_model(model, config)
+    except ValueError as error:
+        linear = sorted({name.split(".")[-1] for name, part in model.named_modules() if isinstance(part, nn.Linear)})
+        raise ConfigError(
+            f"--lora-targets {options.lora_targets}: the model has no such modules; its linear ones are {', '.join(linear)}"
+        ) from error
+    adapted.peft_config["default"].base_model_name_or_path = source
+    return adapted
+
+
+def base_of(directory: Path) -> str | None:
+    """What an adapter's directory says its base is; None if it is no adapter's."""
+    file = directory / ADAPTER
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"] if file.is_file() else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{file}: cannot be read as an adapter's configuration: {error}") from error
+
+
+def with_adapter(base: nn.Module, directory: Path) -> Any:
+    """The base and its adapter, float32, ready to be trained on; `merge_and_unload()` makes one model of them.
+
+    Raises:
+        ModelError: the adapter does not fit the base. ConfigError: peft is not installed.
+    """
+    peft = _peft()
+    try:
+        with _quiet():
+            return peft.PeftModel.from_pretrained(base.to(torch.float32), directory, is_trainable=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        line = " ".join(str(error).split())[:300]
+        raise ModelError(f"{directory}: the adapter does not fit its base model: {line}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """peft 0.21 asks transformers 5.23 for an attribute that is to be renamed, which nobody here can change."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing")
+        yield
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise ConfigError("LoRA adapters need another package: pip install 'minicache[lora]'") from None
+    return peft

@@ -1,0 +1,42 @@
+"""A run directory: `run.json` with every option as used, and where its model lies. No torch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from minicache.disk import writing
+from minicache.errors import OutputError
+
+
+def run_facts(run: str | Path) -> dict[str, Any]:
+    """What run.json says of a run directory; nothing for anything else."""
+    file = Path(run) / "run.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{file}: cannot be read: {error}") from error
+
+
+def write_facts(run: Path, facts: dict[str, Any]) -> None:
+    """Raises OutputError: the disk is full or cannot be written; what was there stays."""
+    with writing(run):
+        draft = run / ".run.json.writing"
+        draft.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        draft.replace(run / "run.json")
+
+
+def policy_source(policy: str) -> str:
+    """The model of a run directory or of one of its checkpoints, or the name as it is.
+
+    Raises:
+        OutputError: a run directory without a model yet.
+    """
+    path = Path(policy)
+    model = path / "model"
+    if any((model / name).is_file() for name in ("config.json", "adapter_config.json")):
+        return str(model)
+    if (path / "run.json").is_file():
+        raise OutputError(
+            f"{policy}: this run has no model yet; go on with it by `minidpo train --resume`, or name one of its checkpoints/"
+        )
+    return policy

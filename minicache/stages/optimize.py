@@ -1,0 +1,316 @@
+"""The optimizer steps of a run: accumulation, validation, checkpoints, and what ends it before its time."""
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from minicache import checkpoints
+from minicache.batch import padded
+from minicache.cache.reader import ReferenceCache
+from minicache.cache.schema import CachedPairs
+from minicache.config_train import TrainConfig
+from minicache.data.batching import Indices, global_batches, share
+from minicache.distributed import World
+from minicache.errors import ModelError
+from minicache.evaluation import EvalSet, evaluate_policy, pair_logps
+from minicache.losses import Objective
+from minicache.metrics import Means
+from minicache.models import save_model
+from minicache.optim import beta_at, learning_rate, make_optimizer
+from minicache.scoring import Scorer
+from minicache.signals import StopFlag
+from minicache.speed import memory_gb, peak_flops, step_flops
+from minicache.trackers import Silent, Tracker
+
+VALIDATIONS = 10  # in a run, unless --eval-every says otherwise
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every step needs. training: (n,) the pairs to train on. held_out: those to validate on. steps: of the whole run."""
+
+    config: TrainConfig
+    world: World
+    scorer: Scorer
+    objective: Objective
+    cache: ReferenceCache
+    cached: CachedPairs
+    training: Indices
+    held_out: EvalSet | None
+    steps: int
+
+
+@dataclass
+class Progress:
+    """How far a run is.
+
+    step: optimizer steps done. seconds, tokens, flops: since the last log line; total_seconds, total_tokens: of the run.
+    validated: the step of the last validation. best, best_step, validation: loss, step and metrics of the best one. waited:
+    validations since the last whose loss was lower than `anchor` by --min-gain. first, last: logged lines. warned: of --max-kl.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    flops: float = 0.0
+    total_seconds: float = 0.0
+    total_tokens: int = 0
+    validated: int = -1
+    best: float | None = None
+    best_step: int | None = None
+    validation: dict[str, float] | None = None
+    waited: int = 0
+    anchor: float | None = None
+    warned: bool = False
+    first: dict[str, float] = field(default_factory=dict)
+    last: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended. model_step: optimizer steps behind the model to save. stopped: why before its time, if so."""
+
+    progress: Progress
+    stopped: str | None
+
+    @property
+    def model_step(self) -> int:
+        return self.progress.step if self.progress.best_step is None else self.progress.best_step
+
+
+@dataclass
+class _Training:
+    """What steps change, and a checkpoint holds. journal_size: bytes of metrics.jsonl so far."""
+
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    means: Means
+    progress: Progress
+    forward: nn.Module
+    journal_size: Callable[[], int]
+
+
+def optimize(run: Run, resumed: dict[str, Any] | None, journal_size: Callable[[], int], tracker: Tracker) -> Outcome:
+    """All optimizer steps, from the first or from where the checkpoint `resumed` was made.
+
+    Raises:
+        ModelError: the run has diverged. KeyboardInterrupt: on a signal, after a checkpoint was saved.
+    """
+    training = _begin(run, resumed, journal_size)
+    config, progress, stopped = run.config, training.progress, None
+    order = global_batches(len(run.training), config.batch_size, config.seed, progress.step)
+    tracker.begin("training", run.steps * min(config.batch_size, len(run.training)))
+    tracker.advance(progress.step * config.batch_size, 0)
+    with StopFlag() as stop:
+        for batch in islice(order, run.steps - progress.step):
+            stopped = _between_steps(run, training, tracker) or stopped
+            if stopped:
+                break
+            indices = run.training[batch]
+            started = time.monotonic()
+            norm = _step(run, training, indices)
+            _count(run, training, indices, time.monotonic() - started)
+            tracker.advance(len(batch), int(run.cached.table.side_lengths[indices].sum()))
+            logs = (progress.step - 1) % config.log_every == 0 or progress.step == run.steps
+            if logs:
+                stopped = _log(run, training, norm, tracker)
+            if (logs or run.world.size == 1) and run.world.any(bool(stop)):
+                _save(run, training)
+                raise KeyboardInterrupt(
+                    f"the state after {progress.step} steps is saved; the same command with --resume goes on"
+                )
+            if stopped:
+                break
+    if run.held_out and progress.validated != progress.step:
+        _validate(run, training, tracker)
+    return Outcome(progress, stopped)
+
+
+def _begin(run: Run, resumed: dict[str, Any] | None, journal_size: Callable[[], int]) -> _Training:
+    config, device = run.config, run.world.device
+    optimizer = make_optimizer(run.scorer.model, config.optimizer, config.lr, config.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
+    means, progress = Means(device), Progress()
+    if resumed:
+        optimizer.load_state_dict(resumed["optimizer"])
+        scaler.load_state_dict(resumed["scaler"])
+        progress = Progress(**resumed["progress"])
+        torch.set_rng_state(resumed["rng"])
+        if run.world.is_main:  # sums over all processes
+            means.sums.copy_(resumed["means"])
+    forward = DistributedDataParallel(run.scorer) if run.world.size > 1 else run.scorer
+    return _Training(optimizer, scaler, means, progress, forward, journal_size)
+
+
+def _between_steps(run: Run, training: _Training, tracker: Tracker) -> str | None:
+    """Validation and checkpoint where one is due; a reason to end the run, or None."""
+    progress, config = training.progress, run.config
+    stopped, step = None, progress.step
+    if run.held_out and progress.validated != step and step % _eval_every(run) == 0:
+        stopped = _validate(run, training, tracker)
+    due = step > 0 and config.save_every and step % config.save_every == 0
+    if due and step not in checkpoints.steps(config.out):
+        _save(run, training)
+    return stopped
+
+
+def _eval_every(run: Run) -> int:
+    return run.config.validation.eval_every or max(1, -(-run.steps // VALIDATIONS))
+
+
+def _validate(run: Run, training: _Training, tracker: Tracker) -> str | None:
+    """Score the held-out pairs; keep a checkpoint of the best. Returns a reason to end the run, or None."""
+    assert run.held_out
+    progress, options = training.progress, run.config.validation
+    objective = replace(run.objective, beta=_beta(run, min(progress.step, run.steps - 1)))
+    metrics = evaluate_policy(run.scorer, run.held_out, objective, run.world, Silent())
+    progress.validated, loss = progress.step, metrics["loss"]
+    tracker.log(progress.step, {f"eval/{name}": value for name, value in metrics.items()})
+    progress.waited += 1
+    if progress.anchor is None or loss < progress.anchor - options.min_gain:
+        progress.anchor, progress.waited = loss, 0
+    if progress.best is None or loss < progress.best:
+        progress.best, progress.best_step, progress.validation = loss, progress.step, metrics
+        _save(run, training)
+    if options.patience and progress.waited >= options.patience:
+        return f"no lower validation loss in {progress.waited} validations"
+    return None
+
+
+def _save(run: Run, training: _Training) -> None:
+    """A checkpoint of this moment; older ones beyond --keep-last go, the best stays."""
+    progress, config = training.progress, run.config
+    sums = run.world.sum(training.means.sums.clone())
+    if run.world.is_main:
+        state = {
+            "optimizer": training.optimizer.state_dict(),
+            "scaler": training.scaler.state_dict(),
+            "progress": asdict(progress),
+            "means": sums.cpu(),
+            "rng": torch.get_rng_state(),
+            "cache": run.cache.identity.digest,
+            "pairs": len(run.cached.table),
+            "journal_size": training.journal_size(),
+        }
+        model, tokenizer = run.scorer.model, run.cache.tokenizer_dir
+        checkpoints.save(config.out, progress.step, state, lambda place: save_model(model, tokenizer, place))
+        best = () if progress.best_step is None else (progress.best_step,)
+        checkpoints.prune(config.out, (*checkpoints.steps(config.out)[-config.keep_last :], *best))
+    run.world.barrier()
+
+
+# --- one step ---
+
+
+def _beta(run: Run, step: int) -> float:
+    return beta_at(step, run.steps, run.config.beta, run.config.beta_end)
+
+
+def _step(run: Run, training: _Training, indices: Indices) -> torch.Tensor:
+    """One optimizer step; returns the gradient's norm before clipping, a tensor, so that nothing waits for it."""
+    config, optimizer, scaler, step = run.config, training.optimizer, training.scaler, training.progress.step
+    lr = learning_rate(step, run.steps, config.lr, config.schedule, config.warmup, config.min_lr)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    _accumulate(run, training, replace(run.objective, beta=_beta(run, step)), indices)
+    scaler.unscale_(optimizer)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def _accumulate(run: Run, training: _Training, objective: Objective, batch: Indices) -> None:
+    """Gradients of the mean loss over one global batch; each rank adds those of its share.
+
+    The loss of a share is its sum over the *global* number of pairs, times the number of processes because DDP averages.
+    """
+    table, world, forward = run.cached.table, run.world, training.forward
+    shares = share(batch, table.side_lengths.max(1), run.config.tokens_per_micro_batch, world.rank, world.size)
+    weight = world.size / len(batch)
+    chosen_tokens = float(table.token_counts[batch, 0].mean())
+    if not shares:  # fewer pairs than ranks: DDP waits for everyone, so this one takes part with a loss of weight 0
+        shares, weight = [batch[:1]], 0.0
+    for number, indices in enumerate(shares, start=1):
+        inputs = padded(table.take(indices)).to(world.device)
+        last = number == len(shares)
+        with nullcontext() if last or world.size == 1 else forward.no_sync():  # type: ignore[operator]
+            scores = forward(inputs, distribution=True)
+            logps = pair_logps(scores, inputs, run.cached, indices, objective)
+            losses = objective(logps, chosen_tokens)
+            total = losses if scores.balance is None else losses + scores.balance
+            training.scaler.scale(total.sum() * weight).backward()
+        if weight:
+            training.means.add(losses, logps, objective.beta, scores)
+
+
+def _count(run: Run, training: _Training, indices: Indices, seconds: float) -> None:
+    progress, table = training.progress, run.cached.table
+    tokens = int(table.side_lengths[indices].sum())
+    progress.step += 1
+    progress.seconds += seconds
+    progress.total_seconds += seconds
+    progress.tokens += tokens
+    progress.total_tokens += tokens
+    if peak_flops(run.world.device, run.config.dtype):
+        progress.flops += step_flops(run.scorer.model, table, indices)
+
+
+def _log(run: Run, training: _Training, norm: torch.Tensor, tracker: Tracker) -> str | None:
+    """A log line: means over the steps since the line before. Returns a reason to end the run, or None."""
+    progress, config, step = training.progress, run.config, training.progress.step - 1
+    started = time.monotonic()
+    metrics = training.means.reduce(run.world)  # waits for the device
+    progress.seconds += time.monotonic() - started
+    metrics |= {
+        "lr": training.optimizer.param_groups[0]["lr"],
+        "beta": _beta(run, step),
+        "grad_norm": norm.item(),
+        "epoch": progress.step / -(-len(run.training) // config.batch_size),
+        "tokens": progress.total_tokens,
+        "tokens_per_second": progress.tokens / progress.seconds,
+        "memory_gb": memory_gb(run.world.device),
+    }
+    if peak := peak_flops(run.world.device, config.dtype):
+        metrics["mfu"] = progress.flops / progress.seconds / (peak * run.world.size)
+    if training.scaler.is_enabled():
+        metrics["grad_scale"] = training.scaler.get_scale()
+    progress.seconds, progress.tokens, progress.flops = 0.0, 0, 0.0
+    _check_finite(step, metrics, training.scaler)
+    progress.first, progress.last = progress.first or metrics, metrics
+    tracker.log(step, metrics)
+    return _check_kl(run, training, metrics["kl"], tracker)
+
+
+def _check_finite(step: int, metrics: dict[str, float], scaler: torch.amp.GradScaler) -> None:
+    """A gradient that overflowed in float16 was skipped, and the next is scaled down: no reason to end, unless that goes on."""
+    if scaler.is_enabled() and not math.isfinite(metrics["grad_norm"]) and metrics["grad_scale"] >= 1:
+        del metrics["grad_norm"]
+    if not all(math.isfinite(metrics.get(name, 0.0)) for name in ("loss", "grad_norm")):
+        raise ModelError(
+            f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: the run has diverged; "
+            "expected finite numbers. Try a lower --lr or --beta; no model was saved"
+        )
+
+
+def _check_kl(run: Run, training: _Training, kl: float, tracker: Tracker) -> str | None:
+    most = run.config.max_kl
+    if most is None or kl <= most:
+        return None
+    text = f"the policy has moved {kl:.3g} nats a token from the reference, more than --max-kl {most:g}"
+    if run.config.on_max_kl == "stop":
+        return text
+    if not training.progress.warned:
+        training.progress.warned = True
+        tracker.note(f"step {training.progress.step - 1}: {text}")
+    return None
