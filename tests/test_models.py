@@ -23,31 +23,6 @@ def minimind3(shared: Path) -> Path:
     return shared / "fixtures" / "minimind" / "minimind3-dense.pth"
 
 
-GENERATIONS = ["minimind2-2504", "minimind2-2510", "minimind3"]
-
-
-@pytest.mark.parametrize("generation", GENERATIONS)
-def test_every_minimind_generation_gives_the_original_logits(minimind3: Path, generation: str) -> None:
-    file = minimind3.with_name(f"{generation}-dense.pth")
-    expected = np.load(file.with_suffix(".npz"))
-    model = load_model(str(file)).model.float()
-    with torch.no_grad():
-        logits = model(torch.tensor(expected["input_ids"]).long()).logits
-    assert np.abs(logits.numpy() - expected["logits"]).max() < 1e-4
-
-
-@pytest.mark.parametrize("generation", GENERATIONS)
-def test_prefixes_of_ddp_and_compile_and_half_precision_make_no_other_model(
-    minimind3: Path, tmp_path: Path, generation: str
-) -> None:
-    file = minimind3.with_name(f"{generation}-dense.pth")
-    state = torch.load(file, weights_only=True)
-    torch.save({f"module.{key}": value.half() for key, value in state.items()}, tmp_path / "x.pth")
-    loaded, original = load_model(str(tmp_path / "x.pth")), load_model(str(file))
-    assert all(parameter.dtype == torch.float16 for parameter in loaded.model.parameters())
-    assert loaded.fingerprint == type(loaded)(original.model.half(), "").fingerprint
-
-
 def test_a_minimind_user_gets_a_policy(minimind3: Path, tokenizer_dir: Path, data_file: Path, tmp_path: Path) -> None:
     """From a .pth and a tokenizer folder to a Hugging Face directory."""
     from transformers import AutoModelForCausalLM
@@ -61,12 +36,6 @@ def test_a_minimind_user_gets_a_policy(minimind3: Path, tokenizer_dir: Path, dat
 def test_a_pth_without_a_tokenizer_says_what_to_add(minimind3: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="--tokenizer DIR"):
         save_tokenizer(str(minimind3), tmp_path / "tokenizer", None)
-
-
-@pytest.mark.parametrize("generation", GENERATIONS)
-def test_a_mixture_of_experts_is_refused_as_one(minimind3: Path, generation: str) -> None:
-    with pytest.raises(ModelError, match="mixture-of-experts MiniMind"):
-        load_model(str(minimind3.with_name(f"{generation}-moe.pth")))
 
 
 class Evil:

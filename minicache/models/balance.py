@@ -1,0 +1,110 @@
+"""The load-balancing loss of a mixture of experts, from what its routers said during a forward pass.
+
+    with recording(model) as routing:
+        model(input_ids)
+    penalty = routing.loss(mask)  # (R,) float32, to be added to the loss of each row
+
+MiniMind's models have theirs. Any other family has transformers' own, and only if its config asks (`output_router_logits`), because
+most mixtures are fine-tuned without one; a family whose routers transformers itself does not record one by one has none here.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+
+class _Routers(NamedTuple):
+    """The class of a family's router, and where in its output the logits stand."""
+
+    kind: type[nn.Module]
+    place: int
+
+
+class Routing:
+    """What the routers of one forward pass said, in the order of the layers."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.outputs: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def loss(self, mask: torch.Tensor) -> torch.Tensor:
+        """The load-balancing loss of each row, summed over layers, its coefficient (`router_aux_loss_coef`) included.
+
+        2504 and 2510 balance each sequence for itself. 3, and transformers' own, balance all tokens of the batch together:
+        every row then carries the same number, which depends on what shares its batch.
+
+        mask: (R, L) bool, True at real tokens; padding counts in no share.
+        Returns: (R,) float32, differentiable with respect to the routers.
+        Source: MiniMind's MoEGate and MOEFeedForward; Switch Transformer, arXiv 2101.03961, eq. 4 to 6.
+        """
+        assert self.outputs, "no router ran while recording"
+        coefficient, generation = self.config.router_aux_loss_coef, getattr(self.config, "minimind", None)
+        if generation is None:
+            return (coefficient * self._of_transformers(mask)).expand(len(mask))
+        rows = mask.view(1, -1) if generation == "3" else mask
+        layers = [_imbalance(logits, chosen, rows) for logits, chosen in self.outputs.values()]
+        total = coefficient * torch.stack(layers).sum(0)  # (R,), or (1,) for all tokens together
+        return total.expand(len(mask)) if generation == "3" else total / self.config.num_experts_per_tok
+
+    def _of_transformers(self, mask: torch.Tensor) -> torch.Tensor:
+        from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+        balance: Any = load_balancing_loss_func  # its annotations miss what its docstring allows
+        logits = tuple(logits.float() for logits, _ in self.outputs.values())
+        return balance(logits, logits[0].shape[-1], self.config.num_experts_per_tok, mask)
+
+
+def has_balance(model: nn.Module) -> bool:
+    """Whether the model was trained with a load-balancing loss that `recording` can compute."""
+    config: Any = model.config
+    asked = getattr(config, "minimind", None) is not None or getattr(config, "output_router_logits", False)
+    return bool(asked) and bool(getattr(config, "router_aux_loss_coef", None)) and _routers(model) is not None
+
+
+@contextmanager
+def recording(model: nn.Module) -> Iterator[Routing]:
+    """Record what every router says in the one forward pass that runs within.
+
+    The hooks keep references and compute nothing, so that a checkpointed layer does the same with and without them; when
+    it runs again for its backward pass, what it said first stands.
+    """
+    assert has_balance(model), f"{type(model).__name__} has no load-balancing loss"
+    routers, routing = _routers(model), Routing(model.config)
+    assert routers is not None
+
+    def keep(router: nn.Module, inputs: tuple, output: Any) -> None:
+        # MiniMind's families give (logits, weights, chosen experts); of others the logits alone are used.
+        routing.outputs.setdefault(router, (output[routers.place], output[-1]))
+
+    handles = [part.register_forward_hook(keep) for part in model.modules() if isinstance(part, routers.kind)]
+    try:
+        yield routing
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _routers(model: nn.Module) -> _Routers | None:
+    """As the model's own class declares them for its `output_router_logits`; None where it has none or several kinds."""
+    declared: Any = (getattr(model, "_can_record_outputs", None) or {}).get("router_logits")
+    kind = getattr(declared, "target_class", None)
+    if kind is None or not any(isinstance(part, kind) for part in model.modules()):
+        return None
+    return _Routers(kind, declared.index)
+
+
+def _imbalance(logits: torch.Tensor, chosen: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Experts x sum over experts of (tokens that chose it / tokens) x (its mean score), of each row; even routing gives top-k.
+
+    logits: (R x L, experts). chosen: (R x L, top-k) int64. mask: (R, L) bool. Returns: (R,) float32.
+    """
+    experts = logits.shape[-1]
+    weights = mask.unsqueeze(-1).float()  # (R, L, 1)
+    scores = logits.float().softmax(-1).view(*mask.shape, experts)
+    picks = nn.functional.one_hot(chosen, experts).sum(1).view(*mask.shape, experts)
+    tokens = weights.sum(1).clamp(min=1)  # (R, 1)
+    load, score = (picks * weights).sum(1) / tokens, (scores * weights).sum(1) / tokens  # (R, experts)
+    return experts * (load * score).sum(1)
