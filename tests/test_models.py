@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +94,7 @@ def test_code_that_comes_with_a_model_does_not_run_unasked(model_dir: Path, tmp_
     assert not (tmp_path / "pwned").exists()
 
 
-def test_the_fingerprint_knows_the_weights_and_nothing_else(model_dir: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_knows_every_weight_and_no_name(model_dir: Path, tmp_path: Path) -> None:
     original = load_model(str(model_dir)).fingerprint
     copy = tmp_path / "copy"
     shutil.copytree(model_dir, copy)
@@ -102,6 +103,43 @@ def test_the_fingerprint_knows_the_weights_and_nothing_else(model_dir: Path, tmp
     weights["model.norm.weight"][3] += 1e-6
     save_file(weights, copy / "model.safetensors", {"format": "pt"})
     assert load_model(str(copy)).fingerprint != original
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4},
+        {"rms_norm_eps": 1e-5},
+        {"hidden_act": "gelu"},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+    ],
+)
+def test_the_same_weights_computing_something_else_are_another_model(
+    model_dir: Path, tmp_path: Path, change: dict
+) -> None:
+    copy = changed_config(model_dir, tmp_path / "copy", lambda config: config | change)
+    ids, (before, after) = torch.arange(3, 40)[None], (load_model(str(path)) for path in (model_dir, copy))
+    assert not torch.equal(before.model(ids).logits, after.model(ids).logits)
+    assert before.fingerprint != after.fingerprint
+
+
+def test_a_config_written_otherwise_is_no_other_model(model_dir: Path, tmp_path: Path) -> None:
+    """As transformers 4 wrote it, with what is default left out, and settings that compute nothing."""
+
+    def change(config: dict) -> dict:
+        del config["head_dim"], config["rope_parameters"]
+        return config | {"rope_theta": 10000, "use_cache": False, "transformers_version": "4.45.0", "eos_token_id": 7}
+
+    copy = changed_config(model_dir, tmp_path / "copy", change)
+    assert load_model(str(copy)).fingerprint == load_model(str(model_dir)).fingerprint
+
+
+def changed_config(source: Path, copy: Path, change: Callable[[dict], dict]) -> Path:
+    shutil.copytree(source, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(change(config)))
+    return copy
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -176,3 +214,6 @@ def test_a_gguf_goes_all_the_way_and_opens_as_a_plain_model(gguf_file: Path, dat
     assert "quantization_config" not in config
     opened = AutoModelForCausalLM.from_pretrained(report.model_dir)
     assert next(opened.parameters()).dtype == torch.float32
+    original = load_model(str(gguf_file))
+    save_model(original.model, cache / "tokenizer", tmp_path / "again")
+    assert load_model(str(tmp_path / "again")).fingerprint == original.fingerprint
