@@ -10,17 +10,10 @@ most mixtures are fine-tuned without one; a family whose routers transformers it
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
-
-
-class _Routers(NamedTuple):
-    """The class of a family's router, and where in its output the logits stand."""
-
-    kind: type[nn.Module]
-    place: int
 
 
 class Routing:
@@ -61,7 +54,7 @@ def has_balance(model: nn.Module) -> bool:
     """Whether the model was trained with a load-balancing loss that `recording` can compute."""
     config: Any = model.config
     asked = getattr(config, "minimind", None) is not None or getattr(config, "output_router_logits", False)
-    return bool(asked) and bool(getattr(config, "router_aux_loss_coef", None)) and _routers(model) is not None
+    return bool(asked) and bool(getattr(config, "router_aux_loss_coef", None)) and bool(_routers(model))
 
 
 @contextmanager
@@ -72,14 +65,15 @@ def recording(model: nn.Module) -> Iterator[Routing]:
     it runs again for its backward pass, what it said first stands.
     """
     assert has_balance(model), f"{type(model).__name__} has no load-balancing loss"
-    routers, routing = _routers(model), Routing(model.config)
-    assert routers is not None
+    routing = Routing(model.config)
 
     def keep(router: nn.Module, inputs: tuple, output: Any) -> None:
+        parts = output if isinstance(output, tuple) else (output,)
         # MiniMind's families give (logits, weights, chosen experts); of others the logits alone are used.
-        routing.outputs.setdefault(router, (output[routers.place], output[-1]))
+        routing.outputs.setdefault(router, (parts[places[router]], parts[-1]))
 
-    handles = [part.register_forward_hook(keep) for part in model.modules() if isinstance(part, routers.kind)]
+    places = _routers(model)
+    handles = [router.register_forward_hook(keep) for router in places]
     try:
         yield routing
     finally:
@@ -87,13 +81,16 @@ def recording(model: nn.Module) -> Iterator[Routing]:
             handle.remove()
 
 
-def _routers(model: nn.Module) -> _Routers | None:
-    """As the model's own class declares them for its `output_router_logits`; None where it has none or several kinds."""
+def _routers(model: nn.Module) -> dict[nn.Module, int]:
+    """Each router, and where in its output the logits stand, as the model's own class declares it for `output_router_logits`.
+
+    Empty where it declares none, or several kinds.
+    """
     declared: Any = (getattr(model, "_can_record_outputs", None) or {}).get("router_logits")
-    kind = getattr(declared, "target_class", None)
-    if kind is None or not any(isinstance(part, kind) for part in model.modules()):
-        return None
-    return _Routers(kind, declared.index)
+    if not hasattr(declared, "target_class"):
+        return {}
+    kind, name = declared.target_class, declared.layer_name or ""
+    return {part: declared.index for path, part in model.named_modules() if isinstance(part, kind) and name in path}
 
 
 def _imbalance(logits: torch.Tensor, chosen: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
