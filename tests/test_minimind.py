@@ -187,6 +187,13 @@ def test_half_a_mixture_is_refused(fixtures: Path, tmp_path: Path, name: str, pa
         load_model(str(rewritten(fixtures / f"{name}.pth", tmp_path / "x.pth", change)))
 
 
+def test_a_transformers_too_old_for_a_mixture_is_named(fixtures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.__version__", "5.9.1")
+    with pytest.raises(ModelError, match=r"5\.14 or newer, and 5\.9\.1 is installed"):
+        load_model(str(fixtures / "minimind3-moe.pth"))
+    load_model(str(fixtures / "minimind3-dense.pth"))
+
+
 def test_tensors_that_do_not_belong_are_refused(fixtures: Path, tmp_path: Path) -> None:
     def strange(state: dict) -> None:
         state["model.layers.0.self_attn.lora.A.weight"] = torch.ones(2)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from minicache.models.generations import GENERATIONS, require_mixtures
+
 
 class Routing:
     """What the routers of one forward pass said, in the order of the layers."""
@@ -63,8 +65,13 @@ def recording(model: nn.Module) -> Iterator[Routing]:
 
     The hooks keep references and compute nothing, so that a checkpointed layer does the same with and without them; when
     it runs again for its backward pass, what it said first stands.
+
+    Raises:
+        ModelError: transformers is too old to tell what MiniMind's routers say.
     """
     assert has_balance(model), f"{type(model).__name__} has no load-balancing loss"
+    if getattr(model.config, "minimind", None):
+        require_mixtures()
     routing = Routing(model.config)
 
     def keep(router: nn.Module, inputs: tuple, output: Any) -> None:
@@ -82,10 +89,15 @@ def recording(model: nn.Module) -> Iterator[Routing]:
 
 
 def _routers(model: nn.Module) -> dict[nn.Module, int]:
-    """Each router, and where in its output the logits stand, as the model's own class declares it for `output_router_logits`.
+    """Each router, and where in its output the logits stand.
 
-    Empty where it declares none, or several kinds.
+    Of another family as the model's own class declares it for `output_router_logits`; empty where it declares none, or several
+    kinds.
     """
+    config: Any = model.config
+    if generation := GENERATIONS.get(getattr(config, "minimind", "")):
+        end = generation.experts.router.removesuffix(".weight")
+        return {part: 0 for path, part in model.named_modules() if path.endswith(end)}
     declared: Any = (getattr(model, "_can_record_outputs", None) or {}).get("router_logits")
     if not hasattr(declared, "target_class"):
         return {}

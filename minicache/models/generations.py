@@ -10,8 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
+from minicache.errors import ModelError
+
 State = dict[str, torch.Tensor]
 NOT_WEIGHTS = ("freqs_cos", "freqs_sin", "pos_cis", "attention.mask")  # tables some versions saved; computed anew
+
+MIXTURES_SINCE = (5, 14)  # of transformers
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,22 @@ FIRST = Generation(
 GENERATIONS = {
     generation.name: generation for generation in (THREE, MID, FIRST)
 }  # the newest first: its marker decides
+
+
+def require_mixtures() -> None:
+    """Older versions keep Granite's experts under other names, and some give Qwen3-MoE's scores where its logits should be.
+
+    Raises:
+        ModelError: transformers is too old for a mixture of experts of MiniMind's.
+    """
+    from transformers import __version__
+
+    if tuple(int(part) for part in __version__.split(".")[:2]) < MIXTURES_SINCE:
+        needed = ".".join(map(str, MIXTURES_SINCE))
+        raise ModelError(
+            f"a MiniMind mixture of experts needs transformers {needed} or newer, and {__version__} is installed: "
+            f"pip install 'transformers>={needed}'"
+        )
 
 
 @dataclass(frozen=True)

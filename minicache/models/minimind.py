@@ -25,6 +25,7 @@ from minicache.models.generations import (
     State,
     count,
     file_keys,
+    require_mixtures,
     stack,
     turned,
 )
@@ -69,6 +70,8 @@ def load(path: Path, options: str = "") -> nn.Module:
             f"{path}: expected a checkpoint of {known}; found keys like {', '.join(list(state)[:3]) or 'none'}"
         )
     counts = count(state, generation)
+    if counts.experts:
+        require_mixtures()
     plain = _plain(state, path, generation, counts)
     heads = _heads(plain, path, generation, said)
     try:
