@@ -129,6 +129,11 @@ def test_who_has_a_balance_loss(fixtures: Path) -> None:
     assert not balance.has_balance(tiny_llama())
 
 
+def test_tokens_that_go_to_all_experts_are_balanced(fixtures: Path) -> None:
+    model, (ids, mask) = load_model(f"{fixtures / 'minimind2-2510-moe.pth'}:experts_per_token=4").model, rows((5, 9))
+    assert balance_of(model, ids, mask).tolist() == pytest.approx([0.1 * 2] * 2)
+
+
 def test_nothing_of_the_recording_stays(fixtures: Path) -> None:
     model, (ids, mask) = mixture(fixtures, "minimind3-moe"), rows((5,))
     first = balance_of(model, ids, mask)

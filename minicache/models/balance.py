@@ -23,7 +23,7 @@ class Routing:
 
     def __init__(self, config: Any) -> None:
         self.config = config
-        self.outputs: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.logits: dict[nn.Module, torch.Tensor] = {}  # router -> (R x L, experts)
 
     def loss(self, mask: torch.Tensor) -> torch.Tensor:
         """The load-balancing loss of each row, summed over layers, its coefficient (`router_aux_loss_coef`) included.
@@ -35,20 +35,21 @@ class Routing:
         Returns: (R,) float32, differentiable with respect to the routers.
         Source: MiniMind's MoEGate and MOEFeedForward; Switch Transformer, arXiv 2101.03961, eq. 4 to 6.
         """
-        assert self.outputs, "no router ran while recording"
+        assert self.logits, "no router ran while recording"
         coefficient, generation = self.config.router_aux_loss_coef, getattr(self.config, "minimind", None)
         if generation is None:
             return (coefficient * self._of_transformers(mask)).expand(len(mask))
-        rows = mask.view(1, -1) if generation == "3" else mask
-        layers = [_imbalance(logits, chosen, rows) for logits, chosen in self.outputs.values()]
+        rows = mask.reshape(1, -1) if generation == "3" else mask
+        top = self.config.num_experts_per_tok
+        layers = [_imbalance(logits, top, rows) for logits in self.logits.values()]
         total = coefficient * torch.stack(layers).sum(0)  # (R,), or (1,) for all tokens together
-        return total.expand(len(mask)) if generation == "3" else total / self.config.num_experts_per_tok
+        return total.expand(len(mask)) if generation == "3" else total / top
 
     def _of_transformers(self, mask: torch.Tensor) -> torch.Tensor:
         from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
         balance: Any = load_balancing_loss_func  # its annotations miss what its docstring allows
-        logits = tuple(logits.float() for logits, _ in self.outputs.values())
+        logits = tuple(logits.float() for logits in self.logits.values())
         return balance(logits, logits[0].shape[-1], self.config.num_experts_per_tok, mask)
 
 
@@ -76,8 +77,7 @@ def recording(model: nn.Module) -> Iterator[Routing]:
 
     def keep(router: nn.Module, inputs: tuple, output: Any) -> None:
         parts = output if isinstance(output, tuple) else (output,)
-        # MiniMind's families give (logits, weights, chosen experts); of others the logits alone are used.
-        routing.outputs.setdefault(router, (parts[places[router]], parts[-1]))
+        routing.logits.setdefault(router, _logits(router, parts) if (at := places[router]) is None else parts[at])
 
     places = _routers(model)
     handles = [router.register_forward_hook(keep) for router in places]
@@ -88,8 +88,8 @@ def recording(model: nn.Module) -> Iterator[Routing]:
             handle.remove()
 
 
-def _routers(model: nn.Module) -> dict[nn.Module, int]:
-    """Each router, and where in its output the logits stand.
+def _routers(model: nn.Module) -> dict[nn.Module, int | None]:
+    """Each router, and where in its output the logits stand; None: see `_logits`.
 
     Of another family as the model's own class declares it for `output_router_logits`; empty where it declares none, or several
     kinds.
@@ -97,7 +97,7 @@ def _routers(model: nn.Module) -> dict[nn.Module, int]:
     config: Any = model.config
     if generation := GENERATIONS.get(getattr(config, "minimind", "")):
         end = generation.experts.router.removesuffix(".weight")
-        return {part: 0 for path, part in model.named_modules() if path.endswith(end)}
+        return {part: None for path, part in model.named_modules() if path.endswith(end)}
     declared: Any = (getattr(model, "_can_record_outputs", None) or {}).get("router_logits")
     if not hasattr(declared, "target_class"):
         return {}
@@ -105,15 +105,23 @@ def _routers(model: nn.Module) -> dict[nn.Module, int]:
     return {part: declared.index for path, part in model.named_modules() if isinstance(part, kind) and name in path}
 
 
-def _imbalance(logits: torch.Tensor, chosen: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Experts x sum over experts of (tokens that chose it / tokens) x (its mean score), of each row; even routing gives top-k.
+def _logits(router: Any, parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Of logits, weights and choices, whose order changes with the version of transformers, what has a number for every expert.
 
-    logits: (R x L, experts). chosen: (R x L, top-k) int64. mask: (R, L) bool. Returns: (R,) float32.
+    So have the weights where a token goes to all experts; then the loss is the same constant from either.
+    """
+    return next(part for part in parts if part.is_floating_point() and part.shape[-1] == len(router.weight))
+
+
+def _imbalance(logits: torch.Tensor, top: int, mask: torch.Tensor) -> torch.Tensor:
+    """Experts x sum over experts of (tokens that chose it / tokens) x (its mean score), of each row; even routing gives `top`.
+
+    logits: (R x L, experts). top: experts a token. mask: (R, L) bool. Returns: (R,) float32.
     """
     experts = logits.shape[-1]
     weights = mask.unsqueeze(-1).float()  # (R, L, 1)
     scores = logits.float().softmax(-1).view(*mask.shape, experts)
-    picks = nn.functional.one_hot(chosen, experts).sum(1).view(*mask.shape, experts)
+    picks = torch.zeros_like(scores).scatter(-1, scores.topk(top).indices, 1.0)
     tokens = weights.sum(1).clamp(min=1)  # (R, 1)
     load, score = (picks * weights).sum(1) / tokens, (scores * weights).sum(1) / tokens  # (R, experts)
     return experts * (load * score).sum(1)
