@@ -1,5 +1,21 @@
-"""Models: loading from whatever users have, saving as a Hugging Face directory, and a digest of their content."""
+"""Models: loading from whatever users have, saving as a Hugging Face directory or .pth, and a digest of what they compute."""
 
-from minicache.models.load import LoadedModel, checkpoint_activations, load_model, save_model, save_tokenizer
+from minicache.models.load import (
+    LoadedModel,
+    checkpoint_activations,
+    load_model,
+    save_model,
+    save_tokenizer,
+    split_source,
+)
+from minicache.models.minimind_save import save_pth
 
-__all__ = ["LoadedModel", "checkpoint_activations", "load_model", "save_model", "save_tokenizer"]
+__all__ = [
+    "LoadedModel",
+    "checkpoint_activations",
+    "load_model",
+    "save_model",
+    "save_pth",
+    "save_tokenizer",
+    "split_source",
+]

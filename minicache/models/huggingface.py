@@ -31,6 +31,13 @@ def save_tokenizer(source: str, directory: Path, trust_remote_code: bool) -> Non
         raise ModelError(f"{source}: the tokenizer has no fast (tokenizers library) version, which minidpo needs")
 
 
+def quiet() -> None:
+    """No progress bars of transformers' own: ours are the ones a person watches."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def _from_pretrained(cls: Any, source: str, trust_remote_code: bool, **options: Any) -> Any:
     """Any transformers class from a directory, a hub id or a .gguf file."""
     path = Path(source)
@@ -41,9 +48,7 @@ def _from_pretrained(cls: Any, source: str, trust_remote_code: bool, **options: 
         source, options = str(path.parent), {**options, "gguf_file": path.name}
     elif not path.is_dir() and (path.exists() or source.count("/") > 1 or source.startswith((".", "/", "~"))):
         raise ModelError(f"{source}: expected a model directory, a .gguf or .pth file, or a hub id like org/name")
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # ours are the ones a person watches
+    quiet()
     try:
         return cls.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:

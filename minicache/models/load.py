@@ -1,22 +1,20 @@
 """One door to all families: which loader a source needs, what it gives, how it is saved again."""
 
-import os
+import re
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from minicache.errors import ModelError, OutputError
 from minicache.models import huggingface, lora, minimind
+from minicache.models.fingerprint import fingerprint
 
 
 @dataclass(frozen=True)
@@ -39,43 +37,40 @@ class LoadedModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """blake2b-128 over name, dtype, shape and bytes of every stored tensor; a tied one counts once.
-
-        The same weights give the same digest whatever file, directory or name they came from.
-        """
-        unique: dict[int, tuple[str, torch.Tensor]] = {}
-        for name, tensor in sorted(self.model.state_dict().items()):
-            unique.setdefault(tensor.data_ptr(), (name, tensor))
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            digests = pool.map(_tensor_digest, unique.values())
-        return blake2b(b"".join(digests), digest_size=16).hexdigest()
+        """See `minicache.models.fingerprint`."""
+        return fingerprint(self.model)
 
 
-def _tensor_digest(item: tuple[str, torch.Tensor]) -> bytes:
-    name, tensor = item
-    state = blake2b(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=16)
-    state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return state.digest()
+# suffix of a file -> its loader, given the file and what the name says behind a colon; anything else is a Hugging Face
+# directory or hub id
+FAMILIES: dict[str, Callable[[Path, str], nn.Module]] = {".pth": minimind.load, ".pt": minimind.load}
 
 
-# suffix of a file -> its loader; anything else is a Hugging Face directory or hub id
-FAMILIES: dict[str, Callable[[Path], nn.Module]] = {".pth": minimind.load, ".pt": minimind.load}
+def split_source(source: str) -> tuple[str, str]:
+    """A model's name as the place it lies at and what is said behind the colon: "a.pth:heads=16" -> ("a.pth", "heads=16")."""
+    suffixes = "|".join(re.escape(suffix) for suffix in FAMILIES)
+    found = re.fullmatch(rf"(.+(?:{suffixes})):(.*)", source, re.DOTALL)
+    return (found[1], found[2]) if found else (source, "")
 
 
 def load_model(source: str, trust_remote_code: bool = False) -> LoadedModel:
     """Load a model directory, hub id, .gguf file or MiniMind .pth file; an adapter's directory as its base with it merged, float32.
 
+    What a .pth file does not carry can be said in its name: "model.pth:heads=16,kv_heads=8" (see `minimind.Options`).
+
     Raises:
-        ModelError: it does not exist, is of no known kind, or needs code of its own that was not allowed.
+        ModelError: it does not exist, is of no known kind, needs code of its own that was not allowed, or is not what its name
+            says.
     """
-    path = Path(source)
+    place, options = split_source(source)
+    path = Path(place)
     if base := lora.base_of(path):
         merged = lora.with_adapter(load_model(base, trust_remote_code).model, path).merge_and_unload()
         return LoadedModel(merged.eval().requires_grad_(False), source)
     if path.suffix in FAMILIES:
         if not path.is_file():
-            raise ModelError(f"{source}: no such file")
-        model = FAMILIES[path.suffix](path)
+            raise ModelError(f"{place}: no such file")
+        model = FAMILIES[path.suffix](path, options)
     else:
         model = huggingface.load(source, trust_remote_code)
     return LoadedModel(model.eval().requires_grad_(False), source)
@@ -87,6 +82,7 @@ def save_model(model: Any, tokenizer_dir: Path, directory: Path) -> None:
     Raises:
         OutputError: the disk is full or cannot be written.
     """
+    huggingface.quiet()
     draft = directory.with_name(f".{directory.name}.saving")
     shutil.rmtree(draft, ignore_errors=True)
     try:
@@ -106,9 +102,10 @@ def save_tokenizer(source: str, directory: Path, chat_template: str | None, trus
     Raises:
         ModelError: there is no tokenizer at `source`, or it has no fast version.
     """
-    if Path(source).suffix in FAMILIES:
+    place, _ = split_source(source)
+    if Path(place).suffix in FAMILIES:
         raise ModelError(
-            f"{source}: a .pth file holds no tokenizer; add --tokenizer DIR (MiniMind's lies in its model/ folder)"
+            f"{place}: a .pth file holds no tokenizer; add --tokenizer DIR (MiniMind's lies in its model/ folder)"
         )
     huggingface.save_tokenizer(source, directory, trust_remote_code)
     if chat_template is not None:

@@ -1,80 +1,109 @@
 """MiniMind checkpoints (.pth): a state dict and nothing else, of one of three generations, recognised by its keys.
 
-All three compute what a transformers class computes: 2504 and 2510 what Llama does (2504 with rotary positions on interleaved
-pairs, which is Llama on re-ordered rows of q and k), 3 what Qwen3 does.
-Source: jingyaogong/minimind, model/model.py (2504), model/model_minimind.py (2510, 3).
+Every one computes what a transformers class computes. Dense: 2504 and 2510 what Llama does (2504 with rotary positions on
+interleaved pairs, which is Llama on re-ordered rows of q and k), 3 what Qwen3 does. Mixtures of experts: 2504 and 2510 what
+GraniteMoeShared does with neutral multipliers (softmax over the top logits is the normalised top of the softmax), 3 what Qwen3-MoE
+does.
+What the file does not carry is the generation's default unless the model's name says otherwise: `model.pth:heads=16,kv_heads=8`.
 """
 
+import math
 import pickle
-import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import reduce
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from minicache.errors import ModelError
+from minicache.models.generations import (
+    GENERATIONS,
+    NOT_WEIGHTS,
+    Counts,
+    Generation,
+    State,
+    count,
+    file_keys,
+    require_mixtures,
+    stack,
+    turned,
+)
 
-State = dict[str, torch.Tensor]
 ROPE_THETA, POSITIONS = 1e6, 32768
 
 
 @dataclass(frozen=True)
-class Generation:
-    """What the file of a generation does not carry, and how its keys read.
+class Options:
+    """What can be said in the model's name, `model.pth:heads=16,rope_theta=1e4`. None: the generation's default."""
 
-    marker: a key that only this generation has. names: (pattern, transformers' name), applied in order.
-    interleaved: rotary positions turn neighbouring dimensions, not the two halves.
-    """
-
-    name: str
-    marker: str
-    family: str
-    heads: int
-    kv_heads: int
-    rms_eps: float
-    names: tuple[tuple[str, str], ...] = ()
-    interleaved: bool = False
+    heads: int | None = None
+    kv_heads: int | None = None
+    experts_per_token: int | None = None
+    rms_eps: float | None = None
+    rope_theta: float | None = None
 
 
-NAMES_2504 = (
-    (r"^tok_embeddings\.", "model.embed_tokens."),
-    (r"^output\.", "lm_head."),
-    (r"^norm\.", "model.norm."),
-    (r"^layers\.(\d+)\.attention\.w([qkvo])\.", r"model.layers.\1.self_attn.\2_proj."),
-    (r"^layers\.(\d+)\.attention_norm\.", r"model.layers.\1.input_layernorm."),
-    (r"^layers\.(\d+)\.ffn_norm\.", r"model.layers.\1.post_attention_layernorm."),
-    (r"^layers\.(\d+)\.feed_forward\.w1\.", r"model.layers.\1.mlp.gate_proj."),
-    (r"^layers\.(\d+)\.feed_forward\.w2\.", r"model.layers.\1.mlp.down_proj."),
-    (r"^layers\.(\d+)\.feed_forward\.w3\.", r"model.layers.\1.mlp.up_proj."),
-)
-GENERATIONS = (
-    Generation("MiniMind-3", "model.layers.0.self_attn.q_norm.weight", "qwen3", 8, 4, 1e-6),
-    Generation("MiniMind 2510", "model.layers.0.self_attn.q_proj.weight", "llama", 8, 2, 1e-5),
-    Generation("MiniMind 2504", "layers.0.attention.wq.weight", "llama", 8, 2, 1e-5, NAMES_2504, interleaved=True),
-)
+WHOLE = ("heads", "kv_heads", "experts_per_token")
 
 
-def load(path: Path) -> nn.Module:
-    """A dense MiniMind checkpoint as the transformers model that computes the same.
+@dataclass(frozen=True)
+class Heads:
+    q: int
+    kv: int
+    size: int
+
+
+def load(path: Path, options: str = "") -> nn.Module:
+    """A MiniMind checkpoint as the transformers model that computes the same; its config names the generation in `minimind`.
+
+    options: what stands behind the colon in the model's name, see `Options`.
 
     Raises:
-        ModelError: it is no state dict of tensors, of no known generation, or a mixture of experts.
+        ModelError: it is no state dict of tensors, of no known generation, not whole, or the options do not fit it.
     """
-    state = _read(path)
-    generation = next((item for item in GENERATIONS if item.marker in state), None)
+    said, state = _parse(path, options), _read(path)
+    generation = next((item for item in GENERATIONS.values() if item.marker in state), None)
     if generation is None:
-        known = ", ".join(item.name for item in GENERATIONS)
+        known = ", ".join(f"MiniMind {name}" for name in reversed(GENERATIONS))
         raise ModelError(
             f"{path}: expected a checkpoint of {known}; found keys like {', '.join(list(state)[:3]) or 'none'}"
         )
-    if any(".experts." in key for key in state):
-        raise ModelError(f"{path}: a mixture-of-experts {generation.name}; only dense ones can be loaded")
+    counts = count(state, generation)
+    if counts.experts:
+        require_mixtures()
+    plain = _plain(state, path, generation, counts)
+    heads = _heads(plain, path, generation, said)
     try:
-        return _build(_renamed(state, generation), generation)
+        plain = turned(plain, generation, {"q": heads.q, "k": heads.kv}, back=False)
+        config = _config(plain, generation, counts, heads) | _chosen(path, generation, counts, said)
+        return _build(stack(plain, generation.experts, counts) if counts.experts else plain, config)
     except (KeyError, ValueError, RuntimeError) as error:
         line = " ".join(str(error).split())[:300]
-        raise ModelError(f"{path}: not a whole dense {generation.name} checkpoint: {line}") from error
+        raise ModelError(f"{path}: not a whole {_kind(generation, counts)} checkpoint: {line}") from error
+
+
+def _parse(path: Path, options: str) -> Options:
+    values: dict[str, float] = {}
+    for part in filter(None, (part.strip() for part in options.split(","))):
+        name, _, text = (piece.strip() for piece in part.partition("="))
+        if name not in [field.name for field in fields(Options)] or name in values:
+            known = ", ".join(field.name for field in fields(Options))
+            raise ModelError(
+                f"{path}: {part!r} behind the colon: expected each of {known} at most once, as name=number"
+            )
+        try:
+            values[name] = int(text) if name in WHOLE else float(text)
+        except ValueError:
+            values[name] = math.nan
+        if not 0 < values[name] < math.inf:
+            kind = "a whole number above 0" if name in WHOLE else "a number above 0"
+            raise ModelError(f"{path}: {part!r} behind the colon: expected {kind}, as in {name}={_example(name)}")
+    return Options(**values)  # type: ignore[arg-type]
+
+
+def _example(name: str) -> str:
+    return {"heads": "8", "kv_heads": "2", "experts_per_token": "2", "rms_eps": "1e-5", "rope_theta": "1e6"}[name]
 
 
 def _read(path: Path) -> State:
@@ -91,48 +120,102 @@ def _read(path: Path) -> State:
     return {key.removeprefix("_orig_mod.").removeprefix("module."): value for key, value in state.items()}
 
 
-def _renamed(state: State, generation: Generation) -> State:
-    """The same tensors under transformers' names, without the rotary tables, which are computed anew."""
-    renamed = {}
-    for key, value in state.items():
-        if key.endswith(("freqs_cos", "freqs_sin", "pos_cis")):
-            continue
-        for pattern, name in generation.names:
-            key = re.sub(pattern, name, key)
-        if generation.interleaved and key.endswith(("q_proj.weight", "k_proj.weight")):
-            value = _halves_from_pairs(value, generation.heads if "q_proj" in key else generation.kv_heads)
-        renamed[key] = value
-    return renamed
+def _plain(state: State, path: Path, generation: Generation, counts: Counts) -> State:
+    """The file's tensors under the names of transformers' dense models, every one of them and no other."""
+    keys = file_keys(generation, counts)
+    missing = [key for key in keys.values() if key not in state]
+    strange = [key for key in state.keys() - set(keys.values()) if not key.endswith(NOT_WEIGHTS)]
+    for what, wrong in (("missing", missing), ("not part of one", sorted(strange))):
+        if wrong:
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            kind = _kind(generation, counts)
+            raise ModelError(
+                f"{path}: not a whole {kind} checkpoint of {counts.layers} layers: {what}: {wrong[0]}{more}"
+            )
+    whole = [key for key in keys.values() if not state[key].is_floating_point()]
+    if whole:
+        raise ModelError(f"{path}: {whole[0]} is {state[whole[0]].dtype}: expected weights that are not quantized")
+    return {name: state[key] for name, key in keys.items()}
 
 
-def _halves_from_pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Re-order a head's rows 0 1 2 3 … to 0 2 … 1 3 …: rotating halves then does what rotating pairs did before."""
-    rows, columns = weight.shape
-    return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
+def _kind(generation: Generation, counts: Counts) -> str:
+    return f"{'mixture-of-experts' if counts.experts else 'dense'} MiniMind {generation.name}"
 
 
-def _build(state: State, generation: Generation) -> nn.Module:
+def _heads(plain: State, path: Path, generation: Generation, said: Options) -> Heads:
+    """Heads from the rows of q and k, and from one more number: the size of a head's norm, what was said, or the default.
+
+    Two numbers of heads and the two of rows determine each other, so whatever does not fit is an error and not a guess.
+    """
+    rows, kv_rows = (plain[f"model.layers.0.self_attn.{part}_proj.weight"].shape[0] for part in "qk")
+    norm = plain.get("model.layers.0.self_attn.q_norm.weight")  # (head size,)
+    heads = said.heads or (rows // len(norm) if norm is not None else None)
+    if heads is None:
+        heads = rows * said.kv_heads // kv_rows if said.kv_heads else generation.heads
+    size = rows // heads
+    kv = kv_rows // size if size else 0
+    fits = kv and rows == heads * size and kv_rows == kv * size and size % 2 == 0 and heads % kv == 0
+    fits = fits and (norm is None or len(norm) == size) and said.kv_heads in (None, kv)
+    if fits and (norm is not None or said.heads or said.kv_heads or kv == generation.kv_heads):
+        return Heads(heads, kv, size)
+    asked = f"{said.heads or heads} heads and {said.kv_heads or generation.kv_heads} kv heads"
+    origin = "as said" if said.heads or said.kv_heads else "the default"
+    has = f"q has {rows} rows, k {kv_rows}" + (f", a head {len(norm)}" if norm is not None else "")
+    raise ModelError(f"{path}: {has}: {asked} ({origin}) do not fit; say which do: {path.name}:heads=N,kv_heads=M")
+
+
+def _chosen(path: Path, generation: Generation, counts: Counts, said: Options) -> dict:
+    """What no tensor tells: settings of the config, said or default."""
+    chosen = {
+        "rms_norm_eps": said.rms_eps or generation.rms_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": said.rope_theta or ROPE_THETA},
+    }
+    if not counts.experts:
+        if said.experts_per_token:
+            raise ModelError(f"{path}: experts_per_token={said.experts_per_token}: a dense model has no experts")
+        return chosen
+    active = said.experts_per_token or generation.experts_per_token
+    # 2504 and 2510 weigh a single expert by its softmax score, which no class here does.
+    least = 2 if generation.experts.shared else 1
+    if not least <= active <= counts.experts:
+        raise ModelError(f"{path}: experts_per_token={active}: expected {least} to {counts.experts}, as many as it has")
+    return chosen | {"num_experts_per_tok": active}
+
+
+def _config(plain: State, generation: Generation, counts: Counts, heads: Heads) -> dict:
+    """What the tensors tell: settings of the config."""
+    embedding = plain["model.embed_tokens.weight"]
+    vocabulary, hidden = embedding.shape
+    width = plain[f"model.layers.0.mlp.{'experts.0.' if counts.experts else ''}gate_proj.weight"].shape[0]
+    config = {
+        "model_type": generation.experts.family if counts.experts else generation.dense,
+        "minimind": generation.name,
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": width,
+        "num_hidden_layers": counts.layers,
+        "num_attention_heads": heads.q,
+        "num_key_value_heads": heads.kv,
+        "head_dim": heads.size,
+        "max_position_embeddings": POSITIONS,
+        "tie_word_embeddings": torch.equal(embedding, plain["lm_head.weight"]),
+        "dtype": reduce(torch.promote_types, (weight.dtype for weight in plain.values())),  # none loses a digit
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    if not counts.experts:
+        return config
+    config["router_aux_loss_coef"] = generation.balance
+    if generation.experts.shared:
+        shared = {"num_local_experts": counts.experts, "shared_intermediate_size": counts.shared * width}
+        return config | shared | {"attention_multiplier": heads.size**-0.5}
+    return config | {"num_experts": counts.experts, "moe_intermediate_size": width, "norm_topk_prob": True}
+
+
+def _build(state: State, settings: dict) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    embedding, layer = state["model.embed_tokens.weight"], "model.layers.0."
-    vocabulary, hidden = embedding.shape
-    config = AutoConfig.for_model(
-        generation.family,
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=state[layer + "mlp.gate_proj.weight"].shape[0],
-        num_hidden_layers=1 + max(int(key.split(".")[2]) for key in state if key.startswith("model.layers.")),
-        num_attention_heads=generation.heads,
-        num_key_value_heads=generation.kv_heads,
-        head_dim=state[layer + "self_attn.q_proj.weight"].shape[0] // generation.heads,
-        max_position_embeddings=POSITIONS,
-        rms_norm_eps=generation.rms_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
-        tie_word_embeddings=torch.equal(embedding, state["lm_head.weight"]),
-        dtype=embedding.dtype,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=embedding.dtype)
+    config = AutoConfig.for_model(**settings)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=config.dtype)
     model.load_state_dict(state)
     return model
