@@ -1,4 +1,4 @@
-"""Where a run's progress and numbers go. The screen (screen.py) is one more tracker."""
+"""What a stage tells while it runs, and the listeners that need no library."""
 
 import json
 from pathlib import Path
@@ -24,6 +24,9 @@ class Tracker(Protocol):
     def note(self, text: str) -> None:
         """One line that a person should read."""
 
+    def fail(self, error: BaseException) -> None:
+        """An error ends the stage; `close` follows."""
+
     def close(self) -> None: ...
 
 
@@ -35,20 +38,30 @@ class Silent:
     def advance(self, pairs: int, tokens: int) -> None: ...
     def log(self, step: int, metrics: dict[str, float]) -> None: ...
     def note(self, text: str) -> None: ...
+    def fail(self, error: BaseException) -> None: ...
     def close(self) -> None: ...
 
     def __enter__(self) -> "Silent":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None:
+            self.fail(error)
         self.close()
 
 
 class JsonLines(Silent):
-    """metrics.jsonl: one object a logged step, flushed line by line."""
+    """metrics.jsonl: one object a logged step, flushed line by line.
 
-    def __init__(self, file: Path) -> None:
-        self.stream = file.open("w", encoding="utf-8")
+    resumed_at: the first step that comes now, where a run goes on; the lines before it stay.
+    """
+
+    def __init__(self, file: Path, resumed_at: int | None = None) -> None:
+        kept = _lines_before(resumed_at, file) if resumed_at is not None and file.exists() else ""
+        whole = file.with_name(file.name + ".part")  # a kill here leaves the old file or the shortened one, never half
+        whole.write_text(kept, encoding="utf-8")
+        whole.replace(file)
+        self.stream = file.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self.stream.write(json.dumps({"step": step, **metrics}) + "\n")
@@ -56,6 +69,18 @@ class JsonLines(Silent):
 
     def close(self) -> None:
         self.stream.close()
+
+
+def _lines_before(step: int, file: Path) -> str:
+    """The lines of metrics.jsonl below `step`; the last one may be torn by a kill."""
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] < step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    return "".join(kept)
 
 
 class Both(Silent):
@@ -83,6 +108,10 @@ class Both(Silent):
     def note(self, text: str) -> None:
         for tracker in self.trackers:
             tracker.note(text)
+
+    def fail(self, error: BaseException) -> None:
+        for tracker in self.trackers:
+            tracker.fail(error)
 
     def close(self) -> None:
         for tracker in self.trackers:
