@@ -57,30 +57,35 @@ class JsonLines(Silent):
     """
 
     def __init__(self, file: Path, resumed_at: int | None = None) -> None:
-        kept = _lines_before(resumed_at, file) if resumed_at is not None and file.exists() else ""
-        whole = file.with_name(file.name + ".part")  # a kill here leaves the old file or the shortened one, never half
-        whole.write_text(kept, encoding="utf-8")
-        whole.replace(file)
+        kept = points_before(resumed_at, file) if resumed_at is not None else []
+        part = file.with_name(file.name + ".part")  # a kill leaves the old file or the shortened one, never half of it
+        part.write_text("".join(_line(*point) for point in kept), encoding="utf-8")
+        part.replace(file)
         self.stream = file.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        self.stream.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.stream.write(_line(step, metrics))
         self.stream.flush()
 
     def close(self) -> None:
         self.stream.close()
 
 
-def _lines_before(step: int, file: Path) -> str:
-    """The lines of metrics.jsonl below `step`; the last one may be torn by a kill."""
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+def _line(step: int, metrics: dict[str, float]) -> str:
+    return json.dumps({"step": step, **metrics}) + "\n"
+
+
+def points_before(step: int, file: Path) -> list[tuple[int, dict[str, float]]]:
+    """The points of metrics.jsonl below `step`, none where there is no file; a kill may have torn the last line."""
+    points = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
         try:
-            if line.endswith("\n") and json.loads(line)["step"] < step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
+            point = json.loads(line)
+        except ValueError:
             continue
-    return "".join(kept)
+        if (at := point.pop("step")) < step:
+            points.append((at, point))
+    return points
 
 
 class Both(Silent):

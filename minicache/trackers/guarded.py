@@ -11,6 +11,13 @@ from minicache.errors import ConfigError, MinicacheError
 from minicache.trackers.base import Silent, Tracker
 from minicache.trackers.libraries import TRACKERS, RunName, one_line
 
+ADVICE = {  # to a library that does not start
+    "wandb": "`wandb login` logs in, WANDB_MODE=offline needs no network",
+    "swanlab": "`swanlab login` logs in, SWANLAB_MODE=offline needs no network",
+    "tensorboard": "metrics.jsonl is written without it too",
+    "trackio": "without TRACKIO_SPACE_ID and TRACKIO_SERVER_URL it needs no network",
+}
+
 
 class Guarded(Silent):
     """A library that may fail: at the start that is a `ConfigError`, later a note, once. What it prints goes to stderr."""
@@ -28,9 +35,7 @@ class Guarded(Silent):
             self.tracker = None
             if isinstance(error, MinicacheError):
                 raise
-            raise ConfigError(
-                f"--tracker {self.name}: {one_line(error)} (metrics.jsonl is written without it too)"
-            ) from error
+            raise ConfigError(f"--tracker {self.name}: {one_line(error)}; {ADVICE[self.name]}") from error
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._guard(lambda tracker: tracker.log(step, metrics))

@@ -3,13 +3,14 @@
 import json
 import os
 import secrets
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minicache.errors import ConfigError
-from minicache.trackers.base import Silent, Tracker
+from minicache.trackers.base import Silent, Tracker, points_before
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,31 @@ class RunName:
 
 
 class _Library(Silent):
-    """The base of the libraries below: which run it is, the library's own name for it, how it ended."""
+    """The base of the libraries below: the library's own id for the run, which points it lacks, how the run ended.
+
+    A kill and a checkpoint rarely fall together: a library has points that a resumed run computes again, or it lost some in a
+    buffer that were in metrics.jsonl already. The former are not told twice, the latter are told at the start.
+    """
 
     def __init__(self, run: RunName) -> None:
         self.run = run
         self.file = run.directory / "trackers.json"
         self.error: BaseException | None = None
+        self.next_step = 0
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        raise NotImplementedError
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        if step >= self.next_step:
+            self.write(step, metrics)
+
+    def catch_up(self, next_step: int) -> None:
+        """Tell what metrics.jsonl has and the library, whose next point is that of `next_step`, has not."""
+        self.next_step = next_step
+        if self.run.resumed_at is not None:
+            for step, metrics in points_before(self.run.resumed_at, self.run.directory / "metrics.jsonl"):
+                self.log(step, metrics)
 
     def known_id(self, library: str) -> str | None:
         """The id under which a run that goes on is known to the library."""
@@ -63,8 +83,8 @@ class Wandb(_Library):
 
         given = wandb.setup().settings  # from variables and settings files
         if given.mode in ("online", "shared", "run") and not wandb.login(prompt=False):
-            raise ConfigError("--tracker wandb: nobody is logged in; run `wandb login`, or set WANDB_MODE=offline")
-        settings = wandb.Settings()
+            raise ConnectionError("nobody is logged in")
+        known, settings = given.run_id or self.known_id("wandb"), wandb.Settings()
         if "WANDB_CONSOLE" not in os.environ:
             settings.console = "off"  # else it records every frame of the progress display
         if "WANDB_FINISH_TIMEOUT" not in os.environ:
@@ -73,28 +93,29 @@ class Wandb(_Library):
             project=given.project or self.run.project,
             name=given.run_name or self.run.name,
             dir=None if "WANDB_DIR" in os.environ else self.run.directory,
-            id=given.run_id or self.known_id("wandb"),
+            id=known,
             resume=given.resume or ("allow" if self.run.resumed_at is not None else None),
             config=facts,
             reinit="create_new",
             settings=settings,
         )
-        self.next_step = self.writer.step  # above resumed_at where a kill came after the checkpoint
         self.remember_id("wandb", self.writer.id)
+        unseen = known is not None and self.writer.offline  # the server knows what the file of an earlier life holds
+        self.catch_up((self.run.resumed_at or 0) if unseen else self.writer.step)
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        if step >= self.next_step:
-            self.writer.log(metrics, step=step)
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        self.writer.log(metrics, step=step)
 
     def close(self) -> None:
-        interrupted = isinstance(self.error, KeyboardInterrupt)
-        self.writer.finish(
-            exit_code=255 if interrupted else int(self.error is not None)
-        )  # 255: killed, as wandb has it
+        failed = 255 if isinstance(self.error, KeyboardInterrupt) else 1  # wandb's own numbers
+        self.writer.finish(exit_code=failed if self.error else 0)
 
 
 class SwanLab(_Library):
-    """SwanLab. SWANLAB_* variables and its settings files have the last word; it skips steps that it has already."""
+    """SwanLab. SWANLAB_* variables and its settings files have the last word.
+
+    It skips points that it has, also those of an earlier life's file when both are synchronized: so it is told all of them.
+    """
 
     def start(self, title: str, facts: dict[str, Any]) -> None:
         import swanlab
@@ -103,19 +124,24 @@ class SwanLab(_Library):
         own: dict[str, Any] = {"interactive": False}  # a question would wait behind the progress display
         if "SWANLAB_TERMINAL_PROXY_TYPE" not in os.environ:
             own["terminal"] = {"proxy_type": "none"}  # else it records every frame of the progress display
-        known = given.run.id or self.known_id("swanlab")
+        known, on_interrupt = given.run.id or self.known_id("swanlab"), signal.getsignal(signal.SIGINT)
         self.writer = swanlab.init(
             project=given.project.name or self.run.project,
             name=given.experiment.name or self.run.name,
-            log_dir=None if "log_dir" in given.model_fields_set else str(self.run.directory / "swanlog"),
+            log_dir=str(self.run.directory / "swanlog" if given.log_dir == Path.cwd() / "swanlog" else given.log_dir),
             id=known,
             resume="allow" if known else None,
             config=facts,
             settings=swanlab.Settings(**own),
         )
+        if signal.getsignal(signal.SIGINT) is not on_interrupt:
+            signal.signal(
+                signal.SIGINT, on_interrupt
+            )  # its own ends the run at once; the training ends it, when it has saved
         self.remember_id("swanlab", self.writer.id)
+        self.catch_up(0)
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
+    def write(self, step: int, metrics: dict[str, float]) -> None:
         self.writer.log(metrics, step=step)
 
     def close(self) -> None:
@@ -132,13 +158,15 @@ class TensorBoard(_Library):
     def start(self, title: str, facts: dict[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(self.run.directory / "tensorboard"), purge_step=self.run.resumed_at)
+        directory = self.run.directory / "tensorboard"
+        known = directory.exists()
+        self.writer = SummaryWriter(str(directory), purge_step=self.run.resumed_at if known else None)
         options = json.dumps(facts, indent=4, ensure_ascii=False)
-        self.writer.add_text(
-            "config", "    " + options.replace("\n", "\n    "), self.run.resumed_at or 0
-        )  # Markdown code
+        as_code = "    " + options.replace("\n", "\n    ")  # Markdown's
+        self.writer.add_text("config", as_code, self.run.resumed_at or 0)
+        self.catch_up((self.run.resumed_at or 0) if known else 0)
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
+    def write(self, step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
         self.writer.flush()  # else a kill loses two minutes, which a later checkpoint does not repeat
@@ -155,15 +183,16 @@ class Trackio(_Library):
 
         name = self.known_id("trackio") or f"{self.run.name}-{secrets.token_hex(3)}"
         self.writer = trackio.init(self.run.project, name, config=facts, resume="allow", embed=False)
-        self.next_step = self.writer._next_step  # above resumed_at where a kill came after the checkpoint
         self.remember_id("trackio", name)
+        self.catch_up(self.writer._next_step)
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        if step >= self.next_step:
-            self.writer.log(metrics, step=step)
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        self.writer.log(metrics, step=step)
 
     def close(self) -> None:
-        self.writer.finish()
+        import trackio
+
+        trackio.finish()  # the run's own finish() leaves it to be finished again, on stdout, when the process ends
 
 
 def one_line(error: BaseException) -> str:
