@@ -274,6 +274,7 @@ class Breaks(Silent):
 def test_a_library_that_fails_later_is_noted_once_and_left(capsys: pytest.CaptureFixture[str]) -> None:
     library, notes = Breaks(), []
     with Guarded("wandb", library, notes.append) as guarded:
+        guarded.start("training", {})
         for step in range(5):
             guarded.log(step, {})
     assert library.heard == [0, 1]
@@ -285,8 +286,11 @@ def test_a_start_that_fails_and_damaged_ids_are_one_line(tmp_path: Path) -> None
     pytest.importorskip("tensorboard")
     (tmp_path / "file").touch()
     (broken,) = open_trackers(["tensorboard"], RunName(tmp_path / "file", "minicache", "first"), print)
-    with pytest.raises(ConfigError, match=r"^--tracker tensorboard: .*file"):
-        broken.start("training", {})
+    notes: list[str] = []
+    never_started = Guarded("wandb", Breaks(), notes.append)
+    with pytest.raises(ConfigError, match=r"^--tracker tensorboard: .*file"), Both(broken, never_started) as both:
+        both.start("training", {})
+    assert notes == []
     (tmp_path / "trackers.json").write_text('{"trackio": ')
     done = live(tmp_path, ["trackio"], 5, 6, resumed_at=5, ending="refused")
     assert "trackers.json: expected the runs' ids as JSON" in done.stderr

@@ -24,18 +24,18 @@ class Guarded(Silent):
 
     def __init__(self, name: str, tracker: Tracker, note: Callable[[str], None]) -> None:
         self.name, self.note_to = name, note
-        self.tracker: Tracker | None = tracker
+        self.unstarted = tracker
+        self.tracker: Tracker | None = None  # while it hears: from its start to its end or first failure
 
     def start(self, title: str, facts: dict[str, Any]) -> None:
-        assert self.tracker, self.name
         try:
             with redirect_stdout(sys.stderr):
-                self.tracker.start(title, json.loads(json.dumps(facts, default=str)))
+                self.unstarted.start(title, json.loads(json.dumps(facts, default=str)))
+        except MinicacheError:
+            raise
         except Exception as error:
-            self.tracker = None
-            if isinstance(error, MinicacheError):
-                raise
             raise ConfigError(f"--tracker {self.name}: {one_line(error)}; {ADVICE[self.name]}") from error
+        self.tracker = self.unstarted
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._guard(lambda tracker: tracker.log(step, metrics))
