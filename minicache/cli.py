@@ -19,6 +19,7 @@ from minicache.config import CompareConfig, EvaluateConfig, InspectConfig, Preco
 from minicache.config_train import (
     RECIPES,
     SCHEDULES,
+    TRACKERS,
     LoraOptions,
     LossOptions,
     TrainConfig,
@@ -235,6 +236,13 @@ def train(
     log_every: Annotated[
         int, typer.Option(help="Steps between log lines.", rich_help_panel="Checkpoints and logs")
     ] = TrainConfig.log_every,
+    tracker: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"Also tell {', '.join(TRACKERS[:-1])} or {TRACKERS[-1]}; may be given several times.",
+            rich_help_panel="Checkpoints and logs",
+        ),
+    ] = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Stage two: train the policy against a reference cache. Model, tokenizer and pairs come from the cache."""

@@ -12,6 +12,7 @@ SCHEDULES = ("cosine", "linear", "constant", "minimind-2504", "minimind-2510", "
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
 OPTIMIZERS = ("adamw", "adamw-8bit", "paged-adamw-8bit")
 ON_MAX_KL = ("warn", "stop")
+TRACKERS = ("wandb", "swanlab", "tensorboard", "trackio")
 # What a resumed run may be given anew: where things lie now, and what changes no number.
 MOVABLE = {
     "out",
@@ -176,6 +177,8 @@ class TrainConfig:
         for name in ("weight_decay", "seed", "save_every"):
             at_least(option(name), getattr(self, name), 0)
         _share("--min-lr", self.min_lr)
+        for name in self.tracker:
+            one_of("--tracker", name, TRACKERS)
         if not 0 <= self.warmup < float("inf") or (self.warmup > 1 and self.warmup % 1):
             raise ConfigError(
                 f"--warmup: expected a share of the steps below 1, or a number of steps, got {self.warmup}"

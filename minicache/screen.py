@@ -103,6 +103,7 @@ class Screen(Silent):
             shown = {"loss": ".4f", "rewards/accuracy": ".1%", "rewards/margin": "+.4f", "kl": ".3g"}
             numbers = "  ".join(f"{name} {metrics[f'eval/{name}']:{form}}" for name, form in shown.items())
             self.console.print(Text(f"after {step} steps, held-out pairs:  {numbers}"), soft_wrap=True)
+        if "loss" not in metrics:
             return
         self.rows.append((step, metrics))
         if not self.console.is_terminal:

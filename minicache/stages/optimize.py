@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -54,7 +53,7 @@ class Progress:
 
     step: optimizer steps done. seconds, tokens, flops: since the last log line; total_seconds, total_tokens: of the run.
     validated: the step of the last validation. best, best_step, validation: loss, step and metrics of the best one. waited:
-    validations since the last whose loss was lower than `anchor` by --min-gain. first, last: logged lines. warned: of --max-kl.
+    validations since the last whose loss was lower than `anchor` by --min-gain. pending: validated metrics for the next line. first, last: logged lines. warned: of --max-kl.
     """
 
     step: int = 0
@@ -69,6 +68,7 @@ class Progress:
     validation: dict[str, float] | None = None
     waited: int = 0
     anchor: float | None = None
+    pending: dict[str, float] = field(default_factory=dict)
     warned: bool = False
     first: dict[str, float] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
@@ -88,30 +88,29 @@ class Outcome:
 
 @dataclass
 class _Training:
-    """What steps change, and a checkpoint holds. journal_size: bytes of metrics.jsonl so far."""
+    """What steps change, and a checkpoint holds."""
 
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     means: Means
     progress: Progress
     forward: nn.Module
-    journal_size: Callable[[], int]
 
 
-def optimize(run: Run, resumed: dict[str, Any] | None, journal_size: Callable[[], int], tracker: Tracker) -> Outcome:
+def optimize(run: Run, resumed: dict[str, Any] | None, tracker: Tracker) -> Outcome:
     """All optimizer steps, from the first or from where the checkpoint `resumed` was made.
 
     Raises:
         ModelError: the run has diverged. KeyboardInterrupt: on a signal, after a checkpoint was saved.
     """
-    training = _begin(run, resumed, journal_size)
+    training = _begin(run, resumed)
     config, progress, stopped = run.config, training.progress, None
     order = global_batches(len(run.training), config.batch_size, config.seed, progress.step)
     tracker.begin("training", run.steps * min(config.batch_size, len(run.training)))
     tracker.advance(progress.step * config.batch_size, 0)
     with StopFlag() as stop:
         for batch in islice(order, run.steps - progress.step):
-            stopped = _between_steps(run, training, tracker) or stopped
+            stopped = _between_steps(run, training)
             if stopped:
                 break
             indices = run.training[batch]
@@ -119,10 +118,8 @@ def optimize(run: Run, resumed: dict[str, Any] | None, journal_size: Callable[[]
             norm = _step(run, training, indices)
             _count(run, training, indices, time.monotonic() - started)
             tracker.advance(len(batch), int(run.cached.table.side_lengths[indices].sum()))
-            logs = (progress.step - 1) % config.log_every == 0 or progress.step == run.steps
-            if logs:
-                stopped = _log(run, training, norm, tracker)
-            if (logs or run.world.size == 1) and run.world.any(bool(stop)):
+            stopped = _log(run, training, norm, tracker)
+            if (run.world.size == 1 or _is_logged(run, progress.step - 1)) and run.world.any(bool(stop)):
                 _save(run, training)
                 raise KeyboardInterrupt(
                     f"the state after {progress.step} steps is saved; the same command with --resume goes on"
@@ -130,11 +127,12 @@ def optimize(run: Run, resumed: dict[str, Any] | None, journal_size: Callable[[]
             if stopped:
                 break
     if run.held_out and progress.validated != progress.step:
-        _validate(run, training, tracker)
+        _validate(run, training)
+    _tell_pending(training, progress.step, tracker)
     return Outcome(progress, stopped)
 
 
-def _begin(run: Run, resumed: dict[str, Any] | None, journal_size: Callable[[], int]) -> _Training:
+def _begin(run: Run, resumed: dict[str, Any] | None) -> _Training:
     config, device = run.config, run.world.device
     optimizer = make_optimizer(run.scorer.model, config.optimizer, config.lr, config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
@@ -147,33 +145,40 @@ def _begin(run: Run, resumed: dict[str, Any] | None, journal_size: Callable[[], 
         if run.world.is_main:  # sums over all processes
             means.sums.copy_(resumed["means"])
     forward = DistributedDataParallel(run.scorer) if run.world.size > 1 else run.scorer
-    return _Training(optimizer, scaler, means, progress, forward, journal_size)
+    return _Training(optimizer, scaler, means, progress, forward)
 
 
-def _between_steps(run: Run, training: _Training, tracker: Tracker) -> str | None:
+def _between_steps(run: Run, training: _Training) -> str | None:
     """Validation and checkpoint where one is due; a reason to end the run, or None."""
     progress, config = training.progress, run.config
     stopped, step = None, progress.step
     if run.held_out and progress.validated != step and step % _eval_every(run) == 0:
-        stopped = _validate(run, training, tracker)
+        stopped = _validate(run, training)
     due = step > 0 and config.save_every and step % config.save_every == 0
     if due and step not in checkpoints.steps(config.out):
         _save(run, training)
     return stopped
 
 
+def _tell_pending(training: _Training, step: int, tracker: Tracker) -> None:
+    """Validated metrics that no log line of training took along: one line a step is what trackers know to resume."""
+    if training.progress.pending:
+        tracker.log(step, training.progress.pending)
+        training.progress.pending = {}
+
+
 def _eval_every(run: Run) -> int:
     return run.config.validation.eval_every or max(1, -(-run.steps // VALIDATIONS))
 
 
-def _validate(run: Run, training: _Training, tracker: Tracker) -> str | None:
+def _validate(run: Run, training: _Training) -> str | None:
     """Score the held-out pairs; keep a checkpoint of the best. Returns a reason to end the run, or None."""
     assert run.held_out
     progress, options = training.progress, run.config.validation
     objective = replace(run.objective, beta=_beta(run, min(progress.step, run.steps - 1)))
     metrics = evaluate_policy(run.scorer, run.held_out, objective, run.world, Silent())
     progress.validated, loss = progress.step, metrics["loss"]
-    tracker.log(progress.step, {f"eval/{name}": value for name, value in metrics.items()})
+    progress.pending = {f"eval/{name}": value for name, value in metrics.items()}
     progress.waited += 1
     if progress.anchor is None or loss < progress.anchor - options.min_gain:
         progress.anchor, progress.waited = loss, 0
@@ -198,7 +203,6 @@ def _save(run: Run, training: _Training) -> None:
             "rng": torch.get_rng_state(),
             "cache": run.cache.identity.digest,
             "pairs": len(run.cached.table),
-            "journal_size": training.journal_size(),
         }
         model, tokenizer = run.scorer.model, run.cache.tokenizer_dir
         checkpoints.save(config.out, progress.step, state, lambda place: save_model(model, tokenizer, place))
@@ -266,9 +270,20 @@ def _count(run: Run, training: _Training, indices: Indices, seconds: float) -> N
         progress.flops += step_flops(run.scorer.model, table, indices)
 
 
+def _is_logged(run: Run, step: int) -> bool:
+    return step % run.config.log_every == 0 or step == run.steps - 1
+
+
 def _log(run: Run, training: _Training, norm: torch.Tensor, tracker: Tracker) -> str | None:
-    """A log line: means over the steps since the line before. Returns a reason to end the run, or None."""
+    """The line of the step just done, if it has one: means over the steps since the line before.
+
+    Returns:
+        a reason to end the run, or None.
+    """
     progress, config, step = training.progress, run.config, training.progress.step - 1
+    if not _is_logged(run, step):
+        _tell_pending(training, step, tracker)
+        return None
     started = time.monotonic()
     metrics = training.means.reduce(run.world)  # waits for the device
     progress.seconds += time.monotonic() - started
@@ -288,7 +303,8 @@ def _log(run: Run, training: _Training, norm: torch.Tensor, tracker: Tracker) ->
     progress.seconds, progress.tokens, progress.flops = 0.0, 0, 0.0
     _check_finite(step, metrics, training.scaler)
     progress.first, progress.last = progress.first or metrics, metrics
-    tracker.log(step, metrics)
+    tracker.log(step, metrics | progress.pending)
+    progress.pending = {}
     return _check_kl(run, training, metrics["kl"], tracker)
 
 

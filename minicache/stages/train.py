@@ -25,7 +25,7 @@ from minicache.models.lora import add_lora, with_adapter
 from minicache.runs import run_facts, write_facts
 from minicache.scoring import DTYPES, Scorer, resolve_dtype
 from minicache.stages.optimize import Outcome, Progress, Run, optimize
-from minicache.trackers import Both, JsonLines, Tracker
+from minicache.trackers import Both, JsonLines, RunName, Tracker, open_trackers
 
 
 @dataclass(frozen=True)
@@ -77,18 +77,13 @@ def train(config: TrainConfig, world: World, tracker: Tracker) -> TrainReport:
         checkpoint_activations(policy)
     if config.compile:
         policy.base_model.compile(dynamic=True)  # type: ignore[union-attr]
-    journal = _open_journal(run, facts, state) if world.is_main else None
-    with Both(*(tracker, journal) if journal else ()) as both:
-        both.start("training" if state is None else f"training, from step {resume_at}", facts)
-        outcome = optimize(run, state, journal.size if journal else int, both)
+    with _trackers(run, facts, resume_at, tracker) if world.is_main else Both() as both:
+        both.start("training", facts)
+        outcome = optimize(run, state, both)
         if world.is_main:
             tracker.begin("saving the policy", None)
             _save(run, outcome, facts["stored_dtype"])
-            facts["outcome"] = {
-                "model_step": outcome.model_step,
-                "stopped": outcome.stopped,
-                "progress": vars(outcome.progress),
-            }
+            facts["outcome"] = {"model_step": outcome.model_step, "stopped": outcome.stopped, "progress": vars(outcome.progress)}
             write_facts(config.out, facts)
     facts = world.broadcast(facts)
     return _report(config.out, facts)
@@ -251,15 +246,16 @@ def _handshake(run: Run, tracker: Tracker) -> float:
 # --- the run directory; rank 0 alone ---
 
 
-def _open_journal(run: Run, facts: dict[str, Any], state: dict[str, Any] | None) -> JsonLines:
-    """run.json and metrics.jsonl; of a resumed run, the lines up to its checkpoint.
+def _trackers(run: Run, facts: dict[str, Any], resume_at: int | None, tracker: Tracker) -> Both:
+    """Make the run directory with run.json and metrics.jsonl, and open what else is to hear of it.
 
     Raises:
         OutputError: it cannot be written, or the disk has no room for what the run will leave: better known now than at the end.
+        ConfigError: a tracking library is missing.
     """
     out, config = run.config.out, run.config
-    parameters = [parameter for parameter in run.scorer.model.parameters() if parameter.requires_grad]
-    trained = sum(parameter.numel() for parameter in parameters)
+    libraries = open_trackers(config.tracker, RunName(out, "minicache", out.resolve().name, resume_at), tracker.note)
+    trained = sum(parameter.numel() for parameter in run.scorer.model.parameters() if parameter.requires_grad)
     kept = config.keep_last + 2 if config.save_every and config.save_every < run.steps else 0
     needed = trained * (DTYPES[facts["stored_dtype"]].itemsize + 12 * (kept + bool(run.held_out)))
     with writing(out):
@@ -273,9 +269,9 @@ def _open_journal(run: Run, facts: dict[str, Any], state: dict[str, Any] | None)
                 f"{out}: the policy{' and its checkpoints' if kept else ''} will take {needed / 1e6:,.1f} MB, the disk has "
                 f"{free / 1e6:,.1f} MB left"
             )
-        if state is None:
+        if resume_at is None:
             write_facts(out, facts)
-        return JsonLines(out / "metrics.jsonl", keep=state["journal_size"] if state else 0)
+        return Both(tracker, JsonLines(out / "metrics.jsonl", resume_at), *libraries)
 
 
 def _save(run: Run, outcome: Outcome, stored: str) -> None:

@@ -1,4 +1,4 @@
-"""Where a run's progress and numbers go. The screen (screen.py) is one more tracker."""
+"""What a stage tells while it runs, and the listeners that need no library."""
 
 import json
 from pathlib import Path
@@ -24,6 +24,9 @@ class Tracker(Protocol):
     def note(self, text: str) -> None:
         """One line that a person should read."""
 
+    def fail(self, error: BaseException) -> None:
+        """An error ends the stage; `close` follows."""
+
     def close(self) -> None: ...
 
 
@@ -35,32 +38,54 @@ class Silent:
     def advance(self, pairs: int, tokens: int) -> None: ...
     def log(self, step: int, metrics: dict[str, float]) -> None: ...
     def note(self, text: str) -> None: ...
+    def fail(self, error: BaseException) -> None: ...
     def close(self) -> None: ...
 
     def __enter__(self) -> "Silent":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None:
+            self.fail(error)
         self.close()
 
 
 class JsonLines(Silent):
-    """metrics.jsonl: one object a line, flushed line by line. keep: bytes of an interrupted run's file to go on after."""
+    """metrics.jsonl: one object a logged step, flushed line by line.
 
-    def __init__(self, file: Path, keep: int = 0) -> None:
-        self.stream = file.open("ab")
-        self.stream.truncate(keep)
+    resumed_at: the first step that comes now, where a run goes on; the lines before it stay.
+    """
+
+    def __init__(self, file: Path, resumed_at: int | None = None) -> None:
+        kept = points_before(resumed_at, file) if resumed_at is not None else []
+        part = file.with_name(file.name + ".part")  # a kill leaves the old file or the shortened one, never half of it
+        part.write_text("".join(_line(*point) for point in kept), encoding="utf-8")
+        part.replace(file)
+        self.stream = file.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        self.stream.write(json.dumps({"step": step, **metrics}).encode() + b"\n")
+        self.stream.write(_line(step, metrics))
         self.stream.flush()
-
-    def size(self) -> int:
-        """Bytes so far."""
-        return self.stream.tell()
 
     def close(self) -> None:
         self.stream.close()
+
+
+def _line(step: int, metrics: dict[str, float]) -> str:
+    return json.dumps({"step": step, **metrics}) + "\n"
+
+
+def points_before(step: int, file: Path) -> list[tuple[int, dict[str, float]]]:
+    """The points of metrics.jsonl below `step`, none where there is no file; a kill may have torn the last line."""
+    points = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        try:
+            point = json.loads(line)
+        except ValueError:
+            continue
+        if (at := point.pop("step")) < step:
+            points.append((at, point))
+    return points
 
 
 class Both(Silent):
@@ -88,6 +113,10 @@ class Both(Silent):
     def note(self, text: str) -> None:
         for tracker in self.trackers:
             tracker.note(text)
+
+    def fail(self, error: BaseException) -> None:
+        for tracker in self.trackers:
+            tracker.fail(error)
 
     def close(self) -> None:
         for tracker in self.trackers:
