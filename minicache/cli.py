@@ -15,7 +15,15 @@ import typer
 from rich.console import Console
 
 from minicache import __version__, screen
-from minicache.config import CompareConfig, EvaluateConfig, InspectConfig, LossOptions, PrecomputeConfig, TrainConfig
+from minicache.config import (
+    CompareConfig,
+    EvaluateConfig,
+    InspectConfig,
+    LossOptions,
+    PlotConfig,
+    PrecomputeConfig,
+    TrainConfig,
+)
 from minicache.errors import MinicacheError
 from minicache.trackers import Silent
 
@@ -164,17 +172,47 @@ def evaluate(
 def compare(
     policy: Annotated[str, typer.Option(help="A run directory or model directory.")],
     reference: Annotated[str | None, typer.Option(help="(Default: what the run started from.)")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A file with one prompt a line.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="A file: one prompt a line, or jsonl, json or parquet rows of prompts or messages."),
+    ] = None,
+    ref_cache: Annotated[Path | None, typer.Option(help="Take prompts from the pairs of this cache.")] = None,
+    pairs: Annotated[int | None, typer.Option(help="How many of them, evenly spread. (Default: 16.)")] = None,
+    system: Annotated[str | None, typer.Option(help="System turn of conversations that have none.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = CompareConfig.max_new_tokens,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token each time.")] = CompareConfig.temperature,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this share.")] = CompareConfig.top_p,
+    seed: Annotated[int, typer.Option(help="Of sampling, and of who is A on the page.")] = CompareConfig.seed,
+    batch_size: Annotated[int, typer.Option(help="Prompts answered at once.")] = CompareConfig.batch_size,
+    jsonl: Annotated[Path | None, typer.Option(help="Write one object a prompt here, over what is there.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page for blind votes here, over what is there.")] = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Reference and policy answer the same prompts, side by side."""
+    """Reference and policy answer the same prompts, side by side: on the screen, as JSON lines, as a page to vote on."""
     given = locals()
     with _errors_as_one_line():
         config = _fill(CompareConfig, given, prompt=tuple(prompt or ()))
         _run("compare", config, 1, _print_json if as_json else screen.show_answers)
+        for file in filter(None, () if as_json else (jsonl, html)):
+            screen.show_file(out, file)
+
+
+@app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories; several are drawn over each other.")],
+    out_file: Annotated[
+        Path | None,
+        typer.Option("--out", help="png, svg or pdf, written over what is there. (Default: curves.png in the run.)"),
+    ] = None,
+    smooth: Annotated[float, typer.Option(help="0: as logged; nearer to 1: smoother.")] = PlotConfig.smooth,
+) -> None:
+    """Loss, margins, accuracy, logprobs and more over the steps of one run or several, as a picture. Needs no torch."""
+    from minicache.stages.plot import plot as draw
+
+    with _errors_as_one_line():
+        screen.show_file(out, draw(PlotConfig(tuple(runs), out_file, smooth)))
 
 
 @app.command("inspect-cache")
@@ -183,16 +221,20 @@ def inspect_cache(
     pair: Annotated[int | None, typer.Option(help="Show this pair, decoded; from 0.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Re-read everything and check every digest.")] = False,
     model: Annotated[str | None, typer.Option(help="With --verify: also re-score a sample with this model.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the histograms here: png, svg or pdf.")] = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """What is in a reference cache: manifest, completeness, lengths, logprobs, extremes. Needs no torch."""
     from minicache import screen_inspect
+    from minicache.plots import check_picture, draw_inspection
     from minicache.stages import inspect as stage
 
     given = locals()
     with _errors_as_one_line():
         config = _fill(InspectConfig, given)
+        if config.plot:
+            check_picture(config.plot)
         if verify:
             _verify(config, as_json)
         elif pair is not None:
@@ -201,6 +243,9 @@ def inspect_cache(
         else:
             inspection = stage.inspect_cache(config)
             _print_json(out, inspection) if as_json else screen_inspect.show_inspection(out, inspection)
+            if config.plot:
+                draw_inspection(inspection, config.plot)
+                screen.show_file(err if as_json else out, config.plot)
 
 
 def _verify(config: InspectConfig, as_json: bool) -> None:

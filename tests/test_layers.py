@@ -10,8 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "minicache"
 LAYERS = [
     {"errors", "pairs"},
-    {"config", "trackers"},
-    {"data", "cache", "screen", "launch"},
+    {"config", "trackers", "files"},
+    {"data", "cache", "screen", "launch", "plots"},
     {"distributed", "models", "batch", "screen_inspect"},
     {"scoring"},
     {"losses", "optim"},
@@ -24,6 +24,7 @@ LAYERS = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TORCH_FREE = ["config", "pairs", "trackers", "screen", "screen_inspect", "launch", "cli", "stages.inspect"]
 TORCH_FREE += [f"data.{name}" for name in ("records", "formats", "tokenizers", "encode", "batching")]
+TORCH_FREE += ["plots", "files", "stages.plot", "stages.compare_page", "stages.compare_prompts"]
 TORCH_FREE += [f"cache.{name}" for name in ("schema", "reader", "writer")]
 
 
