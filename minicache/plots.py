@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minicache.errors import ConfigError
+from minicache.errors import ConfigError, DataError
 from minicache.files import written_whole
 
 if TYPE_CHECKING:
@@ -74,10 +74,14 @@ def draw_runs(runs: list[RunCurves], file: Path, smooth: float = 0.0) -> None:
     smooth: weight of the past in a running mean, 0 to below 1; the curve as logged stays behind it, faint.
 
     Raises:
-        ConfigError: as `check_picture`. OutputError: the file cannot be written.
+        ConfigError: as `check_picture`. DataError: no panel has a number. OutputError: the file cannot be written.
     """
     drawn = {name for run in runs for name in run.curves}
     panels = [panel for panel in PANELS if any(drawn & {name, EVAL + name} for name in panel.metrics)]
+    if not panels:
+        raise DataError(
+            f"{', '.join(run.name for run in runs)}: none of the metrics that are drawn has been logged yet"
+        )
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
     with _picture(file, (4.1 * columns, 2.9 * rows + 0.7)) as figure:
