@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from minicache.errors import ConfigError, DataError
 from minicache.files import written_whole
+from minicache.screen import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,6 +21,13 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".svg", ".pdf")
 CHOSEN, REJECTED, NEUTRAL = "#1b7f79", "#d1603d", "#3b5b92"
 RUNS = ("#3b5b92", "#d1603d", "#1b7f79", "#8a5aa8", "#b8860b", "#5b8c3a", "#c2477f", "#5f6b7a")
+CHINESE = (
+    "Noto Sans CJK SC",
+    "Noto Sans SC",
+    "PingFang SC",
+    "Microsoft YaHei",
+    "WenQuanYi Zen Hei",
+)  # what may be there
 GRID, INK = "#e3e3e3", "#33373d"
 EVAL = "eval/"
 
@@ -233,7 +241,6 @@ def _frame(axis: "Axes", title: str, below: str, beside: str) -> None:
 def _picture(file: Path, inches: tuple[float, float]) -> Iterator["Figure"]:
     """A figure to draw on; written whole when the block ends, the same bytes for the same numbers."""
     check_picture(file)
-    import logging
     import warnings
 
     import matplotlib
@@ -242,12 +249,12 @@ def _picture(file: Path, inches: tuple[float, float]) -> Iterator["Figure"]:
 
     kind = file.suffix.lower()[1:]
     installed = set(font_manager.get_font_names())
-    fallback = [
-        name for name in ("Noto Sans CJK SC", "Noto Sans SC", "PingFang SC", "Microsoft YaHei") if name in installed
-    ]
-    options: Any = {"font.family": ["DejaVu Sans", *fallback], "text.parse_math": False, "svg.hashsalt": "minicache"}
+    options: Any = {
+        "font.family": ["DejaVu Sans", *(name for name in CHINESE if name in installed)],
+        "text.parse_math": False,
+        "svg.hashsalt": "minicache",
+    }
     dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
-    logging.getLogger("fontTools").setLevel(logging.ERROR)
     with matplotlib.rc_context(options), warnings.catch_warnings(), written_whole(file) as draft:
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # a box in a run's name is no reason to stop
         figure = Figure(figsize=inches, layout="constrained", facecolor="white")
@@ -257,8 +264,6 @@ def _picture(file: Path, inches: tuple[float, float]) -> Iterator["Figure"]:
 
 def _label(text: str) -> str:
     """A name as matplotlib takes it: what begins with an underscore it would leave out of a legend."""
-    from minicache.screen import visible
-
     shown = visible(text).replace("\n", "␊")
     shown = shown if len(shown) <= 60 else f"…{shown[-59:]}"
     return f" {shown}" if shown.startswith("_") else shown

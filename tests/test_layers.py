@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "minicache"
 LAYERS = [
     {"errors", "pairs"},
     {"config", "trackers", "files"},
-    {"data", "cache", "screen", "launch", "plots"},
-    {"distributed", "models", "batch", "screen_inspect"},
+    {"data", "cache", "screen", "launch"},
+    {"distributed", "models", "batch", "screen_inspect", "plots"},
     {"scoring"},
     {"losses", "optim"},
     {"metrics"},
