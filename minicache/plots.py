@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from minicache.stages.inspect import Histogram, Inspection, MarginHistogram
 
 SUFFIXES = (".png", ".svg", ".pdf")
-CHOSEN, REJECTED, NEUTRAL = "#1b7f79", "#d1603d", "#3b5b92"
+CHOSEN, REJECTED, NEUTRAL, HELD_OUT = "#1b7f79", "#d1603d", "#3b5b92", "#c98a00"
 RUNS = ("#3b5b92", "#d1603d", "#1b7f79", "#8a5aa8", "#b8860b", "#5b8c3a", "#c2477f", "#5f6b7a")
 CHINESE = (
     "Noto Sans CJK SC",
@@ -30,6 +30,7 @@ CHINESE = (
 )  # what may be there
 GRID, INK = "#e3e3e3", "#33373d"
 EVAL = "eval/"
+CROWDED = 150  # logged steps from which a curve as logged needs a thin line
 
 Curve = tuple[list[int], list[float]]  # steps, values; as many of one as of the other
 
@@ -116,6 +117,7 @@ def _draw_panel(axis: "Axes", panel: Panel, runs: list[RunCurves], smooth: float
                 _draw_curve(axis, run.curves[metric], color, style, smooth if metric != "lr" else 0.0)
             if EVAL + metric in run.curves:
                 steps, values = run.curves[EVAL + metric]
+                color = HELD_OUT if color == NEUTRAL and len(runs) == 1 else color  # seen in front of a noisy curve
                 axis.plot(steps, values, color=color, linestyle=style, linewidth=1, marker="o", markersize=4.5,
                           markerfacecolor="white", markeredgewidth=1.2, zorder=4)  # fmt: skip
     axis.yaxis.set_major_formatter("{x:.3g}")  # no offset above the axis: each number stands for itself
@@ -141,7 +143,8 @@ def _draw_curve(axis: "Axes", curve: Curve, color: str, style: str, smooth: floa
     if smooth:
         axis.plot(steps, values, color=color, linewidth=0.8, alpha=0.3, zorder=2)
         values = smoothed(values, smooth)
-    axis.plot(steps, values, color=color, linestyle=style, linewidth=1.7, marker=marker, zorder=3)
+    width = 1.7 if smooth or len(steps) < CROWDED else 1.0
+    axis.plot(steps, values, color=color, linestyle=style, linewidth=width, marker=marker, zorder=3)
 
 
 def smoothed(values: list[float], weight: float) -> list[float]:
@@ -171,9 +174,20 @@ def _legend(figure: "Figure", runs: list[RunCurves], drawn: set[str]) -> None:
         figure.suptitle(_label(runs[0].name), fontsize=13, fontweight="bold", color=INK)
         entries = [(line(CHOSEN), "chosen"), (line(REJECTED), "rejected")]
     if any(name.startswith(EVAL) for name in drawn):
-        entries.append((line(INK, marker="o", markersize=4.5, markerfacecolor="white"), "validation"))
+        entries.append(
+            (
+                line(INK if len(runs) > 1 else HELD_OUT, marker="o", markersize=4.5, markerfacecolor="white"),
+                "validation",
+            )
+        )
     handles, labels = zip(*entries, strict=True)
-    figure.legend(handles, [_label(label) for label in labels], loc="outside lower center", ncols=5, frameon=False)
+    figure.legend(
+        handles,
+        [_label(label) for label in labels],
+        loc="outside lower center",
+        ncols=min(len(entries), 7),
+        frameon=False,
+    )
 
 
 def draw_inspection(inspection: "Inspection", file: Path) -> None:
