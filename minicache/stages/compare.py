@@ -138,8 +138,8 @@ def _until_end(ids: list[int], ends: list[int]) -> list[int]:
 
 
 def _text(ids: list[int], speaker: _Speaker) -> tuple[str, bool]:
-    text = speaker.tokenizer.backend.decode(ids, skip_special_tokens=True).strip()
-    return text, ids[-1] not in speaker.ends
+    text, cut = speaker.tokenizer.backend.decode(ids, skip_special_tokens=True).strip(), ids[-1] not in speaker.ends
+    return text.rstrip("\ufffd") if cut else text, cut  # the cut may go through a character of several tokens
 
 
 def _note_cut(answers: list[Answers], config: CompareConfig, tracker: Tracker) -> None:
