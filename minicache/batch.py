@@ -22,6 +22,7 @@ class Batch:
     targets: (K,) int64, the ids they predict.
     owners: (K,) int64, 2 x pair + side.
     places: (K,) int64, where each target lies in the pairs' concatenated tokens.
+    lengths: (rows,) int64, tokens of each row; what follows is padding.
     """
 
     pairs: int
@@ -30,6 +31,7 @@ class Batch:
     targets: torch.Tensor
     owners: torch.Tensor
     places: torch.Tensor
+    lengths: torch.Tensor
 
     def to(self, device: torch.device) -> "Batch":
         move = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if name != "pairs"}
@@ -38,6 +40,10 @@ class Batch:
     def sum_by_side(self, values: torch.Tensor) -> torch.Tensor:
         """(K,) values of predictions -> (pairs, 2), their sums over each side."""
         return values.new_zeros(2 * self.pairs).index_add(0, self.owners, values).view(-1, 2)
+
+    def is_token(self) -> torch.Tensor:
+        """(rows, length) bool, False where a row is padded."""
+        return torch.arange(self.input_ids.shape[1], device=self.lengths.device) < self.lengths[:, None]
 
     def ranks(self) -> torch.Tensor:
         """(K,) int64: the how-manieth counted token of its side each prediction is, from 0."""
@@ -51,7 +57,7 @@ def padded(pairs: list[EncodedPair]) -> Batch:
     """Every side a row of its own: chosen of pair 0, rejected of pair 0, chosen of pair 1, …"""
     length = max(pair.lengths[0] + max(pair.lengths[1:]) for pair in pairs)
     input_ids = np.zeros((2 * len(pairs), length), np.int64)
-    sources, owners, places = [], [], []
+    sources, owners, places, lengths = [], [], [], []
     start = 0
     for index, pair in enumerate(pairs):
         prefix, chosen, _ = pair.lengths
@@ -59,6 +65,7 @@ def padded(pairs: list[EncodedPair]) -> Batch:
             row = 2 * index + side
             ids, mask = pair.side(side)
             input_ids[row, : len(ids)] = ids
+            lengths.append(len(ids))
             counted = np.flatnonzero(mask)
             assert len(counted) == 0 or counted[0] > 0, "the first token cannot count: nothing predicts it"
             sources.append(row * length + counted - 1)
@@ -66,5 +73,12 @@ def padded(pairs: list[EncodedPair]) -> Batch:
             places.append(start + counted + np.where(counted >= prefix, side * chosen, 0))
         start += len(pair.tokens)
     flat = np.concatenate(sources)
-    tensors = (input_ids, flat, input_ids.ravel()[flat + 1], np.concatenate(owners), np.concatenate(places))
+    tensors = (
+        input_ids,
+        flat,
+        input_ids.ravel()[flat + 1],
+        np.concatenate(owners),
+        np.concatenate(places),
+        np.array(lengths),
+    )
     return Batch(len(pairs), *(torch.from_numpy(tensor.astype(np.int64, copy=False)) for tensor in tensors))

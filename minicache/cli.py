@@ -1,36 +1,30 @@
 """The command line: options -> config -> stage -> report. Heavy modules are imported by the command that needs them."""
 
-import json
-import os
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
-from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from minicache import __version__, screen
-from minicache.config import CompareConfig, EvaluateConfig, InspectConfig, PrecomputeConfig
-from minicache.config_train import (
-    RECIPES,
-    SCHEDULES,
-    TRACKERS,
-    LoraOptions,
-    LossOptions,
-    TrainConfig,
-    ValidationOptions,
-    fill,
+from minicache.cli_train import train
+from minicache.command import (
+    DTYPE_HELP,
+    Json,
+    Nproc,
+    Recipe,
+    RefCache,
+    Trust,
+    err,
+    errors_as_one_line,
+    given_by_user,
+    out,
+    print_json,
+    run_stage,
 )
+from minicache.config import CompareConfig, EvaluateConfig, ExportConfig, InspectConfig, PlotConfig, PrecomputeConfig
+from minicache.config_train import fill
 from minicache.config_train import recipe as preset
-from minicache.errors import MinicacheError
-from minicache.runs import run_facts
-from minicache.signals import Interruptible
-from minicache.trackers import Silent
 
 app = typer.Typer(
     help="Offline DPO in two stages: run the frozen reference once, then train the policy alone.",
@@ -38,21 +32,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out, err = Console(), Console(stderr=True)  # reports; progress and errors
-
-RefCache = Annotated[Path, typer.Option("--ref-cache", help="The reference cache, a directory.")]
-NPROC_HELP = "Processes on this machine, as torchrun would start them."
-Nproc = Annotated[int, typer.Option(min=1, help=NPROC_HELP)]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Recipe = Annotated[
-    str | None,
-    typer.Option(help=f"The defaults of MiniMind's own scripts: {', '.join(RECIPES)}. Other options win over it."),
-]
-LOSS_HELP = "Preference loss (docs/training.md lists them), or several: sigmoid:0.8,hinge:0.2."
-LOGPS_HELP = "Compare 'mean' logprobs a token (MiniMind) or 'sum'med ones (DPO paper, TRL)."
-BETA_HELP = "Strength of the pull towards the reference."
-DTYPE_HELP = "auto (bfloat16 on CUDA, else float32), bfloat16, float16 or float32."
 
 
 @app.command("precompute-ref")
@@ -90,169 +69,12 @@ def precompute_ref(
     trust_remote_code: Trust = False,
 ) -> None:
     """Stage one: run the frozen reference over all pairs, once. Repeat the command to resume, or with more data to append."""
-    with _errors_as_one_line():
-        config = fill(PrecomputeConfig, {**preset(recipe), **_given(ctx)})
-        _run("precompute", config, nproc, screen.show_precompute)
+    with errors_as_one_line():
+        config = fill(PrecomputeConfig, {**preset(recipe), **given_by_user(ctx)})
+        run_stage("precompute", config, nproc, screen.show_precompute)
 
 
-@app.command()
-def train(
-    ctx: typer.Context,
-    out: Annotated[Path, typer.Option(help="The run directory to make, or to go on with.")],
-    ref_cache: Annotated[
-        Path | None, typer.Option(help="The reference cache. Needed unless --resume knows it from the run.")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Where the reference's weights are now. (Default: where stage one found them.)")
-    ] = None,
-    init_from: Annotated[
-        str | None, typer.Option(help="Start from other weights than the reference's, on purpose.")
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the run's newest checkpoint, with the run's own options.")
-    ] = False,
-    recipe: Recipe = None,
-    epochs: Annotated[float, typer.Option(help="Times over the data.")] = TrainConfig.epochs,
-    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, whatever --epochs says.")] = None,
-    batch_size: Annotated[
-        int, typer.Option(help="Pairs an optimizer step, over all processes.")
-    ] = TrainConfig.batch_size,
-    seed: Annotated[int, typer.Option(help="Of the order of pairs.")] = TrainConfig.seed,
-    loss: Annotated[str, typer.Option(help=LOSS_HELP, rich_help_panel="Loss")] = TrainConfig.loss,
-    logps: Annotated[str, typer.Option(help=LOGPS_HELP, rich_help_panel="Loss")] = TrainConfig.logps,
-    beta: Annotated[float, typer.Option(help=BETA_HELP, rich_help_panel="Loss")] = TrainConfig.beta,
-    beta_end: Annotated[
-        float | None, typer.Option(help="Beta at the last step; it changes linearly.", rich_help_panel="Loss")
-    ] = None,
-    label_smoothing: Annotated[
-        float, typer.Option(help="Share of labels taken to be flipped.", rich_help_panel="Loss")
-    ] = LossOptions.label_smoothing,
-    f_divergence: Annotated[
-        str, typer.Option(help="reverse_kl, forward_kl, js or alpha.", rich_help_panel="Loss")
-    ] = LossOptions.f_divergence,
-    f_alpha: Annotated[
-        float, typer.Option(help="Of the alpha divergence.", rich_help_panel="Loss")
-    ] = LossOptions.f_alpha,
-    discopop_tau: Annotated[
-        float, typer.Option(help="Of the discopop loss.", rich_help_panel="Loss")
-    ] = LossOptions.discopop_tau,
-    simpo_gamma: Annotated[
-        float, typer.Option(help="Target margin of the simpo loss.", rich_help_panel="Loss")
-    ] = LossOptions.simpo_gamma,
-    sft_weight: Annotated[
-        float, typer.Option(help="Weight of the chosen answers' likelihood beside it (RPO).", rich_help_panel="Loss")
-    ] = LossOptions.sft_weight,
-    wpo: Annotated[
-        bool, typer.Option("--wpo", help="Weight pairs by the policy's own likelihood of them.", rich_help_panel="Loss")
-    ] = False,
-    ld_alpha: Annotated[
-        float | None,
-        typer.Option(
-            help="Weight of tokens beyond the other answer's length (LD-DPO). Needs a cache made with --per-token.",
-            rich_help_panel="Loss",
-        ),
-    ] = None,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel="Optimizer")] = TrainConfig.lr,
-    schedule: Annotated[
-        str, typer.Option(help=f"{', '.join(SCHEDULES[:-1])} or {SCHEDULES[-1]}.", rich_help_panel="Optimizer")
-    ] = TrainConfig.schedule,
-    min_lr: Annotated[
-        float, typer.Option(help="Share of --lr that cosine and linear end at.", rich_help_panel="Optimizer")
-    ] = TrainConfig.min_lr,
-    warmup: Annotated[
-        float,
-        typer.Option(
-            help="Steps in which the learning rate rises: below 1 a share of all, else a number.",
-            rich_help_panel="Optimizer",
-        ),
-    ] = TrainConfig.warmup,
-    optimizer: Annotated[
-        str, typer.Option(help="adamw, adamw-8bit or paged-adamw-8bit (bitsandbytes).", rich_help_panel="Optimizer")
-    ] = TrainConfig.optimizer,
-    weight_decay: Annotated[
-        float, typer.Option(help="AdamW's, on matrices.", rich_help_panel="Optimizer")
-    ] = TrainConfig.weight_decay,
-    max_grad_norm: Annotated[
-        float, typer.Option(help="Gradients are clipped to this norm.", rich_help_panel="Optimizer")
-    ] = TrainConfig.max_grad_norm,
-    lora_rank: Annotated[
-        int, typer.Option(help="Train adapters of this rank instead of all weights; 0: none.", rich_help_panel="LoRA")
-    ] = LoraOptions.lora_rank,
-    lora_alpha: Annotated[
-        float | None, typer.Option(help="Scale of the adapters. (Default: twice the rank.)", rich_help_panel="LoRA")
-    ] = None,
-    lora_targets: Annotated[
-        str, typer.Option(help="all-linear, or names of modules: q_proj,v_proj.", rich_help_panel="LoRA")
-    ] = LoraOptions.lora_targets,
-    dtype: Annotated[str, typer.Option(help=DTYPE_HELP, rich_help_panel="Memory and speed")] = TrainConfig.dtype,
-    tokens_per_micro_batch: Annotated[
-        int,
-        typer.Option(
-            help="Token slots that fit in memory at once; accumulation follows.", rich_help_panel="Memory and speed"
-        ),
-    ] = TrainConfig.tokens_per_micro_batch,
-    activation_checkpointing: Annotated[
-        bool,
-        typer.Option(
-            "--activation-checkpointing",
-            help="Less memory, a third more time: layers are computed again in backward.",
-            rich_help_panel="Memory and speed",
-        ),
-    ] = False,
-    compile: Annotated[
-        bool, typer.Option("--compile", help="torch.compile the decoder.", rich_help_panel="Memory and speed")
-    ] = False,
-    nproc: Annotated[int, typer.Option(min=1, help=NPROC_HELP, rich_help_panel="Memory and speed")] = 1,
-    holdout: Annotated[
-        float,
-        typer.Option(help="Share of the pairs to validate on, chosen by their digests.", rich_help_panel="Validation"),
-    ] = ValidationOptions.holdout,
-    eval_cache: Annotated[
-        Path | None, typer.Option(help="Validate on this reference cache instead.", rich_help_panel="Validation")
-    ] = None,
-    eval_every: Annotated[
-        int | None, typer.Option(help="Steps between. (Default: ten in a run.)", rich_help_panel="Validation")
-    ] = None,
-    patience: Annotated[
-        int | None,
-        typer.Option(help="End after so many without a lower validation loss.", rich_help_panel="Validation"),
-    ] = None,
-    min_gain: Annotated[
-        float, typer.Option(help="How much lower, for --patience.", rich_help_panel="Validation")
-    ] = ValidationOptions.min_gain,
-    max_kl: Annotated[
-        float | None,
-        typer.Option(help="Farthest the policy should move, nats a token.", rich_help_panel="Validation"),
-    ] = None,
-    on_max_kl: Annotated[
-        str, typer.Option(help="Beyond that: warn or stop.", rich_help_panel="Validation")
-    ] = TrainConfig.on_max_kl,
-    save_every: Annotated[
-        int, typer.Option(help="Steps between checkpoints; 0: none.", rich_help_panel="Checkpoints and logs")
-    ] = TrainConfig.save_every,
-    keep_last: Annotated[
-        int, typer.Option(help="Checkpoints that stay, beside the best.", rich_help_panel="Checkpoints and logs")
-    ] = TrainConfig.keep_last,
-    log_every: Annotated[
-        int, typer.Option(help="Steps between log lines.", rich_help_panel="Checkpoints and logs")
-    ] = TrainConfig.log_every,
-    tracker: Annotated[
-        list[str] | None,
-        typer.Option(
-            help=f"Also tell {', '.join(TRACKERS[:-1])} or {TRACKERS[-1]}; may be given several times.",
-            rich_help_panel="Checkpoints and logs",
-        ),
-    ] = None,
-    trust_remote_code: Trust = False,
-) -> None:
-    """Stage two: train the policy against a reference cache. Model, tokenizer and pairs come from the cache."""
-    with _errors_as_one_line():
-        given = _given(ctx)
-        before = run_facts(out) if resume else {}
-        if not ref_cache and not before:
-            raise typer.BadParameter("missing", param_hint="--ref-cache")
-        config = fill(TrainConfig, {**preset(recipe), **before, **given})
-        _run("train", config, nproc, screen.show_train)
+app.command()(train)
 
 
 @app.command()
@@ -272,26 +94,74 @@ def evaluate(
 ) -> None:
     """Preference accuracy, margin, KL estimate and loss of a policy on a (held-out) reference cache."""
     given = locals()
-    with _errors_as_one_line():
+    with errors_as_one_line():
         config = fill(EvaluateConfig, given)
-        _run("evaluate", config, nproc, _print_json if as_json else screen.show_evaluate)
+        run_stage("evaluate", config, nproc, print_json if as_json else screen.show_evaluate)
 
 
 @app.command()
 def compare(
     policy: Annotated[str, typer.Option(help="A run directory or model directory.")],
     reference: Annotated[str | None, typer.Option(help="(Default: what the run started from.)")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A file with one prompt a line.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="A file: one prompt a line, or jsonl, json or parquet rows of prompts or messages."),
+    ] = None,
+    ref_cache: Annotated[Path | None, typer.Option(help="Take prompts from the pairs of this cache.")] = None,
+    pairs: Annotated[int | None, typer.Option(help="How many of them, evenly spread. (Default: 16.)")] = None,
+    system: Annotated[str | None, typer.Option(help="System turn of conversations that have none.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = CompareConfig.max_new_tokens,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token each time.")] = CompareConfig.temperature,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this share.")] = CompareConfig.top_p,
+    seed: Annotated[int, typer.Option(help="Of sampling, and of who is A on the page.")] = CompareConfig.seed,
+    batch_size: Annotated[int, typer.Option(help="Prompts answered at once.")] = CompareConfig.batch_size,
+    jsonl: Annotated[Path | None, typer.Option(help="Write one object a prompt here, over what is there.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page for blind votes here, over what is there.")] = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Reference and policy answer the same prompts, side by side."""
+    """Reference and policy answer the same prompts, side by side: on the screen, as JSON lines, as a page to vote on."""
     given = locals()
-    with _errors_as_one_line():
+    with errors_as_one_line():
         config = fill(CompareConfig, given)
-        _run("compare", config, 1, _print_json if as_json else screen.show_answers)
+        run_stage("compare", config, 1, print_json if as_json else screen.show_answers)
+        for file in filter(None, () if as_json else (jsonl, html)):
+            screen.show_file(out, file)
+
+
+@app.command()
+def export(
+    policy: Annotated[
+        str, typer.Option(help="A run directory, one of its checkpoints, a model directory, hub id or file.")
+    ],
+    to: Annotated[Path, typer.Option("--out", help="A directory to make, or a .pth file (of a MiniMind model).")],
+    dtype: Annotated[
+        str, typer.Option(help="auto (as it is stored; a .pth in float16), float32, float16 or bfloat16.")
+    ] = ExportConfig.dtype,
+    tokenizer: Annotated[str | None, typer.Option(help="Where the tokenizer is, if not with the model.")] = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Write a policy as a Hugging Face directory, adapters merged, or as a MiniMind .pth under its own keys."""
+    with errors_as_one_line():
+        config = ExportConfig(policy, to, dtype, tokenizer, trust_remote_code)
+        run_stage("export", config, 1, screen.show_export)
+
+
+@app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories; several are drawn over each other.")],
+    out_file: Annotated[
+        Path | None,
+        typer.Option("--out", help="png, svg or pdf, written over what is there. (Default: curves.png in the run.)"),
+    ] = None,
+    smooth: Annotated[float, typer.Option(help="0: as logged; nearer to 1: smoother.")] = PlotConfig.smooth,
+) -> None:
+    """Loss, margins, accuracy, logprobs and more over the steps of one run or several, as a picture. Needs no torch."""
+    from minicache.stages.plot import plot as draw
+
+    with errors_as_one_line():
+        screen.show_file(out, draw(PlotConfig(tuple(runs), out_file, smooth)))
 
 
 @app.command("inspect-cache")
@@ -300,24 +170,31 @@ def inspect_cache(
     pair: Annotated[int | None, typer.Option(help="Show this pair, decoded; from 0.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Re-read everything and check every digest.")] = False,
     model: Annotated[str | None, typer.Option(help="With --verify: also re-score a sample with this model.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the histograms here: png, svg or pdf.")] = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """What is in a reference cache: manifest, completeness, lengths, logprobs, extremes. Needs no torch."""
     from minicache import screen_inspect
+    from minicache.plots import check_picture, draw_inspection
     from minicache.stages import inspect as stage
 
     given = locals()
-    with _errors_as_one_line():
+    with errors_as_one_line():
         config = fill(InspectConfig, given)
+        if config.plot:
+            check_picture(config.plot)
         if verify:
             _verify(config, as_json)
         elif pair is not None:
             view = stage.inspect_pair(config)
-            _print_json(out, view) if as_json else screen_inspect.show_pair(out, view)
+            print_json(out, view) if as_json else screen_inspect.show_pair(out, view)
         else:
             inspection = stage.inspect_cache(config)
-            _print_json(out, inspection) if as_json else screen_inspect.show_inspection(out, inspection)
+            print_json(out, inspection) if as_json else screen_inspect.show_inspection(out, inspection)
+            if config.plot:
+                draw_inspection(inspection, config.plot)
+                screen.show_file(err if as_json else out, config.plot)
 
 
 def _verify(config: InspectConfig, as_json: bool) -> None:
@@ -329,9 +206,9 @@ def _verify(config: InspectConfig, as_json: bool) -> None:
         screen_inspect.show_problems(out, str(config.ref_cache), problems)
     worst = None
     if config.model and not problems:
-        worst = _run("verify", config, 1, None if as_json else screen.show_verify)
+        worst = run_stage("verify", config, 1, None if as_json else screen.show_verify)
     if as_json:
-        _print_json(out, {"problems": problems, "rescored_difference": worst})
+        print_json(out, {"problems": problems, "rescored_difference": worst})
     if problems:
         raise typer.Exit(1)
 
@@ -341,57 +218,6 @@ def about(version: Annotated[bool, typer.Option("--version", help="Print the ver
     if version:
         out.print(__version__, highlight=False)
         raise typer.Exit
-
-
-def _given(ctx: typer.Context) -> dict[str, Any]:
-    """What the user wrote on the command line, without any default."""
-    sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
-    return {name: ctx.params[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}
-
-
-def _run(name: str, config: Any, nproc: int, show: Callable[[Console, Any], object] | None) -> Any:
-    """Run the stage `name`, a function in a module of that name, in as many processes as asked, and show its report."""
-    if nproc > 1 and "WORLD_SIZE" not in os.environ:
-        from minicache.launch import launch
-
-        raise typer.Exit(launch(nproc, sys.argv[1:]))
-    os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' own bars; ours are the ones to watch
-    screen_ = screen.Screen(err)
-    screen_.begin("starting", None)
-    from minicache.distributed import join_world, leave_world
-
-    stage = getattr(import_module(f"minicache.stages.{name}"), name)
-    world = join_world()
-    with screen_ if world.is_main else Silent() as tracker:
-        report = stage(config, world, tracker)
-    if world.is_main and show:
-        show(out, report)
-    leave_world()
-    return report
-
-
-@contextmanager
-def _errors_as_one_line() -> Iterator[None]:
-    """A user's error is one red line and exit code 1, an interruption 130; anything else is a bug and shows its traceback."""
-    try:
-        with Interruptible():
-            yield
-    except MinicacheError as error:
-        if int(os.environ.get("RANK", 0)):
-            time.sleep(3)  # what every rank runs into, rank 0 tells: by now the launcher has ended this one
-        screen.show_error(err, str(error))
-        raise typer.Exit(1) from error
-    except KeyboardInterrupt as interruption:
-        told = str(interruption) or "stage one goes on from its last finished block when run again"
-        err.print(f"interrupted; {told}", style="yellow")
-        raise typer.Exit(130) from None
-
-
-def _print_json(console: Console, report: Any) -> None:
-    def plain(value: Any) -> Any:
-        return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
-
-    console.out(json.dumps(report, indent=2, ensure_ascii=False, default=plain), highlight=False)
 
 
 def expand_data(arguments: list[str]) -> list[str]:

@@ -96,32 +96,108 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """Looking at a cache. `pair` is a position in it, from 0; `model` is only used to verify."""
+    """Looking at a cache. `pair` is a position in it, from 0; `model` is only used to verify; `plot` is a picture to draw."""
 
     ref_cache: Path
     pair: int | None = None
     verify: bool = False
     model: str | None = None
+    plot: Path | None = None
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         at_least("--pair", self.pair, 0)
+        if self.plot and (self.verify or self.pair is not None):
+            raise ConfigError("--plot: draws the whole cache; expected it without --pair and --verify")
         if self.model and not self.verify:
             raise ConfigError("--model: is used by --verify only; expected both, got --model alone")
 
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """Reference and policy answer the same prompts, greedily. `prompts` has one prompt a line; `prompt` is one."""
+    """Reference and policy answer the same prompts.
+
+    prompt: texts. prompts: a file of them. ref_cache: the prompts of `pairs` of its pairs (None: 16), evenly spread.
+    system: opens every conversation that has no system turn of its own. temperature: 0 is greedy.
+    seed: of sampling, and of which answer is called A on the page. batch_size: prompts answered at once.
+    """
 
     policy: str
     reference: str | None = None
     prompts: Path | None = None
     prompt: tuple[str, ...] = ()
+    ref_cache: Path | None = None
+    pairs: int | None = None
+    system: str | None = None
     max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 42
+    batch_size: int = 8
+    jsonl: Path | None = None
+    html: Path | None = None
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         at_least("--max-new-tokens", self.max_new_tokens, 1)
-        if not self.prompts and not self.prompt:
-            raise ConfigError("compare: expected --prompt TEXT or --prompts FILE, got neither")
+        if not self.prompts and not self.prompt and not self.ref_cache:
+            raise ConfigError("compare: expected --prompt TEXT, --prompts FILE or --ref-cache CACHE, got none of them")
+        if not all(text.strip() for text in self.prompt):
+            raise ConfigError("--prompt: expected some text, got none")
+        at_least("--pairs", self.pairs, 1)
+        if self.pairs and not self.ref_cache:
+            raise ConfigError("--pairs: says how many of a cache's prompts to take; expected --ref-cache beside it")
+        if self.system and self.ref_cache:
+            raise ConfigError(
+                "--system: the prompts of --ref-cache are tokens already; use it with --prompt, --prompts"
+            )
+        if not 0 <= self.temperature < float("inf"):
+            raise ConfigError(f"--temperature: expected 0 (greedy) or more, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"--top-p: expected a share above 0 up to 1, got {self.top_p}")
+        if self.top_p < 1 and not self.temperature:
+            raise ConfigError("--top-p: does nothing to greedy answers; expected --temperature above 0 beside it")
+        at_least("--seed", self.seed, 0)
+        at_least("--batch-size", self.batch_size, 1)
+        named = [file.absolute() for file in (self.prompts, self.jsonl, self.html) if file]
+        if len(set(named)) < len(named):
+            raise ConfigError("--prompts, --jsonl, --html: expected different files, got one twice")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """A policy in another form: a Hugging Face directory, or MiniMind's if `out` ends in .pth.
+
+    dtype: auto is the precision it is stored in; of a .pth float16, as MiniMind's own scripts write it.
+    """
+
+    policy: str
+    out: Path
+    dtype: str = "auto"
+    tokenizer: str | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        one_of("--dtype", self.dtype, DTYPES)
+        if self.out.suffix == ".pth" and self.tokenizer:
+            raise ConfigError("--tokenizer: a .pth file holds none; expected it with a directory as --out only")
+        if self.out.suffix == ".pth" and self.dtype == "bfloat16":
+            raise ConfigError("--dtype bfloat16: MiniMind's files are in float16 or float32; choose one of these")
+
+
+@dataclass(frozen=True)
+class PlotConfig:
+    """Curves of runs as a picture. out: None is curves.png, in the run if there is one run, else in the working directory.
+
+    smooth: weight of the past in a running mean, from 0 (as logged) to below 1.
+    """
+
+    runs: tuple[Path, ...]
+    out: Path | None = None
+    smooth: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ConfigError("plot: expected a run directory, got none")
+        if not 0 <= self.smooth < 1:
+            raise ConfigError(f"--smooth: expected 0 (as logged) to below 1, got {self.smooth}")

@@ -32,3 +32,34 @@ def flush_to_disk(places: Iterable[Path]) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def check_writable(file: Path) -> None:
+    """Make the directories above `file`. Better known before an hour of work than after it.
+
+    Raises:
+        OutputError: it cannot be a file there.
+    """
+    with writing(file):
+        if file.is_dir():
+            raise OutputError(f"{file}: is a directory; expected the name of a file to write")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(file.parent, os.W_OK):
+            raise OutputError(f"{file}: its directory cannot be written to; name another file")
+
+
+@contextmanager
+def written_whole(file: Path) -> Iterator[Path]:
+    """A draft beside `file` to write to; it takes `file`'s place when the block ends well, and is gone when it does not.
+
+    Raises:
+        OutputError: the disk refuses.
+    """
+    check_writable(file)
+    draft = file.with_name(f".{file.name[:200]}.{os.getpid()}.draft")
+    try:
+        with writing(file):
+            yield draft
+            draft.replace(file)
+    finally:
+        draft.unlink(missing_ok=True)

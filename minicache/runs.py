@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from minicache.disk import writing
+from minicache.disk import written_whole
 from minicache.errors import OutputError
 
 
@@ -19,10 +19,8 @@ def run_facts(run: str | Path) -> dict[str, Any]:
 
 def write_facts(run: Path, facts: dict[str, Any]) -> None:
     """Raises OutputError: the disk is full or cannot be written; what was there stays."""
-    with writing(run):
-        draft = run / ".run.json.writing"
+    with written_whole(run / "run.json") as draft:
         draft.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        draft.replace(run / "run.json")
 
 
 def policy_source(policy: str) -> str:

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from minicache.batch import Batch
 from minicache.errors import ConfigError
+from minicache.models.balance import has_balance, recording
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 CHUNK = 256  # positions
@@ -50,9 +51,12 @@ class Scorer(nn.Module):
         super().__init__()
         self.model = model.eval()
         self.dtype = dtype
+        self.has_balance = has_balance(model)
 
     def forward(self, batch: Batch, distribution: bool = False) -> PairScores:
-        with self._precision(batch.input_ids.device), _only_positions(self.model, batch.sources):
+        balanced = distribution and self.has_balance
+        record = recording(self.model) if balanced else nullcontext()
+        with self._precision(batch.input_ids.device), _only_positions(self.model, batch.sources), record as routing:
             logits = self.model(input_ids=batch.input_ids, use_cache=False).logits  # (1, K, vocabulary)
         token_logps = -cross_entropy(logits[0].float(), batch.targets, reduction="none")  # (K,)
         counts = batch.sum_by_side(torch.ones_like(token_logps))
@@ -60,8 +64,12 @@ class Scorer(nn.Module):
         if not distribution:
             return scores
         entropy, concentration = _of_the_distribution(logits[0].detach())
-        alignment = batch.sum_by_side(token_logps.detach() - concentration) / counts
-        return replace(scores, entropy=batch.sum_by_side(entropy) / counts, alignment=alignment)
+        return replace(
+            scores,
+            entropy=batch.sum_by_side(entropy) / counts,
+            alignment=batch.sum_by_side(token_logps.detach() - concentration) / counts,
+            balance=routing.loss(batch.is_token()).view(-1, 2).mean(1) if routing else None,
+        )
 
     def _precision(self, device: torch.device) -> AbstractContextManager:
         if self.dtype == "float32":

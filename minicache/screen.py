@@ -2,8 +2,9 @@
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -18,8 +19,9 @@ from rich.text import Text
 from minicache.trackers import Silent
 
 if TYPE_CHECKING:
-    from minicache.stages.compare import Answers
+    from minicache.stages.compare_page import Answers
     from minicache.stages.evaluate import EvaluateReport
+    from minicache.stages.export import ExportReport
     from minicache.stages.precompute import PrecomputeReport
     from minicache.stages.train import TrainReport
 
@@ -239,20 +241,34 @@ def show_evaluate(console: Console, report: "EvaluateReport") -> None:
         console.print("The policy has the reference's own weights.", style="dim")
 
 
-def show_answers(console: Console, answers: Iterable["Answers"]) -> None:
-    for item in answers:
+def show_answers(console: Console, answers: Sequence["Answers"]) -> None:
+    for number, item in enumerate(answers, start=1):
+        prompt = f"{number}/{len(answers)}  {item.prompt}" if len(answers) > 1 else item.prompt
+        title = Text(visible(prompt))
         table = Table(
-            box=SIMPLE_HEAD,
-            header_style="bold",
-            pad_edge=False,
-            title=Text(visible(item.prompt)),
-            title_justify="left",
-            expand=True,
+            box=SIMPLE_HEAD, header_style="bold", pad_edge=False, title=title, title_justify="left", expand=True
         )
         table.add_column("reference", ratio=1)
         table.add_column("policy", ratio=1)
-        table.add_row(Text(visible(item.reference)), Text(visible(item.policy)))
+        table.add_row(_answer(item.reference, item.reference_cut), _answer(item.policy, item.policy_cut))
         console.print(table)
+
+
+def _answer(text: str, cut: bool) -> Text:
+    """cut: the longest length allowed ended it."""
+    shown = Text(visible(text)) if text else Text("(no answer)", style="dim")
+    return shown.append(" … (cut)", style="dim") if cut else shown
+
+
+def show_file(console: Console, file: Path) -> None:
+    console.print(f"[bold green]✓[/] [bold]{escape(visible(str(file)))}[/]", highlight=False, soft_wrap=True)
+
+
+def show_export(console: Console, report: "ExportReport") -> None:
+    size = f"{report.parameters / 1e6:,.1f} million parameters in {report.dtype}"
+    console.print(
+        f"[bold green]✓[/] {size}; load it as [bold]{escape(report.name)}[/]", highlight=False, soft_wrap=True
+    )
 
 
 def show_verify(console: Console, worst: float) -> None:

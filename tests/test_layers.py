@@ -12,12 +12,14 @@ LAYERS = [
     {"errors", "pairs"},
     {"config", "trackers", "disk", "signals"},
     {"config_train", "data", "cache", "screen", "launch", "runs"},
-    {"distributed", "models", "batch", "screen_inspect", "speed"},
+    {"distributed", "models", "batch", "screen_inspect", "speed", "plots"},
     {"scoring"},
     {"losses", "optim", "checkpoints"},
     {"metrics"},
     {"evaluation"},
     {"stages"},
+    {"command"},
+    {"cli_train"},
     {"cli"},
     {"__main__"},
 ]
@@ -36,6 +38,7 @@ TORCH_FREE = [
     "stages.inspect",
 ]
 TORCH_FREE += [f"data.{name}" for name in ("records", "formats", "tokenizers", "encode", "batching")]
+TORCH_FREE += ["plots", "stages.plot", "stages.compare_page", "stages.compare_prompts"]
 TORCH_FREE += [f"cache.{name}" for name in ("schema", "reader", "writer")]
 
 

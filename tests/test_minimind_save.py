@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from minicache.config import TrainConfig
+from minicache.config_train import TrainConfig
 from minicache.errors import ModelError, OutputError
 from minicache.models import load_model, save_model, save_pth
 from minicache.stages.train import train
@@ -73,7 +73,7 @@ def test_a_trained_mixture_goes_back_to_its_file(
     file = fixtures / f"{name}.pth"
     cache = precompute_into(tmp_path / "cache", file, data_file, tokenizer=str(tokenizer_dir))
     report = train(TrainConfig(cache, tmp_path / "run", max_steps=2, lr=1e-3), one_process(), Silent())
-    assert report.first["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert report.progress.first["loss"] == pytest.approx(np.log(2), abs=1e-6)
     trained = load_model(str(report.model_dir))
     assert load_model(save_pth(trained.model, tmp_path / "policy.pth", "float32")).fingerprint == trained.fingerprint
     before, after = (torch.load(path, weights_only=True) for path in (file, tmp_path / "policy.pth"))

@@ -15,6 +15,7 @@ from minicache.cache.writer import claimed
 from minicache.config import PrecomputeConfig
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import CacheDamaged, CacheMismatch, DataError, HandshakeError, ModelError, OutputError
+from minicache.models import fingerprint
 from minicache.scoring import Scorer
 from minicache.stages.precompute import PrecomputeReport, precompute
 from minicache.trackers import Silent
@@ -247,14 +248,21 @@ def test_block_size_comes_from_the_cache_when_not_asked_for(ref_cache: Path, mod
 
 
 def test_a_model_that_computes_otherwise_may_not_add_to_a_cache(
-    ref_cache: Path, model_dir: Path, data_file: Path, tmp_path: Path
+    model_dir: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = shutil.copytree(model_dir, tmp_path / "model")
+    """By its digest, and where no digest covers what differs by what it says."""
+    model, cache = shutil.copytree(model_dir, tmp_path / "model"), tmp_path / "cache"
     config = json.loads((model / "config.json").read_text())
     config["rope_parameters"]["rope_theta"] = 17.0
-    (model / "config.json").write_text(json.dumps(config))
-    with pytest.raises(HandshakeError):
-        run(shutil.copytree(ref_cache, tmp_path / "cache"), model, data_file)
+    with monkeypatch.context() as patch:
+        patch.setattr(fingerprint, "SETTINGS", ())
+        run(cache, model_dir, data_file)
+        (model / "config.json").write_text(json.dumps(config))
+        with pytest.raises(HandshakeError):
+            run(cache, model, data_file)
+    run(tmp_path / "other", model_dir, data_file)
+    with pytest.raises(CacheMismatch, match="weights is"):
+        run(tmp_path / "other", model, data_file)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from minicache.config_train import LossOptions, TrainConfig
 from minicache.data.batching import global_batches
 from minicache.errors import CacheMismatch, ConfigError, HandshakeError, ModelError, OutputError
 from minicache.losses import LOSSES, Logps, sigmoid
+from minicache.models import fingerprint
 from minicache.optim import learning_rate
 from minicache.scoring import Scorer
 from minicache.stages.train import TrainReport, train
@@ -187,8 +188,11 @@ def test_changed_weights_are_refused_unless_meant(model_dir: Path, data_file: Pa
     run(cache, tmp_path / "moved", model=str(model_dir), max_steps=1)  # the right weights, elsewhere
 
 
-def test_a_model_that_computes_otherwise_fails_the_handshake(model_dir: Path, data_file: Path, tmp_path: Path) -> None:
-    """The same weights under another rope theta: no digest of weights sees it."""
+def test_a_model_that_computes_otherwise_fails_the_handshake(
+    model_dir: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same weights under another setting, and one of those that no digest covers."""
+    monkeypatch.setattr(fingerprint, "SETTINGS", ())
     model = tmp_path / "model"
     shutil.copytree(model_dir, model)
     cache = precompute_into(tmp_path / "cache", model, data_file)

@@ -107,6 +107,35 @@ def to_pair(row: object, file: str, line: int, format: str = "auto") -> Pair:
     return Pair.from_conversations(chosen, rejected, file, line)
 
 
+def to_prompt(row: object) -> tuple[Turn, ...]:
+    """The turns that a row asks an answer to: text, `prompt`, `messages` or `conversations`, or a preference row's prompt.
+
+    An answer that a conversation ends in is left out, so that files of dialogues and of pairs serve as they are.
+
+    Raises:
+        RowRefused: with a reason code and what was expected.
+    """
+    if isinstance(row, str):
+        row = {"prompt": row}
+    if not isinstance(row, dict):
+        raise RowRefused("wrong-type", f"expected an object or text, got {_kind(row)}")
+    if "chosen" in row or "rejected" in row or "response_j" in row:
+        return to_pair(row, "", 0).prompt
+    field = next((name for name in ("messages", "conversations", "prompt") if row.get(name) is not None), None)
+    if field is None:
+        raise RowRefused(
+            "missing-field", f"expected 'prompt', 'messages' or 'conversations'; the row has {_listed(row)}"
+        )
+    turns = _prompt(row[field], field)
+    if row.get("system"):
+        turns = [Turn("system", _text(row["system"], "system")), *turns]
+    while turns and turns[-1].role == "assistant":
+        turns.pop()
+    if not turns or turns[-1].role == "system" or not turns[-1].content.strip():
+        raise RowRefused("no-prompt", f"{field!r} asks nothing: expected a turn of the user's with text in it")
+    return tuple(turns)
+
+
 def _reader(row: Row, format: str) -> Callable[[Row], Conversations]:
     if format != "auto":
         fields, _, reader = FORMATS[format]

@@ -1,5 +1,6 @@
 """What is in a reference cache, as plain numbers: complete or not, damaged or not. No torch; one block in memory at a time."""
 
+import math
 from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -30,6 +31,14 @@ class Histogram:
 
 
 @dataclass(frozen=True)
+class MarginHistogram:
+    """edges: bounds, multiples of one width; pairs: how many fall between them."""
+
+    edges: list[float]
+    pairs: list[int]
+
+
+@dataclass(frozen=True)
 class PairLine:
     """One pair of a list.
 
@@ -57,6 +66,7 @@ class Inspection:
     tokens: stored, a shared prefix once. counted: tokens in the mean of [chosen, rejected].
     lengths: prefix, chosen, rejected, chosen_counted, rejected_counted -> min, median, mean, p95, max; {} without pairs.
     length_histogram: tokens of whole sides. logp_histogram: mean logprobs, nats a token. None if there is nothing to count.
+    margin_histogram: of (chosen - rejected) mean logprob, nats a token; None likewise.
     reference_prefers_chosen: share of scored pairs in which the reference gives chosen the higher logprob, by mean and by sum.
     reference_margin: mean of (chosen - rejected) mean logprob, nats a token.
     refused: rows by reason; refused_rows: all of them; refused_file: where they are listed, None if there is no list.
@@ -81,6 +91,7 @@ class Inspection:
     lengths: dict[str, dict[str, float]]
     length_histogram: Histogram | None
     logp_histogram: Histogram | None
+    margin_histogram: MarginHistogram | None
     reference_prefers_chosen: dict[str, float] | None
     reference_margin: float | None
     refused: dict[str, int]
@@ -165,6 +176,7 @@ def inspect_cache(config: InspectConfig) -> Inspection:
         lengths=_length_statistics(columns) if len(columns.lengths) else {},
         length_histogram=_histogram(columns.sides, integers=True),
         logp_histogram=_histogram(scored),
+        margin_histogram=_margin_histogram(margins[columns.scored]),
         reference_prefers_chosen=_preference(columns),
         reference_margin=float(np.nanmean(margins)) if len(scored) else None,
         refused=dict(refused),
@@ -285,6 +297,19 @@ def _histogram(values: np.ndarray, integers: bool = False) -> Histogram | None:
         edges = np.linspace(low, high if high > low else low + 1, BINS + 1)
     counts = [np.histogram(values[:, side], edges)[0].tolist() for side in (0, 1)]
     return Histogram(edges.tolist(), *counts)
+
+
+def _margin_histogram(margins: np.ndarray) -> MarginHistogram | None:
+    """margins: (N,) nats a token. Bounds are multiples of a width, so that no bin holds pairs from both sides of 0."""
+    if not len(margins):
+        return None
+    low, high = min(float(margins.min()), 0.0), max(float(margins.max()), 0.0)
+    width = (high - low) / BINS or 1.0
+    edges = np.arange(math.floor(low / width) - 1, math.ceil(high / width) + 2) * width  # one more: rounding drops none
+    counts = np.histogram(margins, edges)[0]
+    filled = np.flatnonzero(counts)
+    first, last = int(filled[0]), int(filled[-1]) + 1
+    return MarginHistogram(edges[first : last + 1].tolist(), counts[first:last].tolist())
 
 
 def _preference(columns: _Columns) -> dict[str, float] | None:

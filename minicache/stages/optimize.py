@@ -53,7 +53,8 @@ class Progress:
 
     step: optimizer steps done. seconds, tokens, flops: since the last log line; total_seconds, total_tokens: of the run.
     validated: the step of the last validation. best, best_step, validation: loss, step and metrics of the best one. waited:
-    validations since the last whose loss was lower than `anchor` by --min-gain. pending: validated metrics for the next line. first, last: logged lines. warned: of --max-kl.
+    validations since the last whose loss was lower than `anchor` by --min-gain. pending: validated metrics for the next line.
+    first, last: logged lines. warned: of --max-kl.
     """
 
     step: int = 0

@@ -25,7 +25,7 @@ from minicache.disk import writing
 from minicache.distributed import World
 from minicache.errors import DataError, MinicacheError, ModelError, OutputError
 from minicache.evaluation import TOLERANCE, check_reproduces, score_table
-from minicache.models import LoadedModel, load_model, save_tokenizer
+from minicache.models import LoadedModel, load_model, save_tokenizer, split_source
 from minicache.models.huggingface import ATTENTION
 from minicache.pairs import PairTable
 from minicache.scoring import Scorer, resolve_dtype
@@ -166,7 +166,10 @@ def _block_pairs(loaded: LoadedModel, max_length: int, device: torch.device) -> 
 
 def _location(model: str) -> str:
     """A path is kept absolute, so that stage two finds it from anywhere; a hub id as it is."""
-    return str(Path(model).resolve()) if Path(model).exists() else model
+    place, said = split_source(model)
+    if not Path(place).exists():
+        return model
+    return f"{Path(place).resolve()}{':' if said else ''}{said}"
 
 
 def _now() -> str:

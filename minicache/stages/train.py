@@ -83,7 +83,11 @@ def train(config: TrainConfig, world: World, tracker: Tracker) -> TrainReport:
         if world.is_main:
             tracker.begin("saving the policy", None)
             _save(run, outcome, facts["stored_dtype"])
-            facts["outcome"] = {"model_step": outcome.model_step, "stopped": outcome.stopped, "progress": vars(outcome.progress)}
+            facts["outcome"] = {
+                "model_step": outcome.model_step,
+                "stopped": outcome.stopped,
+                "progress": vars(outcome.progress),
+            }
             write_facts(config.out, facts)
     facts = world.broadcast(facts)
     return _report(config.out, facts)

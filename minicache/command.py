@@ -1,0 +1,85 @@
+"""What every command needs: the consoles, running a stage in as many processes as asked, errors as one line."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from minicache import screen
+from minicache.config_train import RECIPES
+from minicache.errors import MinicacheError
+from minicache.signals import Interruptible
+from minicache.trackers import Silent
+
+out, err = Console(), Console(stderr=True)  # reports; progress and errors
+
+RefCache = Annotated[Path, typer.Option("--ref-cache", help="The reference cache, a directory.")]
+NPROC_HELP = "Processes on this machine, as torchrun would start them."
+Nproc = Annotated[int, typer.Option(min=1, help=NPROC_HELP)]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Recipe = Annotated[
+    str | None,
+    typer.Option(help=f"The defaults of MiniMind's own scripts: {', '.join(RECIPES)}. Other options win over it."),
+]
+DTYPE_HELP = "auto (bfloat16 on CUDA, else float32), bfloat16, float16 or float32."
+
+
+def given_by_user(ctx: typer.Context) -> dict[str, Any]:
+    """What the user wrote on the command line, without any default."""
+    sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
+    return {name: ctx.params[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+
+
+def run_stage(name: str, config: Any, nproc: int, show: Callable[[Console, Any], object] | None) -> Any:
+    """Run the stage `name`, a function in a module of that name, in as many processes as asked, and show its report."""
+    if nproc > 1 and "WORLD_SIZE" not in os.environ:
+        from minicache.launch import launch
+
+        raise typer.Exit(launch(nproc, sys.argv[1:]))
+    os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' own bars; ours are the ones to watch
+    screen_ = screen.Screen(err)
+    screen_.begin("starting", None)
+    from minicache.distributed import join_world, leave_world
+
+    stage = getattr(import_module(f"minicache.stages.{name}"), name)
+    world = join_world()
+    with screen_ if world.is_main else Silent() as tracker:
+        report = stage(config, world, tracker)
+    if world.is_main and show:
+        show(out, report)
+    leave_world()
+    return report
+
+
+@contextmanager
+def errors_as_one_line() -> Iterator[None]:
+    """A user's error is one red line and exit code 1, an interruption 130; anything else is a bug and shows its traceback."""
+    try:
+        with Interruptible():
+            yield
+    except MinicacheError as error:
+        if int(os.environ.get("RANK", 0)):
+            time.sleep(3)  # what every rank runs into, rank 0 tells: by now the launcher has ended this one
+        screen.show_error(err, str(error))
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt as interruption:
+        told = str(interruption) or "stage one goes on from its last finished block when run again"
+        err.print(f"interrupted; {told}", style="yellow")
+        raise typer.Exit(130) from None
+
+
+def print_json(console: Console, report: Any) -> None:
+    def plain(value: Any) -> Any:
+        return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
+
+    console.out(json.dumps(report, indent=2, ensure_ascii=False, default=plain), highlight=False)
