@@ -10,6 +10,7 @@ from minicache import __version__, screen
 from minicache.cli_train import train
 from minicache.command import (
     DTYPE_HELP,
+    LAYOUT_HELP,
     Json,
     Nproc,
     Recipe,
@@ -60,6 +61,7 @@ def precompute_ref(
     block_pairs: Annotated[
         int | None, typer.Option(help="Pairs in a block, the unit of resuming. (Default: by model size.)")
     ] = None,
+    layout: Annotated[str, typer.Option(help=LAYOUT_HELP)] = PrecomputeConfig.layout,
     tokens_per_batch: Annotated[
         int, typer.Option(help="Token slots of one forward pass.")
     ] = PrecomputeConfig.tokens_per_batch,

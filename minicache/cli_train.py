@@ -6,7 +6,16 @@ from typing import Annotated
 import typer
 
 from minicache import screen
-from minicache.command import DTYPE_HELP, NPROC_HELP, Recipe, Trust, errors_as_one_line, given_by_user, run_stage
+from minicache.command import (
+    DTYPE_HELP,
+    LAYOUT_HELP,
+    NPROC_HELP,
+    Recipe,
+    Trust,
+    errors_as_one_line,
+    given_by_user,
+    run_stage,
+)
 from minicache.config_train import (
     SCHEDULES,
     TRACKERS,
@@ -113,6 +122,7 @@ def train(
         str, typer.Option(help="all-linear, or names of modules: q_proj,v_proj.", rich_help_panel="LoRA")
     ] = LoraOptions.lora_targets,
     dtype: Annotated[str, typer.Option(help=DTYPE_HELP, rich_help_panel="Memory and speed")] = TrainConfig.dtype,
+    layout: Annotated[str, typer.Option(help=LAYOUT_HELP, rich_help_panel="Memory and speed")] = TrainConfig.layout,
     tokens_per_micro_batch: Annotated[
         int,
         typer.Option(

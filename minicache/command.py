@@ -31,6 +31,7 @@ Recipe = Annotated[
     str | None,
     typer.Option(help=f"The defaults of MiniMind's own scripts: {', '.join(RECIPES)}. Other options win over it."),
 ]
+LAYOUT_HELP = "auto, or how pairs lie in memory: packed (no padding), shared (prefix once), padded (two rows)."
 DTYPE_HELP = "auto (bfloat16 on CUDA, else float32), bfloat16, float16 or float32."
 
 

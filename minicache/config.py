@@ -16,6 +16,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 ON_BAD_ROW = ("skip", "fail")
 THINK = ("keep", "drop")
 LOGPS = ("mean", "sum")
+LAYOUTS = ("auto", "packed", "shared", "padded")
 
 
 def one_of(option: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
@@ -52,6 +53,7 @@ class PrecomputeConfig:
     think: str = "keep"
     dtype: str = "auto"
     block_pairs: int | None = None
+    layout: str = "auto"
     tokens_per_batch: int = 16384
     per_token: bool = False
     on_bad_row: str = "skip"
@@ -68,6 +70,7 @@ class PrecomputeConfig:
         one_of("--dtype", self.dtype, DTYPES)
         at_least("--block-pairs", self.block_pairs, 1)
         at_least("--tokens-per-batch", self.tokens_per_batch, 1)
+        one_of("--layout", self.layout, LAYOUTS)
         one_of("--on-bad-row", self.on_bad_row, ON_BAD_ROW)
 
 

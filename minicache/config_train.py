@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_origin
 
-from minicache.config import DTYPES, LOGPS, above_zero, at_least, one_of
+from minicache.config import DTYPES, LAYOUTS, LOGPS, above_zero, at_least, one_of
 from minicache.errors import ConfigError
 
 SCHEDULES = ("cosine", "linear", "constant", "minimind-2504", "minimind-2510", "minimind-3")
@@ -148,6 +148,7 @@ class TrainConfig:
     epochs: float = 1.0
     max_steps: int | None = None
     batch_size: int = 32
+    layout: str = "auto"
     tokens_per_micro_batch: int = 8192
     max_grad_norm: float = 1.0
     seed: int = 42
@@ -167,6 +168,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         one_of("--logps", self.logps, LOGPS)
         one_of("--dtype", self.dtype, DTYPES)
+        one_of("--layout", self.layout, LAYOUTS)
         one_of("--schedule", self.schedule, SCHEDULES)
         one_of("--optimizer", self.optimizer, OPTIMIZERS)
         one_of("--on-max-kl", self.on_max_kl, ON_MAX_KL)

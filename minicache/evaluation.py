@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from minicache.batch import Batch, padded
+from minicache.attention import use_spans, why_not_branching
+from minicache.batch import Batch
 from minicache.cache.schema import CachedPairs
-from minicache.data.batching import Indices, by_length
+from minicache.data.batching import Indices
 from minicache.distributed import World
 from minicache.errors import ConfigError, HandshakeError
 from minicache.losses import Logps, Objective
@@ -23,6 +24,48 @@ SAMPLE = 8
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 
 
+def settle_layout(scorer: Scorer, table: PairTable, asked: str, device: torch.device) -> str | None:
+    """Give the scorer the layout asked for, or of `auto` the first that gives this model the values of `padded`.
+
+    Returns:
+        why a layout before it was not taken, for the log; None if the first was.
+
+    Raises:
+        ConfigError: the layout asked for by name cannot be used with this model.
+    """
+    why = None
+    for name in ("packed", "shared", "padded") if asked == "auto" else (asked,):
+        problem = _problem(scorer, table, name, device)
+        if problem is None:
+            scorer.layout_name = name
+            return why
+        why = why or f"layout {name} is not used: {problem}"
+    raise ConfigError(f"--layout {asked}: cannot be used with this model: {problem}; expected auto or padded")
+
+
+def _problem(scorer: Scorer, table: PairTable, layout: str, device: torch.device) -> str | None:
+    """Why this model cannot be scored in this layout, by its configuration or by a few short pairs; None if it can."""
+    if layout == "padded":
+        return None
+    if reason := why_not_branching(scorer.model):
+        return reason
+    sample = np.argsort(table.lengths.sum(1), kind="stable")[:SAMPLE]
+    before, scores = scorer.layout_name, []
+    try:
+        use_spans(scorer.model)
+        for scorer.layout_name in ("padded", layout):
+            found = torch.zeros(len(table), 2)
+            for indices, _, values in score_table(scorer, table, sample, 10**9, device):
+                found[indices] = values.logp_mean.cpu()
+            scores.append(found)
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        return " ".join(str(error).split())[:160] or type(error).__name__
+    finally:
+        scorer.layout_name = before
+    worst = float((scores[0] - scores[1]).abs().max())
+    return None if worst <= TOLERANCE[scorer.dtype] else f"it gives other logprobs, by up to {worst:.2g} nats a token"
+
+
 @dataclass(frozen=True)
 class EvalSet:
     """Pairs of a cache to evaluate on, and the token slots that one forward pass may take. indices: (n,) into the cache's pairs."""
@@ -33,7 +76,7 @@ class EvalSet:
 
 
 def score_table(
-    scorer: torch.nn.Module,
+    scorer: Scorer,
     table: PairTable,
     indices: Indices,
     budget: int,
@@ -45,14 +88,14 @@ def score_table(
     Yields:
         the batch's indices into the table, the batch, its scores (see `Scorer` for `distribution`).
     """
-    for chosen in by_length(table.side_lengths[indices].max(1), budget):
-        batch = padded(table.take(indices[chosen])).to(device)
+    for chosen, batch in scorer.batches(table, indices, budget):
+        moved = batch.to(device)
         with torch.inference_mode():
-            yield indices[chosen], batch, scorer(batch, distribution)
+            yield chosen, moved, scorer(moved, distribution)
 
 
 def evaluate_policy(
-    scorer: torch.nn.Module, pairs: EvalSet, objective: Objective, world: World, tracker: Tracker
+    scorer: Scorer, pairs: EvalSet, objective: Objective, world: World, tracker: Tracker
 ) -> dict[str, float]:
     """Mean metrics (see metrics.py) of a policy over these pairs, shared among the processes.
 
@@ -79,7 +122,8 @@ def pair_logps(scores: PairScores, batch: Batch, cached: CachedPairs, indices: I
     if objective.options.ld_alpha is not None:
         tokens = torch.from_numpy(cached.token_logps(indices)).to(counts.device)[batch.places]
         weights = _ld_weights(batch, counts, objective.options.ld_alpha)
-        policy, reference = (batch.sum_by_side(values * weights) for values in (scores.token_logps, tokens))
+        both = (scores.token_logps, tokens)
+        policy, reference = (batch.sum_members(values[batch.members] * weights) for values in both)
         divisor = counts if averaged else torch.ones_like(counts)
         return Logps(policy / divisor, reference / divisor, counts, averaged, scores.alignment)
     reference = torch.from_numpy(cached.reference.logp_mean[indices]).to(counts.device)
@@ -89,7 +133,7 @@ def pair_logps(scores: PairScores, batch: Batch, cached: CachedPairs, indices: I
 
 
 def _ld_weights(batch: Batch, counts: torch.Tensor, alpha: float) -> torch.Tensor:
-    """(K,) 1 for a token within the length of the shorter answer, `alpha` beyond.
+    """(M,) 1 for a token within the length of the shorter answer, `alpha` beyond.
 
     Source: Liu et al. 2024, Length Desensitization in DPO, arXiv:2409.06411, eq. 9, with counted tokens as the length, as TRL.
     """

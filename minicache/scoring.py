@@ -3,16 +3,21 @@
 Whatever the model's precision, log-softmax, sums and means are float32. The head runs on counted positions only.
 """
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from minicache.batch import Batch
+from minicache.batch import LAYOUTS, Batch, Layout
+from minicache.data.batching import Indices, by_length
 from minicache.errors import ConfigError
+from minicache.head import Head
 from minicache.models.balance import has_balance, recording
+from minicache.pairs import PairTable
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 CHUNK = 256  # positions
@@ -45,36 +50,80 @@ class Scorer(nn.Module):
     """A model that scores batches. A module, so that DDP can wrap it and reduce gradients through its forward.
 
     The model runs in eval mode in both stages: dropout would make the policy differ from itself as the reference.
+    The decoder and the head run apart, so that the logits of counted positions alone are made, in chunks (head.py). Of a model
+    whose logits are not just that, the model's own forward makes them, of counted positions too but all at once.
     """
 
-    def __init__(self, model: nn.Module, dtype: str) -> None:
+    def __init__(self, model: Any, dtype: str, layout: str = "padded") -> None:
         super().__init__()
+        self.layout_name = layout
         self.model = model.eval()
         self.dtype = dtype
         self.has_balance = has_balance(model)
+        self.head = _own_head(model)
 
     def forward(self, batch: Batch, distribution: bool = False) -> PairScores:
-        balanced = distribution and self.has_balance
-        record = recording(self.model) if balanced else nullcontext()
-        with self._precision(batch.input_ids.device), _only_positions(self.model, batch.sources), record as routing:
-            logits = self.model(input_ids=batch.input_ids, use_cache=False).logits  # (1, K, vocabulary)
-        token_logps = -cross_entropy(logits[0].float(), batch.targets, reduction="none")  # (K,)
+        record = recording(self.model) if distribution and self.has_balance else nullcontext()
+        with self._precision(batch.input_ids.device), record as routing:
+            token_logps, *of_distribution = self._token_logps(batch, distribution)
         counts = batch.sum_by_side(torch.ones_like(token_logps))
         scores = PairScores(batch.sum_by_side(token_logps), counts, token_logps)
         if not distribution:
             return scores
-        entropy, concentration = _of_the_distribution(logits[0].detach())
+        entropy, concentration = of_distribution
+        balance = routing.loss(batch.read, batch.readers, 2 * batch.pairs) if routing else None
         return replace(
             scores,
             entropy=batch.sum_by_side(entropy) / counts,
             alignment=batch.sum_by_side(token_logps.detach() - concentration) / counts,
-            balance=routing.loss(batch.is_token()).view(-1, 2).mean(1) if routing else None,
+            balance=None if balance is None else balance.view(-1, 2).mean(1),
         )
+
+    @property
+    def layout(self) -> Layout:
+        return LAYOUTS[self.layout_name]
+
+    def batches(self, table: PairTable, indices: Indices, budget: int) -> Iterator[tuple[Indices, Batch]]:
+        """These pairs of a table, grouped by length under a budget of token slots: their indices, and they as a batch."""
+        for chosen in by_length(self.layout.costs(table)[indices], budget, self.layout.pads):
+            yield indices[chosen], self.layout.make(table, indices[chosen])
+
+    def _token_logps(self, batch: Batch, distribution: bool) -> tuple[torch.Tensor, ...]:
+        """(K,) each; see `Head.logps`."""
+        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "attention_mask": batch.mask}
+        given = {name: value for name, value in inputs.items() if value is not None}
+        if self.head is None:
+            with _only_positions(self.model, batch.sources):
+                logits = self.model(**given, use_cache=False).logits[0]  # (K, vocabulary)
+            logps = -cross_entropy(logits.float(), batch.targets, reduction="none")
+            return (logps, *_of_the_distribution(logits)) if distribution else (logps,)
+        hidden = _decoder(self.model)(**given, use_cache=False).last_hidden_state  # (rows, length, hidden)
+        hidden = hidden.flatten(0, 1)[batch.sources]
+        return self.head.logps(hidden.to(DTYPES[self.dtype]), batch.targets, distribution)
 
     def _precision(self, device: torch.device) -> AbstractContextManager:
         if self.dtype == "float32":
             return nullcontext()
         return torch.autocast(device.type, DTYPES[self.dtype])
+
+
+def _decoder(model: Any) -> nn.Module:
+    """The model without its head; of an adapted one (peft) that of its base, which holds the adapters."""
+    return (model.get_base_model() if hasattr(model, "peft_config") else model).base_model
+
+
+@torch.inference_mode()
+def _own_head(model: Any) -> Head | None:
+    """The model's head as we compute it, if that gives the model's own logits."""
+    head = Head.of(model)
+    if head is None:
+        return None
+    ids = torch.arange(1, 5, device=head.linear.weight.device)[None] % head.linear.weight.shape[0]
+    expected = model(input_ids=ids, use_cache=False).logits[0].float()
+    hidden = _decoder(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
+    found = head.logits(hidden.to(head.linear.weight.dtype))
+    close = found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-2, atol=1e-2)
+    return head if close else None
 
 
 @torch.no_grad()
@@ -89,14 +138,10 @@ def _of_the_distribution(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 
 class _only_positions:
-    """Within this context the model's head sees the given positions of the flattened rows, (K,), and no others.
+    """Within this context the model's head sees the given positions of the flattened rows, (K,), and no others."""
 
-    A hook on the head, and not a head of our own, so that whatever a family does to its logits afterwards (scaling, capping)
-    is still done by the family.
-    """
-
-    def __init__(self, model: nn.Module, positions: torch.Tensor) -> None:
-        self.head, self.positions = model.get_output_embeddings(), positions  # type: ignore[operator]
+    def __init__(self, model: Any, positions: torch.Tensor) -> None:
+        self.head, self.positions = model.get_output_embeddings(), positions
 
     def __enter__(self) -> None:
         self.handle = self.head.register_forward_pre_hook(

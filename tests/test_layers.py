@@ -12,7 +12,7 @@ LAYERS = [
     {"errors", "pairs"},
     {"config", "trackers", "disk", "signals"},
     {"config_train", "data", "cache", "screen", "launch", "runs"},
-    {"distributed", "models", "batch", "screen_inspect", "speed", "plots"},
+    {"distributed", "models", "batch", "head", "attention", "screen_inspect", "speed", "plots"},
     {"scoring"},
     {"losses", "optim", "checkpoints"},
     {"metrics"},

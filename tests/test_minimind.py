@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from minicache.batch import padded
 from minicache.errors import ModelError
 from minicache.models import LoadedModel, load_model, save_pth, save_tokenizer, split_source
 from minicache.scoring import Scorer
-from tests.test_scoring import random_pairs
+from tests.test_scoring import lay_out, random_pairs
 
 GENERATIONS = ["minimind2-2504", "minimind2-2510", "minimind3"]
 NAMES = [f"{generation}-{kind}" for generation in GENERATIONS for kind in ("dense", "moe")]
@@ -234,7 +233,7 @@ def test_two_shared_experts_lie_side_by_side(fixtures: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_a_mixture_is_scored_as_its_full_logits_say(fixtures: Path, name: str) -> None:
     model, pairs = load_model(str(fixtures / f"{name}.pth")).model, random_pairs(6)
-    batch = padded(pairs)
+    batch = lay_out(pairs)
     with torch.no_grad():
         logps = model(batch.input_ids).logits.log_softmax(-1).flatten(0, 1)  # (rows x length, vocabulary)
         expected = logps[batch.sources].gather(1, batch.targets[:, None])[:, 0]

@@ -101,7 +101,7 @@ def test_more_data_is_appended_and_only_that_is_scored(
     monkeypatch.setattr(
         Scorer, "forward", lambda self, batch, *rest: scored.append(batch.pairs) or forward(self, batch)
     )
-    report = run(cache, model_dir, more)
+    report = run(cache, model_dir, more, layout="padded")
     assert report.scored == 12 and report.pairs == 52
     assert sum(scored) == 12 + 8  # and the handshake with what was there
     assert (report.sources[1].rows, report.sources[1].kept, report.sources[1].duplicates) == (33, 12, 21)

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from minicache.batch import padded
-from minicache.pairs import EncodedPair
+from minicache import head
+from minicache.attention import use_spans
+from minicache.batch import LAYOUTS, Batch
+from minicache.pairs import EncodedPair, PairTable
 from minicache.scoring import Scorer, resolve_dtype
 from tests.conftest import tiny_llama
 
@@ -26,6 +28,10 @@ def random_pairs(count: int, seed: int = 0) -> list[EncodedPair]:
     return pairs
 
 
+def lay_out(pairs: list[EncodedPair], layout: str = "padded") -> Batch:
+    return LAYOUTS[layout].make(PairTable.from_pairs(pairs, "int32"), np.arange(len(pairs)))
+
+
 def plain_logps(model: torch.nn.Module, pair: EncodedPair) -> tuple[list[float], list[int]]:
     """Sum of counted logprobs and their number, of both sides: one unpadded row each, log-softmax and sum in float64."""
     sums, counts = [], []
@@ -42,7 +48,7 @@ def plain_logps(model: torch.nn.Module, pair: EncodedPair) -> tuple[list[float],
 def test_scores_equal_the_plain_float64_computation() -> None:
     model, pairs = tiny_llama(), random_pairs(12)
     with torch.no_grad():
-        scores = Scorer(model, "float32")(padded(pairs))
+        scores = Scorer(model, "float32")(lay_out(pairs))
     expected = [plain_logps(model, pair) for pair in pairs]
     counts = torch.tensor([counts for _, counts in expected])
     means = torch.tensor([sums for sums, _ in expected], dtype=torch.float64) / counts
@@ -50,10 +56,49 @@ def test_scores_equal_the_plain_float64_computation() -> None:
     assert (scores.logp_mean - means).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("layout", ["shared", "packed"])
+def test_every_layout_scores_alike(layout: str) -> None:
+    model, pairs = tiny_llama(), random_pairs(12, seed=4)
+    use_spans(model)
+    expected, found = lay_out(pairs), lay_out(pairs, layout)
+    with torch.no_grad():
+        plain, other = (Scorer(model, "float32")(batch, distribution=True) for batch in (expected, found))
+    for name in ("logp_sum", "token_count", "entropy", "alignment"):
+        assert torch.allclose(getattr(plain, name), getattr(other, name), atol=1e-5), name
+    tokens, masks = (np.concatenate([getattr(pair, name) for pair in pairs]) for name in ("tokens", "loss_mask"))
+    assert found.places.tolist() == np.flatnonzero(masks).tolist(), "each counted token is predicted once"
+    assert np.array_equal(found.targets.numpy(), tokens[masks > 0])
+    assert found.input_ids.numel() < expected.input_ids.numel()
+    assert len(found.read) == len(expected.read) == sum(len(pair.side(side)[0]) for pair in pairs for side in (0, 1))
+
+
+@pytest.mark.parametrize("layout", ["padded", "shared", "packed"])
+@pytest.mark.parametrize("chunk", [3, 10**6])
+def test_gradients_of_every_layout_equal_the_plain_ones(
+    layout: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float64 one by one, of a weighted sum over both sides; the head in chunks of 3 positions or in one."""
+    monkeypatch.setitem(head.CHUNK_NUMBERS, "cpu", 400 * chunk)
+    pairs, weights = random_pairs(7, seed=5), torch.linspace(-1, 2, 14).view(7, 2)
+    model = tiny_llama()
+    use_spans(model)
+    (Scorer(model, "float32")(lay_out(pairs, layout)).logp_mean * weights).sum().backward()
+    plain = tiny_llama().double()
+    total = torch.zeros((), dtype=torch.float64)
+    for index, pair in enumerate(pairs):
+        for side in (0, 1):
+            ids, mask = (torch.tensor(column.astype(np.int64)) for column in pair.side(side))
+            logps = plain(ids[None]).logits[0].log_softmax(-1)[:-1].gather(1, ids[1:, None])[:, 0]
+            total = total + weights[index, side] * (logps * mask[1:]).sum() / mask[1:].sum()
+    total.backward()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert (ours.grad.double() - theirs.grad).norm() < 1e-5 * theirs.grad.norm()
+
+
 def test_gradients_equal_those_of_the_plain_computation() -> None:
     pairs = random_pairs(5, seed=3)
     model = tiny_llama()
-    Scorer(model, "float32")(padded(pairs)).logp_mean[:, 0].sum().backward()
+    Scorer(model, "float32")(lay_out(pairs)).logp_mean[:, 0].sum().backward()
     plain = tiny_llama().double()
     total = torch.zeros((), dtype=torch.float64)
     for pair in pairs:
@@ -68,16 +113,16 @@ def test_gradients_equal_those_of_the_plain_computation() -> None:
 def test_what_a_batch_is_made_of_changes_no_value() -> None:
     scorer, pairs = Scorer(tiny_llama(), "float32"), random_pairs(16, seed=1)
     with torch.no_grad():
-        together = scorer(padded(pairs)).logp_mean
-        alone = torch.cat([scorer(padded([pair])).logp_mean for pair in pairs])
-        backwards = scorer(padded(pairs[::-1])).logp_mean.flip(0)
+        together = scorer(lay_out(pairs)).logp_mean
+        alone = torch.cat([scorer(lay_out([pair])).logp_mean for pair in pairs])
+        backwards = scorer(lay_out(pairs[::-1])).logp_mean.flip(0)
     assert (together - alone).abs().max() < 1e-5
     assert (together - backwards).abs().max() < 1e-5
 
 
 def test_token_logps_lie_where_their_places_say() -> None:
     pairs = random_pairs(6, seed=2)
-    batch = padded(pairs)
+    batch = lay_out(pairs)
     with torch.no_grad():
         scores = Scorer(tiny_llama(), "float32")(batch)
     tokens = np.concatenate([pair.tokens for pair in pairs])
@@ -89,15 +134,24 @@ def test_token_logps_lie_where_their_places_say() -> None:
         assert values.setdefault(place, logp) == pytest.approx(logp, abs=1e-5)  # a shared token, from either side
 
 
-def test_only_counted_positions_reach_the_head() -> None:
+class OtherHead(torch.nn.Linear):
+    """A head of a kind of its own: what it computes is not ours to assume."""
+
+
+def test_a_head_of_another_kind_is_the_models_own_business() -> None:
+    """Only the counted positions reach it, and afterwards it is as before."""
     model, pairs = tiny_llama(), random_pairs(4)
-    seen = []
-    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape)))
-    batch = padded(pairs)
+    batch = lay_out(pairs)
     with torch.no_grad():
-        Scorer(model, "float32")(batch)
+        expected = Scorer(model, "float32")(batch, distribution=True)
+        model.lm_head.__class__ = OtherHead
+        scorer, seen = Scorer(model, "float32"), []
+        model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape)))
+        found = scorer(batch, distribution=True)
         whole = model(batch.input_ids).logits
-    assert seen == [(1, len(batch.sources), 400), tuple(whole.shape)]  # and afterwards the head is as before
+    assert scorer.head is None and seen == [(1, len(batch.sources), 400), tuple(whole.shape)]
+    for name in ("logp_sum", "entropy", "alignment"):
+        assert torch.allclose(getattr(expected, name), getattr(found, name), atol=1e-5), name
 
 
 SMALL = {
@@ -124,7 +178,9 @@ def test_every_family_is_scored_as_it_computes_itself(family: str) -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**SMALL, **FAMILIES[family]})).eval()
     pairs = random_pairs(4)
     with torch.no_grad():
-        scores = Scorer(model, "float32")(padded(pairs))
+        scorer = Scorer(model, "float32")
+        scores = scorer(lay_out(pairs))
+    assert scorer.head is not None
     for index, pair in enumerate(pairs):
         sums, _ = plain_logps(model, pair)
         assert np.allclose(scores.logp_sum[index].numpy(), sums, rtol=1e-5, atol=1e-4)
@@ -135,15 +191,15 @@ def test_dropout_does_not_disturb_step_0() -> None:
 
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0))
-    scorer, batch = Scorer(model.train(), "float32"), padded(random_pairs(3))
+    scorer, batch = Scorer(model.train(), "float32"), lay_out(random_pairs(3))
     assert torch.equal(scorer(batch).logp_sum, scorer(batch).logp_sum)
 
 
 def test_half_precision_scores_come_as_float32_and_near() -> None:
     pairs = random_pairs(8)
     with torch.no_grad():
-        exact = Scorer(tiny_llama(), "float32")(padded(pairs)).logp_mean
-        rounded = Scorer(tiny_llama(), "bfloat16")(padded(pairs)).logp_mean
+        exact = Scorer(tiny_llama(), "float32")(lay_out(pairs)).logp_mean
+        rounded = Scorer(tiny_llama(), "bfloat16")(lay_out(pairs)).logp_mean
     assert rounded.dtype == torch.float32
     assert 0 < (exact - rounded).abs().max() < 0.2
 

@@ -89,7 +89,7 @@ def test_the_curve_equals_a_plain_training_loop(ref_cache: Path, tmp_path: Path,
         optimizer.param_groups[0]["lr"] = learning_rate(step, 10, lr, "cosine", 0.1, 0.0)
         total = torch.zeros(())
         for index in batch:
-            one = padded([table[int(index)]])
+            one = padded(table, np.array([index]))
             with torch.no_grad():
                 ref = Scorer(reference, "float32")(one).logp_mean
             scores = Scorer(policy, "float32")(one)

@@ -7,9 +7,11 @@ blocks at the same time without locks; only one of them creates, grows, and writ
 
 import fcntl
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +40,10 @@ class CacheWriter(ReferenceCache):
         if path.exists() and (not path.is_dir() or any(path.iterdir()) or path.samefile(Path.cwd())):
             raise OutputError(f"{path}: exists and is no reference cache; name another --ref-cache or remove it")
         place = path.resolve()  # what a link leads to
-        draft = place.with_name(f".{place.name}.creating")
+        # of a name of its own: zarr's threads may still be writing into that of an attempt that failed
+        draft = place.with_name(f".{place.name}.creating-{secrets.token_hex(4)}")
         try:
             with writing(path):
-                shutil.rmtree(draft, ignore_errors=True)
                 draft.parent.mkdir(parents=True, exist_ok=True)
                 group = zarr.create_group(zarr.storage.LocalStore(draft), attributes=manifest.to_attributes())
                 for name, spec in array_specs(manifest.identity).items():
@@ -57,7 +59,8 @@ class CacheWriter(ReferenceCache):
                 flush_to_disk(draft.rglob("*"))
                 draft.replace(place)
         finally:
-            shutil.rmtree(draft, ignore_errors=True)
+            for leftover in place.parent.glob(f".{escape(place.name)}.creating-*"):  # of this attempt, and of killed ones
+                shutil.rmtree(leftover, ignore_errors=True)
         return cls(path)
 
     def remove_leftovers(self) -> None:

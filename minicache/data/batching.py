@@ -12,18 +12,22 @@ from numpy.typing import NDArray
 Indices = NDArray[np.int64]
 
 
-def by_length(lengths: Indices, budget: int) -> list[Indices]:
-    """Group rows of similar length, longest first, so that rows x longest row stays within `budget` tokens.
+def by_length(costs: Indices, budget: int, pads: bool) -> list[Indices]:
+    """Group pairs of similar length, longest first, so that a batch stays within `budget` token slots.
 
-    lengths: (N,) tokens of each pair's longer side; a pair fills two rows of its batch's longest.
+    costs: (N,) slots of each pair. pads: in a batch each pair costs as much as its longest.
     A pair that alone exceeds the budget is a batch of its own.
     """
     batches: list[Indices] = []
-    start, order = 0, np.argsort(-lengths, kind="stable")
+    start, order = 0, np.argsort(-costs, kind="stable")
+    sums = np.concatenate([[0], costs[order].cumsum()])
     while start < len(order):
-        size = max(1, budget // (2 * int(lengths[order[start]])))
-        batches.append(order[start : start + size])
-        start += size
+        if pads:
+            size = budget // int(costs[order[start]])
+        else:
+            size = int(np.searchsorted(sums, sums[start] + budget, side="right")) - 1 - start
+        batches.append(order[start : start + max(1, size)])
+        start += max(1, size)
     return batches
 
 
@@ -57,10 +61,6 @@ def global_batches(pairs: int, batch_size: int, seed: int, first_step: int = 0) 
         epoch, step = epoch + 1, 0
 
 
-def share(indices: Indices, lengths: Indices, budget: int, rank: int, size: int) -> list[Indices]:
-    """A rank's micro-batches of one global batch: its part by tokens, grouped by length under the token budget.
-
-    lengths: (N,) tokens of the longer side of every pair of the data set. May be empty if there are fewer pairs than ranks.
-    """
-    mine = indices[balance(lengths[indices], size)[rank]]
-    return [mine[batch] for batch in by_length(lengths[mine], budget)]
+def share(indices: Indices, costs: Indices, rank: int, size: int) -> Indices:
+    """A rank's part of one global batch, by token slots. costs: (N,) of every pair of the data set. May be empty."""
+    return indices[balance(costs[indices], size)[rank]]

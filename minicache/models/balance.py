@@ -2,7 +2,7 @@
 
     with recording(model) as routing:
         model(input_ids)
-    penalty = routing.loss(mask)  # (R,) float32, to be added to the loss of each row
+    penalty = routing.loss(read, readers, sequences)  # (sequences,) float32, to be added to the loss of each
 
 MiniMind's models have theirs. Any other family has transformers' own, and only if its config asks (`output_router_logits`), because
 most mixtures are fine-tuned without one; a family whose routers transformers itself does not record one by one has none here.
@@ -25,32 +25,35 @@ class Routing:
         self.config = config
         self.logits: dict[nn.Module, torch.Tensor] = {}  # router -> (R x L, experts)
 
-    def loss(self, mask: torch.Tensor) -> torch.Tensor:
-        """The load-balancing loss of each row, summed over layers, its coefficient (`router_aux_loss_coef`) included.
+    def loss(self, read: torch.Tensor, readers: torch.Tensor, sequences: int) -> torch.Tensor:
+        """The load-balancing loss of each sequence, summed over layers, its coefficient (`router_aux_loss_coef`) included.
 
-        2504 and 2510 balance each sequence for itself. 3, and transformers' own, balance all tokens of the batch together:
-        every row then carries the same number, which depends on what shares its batch.
+        2504 and 2510 balance each sequence for itself. 3, and transformers' own, balance all tokens of the batch together, each
+        once: every sequence then carries the same number, which depends on what shares its batch.
 
-        mask: (R, L) bool, True at real tokens; padding counts in no share.
-        Returns: (R,) float32, differentiable with respect to the routers.
+        read, readers: (S,) positions in the flattened rows and the sequence, from 0 to below `sequences`, each belongs to; see
+            `Batch`. A prefix that two sequences share is listed for both.
+        Returns: (sequences,) float32, differentiable with respect to the routers.
         Source: MiniMind's MoEGate and MOEFeedForward; Switch Transformer, arXiv 2101.03961, eq. 4 to 6.
         """
         assert self.logits, "no router ran while recording"
         coefficient, generation = self.config.router_aux_loss_coef, getattr(self.config, "minimind", None)
+        if generation in (None, "3"):
+            read = read.unique()
         if generation is None:
-            return (coefficient * self._of_transformers(mask)).expand(len(mask))
-        rows = mask.reshape(1, -1) if generation == "3" else mask
-        top = self.config.num_experts_per_tok
-        layers = [_imbalance(logits, top, rows) for logits in self.logits.values()]
-        total = coefficient * torch.stack(layers).sum(0)  # (R,), or (1,) for all tokens together
-        return total.expand(len(mask)) if generation == "3" else total / top
+            return (coefficient * self._of_transformers(read)).expand(sequences)
+        top, each = self.config.num_experts_per_tok, generation != "3"
+        owners, count = (readers, sequences) if each else (torch.zeros_like(read), 1)
+        layers = [_imbalance(logits[read], top, owners, count) for logits in self.logits.values()]
+        total = coefficient * torch.stack(layers).sum(0)  # (count,)
+        return total / top if each else total.expand(sequences)
 
-    def _of_transformers(self, mask: torch.Tensor) -> torch.Tensor:
+    def _of_transformers(self, read: torch.Tensor) -> torch.Tensor:
         from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
         balance: Any = load_balancing_loss_func  # its annotations miss what its docstring allows
-        logits = tuple(logits.float() for logits in self.logits.values())
-        return balance(logits, logits[0].shape[-1], self.config.num_experts_per_tok, mask)
+        logits = tuple(logits[read].float() for logits in self.logits.values())
+        return balance(logits, logits[0].shape[-1], self.config.num_experts_per_tok)
 
 
 def has_balance(model: nn.Module) -> bool:
@@ -113,15 +116,14 @@ def _logits(router: Any, parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
     return next(part for part in parts if part.is_floating_point() and part.shape[-1] == len(router.weight))
 
 
-def _imbalance(logits: torch.Tensor, top: int, mask: torch.Tensor) -> torch.Tensor:
-    """Experts x sum over experts of (tokens that chose it / tokens) x (its mean score), of each row; even routing gives `top`.
+def _imbalance(logits: torch.Tensor, top: int, owners: torch.Tensor, count: int) -> torch.Tensor:
+    """Experts x sum over experts of (tokens that chose it / tokens) x (its mean score), of each sequence; even routing gives `top`.
 
-    logits: (R x L, experts). top: experts a token. mask: (R, L) bool. Returns: (R,) float32.
+    logits: (S, experts) of the tokens; owners: (S,) their sequences, `count` of them. top: experts a token. Returns: (count,).
     """
     experts = logits.shape[-1]
-    weights = mask.unsqueeze(-1).float()  # (R, L, 1)
-    scores = logits.float().softmax(-1).view(*mask.shape, experts)
+    scores = logits.float().softmax(-1)
     picks = torch.zeros_like(scores).scatter(-1, scores.topk(top).indices, 1.0)
-    tokens = weights.sum(1).clamp(min=1)  # (R, 1)
-    load, score = (picks * weights).sum(1) / tokens, (scores * weights).sum(1) / tokens  # (R, experts)
+    tokens = torch.bincount(owners, minlength=count).clamp(min=1)[:, None]
+    load, score = (values.new_zeros(count, experts).index_add(0, owners, values) / tokens for values in (picks, scores))
     return experts * (load * score).sum(1)

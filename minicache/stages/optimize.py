@@ -12,7 +12,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from minicache import checkpoints
-from minicache.batch import padded
 from minicache.cache.reader import ReferenceCache
 from minicache.cache.schema import CachedPairs
 from minicache.config_train import TrainConfig
@@ -241,14 +240,14 @@ def _accumulate(run: Run, training: _Training, objective: Objective, batch: Indi
     The loss of a share is its sum over the *global* number of pairs, times the number of processes because DDP averages.
     """
     table, world, forward = run.cached.table, run.world, training.forward
-    shares = share(batch, table.side_lengths.max(1), run.config.tokens_per_micro_batch, world.rank, world.size)
-    weight = world.size / len(batch)
+    mine, weight = share(batch, run.scorer.layout.costs(table), world.rank, world.size), world.size / len(batch)
     chosen_tokens = float(table.token_counts[batch, 0].mean())
-    if not shares:  # fewer pairs than ranks: DDP waits for everyone, so this one takes part with a loss of weight 0
-        shares, weight = [batch[:1]], 0.0
-    for number, indices in enumerate(shares, start=1):
-        inputs = padded(table.take(indices)).to(world.device)
-        last = number == len(shares)
+    if not len(mine):  # fewer pairs than ranks: DDP waits for everyone, so this one takes part with a loss of weight 0
+        mine, weight = batch[:1], 0.0
+    parts = list(run.scorer.batches(table, mine, run.config.tokens_per_micro_batch))
+    for number, (indices, part) in enumerate(parts, start=1):
+        inputs = part.to(world.device)
+        last = number == len(parts)
         with nullcontext() if last or world.size == 1 else forward.no_sync():  # type: ignore[operator]
             scores = forward(inputs, distribution=True)
             logps = pair_logps(scores, inputs, run.cached, indices, objective)

@@ -24,7 +24,7 @@ from minicache.data.tokenizers import ChatTokenizer
 from minicache.disk import writing
 from minicache.distributed import World
 from minicache.errors import DataError, MinicacheError, ModelError, OutputError
-from minicache.evaluation import TOLERANCE, check_reproduces, score_table
+from minicache.evaluation import TOLERANCE, check_reproduces, score_table, settle_layout
 from minicache.models import LoadedModel, load_model, save_tokenizer, split_source
 from minicache.models.huggingface import ATTENTION
 from minicache.pairs import PairTable
@@ -65,6 +65,8 @@ def precompute(config: PrecomputeConfig, world: World, tracker: Tracker) -> Prec
         world.barrier()
         scorer = Scorer(loaded.model.to(world.device, torch.float32), dtype)
         cache = CacheWriter(config.ref_cache)
+        if cache.blocks and (note := settle_layout(scorer, cache.pairs(0), config.layout, world.device)):
+            tracker.note(note)
         scored = _score_blocks(cache, scorer, config.tokens_per_batch, world, tracker)
     return PrecomputeReport(
         config.ref_cache, cache.log.sources, cache.log.pairs, scored, config.ref_cache / REFUSED_FILE

@@ -14,11 +14,11 @@ from minicache import checkpoints
 from minicache.cache.reader import ReferenceCache
 from minicache.cache.schema import CachedPairs
 from minicache.config_train import MOVABLE, TrainConfig, flat, option
-from minicache.data.batching import Indices, global_batches, share, training_steps
+from minicache.data.batching import Indices, by_length, global_batches, training_steps
 from minicache.disk import writing
 from minicache.distributed import World
 from minicache.errors import CacheMismatch, ConfigError, ModelError, OutputError
-from minicache.evaluation import TOLERANCE, EvalSet, check_reproduces, sample_differences
+from minicache.evaluation import TOLERANCE, EvalSet, check_reproduces, sample_differences, settle_layout
 from minicache.losses import Objective
 from minicache.models import LoadedModel, checkpoint_activations, load_model, save_model
 from minicache.models.lora import add_lora, with_adapter
@@ -66,13 +66,15 @@ def train(config: TrainConfig, world: World, tracker: Tracker) -> TrainReport:
     state = None if resume_at is None else checkpoints.load(config.out, resume_at)
     policy, source, stored = _policy(config, cache, resume_at, tracker)
     scorer = Scorer(policy.to(world.device), config.dtype)
+    if note := settle_layout(scorer, cached.table, config.layout, world.device):
+        tracker.note(note)
     run = Run(config, world, scorer, objective, cache, cached, training, held_out, steps)
     _check(run, state)
     if state is None:
         noise = _handshake(run, tracker)
         facts = {**flat(config), "steps": steps, "pairs": len(training), "held_out": len(held_out.indices) if held_out else 0,
                  "started_from": source, "stored_dtype": stored, "handshake": noise, "processes": world.size,
-                 "device": world.device.type}  # fmt: skip
+                 "device": world.device.type, "layout_used": scorer.layout_name}  # fmt: skip
     if config.activation_checkpointing:
         checkpoint_activations(policy)
     if config.compile:
@@ -215,7 +217,8 @@ def _check(run: Run, state: dict[str, Any] | None) -> None:
 
 def _check_whole(run: Run, name: str) -> None:
     """Refuse a loss over the whole batch where a batch is split, or where it would have to judge a data set."""
-    config, lengths = run.config, run.cached.table.side_lengths.max(1)
+    config, layout = run.config, run.scorer.layout
+    costs = layout.costs(run.cached.table)
     if run.held_out:
         raise ConfigError(
             f"--loss {name}: sorts over a training batch, so it cannot judge held-out pairs; drop --holdout"
@@ -225,7 +228,8 @@ def _check_whole(run: Run, name: str) -> None:
             f"--loss {name}: sorts over the whole batch, which {run.world.size} processes would split; use one"
         )
     for batch in islice(global_batches(len(run.training), config.batch_size, config.seed), run.steps):
-        if (pieces := len(share(run.training[batch], lengths, config.tokens_per_micro_batch, 0, 1))) > 1:
+        pieces = len(by_length(costs[run.training[batch]], config.tokens_per_micro_batch, layout.pads))
+        if pieces > 1:
             raise ConfigError(
                 f"--loss {name}: sorts over the whole batch, but {len(batch)} pairs make {pieces} micro-batches of "
                 f"{config.tokens_per_micro_batch} token slots; lower --batch-size or raise --tokens-per-micro-batch"

@@ -1,0 +1,141 @@
+"""Hidden states -> logprobs of given tokens, in chunks: the (K, vocabulary) logits exist neither in forward nor for backward.
+
+Per-token upstream gradients are not known until the loss is, so backward computes each chunk's logits again: a third more
+matrix work in the head for memory that does not grow with K.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+# Logits of one chunk, in numbers: few enough to stay small beside a model, many enough to keep the device busy.
+CHUNK_NUMBERS = {"cpu": 2**23, "cuda": 2**27}
+
+
+@dataclass(frozen=True)
+class Head:
+    """A model's output layer: logits = cap * tanh(scale * (hidden @ weight.T + bias) / cap), without the cap if there is none.
+
+    linear: its weight is (vocabulary, hidden). scale: Granite's 1 / logits_scaling, Cohere's logit_scale. cap: Gemma's.
+    """
+
+    linear: nn.Linear
+    scale: float
+    cap: float | None
+
+    @classmethod
+    def of(cls, model: Any) -> "Head | None":
+        """The head of a transformers model; None if it is no plain linear layer.
+
+        Whether that is all that the family does to its logits is for the caller to find out (`Scorer` compares).
+        """
+        linear, config = model.get_output_embeddings(), model.config.get_text_config()
+        if type(linear) is not nn.Linear:
+            return None
+        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+        return cls(linear, float(scale), getattr(config, "final_logit_softcapping", None))
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(K, hidden) -> (K, vocabulary) float32."""
+        bias = self.linear.bias
+        return self.finish(_matmul(hidden, self.linear.weight.to(hidden.dtype)) + (0 if bias is None else bias.float()))
+
+    def finish(self, logits: torch.Tensor) -> torch.Tensor:
+        """Scale and cap, in place."""
+        if self.scale != 1:
+            logits.mul_(self.scale)
+        return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
+
+    def logps(self, hidden: torch.Tensor, targets: torch.Tensor, distribution: bool) -> tuple[torch.Tensor, ...]:
+        """hidden: (K, hidden), in the precision of the matrix product. targets: (K,) int64.
+
+        Returns:
+            (K,) float32 each: the targets' logprobs; if asked for, without gradients, entropy and log sum p^2 of the distribution.
+        """
+        weight, bias = self.linear.weight, self.linear.bias
+        chunk = max(1, CHUNK_NUMBERS.get(hidden.device.type, 2**23) // weight.shape[0])
+        return _Logps.apply(hidden, weight, bias, targets, self, chunk, distribution)
+
+
+def _matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left @ right.T in float32: of half precisions the products are summed in float32 and, where it can be had, stay so."""
+    if left.dtype == torch.float32:
+        return left @ right.T
+    if left.is_cuda:
+        return torch.mm(left, right.T, out_dtype=torch.float32)
+    return (left @ right.T).float()
+
+
+class _Logps(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        head: Head,
+        chunk: int,
+        distribution: bool,
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.head, ctx.chunk = head, chunk
+        with torch.autocast(hidden.device.type, enabled=False):
+            parts = [
+                _forward(head.logits(h), t, distribution)
+                for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)
+            ]
+        outputs = tuple(torch.cat(column) for column in zip(*parts, strict=True))
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight, bias, targets = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None else None
+        cast = weight.to(hidden.dtype)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, len(targets), ctx.chunk):
+                piece = slice(start, start + ctx.chunk)
+                grad = _backward(ctx.head, ctx.head.logits(hidden[piece]), targets[piece], grads[0][piece])
+                if grad_bias is not None:
+                    grad_bias += grad.sum(0)
+                grad = grad.to(hidden.dtype)
+                torch.mm(grad, cast, out=grad_hidden[piece])
+                if grad_weight is None:
+                    continue
+                if grad.dtype == torch.float32:
+                    grad_weight.addmm_(grad.T, hidden[piece])
+                else:
+                    grad_weight += _matmul(grad.T, hidden[piece].T)
+        given = (
+            grad_weight.to(weight.dtype) if grad_weight is not None else None,
+            grad_bias.to(bias.dtype) if grad_bias is not None else None,
+        )
+        return grad_hidden, *given, None, None, None, None
+
+
+def _forward(logits: torch.Tensor, targets: torch.Tensor, distribution: bool) -> tuple[torch.Tensor, ...]:
+    """(k, vocabulary) float32, which it overwrites -> the outputs of these positions."""
+    normalizer = logits.logsumexp(1)  # (k,)
+    logps = logits.gather(1, targets[:, None])[:, 0] - normalizer
+    if not distribution:
+        return (logps,)
+    probabilities = logits.sub_(normalizer[:, None]).exp()
+    entropy = -torch.linalg.vecdot(probabilities, logits)
+    concentration = torch.linalg.vecdot(probabilities, probabilities).log()
+    return logps, entropy, concentration
+
+
+def _backward(head: Head, logits: torch.Tensor, targets: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """Of the logits before scale and cap, (k, vocabulary) float32: grad * (onehot - p), through tanh and scale."""
+    slope = None if head.cap is None else 1 - (logits / head.cap) ** 2
+    grads = logits.sub_(logits.logsumexp(1, keepdim=True)).exp_().mul_(-grad[:, None])
+    grads.scatter_add_(1, targets[:, None], grad[:, None])
+    if slope is not None:
+        grads.mul_(slope)
+    return grads.mul_(head.scale) if head.scale != 1 else grads
