@@ -9,9 +9,9 @@ import torch
 from minicache.attention import use_spans, why_not_branching
 from minicache.batch import Batch
 from minicache.cache.schema import CachedPairs
-from minicache.data.batching import Indices
+from minicache.data.batching import Indices, ahead
 from minicache.distributed import World
-from minicache.errors import ConfigError, HandshakeError
+from minicache.errors import ConfigError, HandshakeError, ModelError
 from minicache.losses import Logps, Objective
 from minicache.metrics import Means
 from minicache.pairs import PairTable
@@ -85,13 +85,37 @@ def score_table(
 ) -> Iterator[tuple[Indices, Batch, PairScores]]:
     """Score some pairs of a table in batches of similar length, without gradients.
 
+    Where a batch does not fit in memory, it and those after it are made half as large.
+
     Yields:
         the batch's indices into the table, the batch, its scores (see `Scorer` for `distribution`).
+
+    Raises:
+        ModelError: a single pair does not fit in memory.
     """
-    for chosen, batch in scorer.batches(table, indices, budget):
-        moved = batch.to(device)
+    left = np.ones(len(table), bool)
+    while len(rest := indices[left[indices]]):
+        for chosen, batch in ahead(scorer.batches(table, rest, budget)):
+            moved = batch.to(device)
+            scores = _scores_if_they_fit(scorer, moved, distribution)
+            if scores is None:
+                slots = moved.input_ids.numel()
+                if len(chosen) == 1:
+                    raise ModelError(f"a pair of {slots:,} token slots does not fit in memory; lower --max-length")
+                budget = min(budget, slots) // 2
+                break
+            left[chosen] = False
+            yield chosen, moved, scores
+
+
+def _scores_if_they_fit(scorer: Scorer, batch: Batch, distribution: bool) -> PairScores | None:
+    try:
         with torch.inference_mode():
-            yield chosen, moved, scorer(moved, distribution)
+            return scorer(batch, distribution)
+    except torch.OutOfMemoryError:
+        pass  # the error holds on to what filled the memory: it must be gone before the next attempt
+    torch.cuda.empty_cache()
+    return None
 
 
 def evaluate_policy(

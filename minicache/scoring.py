@@ -86,7 +86,8 @@ class Scorer(nn.Module):
     def batches(self, table: PairTable, indices: Indices, budget: int) -> Iterator[tuple[Indices, Batch]]:
         """These pairs of a table, grouped by length under a budget of token slots: their indices, and they as a batch."""
         for chosen in by_length(self.layout.costs(table)[indices], budget, self.layout.pads):
-            yield indices[chosen], self.layout.make(table, indices[chosen])
+            batch = self.layout.make(table, indices[chosen])
+            yield indices[chosen], batch.pin() if torch.cuda.is_available() else batch
 
     def _token_logps(self, batch: Batch, distribution: bool) -> tuple[torch.Tensor, ...]:
         """(K,) each; see `Head.logps`."""

@@ -59,7 +59,9 @@ class CacheWriter(ReferenceCache):
                 flush_to_disk(draft.rglob("*"))
                 draft.replace(place)
         finally:
-            for leftover in place.parent.glob(f".{escape(place.name)}.creating-*"):  # of this attempt, and of killed ones
+            for leftover in place.parent.glob(
+                f".{escape(place.name)}.creating-*"
+            ):  # of this attempt, and of killed ones
                 shutil.rmtree(leftover, ignore_errors=True)
         return cls(path)
 

@@ -4,12 +4,26 @@ Batches of training are a function of (number of pairs, seed, epoch, step) and t
 processes run, except for how a global batch is shared out among them.
 """
 
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 Indices = NDArray[np.int64]
+Item = TypeVar("Item")
+
+
+def ahead(items: Iterator[Item], depth: int = 2) -> Iterator[Item]:
+    """The same items, made by a thread of their own while the ones before are used."""
+    end = object()
+    with ThreadPoolExecutor(1) as thread:
+        coming = deque(thread.submit(next, items, end) for _ in range(depth))
+        while (item := coming.popleft().result()) is not end:
+            coming.append(thread.submit(next, items, end))
+            yield item  # type: ignore[misc]
 
 
 def by_length(costs: Indices, budget: int, pads: bool) -> list[Indices]:

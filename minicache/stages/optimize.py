@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -12,10 +13,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from minicache import checkpoints
+from minicache.batch import Batch
 from minicache.cache.reader import ReferenceCache
 from minicache.cache.schema import CachedPairs
 from minicache.config_train import TrainConfig
-from minicache.data.batching import Indices, global_batches, share
+from minicache.data.batching import Indices, ahead, global_batches, share
 from minicache.distributed import World
 from minicache.errors import ModelError
 from minicache.evaluation import EvalSet, evaluate_policy, pair_logps
@@ -105,19 +107,17 @@ def optimize(run: Run, resumed: dict[str, Any] | None, tracker: Tracker) -> Outc
     """
     training = _begin(run, resumed)
     config, progress, stopped = run.config, training.progress, None
-    order = global_batches(len(run.training), config.batch_size, config.seed, progress.step)
     tracker.begin("training", run.steps * min(config.batch_size, len(run.training)))
     tracker.advance(progress.step * config.batch_size, 0)
     with StopFlag() as stop:
-        for batch in islice(order, run.steps - progress.step):
+        for mine in ahead(_plan(run, progress.step)):
             stopped = _between_steps(run, training)
             if stopped:
                 break
-            indices = run.training[batch]
             started = time.monotonic()
-            norm = _step(run, training, indices)
-            _count(run, training, indices, time.monotonic() - started)
-            tracker.advance(len(batch), int(run.cached.table.side_lengths[indices].sum()))
+            norm = _step(run, training, mine)
+            _count(run, training, mine.indices, time.monotonic() - started)
+            tracker.advance(len(mine.indices), int(run.cached.table.side_lengths[mine.indices].sum()))
             stopped = _log(run, training, norm, tracker)
             if (run.world.size == 1 or _is_logged(run, progress.step - 1)) and run.world.any(bool(stop)):
                 _save(run, training)
@@ -218,13 +218,40 @@ def _beta(run: Run, step: int) -> float:
     return beta_at(step, run.steps, run.config.beta, run.config.beta_end)
 
 
-def _step(run: Run, training: _Training, indices: Indices) -> torch.Tensor:
+@dataclass(frozen=True)
+class _Share:
+    """A rank's part of one global batch. indices: (n,) of the whole batch. parts: the micro-batches of this rank.
+
+    weight: of the sum of its losses: over the *global* number of pairs, times the number of processes because DDP averages.
+    """
+
+    indices: Indices
+    parts: list[tuple[Indices, Batch]]
+    weight: float
+
+
+def _plan(run: Run, first_step: int) -> Iterator[_Share]:
+    """The steps still to come, laid out in memory; a function of cache, seed and step alone."""
+    config, table, world = run.config, run.cached.table, run.world
+    costs = run.scorer.layout.costs(table)
+    order = global_batches(len(run.training), config.batch_size, config.seed, first_step)
+    for batch in islice(order, run.steps - first_step):
+        indices = run.training[batch]
+        mine, weight = share(indices, costs, world.rank, world.size), world.size / len(indices)
+        if not len(
+            mine
+        ):  # fewer pairs than ranks: DDP waits for everyone, so this one takes part with a loss of weight 0
+            mine, weight = indices[:1], 0.0
+        yield _Share(indices, list(run.scorer.batches(table, mine, config.tokens_per_micro_batch)), weight)
+
+
+def _step(run: Run, training: _Training, mine: _Share) -> torch.Tensor:
     """One optimizer step; returns the gradient's norm before clipping, a tensor, so that nothing waits for it."""
     config, optimizer, scaler, step = run.config, training.optimizer, training.scaler, training.progress.step
     lr = learning_rate(step, run.steps, config.lr, config.schedule, config.warmup, config.min_lr)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    _accumulate(run, training, replace(run.objective, beta=_beta(run, step)), indices)
+    _accumulate(run, training, replace(run.objective, beta=_beta(run, step)), mine)
     scaler.unscale_(optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
@@ -234,27 +261,19 @@ def _step(run: Run, training: _Training, indices: Indices) -> torch.Tensor:
     return norm
 
 
-def _accumulate(run: Run, training: _Training, objective: Objective, batch: Indices) -> None:
-    """Gradients of the mean loss over one global batch; each rank adds those of its share.
-
-    The loss of a share is its sum over the *global* number of pairs, times the number of processes because DDP averages.
-    """
-    table, world, forward = run.cached.table, run.world, training.forward
-    mine, weight = share(batch, run.scorer.layout.costs(table), world.rank, world.size), world.size / len(batch)
-    chosen_tokens = float(table.token_counts[batch, 0].mean())
-    if not len(mine):  # fewer pairs than ranks: DDP waits for everyone, so this one takes part with a loss of weight 0
-        mine, weight = batch[:1], 0.0
-    parts = list(run.scorer.batches(table, mine, run.config.tokens_per_micro_batch))
-    for number, (indices, part) in enumerate(parts, start=1):
+def _accumulate(run: Run, training: _Training, objective: Objective, mine: _Share) -> None:
+    """Gradients of the mean loss over one global batch; each rank adds those of its share."""
+    world, forward, last = run.world, training.forward, len(mine.parts)
+    chosen_tokens = float(run.cached.table.token_counts[mine.indices, 0].mean())
+    for number, (indices, part) in enumerate(mine.parts, start=1):
         inputs = part.to(world.device)
-        last = number == len(parts)
-        with nullcontext() if last or world.size == 1 else forward.no_sync():  # type: ignore[operator]
+        with nullcontext() if number == last or world.size == 1 else forward.no_sync():  # type: ignore[operator]
             scores = forward(inputs, distribution=True)
             logps = pair_logps(scores, inputs, run.cached, indices, objective)
             losses = objective(logps, chosen_tokens)
             total = losses if scores.balance is None else losses + scores.balance
-            training.scaler.scale(total.sum() * weight).backward()
-        if weight:
+            training.scaler.scale(total.sum() * mine.weight).backward()
+        if mine.weight:
             training.means.add(losses, logps, objective.beta, scores)
 
 

@@ -3,6 +3,7 @@
 import platform
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -203,11 +204,17 @@ def _score_blocks(cache: CacheWriter, scorer: Scorer, budget: int, world: World,
         tracker.advance(round(pairs * scale), round(tokens * scale))
 
     tracker.begin("scoring", pairs)
-    for block in (todo[index] for index in share):
-        table = cache.pairs(block)
-        scores = _score(scorer, table, budget, cache.identity.per_token, world.device, tell)
-        _check_finite(cache, table, scores)
-        cache.write_ref(block, scores)
+    with ThreadPoolExecutor(1) as writer:  # a block is written while the next is scored
+        written: Future[None] | None = None
+        for block in (todo[index] for index in share):
+            table = cache.pairs(block)
+            scores = _score(scorer, table, budget, cache.identity.per_token, world.device, tell)
+            _check_finite(cache, table, scores)
+            if written:
+                written.result()
+            written = writer.submit(cache.write_ref, block, scores)
+    if written:
+        written.result()
     world.barrier()
     return pairs
 
