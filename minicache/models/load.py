@@ -53,6 +53,12 @@ def split_source(source: str) -> tuple[str, str]:
     return (found[1], found[2]) if found else (source, "")
 
 
+def lasting_name(source: str) -> str:
+    """A model's name under which it is found from any working directory: a path made absolute, a hub id as it is."""
+    place, said = split_source(source)
+    return f"{Path(place).resolve()}{':' if said else ''}{said}" if Path(place).exists() else source
+
+
 def load_model(source: str, trust_remote_code: bool = False) -> LoadedModel:
     """Load a model directory, hub id, .gguf file or MiniMind .pth file; an adapter's directory as its base with it merged, float32.
 

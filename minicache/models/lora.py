@@ -25,7 +25,7 @@ def add_lora(model: nn.Module, source: str, options: LoraOptions, seed: int) -> 
         ConfigError: peft is not installed, or the model has no such modules.
     """
     peft = _peft()
-    named = options.lora_targets.split(",") if options.lora_targets != "all-linear" else options.lora_targets
+    named = _targets(model, options.lora_targets)
     config = peft.LoraConfig(
         r=options.lora_rank,
         lora_alpha=options.lora_alpha or 2 * options.lora_rank,
@@ -33,16 +33,25 @@ def add_lora(model: nn.Module, source: str, options: LoraOptions, seed: int) -> 
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(seed)
-    try:
-        with _quiet():
-            adapted = peft.get_peft_model(model, config)
-    except ValueError as error:
-        linear = sorted({name.split(".")[-1] for name, part in model.named_modules() if isinstance(part, nn.Linear)})
-        raise ConfigError(
-            f"--lora-targets {options.lora_targets}: the model has no such modules; its linear ones are {', '.join(linear)}"
-        ) from error
+    with _quiet():
+        adapted = peft.get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = source
     return adapted
+
+
+def _targets(model: nn.Module, asked: str) -> str | list[str]:
+    """'all-linear', or the modules named; peft itself would take no notice of a wrong name among right ones."""
+    if asked == "all-linear":
+        return asked
+    linear = sorted({name.split(".")[-1] for name, part in model.named_modules() if isinstance(part, nn.Linear)})
+    named = [name.strip() for name in asked.split(",") if name.strip()]
+    strange = [name for name in named if name not in linear]
+    if strange or not named:
+        raise ConfigError(
+            f"--lora-targets: the model has no linear modules named {', '.join(strange) or 'so'}; expected all-linear, or "
+            f"some of {', '.join(linear)}"
+        )
+    return named
 
 
 def base_of(directory: Path) -> str | None:
