@@ -80,9 +80,13 @@ def with_adapter(base: nn.Module, directory: Path) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """peft 0.21 asks transformers 5.23 for an attribute that is to be renamed, which nobody here can change."""
+    """What nobody here can change: peft 0.21 asks transformers 5.23 for an attribute that is to be renamed, and looks among
+    modules for the rank that it gives a mixture's stacked experts itself."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing")
+        warnings.filterwarnings(
+            "ignore", category=RuntimeWarning, message=r".*_pattern keys did not match.*gate_up_proj"
+        )
         yield
 
 
