@@ -101,6 +101,22 @@ def test_other_commands_take_the_run_and_its_checkpoints(
     assert code == 0, stderr
 
 
+def test_an_adapter_knows_its_base(model_dir: Path, ref_cache: Path, tmp_path: Path, cli: Callable) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(model_dir, model)
+    run(ref_cache, tmp_path / "run", model=str(model), max_steps=1)
+    tiny_llama(seed=1).save_pretrained(model)
+    code, _, stderr = cli("evaluate", "--policy", tmp_path / "run", "--ref-cache", ref_cache)
+    assert code == 1 and "an adapter of weights" in stderr and "expected the same" in stderr
+    shutil.rmtree(model)
+    code, _, stderr = cli("evaluate", "--policy", tmp_path / "run", "--ref-cache", ref_cache)
+    assert code == 1 and "the model that this adapter belongs to" in stderr and "base_model_name_or_path" in stderr
+    shutil.copytree(model_dir, model)
+    (tmp_path / "run" / "model" / "base.json").write_text("{}")
+    code, _, stderr = cli("evaluate", "--policy", tmp_path / "run", "--ref-cache", ref_cache)
+    assert code == 1 and "base.json: cannot be read" in stderr
+
+
 def test_a_relative_model_is_found_from_elsewhere(
     model_dir: Path, ref_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Callable
 ) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from minicache.config_train import LoraOptions
 from minicache.errors import ConfigError, ModelError
 
-ADAPTER = "adapter_config.json"
+ADAPTER, BASE = "adapter_config.json", "base.json"
 
 
 def add_lora(model: nn.Module, source: str, options: LoraOptions, seed: int) -> nn.Module:
@@ -61,6 +61,26 @@ def base_of(directory: Path) -> str | None:
         return json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"] if file.is_file() else None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{file}: cannot be read as an adapter's configuration: {error}") from error
+
+
+def write_base(model: nn.Module, directory: Path) -> None:
+    """Which weights an adapter belongs to, beside it, if `model` is one and knows (`base_fingerprint`): a name can come to mean others."""
+    if base := getattr(model, "base_fingerprint", None):
+        (directory / BASE).write_text(json.dumps({"weights": base}) + "\n", encoding="utf-8")
+
+
+def check_base(directory: Path, name: str, fingerprint: str) -> None:
+    """Raises ModelError: what lies at the base's name now are not the weights that the adapter was trained on."""
+    file = directory / BASE
+    try:
+        expected = json.loads(file.read_text(encoding="utf-8"))["weights"] if file.is_file() else fingerprint
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{file}: cannot be read: {error}") from error
+    if expected != fingerprint:
+        raise ModelError(
+            f"{directory}: an adapter of weights {expected}, but {name} now has {fingerprint}; expected the same. Put them back, "
+            f"or name their place as base_model_name_or_path in {ADAPTER}"
+        )
 
 
 def with_adapter(base: nn.Module, directory: Path) -> Any:

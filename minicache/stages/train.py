@@ -1,5 +1,6 @@
 """Stage two: a reference cache -> a trained policy. Only the policy is in memory."""
 
+import os
 import shutil
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -23,6 +24,7 @@ from minicache.losses import Objective
 from minicache.models import LoadedModel, checkpoint_activations, load_model, save_model
 from minicache.models.load import lasting_name
 from minicache.models.lora import add_lora, with_adapter
+from minicache.optim import require_optimizer
 from minicache.runs import run_facts, write_facts
 from minicache.scoring import DTYPES, Scorer, resolve_dtype
 from minicache.stages.optimize import Outcome, Progress, Run, optimize
@@ -171,12 +173,12 @@ def _policy(
     loaded = _load(config, cache, tracker)
     base, stored = loaded.model, str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
     source = lasting_name(loaded.source)
-    if place:
-        return with_adapter(base, place), source, stored
-    base = base.to(torch.float32)
-    if config.lora.lora_rank:
-        return add_lora(base, source, config.lora, config.seed), source, stored
-    return base.requires_grad_(True), source, stored
+    if not config.lora.lora_rank:
+        return base.to(torch.float32).requires_grad_(True), source, stored
+    weights = loaded.fingerprint  # before the base is made float32
+    adapted = with_adapter(base, place) if place else add_lora(base.to(torch.float32), source, config.lora, config.seed)
+    adapted.base_fingerprint = weights
+    return adapted, source, stored
 
 
 def _load(config: TrainConfig, cache: ReferenceCache, tracker: Tracker) -> LoadedModel:
@@ -210,7 +212,7 @@ def _check(run: Run, state: dict[str, Any] | None) -> None:
     """What only the cache, the batches and the checkpoint together can tell.
 
     Raises:
-        ConfigError: a loss over the whole batch, and the batch is split. CacheMismatch: the cache lacks what the loss needs, or is
+        ConfigError: a loss over the whole batch, and the batch is split; something that an option needs is not here. CacheMismatch: the cache lacks what the loss needs, or is
             not the one that the run began with.
     """
     cache = run.cache
@@ -225,6 +227,9 @@ def _check(run: Run, state: dict[str, Any] | None) -> None:
             "its validation losses cannot be compared"
         )
     require_per_token(cache, run.objective.options)
+    require_optimizer(run.config.optimizer, run.world.device)
+    if run.config.compile and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+        raise ConfigError("--compile: expected a C++ compiler, g++ or clang++, found none; install one or leave it off")
     if name := run.objective.over_the_batch:
         _check_whole(run, name)
 
