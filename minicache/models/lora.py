@@ -64,7 +64,7 @@ def base_of(directory: Path) -> str | None:
 
 
 def write_base(model: nn.Module, directory: Path) -> None:
-    """Which weights an adapter belongs to, beside it, if `model` is one and knows (`base_fingerprint`): a name can come to mean others."""
+    """Beside an adapter that knows it (`base_fingerprint`): which weights it belongs to. A name can come to mean others."""
     if base := getattr(model, "base_fingerprint", None):
         (directory / BASE).write_text(json.dumps({"weights": base}) + "\n", encoding="utf-8")
 

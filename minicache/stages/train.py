@@ -212,8 +212,8 @@ def _check(run: Run, state: dict[str, Any] | None) -> None:
     """What only the cache, the batches and the checkpoint together can tell.
 
     Raises:
-        ConfigError: a loss over the whole batch, and the batch is split; something that an option needs is not here. CacheMismatch: the cache lacks what the loss needs, or is
-            not the one that the run began with.
+        ConfigError: a loss over the whole batch, and the batch is split; something that an option needs is not here.
+        CacheMismatch: the cache lacks what the loss needs, or is not the one that the run began with.
     """
     cache = run.cache
     if state and (state["cache"], state["pairs"]) != (cache.identity.digest, len(run.cached.table)):
