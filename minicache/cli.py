@@ -71,7 +71,7 @@ def precompute_ref(
     trust_remote_code: Trust = False,
 ) -> None:
     """Stage one: run the frozen reference over all pairs, once. Repeat the command to resume, or with more data to append."""
-    with errors_as_one_line():
+    with errors_as_one_line("stage one goes on from its last finished block when run again"):
         config = fill(PrecomputeConfig, {**preset(recipe), **given_by_user(ctx)})
         run_stage("precompute", config, nproc, screen.show_precompute)
 

@@ -26,6 +26,7 @@ from minicache.config_train import (
     fill,
 )
 from minicache.config_train import recipe as preset
+from minicache.errors import OutputError
 from minicache.runs import run_facts
 
 LOSS_HELP = "Preference loss (docs/training.md lists them), or several: sigmoid:0.8,hinge:0.2."
@@ -184,10 +185,14 @@ def train(
     trust_remote_code: Trust = False,
 ) -> None:
     """Stage two: train the policy against a reference cache. Model, tokenizer and pairs come from the cache."""
-    with errors_as_one_line():
+    with errors_as_one_line("train --resume goes on from the newest checkpoint, if there is one"):
         given = given_by_user(ctx)
         before = run_facts(out) if resume else {}
+        if resume and not ref_cache and not before:
+            raise OutputError(
+                f"{out}: no run to go on with (it has no run.json); check --out, or begin with --ref-cache"
+            )
         if not ref_cache and not before:
             raise typer.BadParameter("missing", param_hint="--ref-cache")
-        config = fill(TrainConfig, {**preset(recipe), **before, **given})
+        config = fill(TrainConfig, {**before, **preset(recipe), **given})
         run_stage("train", config, nproc, screen.show_train)

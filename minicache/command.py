@@ -63,8 +63,11 @@ def run_stage(name: str, config: Any, nproc: int, show: Callable[[Console, Any],
 
 
 @contextmanager
-def errors_as_one_line() -> Iterator[None]:
-    """A user's error is one red line and exit code 1, an interruption 130; anything else is a bug and shows its traceback."""
+def errors_as_one_line(interrupted: str = "nothing was written") -> Iterator[None]:
+    """A user's error is one red line and exit code 1, an interruption 130; anything else is a bug and shows its traceback.
+
+    interrupted: what a person should know then, unless the stage itself has more to say.
+    """
     try:
         with Interruptible():
             yield
@@ -74,7 +77,7 @@ def errors_as_one_line() -> Iterator[None]:
         screen.show_error(err, str(error))
         raise typer.Exit(1) from error
     except KeyboardInterrupt as interruption:
-        told = str(interruption) or "stage one goes on from its last finished block when run again"
+        told = str(interruption) or interrupted
         err.print(f"interrupted; {told}", style="yellow")
         raise typer.Exit(130) from None
 

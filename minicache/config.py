@@ -17,6 +17,7 @@ ON_BAD_ROW = ("skip", "fail")
 THINK = ("keep", "drop")
 LOGPS = ("mean", "sum")
 LAYOUTS = ("auto", "packed", "shared", "padded")
+NO_DIRECTORIES = (".pt", ".bin", ".ckpt", ".safetensors", ".gguf", ".zip", ".tar", ".gz", ".onnx")
 
 
 def one_of(option: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
@@ -182,6 +183,10 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         one_of("--dtype", self.dtype, DTYPES)
+        if self.out.suffix != ".pth" and self.out.suffix.lower() in (".pth", *NO_DIRECTORIES):
+            raise ConfigError(
+                f"--out {self.out}: expected a name that ends in .pth, or the name of a directory to make"
+            )
         if self.out.suffix == ".pth" and self.tokenizer:
             raise ConfigError("--tokenizer: a .pth file holds none; expected it with a directory as --out only")
         if self.out.suffix == ".pth" and self.dtype == "bfloat16":

@@ -82,8 +82,12 @@ class LoraOptions:
     def __post_init__(self) -> None:
         at_least("--lora-rank", self.lora_rank, 0)
         above_zero("--lora-alpha", self.lora_alpha)
-        if not self.lora_rank and self.lora_alpha is not None:
-            raise ConfigError("--lora-alpha: is used with --lora-rank only; expected both, got --lora-alpha alone")
+        if not self.lora_rank:
+            for name in ("lora_alpha", "lora_targets"):
+                if getattr(self, name) != getattr(LoraOptions, name):
+                    raise ConfigError(
+                        f"{option(name)}: is used with --lora-rank only; expected both, got {option(name)} alone"
+                    )
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,9 @@ class ValidationOptions:
             raise ConfigError(
                 "--patience and --eval-every need pairs to validate on: add --holdout 0.05 or --eval-cache"
             )
+
+        if self.min_gain and not self.patience:
+            raise ConfigError("--min-gain: is used with --patience only; expected both, got --min-gain alone")
 
     @property
     def wanted(self) -> bool:
@@ -181,6 +188,8 @@ class TrainConfig:
         _share("--min-lr", self.min_lr)
         for name in self.tracker:
             one_of("--tracker", name, TRACKERS)
+        if self.on_max_kl != "warn" and self.max_kl is None:
+            raise ConfigError("--on-max-kl: says what happens above --max-kl; expected both, got --on-max-kl alone")
         if not 0 <= self.warmup < float("inf") or (self.warmup > 1 and self.warmup % 1):
             raise ConfigError(
                 f"--warmup: expected a share of the steps below 1, or a number of steps, got {self.warmup}"

@@ -2,16 +2,19 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import numpy as np
 import torch
 
 from minicache.attention import use_spans, why_not_branching
 from minicache.batch import Batch
+from minicache.cache.reader import ReferenceCache
 from minicache.cache.schema import CachedPairs
+from minicache.config_train import LossOptions
 from minicache.data.batching import Indices, ahead
 from minicache.distributed import World
-from minicache.errors import ConfigError, HandshakeError, ModelError
+from minicache.errors import CacheMismatch, ConfigError, HandshakeError, ModelError
 from minicache.losses import Logps, Objective
 from minicache.metrics import Means
 from minicache.pairs import PairTable
@@ -73,6 +76,21 @@ class EvalSet:
     cached: CachedPairs
     indices: Indices
     budget: int
+
+    @property
+    def digest(self) -> str:
+        """Of which pairs these are, in any order."""
+        digests = np.sort(self.cached.table.digest[self.indices, 0])
+        return blake2b(digests.astype("<u8").tobytes(), digest_size=16).hexdigest()
+
+
+def require_per_token(cache: ReferenceCache, options: LossOptions) -> None:
+    """Raises CacheMismatch: the loss weighs single tokens, and the cache does not hold what the reference said of each."""
+    if options.ld_alpha is not None and not cache.identity.per_token:
+        raise CacheMismatch(
+            f"--ld-alpha: needs each token's reference logprob, which {cache.path} does not hold; run precompute-ref with "
+            "--per-token into another cache"
+        )
 
 
 def score_table(
@@ -149,7 +167,8 @@ def pair_logps(scores: PairScores, batch: Batch, cached: CachedPairs, indices: I
         both = (scores.token_logps, tokens)
         policy, reference = (batch.sum_members(values[batch.members] * weights) for values in both)
         divisor = counts if averaged else torch.ones_like(counts)
-        return Logps(policy / divisor, reference / divisor, counts, averaged, scores.alignment)
+        whole = scores.logp_sum[:, 0]
+        return Logps(policy / divisor, reference / divisor, counts, averaged, scores.alignment, whole)
     reference = torch.from_numpy(cached.reference.logp_mean[indices]).to(counts.device)
     if averaged:
         return Logps(scores.logp_mean, reference, counts, averaged, scores.alignment)

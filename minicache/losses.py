@@ -21,6 +21,7 @@ class Logps:
     policy, reference: (B, 2) float32, nats: sums over the counted tokens, or means if `averaged`.
     token_count: (B, 2) float32.
     alignment: (B, 2) float32, nats a token; see `PairScores`. Only WPO asks for it.
+    chosen_sum: (B,) float32, nats: chosen's sum with every token whole, where the two above weigh tokens (LD-DPO).
     """
 
     policy: torch.Tensor
@@ -28,6 +29,7 @@ class Logps:
     token_count: torch.Tensor
     averaged: bool
     alignment: torch.Tensor | None = None
+    chosen_sum: torch.Tensor | None = None
 
     @property
     def ratios(self) -> torch.Tensor:
@@ -276,6 +278,8 @@ class Objective:
             assert logps.alignment is not None
             total = total * wpo_weights(logps.alignment)
         if self.options.sft_weight:
-            chosen = logps.policy[:, 0] * (logps.token_count[:, 0] if logps.averaged else 1)
+            chosen = logps.chosen_sum
+            if chosen is None:
+                chosen = logps.policy[:, 0] * (logps.token_count[:, 0] if logps.averaged else 1)
             total = total - self.options.sft_weight * chosen / chosen_tokens
         return total

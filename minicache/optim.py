@@ -19,12 +19,8 @@ def _bitsandbytes(name: str) -> Callable[[list[dict[str, Any]], float], torch.op
     """Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization, arXiv:2110.02861."""
 
     def make(groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
-        try:
-            import bitsandbytes
-        except ImportError:
-            raise ConfigError(
-                "--optimizer: the 8-bit and paged ones need another package: pip install 'minicache[8bit]'"
-            ) from None
+        import bitsandbytes
+
         return getattr(bitsandbytes.optim, name)(groups, lr=lr)
 
     return make
@@ -37,11 +33,24 @@ OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], float], torch.optim.Optimi
 }
 
 
+def require_optimizer(name: str, device: torch.device) -> None:
+    """Raises ConfigError: its library is not installed, or it is one for a GPU and there is none."""
+    if name == "adamw":
+        return
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise ConfigError(f"--optimizer {name}: needs another package: pip install 'minicache[8bit]'") from None
+    if name.startswith("paged") and device.type != "cuda":
+        raise ConfigError(
+            f"--optimizer {name}: pages a GPU's memory, and there is no GPU; expected adamw-8bit or adamw"
+        )
+
+
 def make_optimizer(model: nn.Module, name: str, lr: float, weight_decay: float) -> torch.optim.Optimizer:
     """One of OPTIMIZERS, with betas 0.9 and 0.999. Weight decay on matrices only, not on norms and biases.
 
-    Raises:
-        ConfigError: its library is not installed.
+    See `require_optimizer` for what it needs.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [

@@ -17,6 +17,14 @@ def run_facts(run: str | Path) -> dict[str, Any]:
         raise OutputError(f"{file}: cannot be read: {error}") from error
 
 
+def run_behind(policy: str) -> dict[str, Any]:
+    """What run.json says of the run that a policy is of: the run itself, its model/ or one of its checkpoints."""
+    path = Path(policy).absolute()
+    places = [path, path.parent] if path.name == "model" else [path]
+    above = [place.parents[1] for place in places if place.parent.name == "checkpoints"]
+    return next(filter(None, map(run_facts, [*places, *above])), {})
+
+
 def write_facts(run: Path, facts: dict[str, Any]) -> None:
     """Raises OutputError: the disk is full or cannot be written; what was there stays."""
     with written_whole(run / "run.json") as draft:

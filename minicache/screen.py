@@ -196,7 +196,7 @@ def sources_table(sources: Iterable[Mapping[str, Any]]) -> Table:
 def show_train(console: Console, report: "TrainReport") -> None:
     progress = report.progress
     first, last = progress.first, progress.last
-    console.print(metrics_table([(0, first), (progress.step - 1, last)]))
+    console.print(metrics_table([(0, first), (progress.last_step, last)]))
     start = "" if report.noise is None else f" (step 0 was {abs(first['loss'] - math.log(2)):.1g} from ln 2)"
     if report.stopped:
         console.print(Text(f"ended early: {report.stopped}", style="yellow"))

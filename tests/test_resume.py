@@ -20,7 +20,7 @@ from minicache.stages.train import TrainReport, train
 from minicache.trackers import Silent
 from tests.conftest import make_rows, one_process, precompute_into, write_jsonl
 
-SETTINGS = {"batch_size": 8, "epochs": 3, "lr": 1e-3, "log_every": 2, "tokens_per_micro_batch": 200, "save_every": 4}
+SETTINGS = {"batch_size": 8, "epochs": 3, "lr": 1e-3, "log_every": 2, "tokens_per_micro_batch": 70, "save_every": 4}
 
 
 class Killed(BaseException):
@@ -102,7 +102,7 @@ def test_it_resumes_at_any_step(ref_cache: Path, tmp_path: Path, monkeypatch: py
 def test_the_command_goes_on_with_the_runs_own_options(ref_cache: Path, tmp_path: Path, cli) -> None:
     """A real SIGINT to a real process: 130, the state saved, and `--resume --out` alone goes on."""
     arguments = ["--batch-size", "8", "--lr", "1e-3", "--log-every", "2", "--beta", "0.3"]
-    arguments += ["--tokens-per-micro-batch", "200", "--epochs", "3"]
+    arguments += ["--tokens-per-micro-batch", "70", "--epochs", "3"]
     command = [sys.executable, "-m", "minicache", "train", "--ref-cache", str(ref_cache), *arguments]
     process = subprocess.Popen(
         [*command, "--out", str(tmp_path / "stopped"), "--epochs", "400"],

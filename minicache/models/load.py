@@ -53,6 +53,12 @@ def split_source(source: str) -> tuple[str, str]:
     return (found[1], found[2]) if found else (source, "")
 
 
+def lasting_name(source: str) -> str:
+    """A model's name under which it is found from any working directory: a path made absolute, a hub id as it is."""
+    place, said = split_source(source)
+    return f"{Path(place).resolve()}{':' if said else ''}{said}" if Path(place).exists() else source
+
+
 def load_model(source: str, trust_remote_code: bool = False) -> LoadedModel:
     """Load a model directory, hub id, .gguf file or MiniMind .pth file; an adapter's directory as its base with it merged, float32.
 
@@ -65,7 +71,14 @@ def load_model(source: str, trust_remote_code: bool = False) -> LoadedModel:
     place, options = split_source(source)
     path = Path(place)
     if base := lora.base_of(path):
-        merged = lora.with_adapter(load_model(base, trust_remote_code).model, path).merge_and_unload()
+        try:
+            below = load_model(base, trust_remote_code)
+        except ModelError as error:
+            raise ModelError(
+                f"{place}: the model that this adapter belongs to: {error}; base_model_name_or_path in {lora.ADAPTER} says where"
+            ) from error
+        lora.check_base(path, base, below.fingerprint)
+        merged = lora.with_adapter(below.model, path).merge_and_unload()
         return LoadedModel(merged.eval().requires_grad_(False), source)
     if path.suffix in FAMILIES:
         if not path.is_file():
@@ -89,6 +102,7 @@ def save_model(model: Any, tokenizer_dir: Path, directory: Path) -> None:
         # peft would ask the hub whether the base's embeddings were resized; they never are
         options: dict[str, Any] = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
         model.save_pretrained(draft, **options)
+        lora.write_base(model, draft)
         shutil.copytree(tokenizer_dir, draft, dirs_exist_ok=True)
         draft.replace(directory)
     except (OSError, SafetensorError) as error:

@@ -13,7 +13,7 @@ from torch import nn
 from minicache.config_train import LoraOptions
 from minicache.errors import ConfigError, ModelError
 
-ADAPTER = "adapter_config.json"
+ADAPTER, BASE = "adapter_config.json", "base.json"
 
 
 def add_lora(model: nn.Module, source: str, options: LoraOptions, seed: int) -> nn.Module:
@@ -25,7 +25,7 @@ def add_lora(model: nn.Module, source: str, options: LoraOptions, seed: int) -> 
         ConfigError: peft is not installed, or the model has no such modules.
     """
     peft = _peft()
-    named = options.lora_targets.split(",") if options.lora_targets != "all-linear" else options.lora_targets
+    named = _targets(model, options.lora_targets)
     config = peft.LoraConfig(
         r=options.lora_rank,
         lora_alpha=options.lora_alpha or 2 * options.lora_rank,
@@ -33,16 +33,25 @@ def add_lora(model: nn.Module, source: str, options: LoraOptions, seed: int) -> 
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(seed)
-    try:
-        with _quiet():
-            adapted = peft.get_peft_model(model, config)
-    except ValueError as error:
-        linear = sorted({name.split(".")[-1] for name, part in model.named_modules() if isinstance(part, nn.Linear)})
-        raise ConfigError(
-            f"--lora-targets {options.lora_targets}: the model has no such modules; its linear ones are {', '.join(linear)}"
-        ) from error
+    with _quiet():
+        adapted = peft.get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = source
     return adapted
+
+
+def _targets(model: nn.Module, asked: str) -> str | list[str]:
+    """'all-linear', or the modules named; peft itself would take no notice of a wrong name among right ones."""
+    if asked == "all-linear":
+        return asked
+    linear = sorted({name.split(".")[-1] for name, part in model.named_modules() if isinstance(part, nn.Linear)})
+    named = [name.strip() for name in asked.split(",") if name.strip()]
+    strange = [name for name in named if name not in linear]
+    if strange or not named:
+        raise ConfigError(
+            f"--lora-targets: the model has no linear modules named {', '.join(strange) or 'so'}; expected all-linear, or "
+            f"some of {', '.join(linear)}"
+        )
+    return named
 
 
 def base_of(directory: Path) -> str | None:
@@ -52,6 +61,26 @@ def base_of(directory: Path) -> str | None:
         return json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"] if file.is_file() else None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{file}: cannot be read as an adapter's configuration: {error}") from error
+
+
+def write_base(model: nn.Module, directory: Path) -> None:
+    """Beside an adapter that knows it (`base_fingerprint`): which weights it belongs to. A name can come to mean others."""
+    if base := getattr(model, "base_fingerprint", None):
+        (directory / BASE).write_text(json.dumps({"weights": base}) + "\n", encoding="utf-8")
+
+
+def check_base(directory: Path, name: str, fingerprint: str) -> None:
+    """Raises ModelError: what lies at the base's name now are not the weights that the adapter was trained on."""
+    file = directory / BASE
+    try:
+        expected = json.loads(file.read_text(encoding="utf-8"))["weights"] if file.is_file() else fingerprint
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{file}: cannot be read: {error}") from error
+    if expected != fingerprint:
+        raise ModelError(
+            f"{directory}: an adapter of weights {expected}, but {name} now has {fingerprint}; expected the same. Put them back, "
+            f"or name their place as base_model_name_or_path in {ADAPTER}"
+        )
 
 
 def with_adapter(base: nn.Module, directory: Path) -> Any:
@@ -71,9 +100,13 @@ def with_adapter(base: nn.Module, directory: Path) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """peft 0.21 asks transformers 5.23 for an attribute that is to be renamed, which nobody here can change."""
+    """What nobody here can change: peft 0.21 asks transformers 5.23 for an attribute that is to be renamed, and looks among
+    modules for the rank that it gives a mixture's stacked experts itself."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing")
+        warnings.filterwarnings(
+            "ignore", category=RuntimeWarning, message=r".*_pattern keys did not match.*gate_up_proj"
+        )
         yield
 
 

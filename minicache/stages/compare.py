@@ -14,7 +14,7 @@ from minicache.distributed import World
 from minicache.errors import ConfigError, ModelError
 from minicache.models import load_model
 from minicache.pairs import Ints
-from minicache.runs import policy_source, run_facts
+from minicache.runs import policy_source, run_behind
 from minicache.stages.compare_page import Answers, page
 from minicache.stages.compare_prompts import Prompt, read_prompts
 from minicache.trackers import Tracker
@@ -61,7 +61,7 @@ def compare(config: CompareConfig, world: World, tracker: Tracker) -> list[Answe
 
 def _reference_of(run: str) -> str:
     """What the run started from."""
-    source = run_facts(run).get("started_from")
+    source = run_behind(run).get("started_from")
     if source is None:
         raise ConfigError(f"{run} is no run directory that says what it started from; add --reference MODEL")
     return source

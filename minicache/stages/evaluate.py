@@ -12,10 +12,10 @@ from minicache.config import EvaluateConfig
 from minicache.config_train import LossOptions, TrainConfig, fill, flat
 from minicache.distributed import World
 from minicache.errors import CacheMismatch
-from minicache.evaluation import EvalSet, evaluate_policy
+from minicache.evaluation import EvalSet, evaluate_policy, require_per_token
 from minicache.losses import Objective
 from minicache.models import load_model
-from minicache.runs import policy_source, run_facts
+from minicache.runs import policy_source, run_behind
 from minicache.scoring import Scorer, resolve_dtype
 from minicache.trackers import Tracker
 
@@ -37,7 +37,7 @@ class EvaluateReport:
 
 def evaluate(config: EvaluateConfig, world: World, tracker: Tracker) -> EvaluateReport:
     """Score every pair of the cache with the policy. Raises MinicacheError of any kind."""
-    facts = run_facts(config.policy)
+    facts = run_behind(config.policy)
     names = ("loss", "logps", "beta")
     # what is asked for, else what the run was trained with, else the default of a run
     settings = {name: getattr(config, name) or facts.get(name, getattr(TrainConfig, name)) for name in names}
@@ -45,6 +45,7 @@ def evaluate(config: EvaluateConfig, world: World, tracker: Tracker) -> Evaluate
     objective = Objective.parse(settings["loss"], settings["logps"], settings["beta"], options)
     tracker.begin("reading the cache", None)
     cache = ReferenceCache(config.ref_cache)
+    require_per_token(cache, options)
     cached = cache.load()
     source = policy_source(config.policy)
     tracker.begin(f"loading {source}", None)

@@ -30,7 +30,7 @@ def export(config: ExportConfig, world: World, tracker: Tracker) -> ExportReport
     Raises:
         ModelError: the policy cannot be read, or is none that fits the form. OutputError: it cannot be written.
     """
-    if config.out.exists() and (config.out.suffix != ".pth" or config.out.is_dir()):
+    if config.out.exists():
         raise OutputError(f"{config.out}: exists already; name another --out or remove it")
     check_writable(config.out)
     source = policy_source(config.policy)

@@ -55,7 +55,7 @@ class Progress:
     step: optimizer steps done. seconds, tokens, flops: since the last log line; total_seconds, total_tokens: of the run.
     validated: the step of the last validation. best, best_step, validation: loss, step and metrics of the best one. waited:
     validations since the last whose loss was lower than `anchor` by --min-gain. pending: validated metrics for the next line.
-    first, last: logged lines. warned: of --max-kl.
+    first, last: logged lines; last_step: which the last is of. warned: of --max-kl.
     """
 
     step: int = 0
@@ -74,6 +74,7 @@ class Progress:
     warned: bool = False
     first: dict[str, float] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
+    last_step: int = 0
 
 
 @dataclass(frozen=True)
@@ -151,13 +152,16 @@ def _begin(run: Run, resumed: dict[str, Any] | None) -> _Training:
 def _between_steps(run: Run, training: _Training) -> str | None:
     """Validation and checkpoint where one is due; a reason to end the run, or None."""
     progress, config = training.progress, run.config
-    stopped, step = None, progress.step
+    step = progress.step
     if run.held_out and progress.validated != step and step % _eval_every(run) == 0:
-        stopped = _validate(run, training)
+        _validate(run, training)
     due = step > 0 and config.save_every and step % config.save_every == 0
     if due and step not in checkpoints.steps(config.out):
         _save(run, training)
-    return stopped
+    patience = config.validation.patience  # asked in every step, so that a resumed run ends where the other did
+    if patience and progress.waited >= patience:
+        return f"no lower validation loss in {progress.waited} validations"
+    return None
 
 
 def _tell_pending(training: _Training, step: int, tracker: Tracker) -> None:
@@ -171,8 +175,8 @@ def _eval_every(run: Run) -> int:
     return run.config.validation.eval_every or max(1, -(-run.steps // VALIDATIONS))
 
 
-def _validate(run: Run, training: _Training) -> str | None:
-    """Score the held-out pairs; keep a checkpoint of the best. Returns a reason to end the run, or None."""
+def _validate(run: Run, training: _Training) -> None:
+    """Score the held-out pairs; keep a checkpoint of the best."""
     assert run.held_out
     progress, options = training.progress, run.config.validation
     objective = replace(run.objective, beta=_beta(run, min(progress.step, run.steps - 1)))
@@ -185,9 +189,6 @@ def _validate(run: Run, training: _Training) -> str | None:
     if progress.best is None or loss < progress.best:
         progress.best, progress.best_step, progress.validation = loss, progress.step, metrics
         _save(run, training)
-    if options.patience and progress.waited >= options.patience:
-        return f"no lower validation loss in {progress.waited} validations"
-    return None
 
 
 def _save(run: Run, training: _Training) -> None:
@@ -203,6 +204,7 @@ def _save(run: Run, training: _Training) -> None:
             "rng": torch.get_rng_state(),
             "cache": run.cache.identity.digest,
             "pairs": len(run.cached.table),
+            "held_out": run.held_out and run.held_out.digest,
         }
         model, tokenizer = run.scorer.model, run.cache.tokenizer_dir
         checkpoints.save(config.out, progress.step, state, lambda place: save_model(model, tokenizer, place))
@@ -322,6 +324,7 @@ def _log(run: Run, training: _Training, norm: torch.Tensor, tracker: Tracker) ->
     progress.seconds, progress.tokens, progress.flops = 0.0, 0, 0.0
     _check_finite(step, metrics, training.scaler)
     progress.first, progress.last = progress.first or metrics, metrics
+    progress.last_step = step
     tracker.log(step, metrics | progress.pending)
     progress.pending = {}
     return _check_kl(run, training, metrics["kl"], tracker)
@@ -333,7 +336,7 @@ def _check_finite(step: int, metrics: dict[str, float], scaler: torch.amp.GradSc
         del metrics["grad_norm"]
     if not all(math.isfinite(metrics.get(name, 0.0)) for name in ("loss", "grad_norm")):
         raise ModelError(
-            f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: the run has diverged; "
+            f"step {step}: loss {metrics['loss']}, gradient norm {metrics.get('grad_norm', math.nan)}: the run has diverged; "
             "expected finite numbers. Try a lower --lr or --beta; no model was saved"
         )
 

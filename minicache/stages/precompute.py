@@ -26,8 +26,9 @@ from minicache.disk import writing
 from minicache.distributed import World
 from minicache.errors import DataError, MinicacheError, ModelError, OutputError
 from minicache.evaluation import TOLERANCE, check_reproduces, score_table, settle_layout
-from minicache.models import LoadedModel, load_model, save_tokenizer, split_source
+from minicache.models import LoadedModel, load_model, save_tokenizer
 from minicache.models.huggingface import ATTENTION
+from minicache.models.load import lasting_name
 from minicache.pairs import PairTable
 from minicache.scoring import Scorer, resolve_dtype
 from minicache.stages.intake import REFUSED_FILE, take_in
@@ -87,7 +88,7 @@ def _prepare(
         identity = _identity(config, loaded, tokenizer, dtype, device)
         existed = (path / "zarr.json").exists()
         if not existed:
-            manifest = Manifest(identity, Log(_location(config.model), _now(), _versions()))
+            manifest = Manifest(identity, Log(lasting_name(config.model), _now(), _versions()))
             CacheWriter.create(path, manifest, lambda place: shutil.copytree(tokenizer_dir, place))
         claim.enter_context(claimed(path))
         cache = CacheWriter(path)
@@ -165,14 +166,6 @@ def _block_pairs(loaded: LoadedModel, max_length: int, device: torch.device) -> 
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
     seconds_a_pair = 2 * parameters * min(max_length, 512) / ASSUMED_FLOPS[device.type]
     return 1 << int(np.clip(np.log2(BLOCK_SECONDS / seconds_a_pair), 4, 12))
-
-
-def _location(model: str) -> str:
-    """A path is kept absolute, so that stage two finds it from anywhere; a hub id as it is."""
-    place, said = split_source(model)
-    if not Path(place).exists():
-        return model
-    return f"{Path(place).resolve()}{':' if said else ''}{said}"
 
 
 def _now() -> str:

@@ -1,5 +1,6 @@
 """Stage two: a reference cache -> a trained policy. Only the policy is in memory."""
 
+import os
 import shutil
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -18,10 +19,19 @@ from minicache.data.batching import Indices, by_length, global_batches, training
 from minicache.disk import writing
 from minicache.distributed import World
 from minicache.errors import CacheMismatch, ConfigError, ModelError, OutputError
-from minicache.evaluation import TOLERANCE, EvalSet, check_reproduces, sample_differences, settle_layout
+from minicache.evaluation import (
+    TOLERANCE,
+    EvalSet,
+    check_reproduces,
+    require_per_token,
+    sample_differences,
+    settle_layout,
+)
 from minicache.losses import Objective
 from minicache.models import LoadedModel, checkpoint_activations, load_model, save_model
+from minicache.models.load import lasting_name
 from minicache.models.lora import add_lora, with_adapter
+from minicache.optim import require_optimizer
 from minicache.runs import run_facts, write_facts
 from minicache.scoring import DTYPES, Scorer, resolve_dtype
 from minicache.stages.optimize import Outcome, Progress, Run, optimize
@@ -61,7 +71,7 @@ def train(config: TrainConfig, world: World, tracker: Tracker) -> TrainReport:
     tracker.begin("reading the cache", None)
     cache = ReferenceCache(config.ref_cache)
     cached = cache.load()
-    training, held_out = _split(config, cache, cached)
+    training, held_out = _split(config, cache, cached, tracker)
     steps = training_steps(len(training), config.batch_size, config.epochs, config.max_steps)
     state = None if resume_at is None else checkpoints.load(config.out, resume_at)
     policy, source, stored = _policy(config, cache, resume_at, tracker)
@@ -78,7 +88,7 @@ def train(config: TrainConfig, world: World, tracker: Tracker) -> TrainReport:
     if config.activation_checkpointing:
         checkpoint_activations(policy)
     if config.compile:
-        policy.base_model.compile(dynamic=True)  # type: ignore[union-attr]
+        _decoder(policy).compile(dynamic=True)
     with _trackers(run, facts, resume_at, tracker) if world.is_main else Both() as both:
         both.start("training", facts)
         outcome = optimize(run, state, both)
@@ -128,7 +138,9 @@ def _resume_at(config: TrainConfig) -> int | None:
     return done[-1] if done else None
 
 
-def _split(config: TrainConfig, cache: ReferenceCache, cached: CachedPairs) -> tuple[Indices, EvalSet | None]:
+def _split(
+    config: TrainConfig, cache: ReferenceCache, cached: CachedPairs, tracker: Tracker
+) -> tuple[Indices, EvalSet | None]:
     """The pairs to train on and those to validate on, by their digests alone."""
     options, everything = config.validation, np.arange(len(cached.table))
     if options.eval_cache:
@@ -139,7 +151,13 @@ def _split(config: TrainConfig, cache: ReferenceCache, cached: CachedPairs) -> t
                 raise CacheMismatch(
                     f"{other.path}: {name} {its}, but {cache.path} was made with {mine}; expected the same"
                 )
+        require_per_token(other, config.loss_options)
         pairs = other.load()
+        both = int(np.isin(pairs.table.digest[:, 0], cached.table.digest[:, 0]).sum())
+        if both:
+            tracker.note(
+                f"{both:,} of the {len(pairs.table):,} pairs of {other.path} are trained on too: they judge kindly"
+            )
         return everything, EvalSet(pairs, np.arange(len(pairs.table)), config.tokens_per_micro_batch)
     if not options.holdout:
         return everything, None
@@ -160,15 +178,16 @@ def _policy(
     """The model to train, float32; what it started from; the precision its weights were stored in."""
     place = None if resume_at is None else checkpoints.place(config.out, resume_at) / "model"
     if place and not config.lora.lora_rank:
-        return load_model(str(place)).model.requires_grad_(True), "", ""
+        return load_model(str(place), config.trust_remote_code).model.requires_grad_(True), "", ""
     loaded = _load(config, cache, tracker)
     base, stored = loaded.model, str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
-    if place:
-        return with_adapter(base, place), loaded.source, stored
-    base = base.to(torch.float32)
-    if config.lora.lora_rank:
-        return add_lora(base, loaded.source, config.lora, config.seed), loaded.source, stored
-    return base.requires_grad_(True), loaded.source, stored
+    source = lasting_name(loaded.source)
+    if not config.lora.lora_rank:
+        return base.to(torch.float32).requires_grad_(True), source, stored
+    weights = loaded.fingerprint  # before the base is made float32
+    adapted = with_adapter(base, place) if place else add_lora(base.to(torch.float32), source, config.lora, config.seed)
+    adapted.base_fingerprint = weights
+    return adapted, source, stored
 
 
 def _load(config: TrainConfig, cache: ReferenceCache, tracker: Tracker) -> LoadedModel:
@@ -193,12 +212,17 @@ def _load(config: TrainConfig, cache: ReferenceCache, tracker: Tracker) -> Loade
     return loaded
 
 
+def _decoder(policy: Any) -> nn.Module:
+    """What --compile compiles: all below the head, whose number of positions is another in every batch."""
+    return (policy.get_base_model() if hasattr(policy, "peft_config") else policy).base_model
+
+
 def _check(run: Run, state: dict[str, Any] | None) -> None:
     """What only the cache, the batches and the checkpoint together can tell.
 
     Raises:
-        ConfigError: a loss over the whole batch, and the batch is split. CacheMismatch: the cache lacks what the loss needs, or is
-            not the one that the run began with.
+        ConfigError: a loss over the whole batch, and the batch is split; something that an option needs is not here.
+        CacheMismatch: the cache lacks what the loss needs, or is not the one that the run began with.
     """
     cache = run.cache
     if state and (state["cache"], state["pairs"]) != (cache.identity.digest, len(run.cached.table)):
@@ -206,11 +230,15 @@ def _check(run: Run, state: dict[str, Any] | None) -> None:
             f"{cache.path}: {len(run.cached.table)} pairs, identity {cache.identity.digest}; this run began with {state['pairs']}, "
             f"{state['cache']}. Expected the same cache: a run cannot change its pairs half-way"
         )
-    if run.objective.options.ld_alpha is not None and not cache.identity.per_token:
+    if state and state["held_out"] != (run.held_out and run.held_out.digest):
         raise CacheMismatch(
-            f"--ld-alpha: needs each token's reference logprob, which {cache.path} does not hold; run precompute-ref with "
-            "--per-token into another cache"
+            f"{run.config.validation.eval_cache}: not the pairs that this run was validated on before; expected the same, or "
+            "its validation losses cannot be compared"
         )
+    require_per_token(cache, run.objective.options)
+    require_optimizer(run.config.optimizer, run.world.device)
+    if run.config.compile and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+        raise ConfigError("--compile: expected a C++ compiler, g++ or clang++, found none; install one or leave it off")
     if name := run.objective.over_the_batch:
         _check_whole(run, name)
 
@@ -221,7 +249,7 @@ def _check_whole(run: Run, name: str) -> None:
     costs = layout.costs(run.cached.table)
     if run.held_out:
         raise ConfigError(
-            f"--loss {name}: sorts over a training batch, so it cannot judge held-out pairs; drop --holdout"
+            f"--loss {name}: sorts over a training batch, so it cannot judge held-out pairs; drop --holdout or --eval-cache"
         )
     if run.world.size > 1:
         raise ConfigError(
@@ -284,14 +312,18 @@ def _trackers(run: Run, facts: dict[str, Any], resume_at: int | None, tracker: T
 
 def _save(run: Run, outcome: Outcome, stored: str) -> None:
     """The policy, or the best of its checkpoints, in the precision that the reference was stored in; adapters stay float32."""
-    out, tokenizer = run.config.out, run.cache.tokenizer_dir
-    best = checkpoints.place(out, outcome.model_step) / "model"
+    config, out = run.config, run.config.out
+    best, draft = checkpoints.place(out, outcome.model_step) / "model", out / ".model.saving"
     is_last = outcome.model_step == outcome.progress.step
-    if run.config.lora.lora_rank and not is_last:
+    with writing(out):  # of a call that was killed before it could say that the run is finished
+        shutil.rmtree(out / "model", ignore_errors=True)
+        shutil.rmtree(draft, ignore_errors=True)
+    if config.lora.lora_rank and not is_last:
         with writing(out):
-            shutil.copytree(best, out / "model")
+            shutil.copytree(best, draft)
+            draft.replace(out / "model")
         return
-    model = run.scorer.model if is_last else load_model(str(best)).model
-    if not run.config.lora.lora_rank:
+    model = run.scorer.model if is_last else load_model(str(best), config.trust_remote_code).model
+    if not config.lora.lora_rank:
         model = model.to(DTYPES[stored])
-    save_model(model, tokenizer, out / "model")
+    save_model(model, run.cache.tokenizer_dir, out / "model")
