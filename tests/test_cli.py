@@ -95,6 +95,7 @@ WRONG = {
         ["precompute-ref", "--model", "MODEL", "--data", "DATA", "--ref-cache", "NEW", "--chat-template", "absent"],
         "--chat-template absent",
     ),
+    "nothing to resume": (["train", "--out", "NEW", "--resume"], "new: no run to resume"),
 }  # fmt: skip
 
 
@@ -109,6 +110,12 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     assert not (tmp_path / "new").exists() and not list(tmp_path.iterdir())
 
 
+def test_an_exported_directory_is_open_to_whom_the_umask_lets_in(cli, model_dir: Path, tmp_path: Path) -> None:
+    (usual := tmp_path / "usual").mkdir()
+    assert cli("export", "--policy", model_dir, "--out", tmp_path / "policy")[0] == 0
+    assert (tmp_path / "policy").stat().st_mode == usual.stat().st_mode
+
+
 def test_the_formats_offered_are_those_there_are() -> None:
     assert set(config.FORMATS) == {"auto", *formats.FORMATS}
 
@@ -116,6 +123,7 @@ def test_the_formats_offered_are_those_there_are() -> None:
 def test_wrong_usage_is_exit_code_2(cli) -> None:
     assert cli("train")[0] == 2
     assert cli("train", "--no-such-option")[0] == 2
+    assert cli("train", "--out", "absent")[0] == 2
 
 
 def test_version_and_help(cli) -> None:
