@@ -80,6 +80,7 @@ def test_verify_passes_and_fails_by_exit_code(cli, ref_cache: Path, model_dir: P
 WRONG = {
     "no such data": (["precompute-ref", "--model", "MODEL", "--data", "absent.jsonl", "--ref-cache", "NEW"], "no such file"),
     "no such model": (["precompute-ref", "--model", "./absent", "--data", "DATA", "--ref-cache", "NEW"], "model directory"),
+    "no such name": (["precompute-ref", "--model", "absent", "--data", "DATA", "--ref-cache", "NEW"], "no such directory"),
     "no such cache": (["train", "--ref-cache", "absent", "--out", "NEW"], "precompute-ref"),
     "no cache there": (["train", "--ref-cache", "MODEL", "--out", "NEW"], "no reference cache"),
     "unknown loss": (["train", "--ref-cache", "CACHE", "--out", "NEW", "--loss", "dpo"], "sigmoid"),
