@@ -41,13 +41,17 @@ def precompute_ref(
     model: Annotated[str, typer.Option(help="The SFT model: directory, hub id, .gguf or MiniMind .pth.")],
     data: Annotated[list[str], typer.Option(help="Preference files: jsonl, json, parquet; plain, gzip or zstd.")],
     ref_cache: RefCache,
-    tokenizer: Annotated[str | None, typer.Option(help="Where the tokenizer is, if not with the model.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Where the tokenizer is, if not with the model (a .pth has none).")
+    ] = None,
     recipe: Recipe = None,
     chat_template: Annotated[Path | None, typer.Option(help="A Jinja template to use for the tokenizer's own.")] = None,
     format: Annotated[
         str, typer.Option(help="auto, messages, prompt, stack-exchange, sharegpt or hh.")
     ] = PrecomputeConfig.format,
-    max_length: Annotated[int, typer.Option(help="Tokens a side may have.")] = PrecomputeConfig.max_length,
+    max_length: Annotated[
+        int, typer.Option(help="Tokens of prompt and answer together.")
+    ] = PrecomputeConfig.max_length,
     truncate: Annotated[
         str, typer.Option(help="What a longer side loses: 'right' its end, 'left' the prompt's beginning; or 'refuse'.")
     ] = PrecomputeConfig.truncate,
@@ -83,9 +87,9 @@ app.command()(train)
 def evaluate(
     policy: Annotated[str, typer.Option(help="A run directory, model directory, hub id or file.")],
     ref_cache: RefCache,
-    loss: Annotated[str | None, typer.Option(help="(Default: the run's.)")] = None,
+    loss: Annotated[str | None, typer.Option(help="As of train. (Default: the run's.)")] = None,
     logps: Annotated[str | None, typer.Option(help="mean or sum. (Default: the run's.)")] = None,
-    beta: Annotated[float | None, typer.Option(help="(Default: the run's.)")] = None,
+    beta: Annotated[float | None, typer.Option(help="As of train. (Default: the run's.)")] = None,
     dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = EvaluateConfig.dtype,
     tokens_per_batch: Annotated[
         int, typer.Option(help="Token slots of one forward pass.")
@@ -103,8 +107,10 @@ def evaluate(
 
 @app.command()
 def compare(
-    policy: Annotated[str, typer.Option(help="A run directory or model directory.")],
-    reference: Annotated[str | None, typer.Option(help="(Default: what the run started from.)")] = None,
+    policy: Annotated[str, typer.Option(help="A run directory, one of its checkpoints, or a model directory.")],
+    reference: Annotated[
+        str | None, typer.Option(help="The model to compare with. (Default: what the run started from.)")
+    ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
     prompts: Annotated[
         Path | None,
@@ -113,10 +119,14 @@ def compare(
     ref_cache: Annotated[Path | None, typer.Option(help="Take prompts from the pairs of this cache.")] = None,
     pairs: Annotated[int | None, typer.Option(help="How many of them, evenly spread. (Default: 16.)")] = None,
     system: Annotated[str | None, typer.Option(help="System turn of conversations that have none.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = CompareConfig.max_new_tokens,
-    temperature: Annotated[float, typer.Option(help="0: the likeliest token each time.")] = CompareConfig.temperature,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of the longest answer.")] = CompareConfig.max_new_tokens,
+    temperature: Annotated[
+        float, typer.Option(help="0: the likeliest token each time; above, sampled.")
+    ] = CompareConfig.temperature,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this share.")] = CompareConfig.top_p,
-    seed: Annotated[int, typer.Option(help="Of sampling, and of who is A on the page.")] = CompareConfig.seed,
+    seed: Annotated[
+        int, typer.Option(help="Seed of sampling, and of which answer is A on the page.")
+    ] = CompareConfig.seed,
     batch_size: Annotated[int, typer.Option(help="Prompts answered at once.")] = CompareConfig.batch_size,
     jsonl: Annotated[Path | None, typer.Option(help="Write one object a prompt here, over what is there.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page for blind votes here, over what is there.")] = None,

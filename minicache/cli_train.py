@@ -30,13 +30,13 @@ from minicache.errors import OutputError
 from minicache.runs import run_facts
 
 LOSS_HELP = "Preference loss (docs/training.md lists them), or several: sigmoid:0.8,hinge:0.2."
-LOGPS_HELP = "Compare 'mean' logprobs a token (MiniMind) or 'sum'med ones (DPO paper, TRL)."
-BETA_HELP = "Strength of the pull towards the reference."
+LOGPS_HELP = "Compare logprobs as 'mean' a token (MiniMind till 2510) or as 'sum' (DPO paper, TRL, MiniMind 3)."
+BETA_HELP = "The higher, the closer the policy stays to the reference. Suits one --logps, not both."
 
 
 def train(
     ctx: typer.Context,
-    out: Annotated[Path, typer.Option(help="The run directory to make, or to go on with.")],
+    out: Annotated[Path, typer.Option(help="The run directory to make, or with --resume to go on with.")],
     ref_cache: Annotated[
         Path | None, typer.Option(help="The reference cache. Needed unless --resume knows it from the run.")
     ] = None,
@@ -50,12 +50,12 @@ def train(
         bool, typer.Option("--resume", help="Go on from the run's newest checkpoint, with the run's own options.")
     ] = False,
     recipe: Recipe = None,
-    epochs: Annotated[float, typer.Option(help="Times over the data.")] = TrainConfig.epochs,
+    epochs: Annotated[float, typer.Option(help="Times over the data; fractions too.")] = TrainConfig.epochs,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, whatever --epochs says.")] = None,
     batch_size: Annotated[
         int, typer.Option(help="Pairs an optimizer step, over all processes.")
     ] = TrainConfig.batch_size,
-    seed: Annotated[int, typer.Option(help="Of the order of pairs.")] = TrainConfig.seed,
+    seed: Annotated[int, typer.Option(help="Seed of the order of pairs, and of new adapters.")] = TrainConfig.seed,
     loss: Annotated[str, typer.Option(help=LOSS_HELP, rich_help_panel="Loss")] = TrainConfig.loss,
     logps: Annotated[str, typer.Option(help=LOGPS_HELP, rich_help_panel="Loss")] = TrainConfig.logps,
     beta: Annotated[float, typer.Option(help=BETA_HELP, rich_help_panel="Loss")] = TrainConfig.beta,
@@ -69,16 +69,16 @@ def train(
         str, typer.Option(help="reverse_kl, forward_kl, js or alpha.", rich_help_panel="Loss")
     ] = LossOptions.f_divergence,
     f_alpha: Annotated[
-        float, typer.Option(help="Of the alpha divergence.", rich_help_panel="Loss")
+        float, typer.Option(help="Its alpha, for --f-divergence alpha.", rich_help_panel="Loss")
     ] = LossOptions.f_alpha,
     discopop_tau: Annotated[
-        float, typer.Option(help="Of the discopop loss.", rich_help_panel="Loss")
+        float, typer.Option(help="Temperature of the discopop loss.", rich_help_panel="Loss")
     ] = LossOptions.discopop_tau,
     simpo_gamma: Annotated[
         float, typer.Option(help="Target margin of the simpo loss.", rich_help_panel="Loss")
     ] = LossOptions.simpo_gamma,
     sft_weight: Annotated[
-        float, typer.Option(help="Weight of the chosen answers' likelihood beside it (RPO).", rich_help_panel="Loss")
+        float, typer.Option(help="Weight of an SFT loss on the chosen answers beside it (RPO).", rich_help_panel="Loss")
     ] = LossOptions.sft_weight,
     wpo: Annotated[
         bool, typer.Option("--wpo", help="Weight pairs by the policy's own likelihood of them.", rich_help_panel="Loss")
@@ -108,7 +108,7 @@ def train(
         str, typer.Option(help="adamw, adamw-8bit or paged-adamw-8bit (bitsandbytes).", rich_help_panel="Optimizer")
     ] = TrainConfig.optimizer,
     weight_decay: Annotated[
-        float, typer.Option(help="AdamW's, on matrices.", rich_help_panel="Optimizer")
+        float, typer.Option(help="AdamW's, on matrices only.", rich_help_panel="Optimizer")
     ] = TrainConfig.weight_decay,
     max_grad_norm: Annotated[
         float, typer.Option(help="Gradients are clipped to this norm.", rich_help_panel="Optimizer")
@@ -139,32 +139,49 @@ def train(
         ),
     ] = False,
     compile: Annotated[
-        bool, typer.Option("--compile", help="torch.compile the decoder.", rich_help_panel="Memory and speed")
+        bool,
+        typer.Option(
+            "--compile",
+            help="torch.compile the decoder; the first steps take long.",
+            rich_help_panel="Memory and speed",
+        ),
     ] = False,
     nproc: Annotated[int, typer.Option(min=1, help=NPROC_HELP, rich_help_panel="Memory and speed")] = 1,
     holdout: Annotated[
         float,
-        typer.Option(help="Share of the pairs to validate on, chosen by their digests.", rich_help_panel="Validation"),
+        typer.Option(
+            help="Share of the pairs to validate on instead of training; the best model on them is the one saved.",
+            rich_help_panel="Validation",
+        ),
     ] = ValidationOptions.holdout,
     eval_cache: Annotated[
-        Path | None, typer.Option(help="Validate on this reference cache instead.", rich_help_panel="Validation")
+        Path | None,
+        typer.Option(
+            help="Validate on another reference cache of the same model instead.", rich_help_panel="Validation"
+        ),
     ] = None,
     eval_every: Annotated[
-        int | None, typer.Option(help="Steps between. (Default: ten in a run.)", rich_help_panel="Validation")
+        int | None,
+        typer.Option(
+            help="Steps between validations. (Default: ten validations in a run.)", rich_help_panel="Validation"
+        ),
     ] = None,
     patience: Annotated[
         int | None,
-        typer.Option(help="End after so many without a lower validation loss.", rich_help_panel="Validation"),
+        typer.Option(help="End after so many validations without a lower loss.", rich_help_panel="Validation"),
     ] = None,
     min_gain: Annotated[
-        float, typer.Option(help="How much lower, for --patience.", rich_help_panel="Validation")
+        float, typer.Option(help="How much lower the loss must be, for --patience.", rich_help_panel="Validation")
     ] = ValidationOptions.min_gain,
     max_kl: Annotated[
         float | None,
-        typer.Option(help="Farthest the policy should move, nats a token.", rich_help_panel="Validation"),
+        typer.Option(
+            help="Farthest the policy should move from the reference (kl in the log), nats a token.",
+            rich_help_panel="Validation",
+        ),
     ] = None,
     on_max_kl: Annotated[
-        str, typer.Option(help="Beyond that: warn or stop.", rich_help_panel="Validation")
+        str, typer.Option(help="Beyond --max-kl: warn or stop.", rich_help_panel="Validation")
     ] = TrainConfig.on_max_kl,
     save_every: Annotated[
         int, typer.Option(help="Steps between checkpoints; 0: none.", rich_help_panel="Checkpoints and logs")
@@ -172,6 +189,13 @@ def train(
     keep_last: Annotated[
         int, typer.Option(help="Checkpoints that stay, beside the best.", rich_help_panel="Checkpoints and logs")
     ] = TrainConfig.keep_last,
+    save_dtype: Annotated[
+        str,
+        typer.Option(
+            help="Of the final model: float32 (as trained), bfloat16, float16, or auto (as it was stored before).",
+            rich_help_panel="Checkpoints and logs",
+        ),
+    ] = TrainConfig.save_dtype,
     log_every: Annotated[
         int, typer.Option(help="Steps between log lines.", rich_help_panel="Checkpoints and logs")
     ] = TrainConfig.log_every,
@@ -193,6 +217,6 @@ def train(
                 f"{out}: no run to go on with (it has no run.json); check --out, or begin with --ref-cache"
             )
         if not ref_cache and not before:
-            raise typer.BadParameter("missing", param_hint="--ref-cache")
+            raise typer.BadParameter("missing; name the directory precompute-ref wrote", param_hint="--ref-cache")
         config = fill(TrainConfig, {**before, **preset(recipe), **given})
         run_stage("train", config, nproc, screen.show_train)

@@ -29,7 +29,7 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Recipe = Annotated[
     str | None,
-    typer.Option(help=f"The defaults of MiniMind's own scripts: {', '.join(RECIPES)}. Other options win over it."),
+    typer.Option(help=f"Defaults of MiniMind's scripts, for both stages: {', '.join(RECIPES)}. Other options win."),
 ]
 LAYOUT_HELP = "auto, or how pairs lie in memory: packed (no padding), shared (prefix once), padded (two rows)."
 DTYPE_HELP = "auto (bfloat16 on CUDA, else float32), bfloat16, float16 or float32."

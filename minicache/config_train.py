@@ -22,6 +22,7 @@ MOVABLE = {
     "resume",
     "save_every",
     "keep_last",
+    "save_dtype",
     "trust_remote_code",
     "tracker",
 }
@@ -133,7 +134,8 @@ class TrainConfig:
     warmup: below 1 a share of the steps, else a number of them. min_lr: share of `lr` that the schedule ends at.
     beta_end: beta changes linearly to this over the run. max_kl: nats a token; on_max_kl: what happens above.
     model: where the reference's weights lie now, if not where stage one found them. init_from: start from other weights.
-    save_every: steps between checkpoints, 0 for none; keep_last: how many of them stay.
+    save_every: steps between checkpoints, 0 for none; keep_last: how many of them stay. save_dtype: of the final model; small
+    updates are lost in half precision. auto: the precision that the weights it started from were stored in.
     """
 
     ref_cache: Path
@@ -168,6 +170,7 @@ class TrainConfig:
     on_max_kl: str = "warn"
     save_every: int = 500
     keep_last: int = 1
+    save_dtype: str = "float32"
     log_every: int = 10
     tracker: tuple[str, ...] = ()
     trust_remote_code: bool = False
@@ -176,6 +179,7 @@ class TrainConfig:
         one_of("--logps", self.logps, LOGPS)
         one_of("--dtype", self.dtype, DTYPES)
         one_of("--layout", self.layout, LAYOUTS)
+        one_of("--save-dtype", self.save_dtype, DTYPES)
         one_of("--schedule", self.schedule, SCHEDULES)
         one_of("--optimizer", self.optimizer, OPTIMIZERS)
         one_of("--on-max-kl", self.on_max_kl, ON_MAX_KL)

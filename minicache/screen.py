@@ -223,6 +223,7 @@ def show_evaluate(console: Console, report: "EvaluateReport") -> None:
     )
     table.add_column("reference", justify="right")
     table.add_column("policy", justify="right")
+    plain = asked["loss"] == "sigmoid" and not asked["sft_weight"] and not asked["wpo"]  # ln 2 where nothing has moved
     rows = [
         (
             "prefers chosen (its own logprobs)",
@@ -231,7 +232,7 @@ def show_evaluate(console: Console, report: "EvaluateReport") -> None:
         ),
         ("implicit reward prefers chosen", "–", f"{metrics['rewards/accuracy']:.1%}"),
         ("reward margin", "0", f"{metrics['rewards/margin']:+.4f}"),
-        ("loss", "0.6931", f"{metrics['loss']:.4f}"),
+        ("loss", "0.6931" if plain else "–", f"{metrics['loss']:.4f}"),
         ("moved from the reference (KL, nats a token)", "0", f"{metrics['kl']:.3g}"),
     ]
     for row in rows:

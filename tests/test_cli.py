@@ -80,6 +80,7 @@ def test_verify_passes_and_fails_by_exit_code(cli, ref_cache: Path, model_dir: P
 WRONG = {
     "no such data": (["precompute-ref", "--model", "MODEL", "--data", "absent.jsonl", "--ref-cache", "NEW"], "no such file"),
     "no such model": (["precompute-ref", "--model", "./absent", "--data", "DATA", "--ref-cache", "NEW"], "model directory"),
+    "no such name": (["precompute-ref", "--model", "absent", "--data", "DATA", "--ref-cache", "NEW"], "no such directory"),
     "no such cache": (["train", "--ref-cache", "absent", "--out", "NEW"], "precompute-ref"),
     "no cache there": (["train", "--ref-cache", "MODEL", "--out", "NEW"], "no reference cache"),
     "unknown loss": (["train", "--ref-cache", "CACHE", "--out", "NEW", "--loss", "dpo"], "sigmoid"),
@@ -95,6 +96,7 @@ WRONG = {
         ["precompute-ref", "--model", "MODEL", "--data", "DATA", "--ref-cache", "NEW", "--chat-template", "absent"],
         "--chat-template absent",
     ),
+    "nothing to resume": (["train", "--out", "NEW", "--resume"], "new: no run to resume"),
 }  # fmt: skip
 
 
@@ -109,6 +111,12 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     assert not (tmp_path / "new").exists() and not list(tmp_path.iterdir())
 
 
+def test_an_exported_directory_is_open_to_whom_the_umask_lets_in(cli, model_dir: Path, tmp_path: Path) -> None:
+    (usual := tmp_path / "usual").mkdir()
+    assert cli("export", "--policy", model_dir, "--out", tmp_path / "policy")[0] == 0
+    assert (tmp_path / "policy").stat().st_mode == usual.stat().st_mode
+
+
 def test_the_formats_offered_are_those_there_are() -> None:
     assert set(config.FORMATS) == {"auto", *formats.FORMATS}
 
@@ -116,6 +124,7 @@ def test_the_formats_offered_are_those_there_are() -> None:
 def test_wrong_usage_is_exit_code_2(cli) -> None:
     assert cli("train")[0] == 2
     assert cli("train", "--no-such-option")[0] == 2
+    assert cli("train", "--out", "absent")[0] == 2
 
 
 def test_version_and_help(cli) -> None:

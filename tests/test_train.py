@@ -246,4 +246,6 @@ def test_evaluate_sees_what_training_did(ref_cache: Path, model_dir: Path, tmp_p
     assert same["same_weights"] and same["metrics"]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert same["metrics"]["accuracy/policy"] == same["metrics"]["accuracy/reference"]
     code, stdout, _ = cli("evaluate", "--policy", out, "--ref-cache", held_out)
-    assert code == 0 and "prefers chosen" in stdout
+    assert code == 0 and "prefers chosen" in stdout and "0.6931" in stdout
+    code, stdout, _ = cli("evaluate", "--policy", out, "--ref-cache", held_out, "--loss", "ipo")
+    assert code == 0 and "0.6931" not in stdout  # a reference that has not moved has another ipo loss

@@ -54,7 +54,8 @@ def _from_pretrained(cls: Any, source: str, trust_remote_code: bool, **options: 
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         line = " ".join(str(error).split())
         hint = " (add --trust-remote-code if you trust its authors)" if "trust_remote_code" in line else ""
-        raise ModelError(f"{path}: transformers cannot load it: {line[:300]}{hint}") from error
+        what = "transformers cannot load it" if path.exists() else "no such directory, and no hub id that can be loaded"
+        raise ModelError(f"{path}: {what}: {line[:300]}{hint}") from error
 
 
 def _require_gguf(source: str) -> None:

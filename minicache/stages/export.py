@@ -44,8 +44,11 @@ def export(config: ExportConfig, world: World, tracker: Tracker) -> ExportReport
     if config.dtype != "auto":
         model = model.to(DTYPES[config.dtype])
     with TemporaryDirectory(prefix="minidpo-") as scratch:
-        save_tokenizer(config.tokenizer or source, Path(scratch), None, config.trust_remote_code)
-        save_model(model, Path(scratch), config.out)
+        files = (
+            Path(scratch) / "tokenizer"
+        )  # a new directory: nobody else may open the scratch one, and save_model copies that
+        save_tokenizer(config.tokenizer or source, files, None, config.trust_remote_code)
+        save_model(model, files, config.out)
     return ExportReport(
         config.out, str(config.out), str(next(model.parameters()).dtype).removeprefix("torch."), parameters
     )

@@ -94,7 +94,7 @@ def train(config: TrainConfig, world: World, tracker: Tracker) -> TrainReport:
         outcome = optimize(run, state, both)
         if world.is_main:
             tracker.begin("saving the policy", None)
-            _save(run, outcome, facts["stored_dtype"])
+            _save(run, outcome, _save_dtype(config, facts))
             facts["outcome"] = {
                 "model_step": outcome.model_step,
                 "stopped": outcome.stopped,
@@ -293,7 +293,7 @@ def _trackers(run: Run, facts: dict[str, Any], resume_at: int | None, tracker: T
     libraries = open_trackers(config.tracker, RunName(out, "minicache", out.resolve().name, resume_at), tracker.note)
     trained = sum(parameter.numel() for parameter in run.scorer.model.parameters() if parameter.requires_grad)
     kept = config.keep_last + 2 if config.save_every and config.save_every < run.steps else 0
-    needed = trained * (DTYPES[facts["stored_dtype"]].itemsize + 12 * (kept + bool(run.held_out)))
+    needed = trained * (DTYPES[_save_dtype(config, facts)].itemsize + 12 * (kept + bool(run.held_out)))
     with writing(out):
         made = not out.exists()
         out.mkdir(parents=True, exist_ok=True)
@@ -310,8 +310,12 @@ def _trackers(run: Run, facts: dict[str, Any], resume_at: int | None, tracker: T
         return Both(tracker, JsonLines(out / "metrics.jsonl", resume_at), *libraries)
 
 
-def _save(run: Run, outcome: Outcome, stored: str) -> None:
-    """The policy, or the best of its checkpoints, in the precision that the reference was stored in; adapters stay float32."""
+def _save_dtype(config: TrainConfig, facts: dict[str, Any]) -> str:
+    return facts["stored_dtype"] if config.save_dtype == "auto" else config.save_dtype
+
+
+def _save(run: Run, outcome: Outcome, dtype: str) -> None:
+    """The policy, or the best of its checkpoints, in this precision; adapters stay float32."""
     config, out = run.config, run.config.out
     best, draft = checkpoints.place(out, outcome.model_step) / "model", out / ".model.saving"
     is_last = outcome.model_step == outcome.progress.step
@@ -325,5 +329,5 @@ def _save(run: Run, outcome: Outcome, stored: str) -> None:
         return
     model = run.scorer.model if is_last else load_model(str(best), config.trust_remote_code).model
     if not config.lora.lora_rank:
-        model = model.to(DTYPES[stored])
+        model = model.to(DTYPES[dtype])
     save_model(model, run.cache.tokenizer_dir, out / "model")
