@@ -78,7 +78,8 @@ def errors_as_one_line(interrupted: str = "nothing was written") -> Iterator[Non
         raise typer.Exit(1) from error
     except KeyboardInterrupt as interruption:
         told = str(interruption) or interrupted
-        err.print(f"interrupted; {told}", style="yellow")
+        if not int(os.environ.get("RANK", 0)):  # all ranks were: one tells
+            err.print(f"interrupted; {told}", style="yellow")
         raise typer.Exit(130) from None
 
 

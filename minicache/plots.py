@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from minicache.stages.inspect import Histogram, Inspection, MarginHistogram
+    from minicache.inspection import Histogram, Inspection, MarginHistogram
 
 SUFFIXES = (".png", ".svg", ".pdf")
 CHOSEN, REJECTED, NEUTRAL, HELD_OUT = "#1b7f79", "#d1603d", "#3b5b92", "#c98a00"

@@ -197,7 +197,8 @@ def show_train(console: Console, report: "TrainReport") -> None:
     progress = report.progress
     first, last = progress.first, progress.last
     console.print(metrics_table([(0, first), (progress.last_step, last)]))
-    start = "" if report.noise is None else f" (step 0 was {abs(first['loss'] - math.log(2)):.1g} from ln 2)"
+    known = report.noise is not None and report.from_ln_2
+    start = f" (step 0 was {abs(first['loss'] - math.log(2)):.1g} from ln 2)" if known else ""
     if report.stopped:
         console.print(Text(f"ended early: {report.stopped}", style="yellow"))
     if progress.validation:

@@ -14,7 +14,7 @@ from rich.text import Text
 from minicache.screen import sources_table, visible
 
 if TYPE_CHECKING:
-    from minicache.stages.inspect import Histogram, Inspection, PairLine, PairView, Segment
+    from minicache.inspection import Histogram, Inspection, PairLine, PairView, Segment
 
 BAR = " ▏▎▍▌▋▊▉█"
 BAR_WIDTH = 14

@@ -96,7 +96,7 @@ WRONG = {
         ["precompute-ref", "--model", "MODEL", "--data", "DATA", "--ref-cache", "NEW", "--chat-template", "absent"],
         "--chat-template absent",
     ),
-    "nothing to resume": (["train", "--out", "NEW", "--resume"], "new: no run to resume"),
+    "nothing to resume": (["train", "--out", "NEW", "--resume"], "new: no run to go on with"),
 }  # fmt: skip
 
 

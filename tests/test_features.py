@@ -183,10 +183,11 @@ def test_step_flops_of_a_dense_model_are_those_that_run() -> None:
     """torch counts every multiplication; with the whole square of attention, where half of it is needed."""
     model, table, length = tiny_llama(), one_pair(20), 20
     model.set_attn_implementation("eager")
+    scorer = Scorer(model, "float32")
     with FlopCounterMode(display=False) as counter:
-        Scorer(model, "float32")(padded(table, np.array([0]))).logp_sum.sum().backward()
+        scorer(padded(table, np.array([0]))).logp_sum.sum().backward()
     unneeded = 6 * 2 * 32 * 2 * length**2  # 6 x layers x width x sides x length^2
-    unneeded += 2 * 2 * 17 * 32 * 400  # the head's forward again, for its backward: 2 x counted x width x vocabulary
+    # The head's forward runs again for its backward, and of its backward torch does not see the product written in place: as much.
     assert step_flops(model, table, np.array([0])) == counter.get_total_flops() - unneeded
     assert memory_gb(torch.device("cpu")) > 0.05
 

@@ -14,10 +14,11 @@ from minicache.cache.schema import FORMAT_VERSION, Identity, Log, Manifest, RefB
 from minicache.cache.writer import CacheWriter
 from minicache.config import InspectConfig
 from minicache.data.tokenizers import ChatTokenizer
+from minicache.inspection import Inspection
 from minicache.pairs import EncodedPair, PairTable
 from minicache.screen import visible
 from minicache.screen_inspect import show_inspection, show_pair, show_problems
-from minicache.stages.inspect import Inspection, inspect_cache, inspect_pair, verify_cache
+from minicache.stages.inspect import inspect_cache, inspect_pair, verify_cache
 from tests.conftest import make_rows, precompute_into, write_jsonl
 
 

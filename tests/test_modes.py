@@ -80,7 +80,7 @@ def test_the_balance_loss_is_part_of_the_gradient(mixtures: dict[str, Path], tmp
                     logits = model(ids[None]).logits[0, :-1]
                 logps = logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
                 means.append(logps[mask[1:].bool()].mean())
-                penalties.append(routing.loss(torch.ones(1, len(ids), dtype=torch.bool))[0])
+                penalties.append(routing.loss(torch.arange(len(ids)), torch.zeros(len(ids), dtype=torch.int64), 1)[0])
             margin = (means[0] - means[1]) - (means[0] - means[1]).detach()  # the reference is the policy itself
             total = total + (-logsigmoid(0.1 * margin) + with_aux * sum(penalties) / 2) / 4
             total_aux += with_aux * sum(penalty.item() for penalty in penalties) / 8

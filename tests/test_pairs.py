@@ -61,11 +61,17 @@ LENGTHS = np.random.default_rng(0).integers(1, 200, 500)
 
 
 @pytest.mark.parametrize("budget", [1, 100, 1000, 10**9])
-def test_by_length_takes_every_pair_once_within_the_budget(budget: int) -> None:
-    batches = by_length(LENGTHS, budget)
+@pytest.mark.parametrize("pads", [True, False])
+def test_by_length_takes_every_pair_once_within_the_budget(budget: int, pads: bool) -> None:
+    batches = by_length(LENGTHS, budget, pads)
     assert sorted(np.concatenate(batches)) == list(range(500))
-    for batch in batches:
-        assert len(batch) == 1 or 2 * len(batch) * LENGTHS[batch].max() <= budget
+    slots = [len(batch) * LENGTHS[batch].max() if pads else LENGTHS[batch].sum() for batch in batches]
+    assert all(len(batch) == 1 or used <= budget for batch, used in zip(batches, slots, strict=True))
+    after = [LENGTHS[batch[0]] for batch in batches[1:]]  # the next longest would not have fitted
+    room = [
+        budget - (used + LENGTHS[batch].max() if pads else used) for batch, used in zip(batches, slots, strict=True)
+    ]
+    assert all(left < (0 if pads else need) for left, need in zip(room, after, strict=False))
 
 
 @pytest.mark.parametrize("shares", [1, 2, 7, 600])
@@ -92,9 +98,9 @@ def test_every_epoch_is_a_new_order_of_all_pairs_and_can_be_entered_anywhere(pai
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 def test_ranks_share_a_batch_among_them_without_rest(size: int) -> None:
     for batch in islice(global_batches(500, 64, 0), 8):
-        pieces = [piece for rank in range(size) for piece in share(batch, LENGTHS, 1000, rank, size)]
+        pieces = [share(batch, LENGTHS, rank, size) for rank in range(size)]
         assert sorted(np.concatenate(pieces)) == sorted(batch)
-    assert share(np.array([3]), LENGTHS, 1000, 1, 2) == []
+    assert len(share(np.array([3]), LENGTHS, 1, 2)) == 0
 
 
 def test_steps_are_counted_in_whole_batches() -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from minicache import checkpoints
 from minicache.config_train import LoraOptions, LossOptions, TrainConfig, ValidationOptions
 from minicache.errors import CacheMismatch, ConfigError, OutputError
-from minicache.stages import optimize as loop
+from minicache.stages import step as loop
 from minicache.stages.train import TrainReport, train
 from minicache.trackers import Silent
 from tests.conftest import make_rows, one_process, precompute_into, write_jsonl

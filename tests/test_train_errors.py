@@ -143,11 +143,11 @@ def test_a_misspelt_option_is_named(ref_cache: Path, tmp_path: Path, cli: Callab
 def test_interrupted_twice_it_ends_at_once_and_says_what_is_left(ref_cache: Path, tmp_path: Path) -> None:
     """The second request comes in a step that lasts: here the whole process is as good as stuck in it."""
     stuck = (
-        "import sys, time; from minicache.stages import optimize; step = optimize._step\n"
+        "import sys, time; from minicache.stages import optimize; step = optimize.take_step\n"
         "def slow(run, training, indices):\n"
         "    if training.progress.step == 2: print('stuck', file=sys.stderr, flush=True); time.sleep(60)\n"
         "    return step(run, training, indices)\n"
-        "optimize._step = slow; from minicache.cli import main; main()"
+        "optimize.take_step = slow; from minicache.cli import main; main()"
     )
     words = [
         "train",

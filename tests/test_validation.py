@@ -16,6 +16,7 @@ from minicache.config import EvaluateConfig
 from minicache.config_train import LossOptions, TrainConfig, ValidationOptions
 from minicache.errors import CacheMismatch, ConfigError
 from minicache.stages import optimize as loop
+from minicache.stages import step as steps
 from minicache.stages.evaluate import evaluate
 from minicache.stages.train import TrainReport, train
 from minicache.trackers import Silent
@@ -75,13 +76,13 @@ def rows_of(data: Path, cache: Path, held: np.ndarray) -> list[dict]:
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The digest of every pair that a training step saw."""
     pairs: list[int] = []
-    original = loop.pair_logps
+    original = steps.pair_logps
 
     def watching(scores, batch, cached, indices, objective):
         pairs.extend(cached.table.digest[indices, 0].tolist())
         return original(scores, batch, cached, indices, objective)
 
-    monkeypatch.setattr(loop, "pair_logps", watching)
+    monkeypatch.setattr(steps, "pair_logps", watching)
     return pairs
 
 
@@ -188,7 +189,7 @@ def test_a_killed_run_resumes_to_the_same_end(
     options = {**OVERFITS, "save_every": save_every}
     options["validation"] = ValidationOptions(holdout=0.3, eval_every=1, patience=2, min_gain=1e-3)
     run(ref_cache, tmp_path / "whole", **options)
-    calls, original = iter(range(10**6)), loop._step
+    calls, original = iter(range(10**6)), loop.take_step
 
     def dying(*arguments):
         if next(calls) == step:
@@ -197,7 +198,7 @@ def test_a_killed_run_resumes_to_the_same_end(
 
     out = tmp_path / "killed"
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(loop, "_step", dying)
+        patch.setattr(loop, "take_step", dying)
         run(ref_cache, out, **options)
     run(ref_cache, out, resume=True, **options)
     assert lines(out) == lines(tmp_path / "whole")
@@ -247,7 +248,7 @@ def test_pairs_that_say_nothing_of_this_run_are_refused(
     assert not (tmp_path / "run").exists()
     few = precompute_into(tmp_path / "few", model_dir, write_jsonl(tmp_path / "few.jsonl", make_rows(8, seed=8)))
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(loop, "_count", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr(loop, "count_step", lambda *_: (_ for _ in ()).throw(Killed))
         run(ref_cache, tmp_path / "run", validation=ValidationOptions(eval_cache=few))
     with pytest.raises(CacheMismatch, match="not the pairs that this run was validated on before"):
         run(ref_cache, tmp_path / "run", resume=True, validation=ValidationOptions(eval_cache=ref_cache))

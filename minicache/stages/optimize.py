@@ -2,79 +2,25 @@
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from minicache import checkpoints
-from minicache.batch import Batch
-from minicache.cache.reader import ReferenceCache
-from minicache.cache.schema import CachedPairs
-from minicache.config_train import TrainConfig
-from minicache.data.batching import Indices, ahead, global_batches, share
-from minicache.distributed import World
+from minicache.data.batching import ahead
 from minicache.errors import ModelError
-from minicache.evaluation import EvalSet, evaluate_policy, pair_logps
-from minicache.losses import Objective
+from minicache.evaluation import evaluate_policy
 from minicache.metrics import Means
 from minicache.models import save_model
-from minicache.optim import beta_at, learning_rate, make_optimizer
-from minicache.scoring import Scorer
+from minicache.optim import make_optimizer
 from minicache.signals import StopFlag
-from minicache.speed import memory_gb, peak_flops, step_flops
+from minicache.speed import memory_gb, peak_flops
+from minicache.stages.step import Progress, Run, Training, beta_of, count_step, plan, take_step
 from minicache.trackers import Silent, Tracker
 
 VALIDATIONS = 10  # in a run, unless --eval-every says otherwise
-
-
-@dataclass(frozen=True)
-class Run:
-    """What every step needs. training: (n,) the pairs to train on. held_out: those to validate on. steps: of the whole run."""
-
-    config: TrainConfig
-    world: World
-    scorer: Scorer
-    objective: Objective
-    cache: ReferenceCache
-    cached: CachedPairs
-    training: Indices
-    held_out: EvalSet | None
-    steps: int
-
-
-@dataclass
-class Progress:
-    """How far a run is.
-
-    step: optimizer steps done. seconds, tokens, flops: since the last log line; total_seconds, total_tokens: of the run.
-    validated: the step of the last validation. best, best_step, validation: loss, step and metrics of the best one. waited:
-    validations since the last whose loss was lower than `anchor` by --min-gain. pending: validated metrics for the next line.
-    first, last: logged lines; last_step: which the last is of. warned: of --max-kl.
-    """
-
-    step: int = 0
-    seconds: float = 0.0
-    tokens: int = 0
-    flops: float = 0.0
-    total_seconds: float = 0.0
-    total_tokens: int = 0
-    validated: int = -1
-    best: float | None = None
-    best_step: int | None = None
-    validation: dict[str, float] | None = None
-    waited: int = 0
-    anchor: float | None = None
-    pending: dict[str, float] = field(default_factory=dict)
-    warned: bool = False
-    first: dict[str, float] = field(default_factory=dict)
-    last: dict[str, float] = field(default_factory=dict)
-    last_step: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,17 +35,6 @@ class Outcome:
         return self.progress.step if self.progress.best_step is None else self.progress.best_step
 
 
-@dataclass
-class _Training:
-    """What steps change, and a checkpoint holds."""
-
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    means: Means
-    progress: Progress
-    forward: nn.Module
-
-
 def optimize(run: Run, resumed: dict[str, Any] | None, tracker: Tracker) -> Outcome:
     """All optimizer steps, from the first or from where the checkpoint `resumed` was made.
 
@@ -111,13 +46,13 @@ def optimize(run: Run, resumed: dict[str, Any] | None, tracker: Tracker) -> Outc
     tracker.begin("training", run.steps * min(config.batch_size, len(run.training)))
     tracker.advance(progress.step * config.batch_size, 0)
     with StopFlag() as stop:
-        for mine in ahead(_plan(run, progress.step)):
+        for mine in ahead(plan(run, progress.step)):
             stopped = _between_steps(run, training)
             if stopped:
                 break
             started = time.monotonic()
-            norm = _step(run, training, mine)
-            _count(run, training, mine.indices, time.monotonic() - started)
+            norm = take_step(run, training, mine)
+            count_step(run, training, mine.indices, time.monotonic() - started)
             tracker.advance(len(mine.indices), int(run.cached.table.side_lengths[mine.indices].sum()))
             stopped = _log(run, training, norm, tracker)
             if (run.world.size == 1 or _is_logged(run, progress.step - 1)) and run.world.any(bool(stop)):
@@ -133,7 +68,7 @@ def optimize(run: Run, resumed: dict[str, Any] | None, tracker: Tracker) -> Outc
     return Outcome(progress, stopped)
 
 
-def _begin(run: Run, resumed: dict[str, Any] | None) -> _Training:
+def _begin(run: Run, resumed: dict[str, Any] | None) -> Training:
     config, device = run.config, run.world.device
     optimizer = make_optimizer(run.scorer.model, config.optimizer, config.lr, config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
@@ -146,10 +81,10 @@ def _begin(run: Run, resumed: dict[str, Any] | None) -> _Training:
         if run.world.is_main:  # sums over all processes
             means.sums.copy_(resumed["means"])
     forward = DistributedDataParallel(run.scorer) if run.world.size > 1 else run.scorer
-    return _Training(optimizer, scaler, means, progress, forward)
+    return Training(optimizer, scaler, means, progress, forward)
 
 
-def _between_steps(run: Run, training: _Training) -> str | None:
+def _between_steps(run: Run, training: Training) -> str | None:
     """Validation and checkpoint where one is due; a reason to end the run, or None."""
     progress, config = training.progress, run.config
     step = progress.step
@@ -164,7 +99,7 @@ def _between_steps(run: Run, training: _Training) -> str | None:
     return None
 
 
-def _tell_pending(training: _Training, step: int, tracker: Tracker) -> None:
+def _tell_pending(training: Training, step: int, tracker: Tracker) -> None:
     """Validated metrics that no log line of training took along: one line a step is what trackers know to resume."""
     if training.progress.pending:
         tracker.log(step, training.progress.pending)
@@ -175,11 +110,11 @@ def _eval_every(run: Run) -> int:
     return run.config.validation.eval_every or max(1, -(-run.steps // VALIDATIONS))
 
 
-def _validate(run: Run, training: _Training) -> None:
+def _validate(run: Run, training: Training) -> None:
     """Score the held-out pairs; keep a checkpoint of the best."""
     assert run.held_out
     progress, options = training.progress, run.config.validation
-    objective = replace(run.objective, beta=_beta(run, min(progress.step, run.steps - 1)))
+    objective = replace(run.objective, beta=beta_of(run, min(progress.step, run.steps - 1)))
     metrics = evaluate_policy(run.scorer, run.held_out, objective, run.world, Silent())
     progress.validated, loss = progress.step, metrics["loss"]
     progress.pending = {f"eval/{name}": value for name, value in metrics.items()}
@@ -191,7 +126,7 @@ def _validate(run: Run, training: _Training) -> None:
         _save(run, training)
 
 
-def _save(run: Run, training: _Training) -> None:
+def _save(run: Run, training: Training) -> None:
     """A checkpoint of this moment; older ones beyond --keep-last go, the best stays."""
     progress, config = training.progress, run.config
     sums = run.world.sum(training.means.sums.clone())
@@ -213,89 +148,14 @@ def _save(run: Run, training: _Training) -> None:
     run.world.barrier()
 
 
-# --- one step ---
-
-
-def _beta(run: Run, step: int) -> float:
-    return beta_at(step, run.steps, run.config.beta, run.config.beta_end)
-
-
-@dataclass(frozen=True)
-class _Share:
-    """A rank's part of one global batch. indices: (n,) of the whole batch. parts: the micro-batches of this rank.
-
-    weight: of the sum of its losses: over the *global* number of pairs, times the number of processes because DDP averages.
-    """
-
-    indices: Indices
-    parts: list[tuple[Indices, Batch]]
-    weight: float
-
-
-def _plan(run: Run, first_step: int) -> Iterator[_Share]:
-    """The steps still to come, laid out in memory; a function of cache, seed and step alone."""
-    config, table, world = run.config, run.cached.table, run.world
-    costs = run.scorer.layout.costs(table)
-    order = global_batches(len(run.training), config.batch_size, config.seed, first_step)
-    for batch in islice(order, run.steps - first_step):
-        indices = run.training[batch]
-        mine, weight = share(indices, costs, world.rank, world.size), world.size / len(indices)
-        if not len(
-            mine
-        ):  # fewer pairs than ranks: DDP waits for everyone, so this one takes part with a loss of weight 0
-            mine, weight = indices[:1], 0.0
-        yield _Share(indices, list(run.scorer.batches(table, mine, config.tokens_per_micro_batch)), weight)
-
-
-def _step(run: Run, training: _Training, mine: _Share) -> torch.Tensor:
-    """One optimizer step; returns the gradient's norm before clipping, a tensor, so that nothing waits for it."""
-    config, optimizer, scaler, step = run.config, training.optimizer, training.scaler, training.progress.step
-    lr = learning_rate(step, run.steps, config.lr, config.schedule, config.warmup, config.min_lr)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    _accumulate(run, training, replace(run.objective, beta=_beta(run, step)), mine)
-    scaler.unscale_(optimizer)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
-
-
-def _accumulate(run: Run, training: _Training, objective: Objective, mine: _Share) -> None:
-    """Gradients of the mean loss over one global batch; each rank adds those of its share."""
-    world, forward, last = run.world, training.forward, len(mine.parts)
-    chosen_tokens = float(run.cached.table.token_counts[mine.indices, 0].mean())
-    for number, (indices, part) in enumerate(mine.parts, start=1):
-        inputs = part.to(world.device)
-        with nullcontext() if number == last or world.size == 1 else forward.no_sync():  # type: ignore[operator]
-            scores = forward(inputs, distribution=True)
-            logps = pair_logps(scores, inputs, run.cached, indices, objective)
-            losses = objective(logps, chosen_tokens)
-            total = losses if scores.balance is None else losses + scores.balance
-            training.scaler.scale(total.sum() * mine.weight).backward()
-        if mine.weight:
-            training.means.add(losses, logps, objective.beta, scores)
-
-
-def _count(run: Run, training: _Training, indices: Indices, seconds: float) -> None:
-    progress, table = training.progress, run.cached.table
-    tokens = int(table.side_lengths[indices].sum())
-    progress.step += 1
-    progress.seconds += seconds
-    progress.total_seconds += seconds
-    progress.tokens += tokens
-    progress.total_tokens += tokens
-    if peak_flops(run.world.device, run.config.dtype):
-        progress.flops += step_flops(run.scorer.model, table, indices)
+# --- log lines ---
 
 
 def _is_logged(run: Run, step: int) -> bool:
     return step % run.config.log_every == 0 or step == run.steps - 1
 
 
-def _log(run: Run, training: _Training, norm: torch.Tensor, tracker: Tracker) -> str | None:
+def _log(run: Run, training: Training, norm: torch.Tensor, tracker: Tracker) -> str | None:
     """The line of the step just done, if it has one: means over the steps since the line before.
 
     Returns:
@@ -310,7 +170,7 @@ def _log(run: Run, training: _Training, norm: torch.Tensor, tracker: Tracker) ->
     progress.seconds += time.monotonic() - started
     metrics |= {
         "lr": training.optimizer.param_groups[0]["lr"],
-        "beta": _beta(run, step),
+        "beta": beta_of(run, step),
         "grad_norm": norm.item(),
         "epoch": progress.step / -(-len(run.training) // config.batch_size),
         "tokens": progress.total_tokens,
@@ -341,7 +201,7 @@ def _check_finite(step: int, metrics: dict[str, float], scaler: torch.amp.GradSc
         )
 
 
-def _check_kl(run: Run, training: _Training, kl: float, tracker: Tracker) -> str | None:
+def _check_kl(run: Run, training: Training, kl: float, tracker: Tracker) -> str | None:
     most = run.config.max_kl
     if most is None or kl <= most:
         return None

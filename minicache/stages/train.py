@@ -1,9 +1,7 @@
 """Stage two: a reference cache -> a trained policy. Only the policy is in memory."""
 
-import os
 import shutil
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +13,24 @@ from minicache import checkpoints
 from minicache.cache.reader import ReferenceCache
 from minicache.cache.schema import CachedPairs
 from minicache.config_train import MOVABLE, TrainConfig, flat, option
-from minicache.data.batching import Indices, by_length, global_batches, training_steps
+from minicache.data.batching import Indices, training_steps
 from minicache.disk import writing
 from minicache.distributed import World
 from minicache.errors import CacheMismatch, ConfigError, ModelError, OutputError
 from minicache.evaluation import (
-    TOLERANCE,
     EvalSet,
-    check_reproduces,
     require_per_token,
-    sample_differences,
     settle_layout,
 )
 from minicache.losses import Objective
 from minicache.models import LoadedModel, checkpoint_activations, load_model, save_model
 from minicache.models.load import lasting_name
 from minicache.models.lora import add_lora, with_adapter
-from minicache.optim import require_optimizer
 from minicache.runs import run_facts, write_facts
 from minicache.scoring import DTYPES, Scorer, resolve_dtype
-from minicache.stages.optimize import Outcome, Progress, Run, optimize
+from minicache.stages.checks import check, handshake
+from minicache.stages.optimize import Outcome, optimize
+from minicache.stages.step import Progress, Run
 from minicache.trackers import Both, JsonLines, RunName, Tracker, open_trackers
 
 
@@ -43,7 +39,8 @@ class TrainReport:
     """What a run did.
 
     model_step: optimizer steps behind the saved model. noise: the largest difference the handshake found, nats a token; None for a
-    run that began from other weights on purpose. stopped: why it ended before its time, if so.
+    run that began from other weights on purpose. stopped: why it ended before its time, if so. from_ln_2: the loss is one that is
+    ln 2 where policy and reference agree.
     """
 
     out: Path
@@ -52,6 +49,7 @@ class TrainReport:
     noise: float | None
     stopped: str | None
     progress: Progress
+    from_ln_2: bool
 
 
 def train(config: TrainConfig, world: World, tracker: Tracker) -> TrainReport:
@@ -79,9 +77,9 @@ def train(config: TrainConfig, world: World, tracker: Tracker) -> TrainReport:
     if note := settle_layout(scorer, cached.table, config.layout, world.device):
         tracker.note(note)
     run = Run(config, world, scorer, objective, cache, cached, training, held_out, steps)
-    _check(run, state)
+    check(run, state)
     if state is None:
-        noise = _handshake(run, tracker)
+        noise = handshake(run, tracker)
         facts = {**flat(config), "steps": steps, "pairs": len(training), "held_out": len(held_out.indices) if held_out else 0,
                  "started_from": source, "stored_dtype": stored, "handshake": noise, "processes": world.size,
                  "device": world.device.type, "layout_used": scorer.layout_name}  # fmt: skip
@@ -109,7 +107,13 @@ def _report(out: Path, facts: dict[str, Any]) -> TrainReport:
     outcome = facts["outcome"]
     noise = None if facts["init_from"] else facts["handshake"]
     return TrainReport(
-        out, out / "model", outcome["model_step"], noise, outcome["stopped"], Progress(**outcome["progress"])
+        out,
+        out / "model",
+        outcome["model_step"],
+        noise,
+        outcome["stopped"],
+        Progress(**outcome["progress"]),
+        from_ln_2=facts["loss"] == "sigmoid" and not facts["sft_weight"] and not facts["wpo"],
     )
 
 
@@ -215,68 +219,6 @@ def _load(config: TrainConfig, cache: ReferenceCache, tracker: Tracker) -> Loade
 def _decoder(policy: Any) -> nn.Module:
     """What --compile compiles: all below the head, whose number of positions is another in every batch."""
     return (policy.get_base_model() if hasattr(policy, "peft_config") else policy).base_model
-
-
-def _check(run: Run, state: dict[str, Any] | None) -> None:
-    """What only the cache, the batches and the checkpoint together can tell.
-
-    Raises:
-        ConfigError: a loss over the whole batch, and the batch is split; something that an option needs is not here.
-        CacheMismatch: the cache lacks what the loss needs, or is not the one that the run began with.
-    """
-    cache = run.cache
-    if state and (state["cache"], state["pairs"]) != (cache.identity.digest, len(run.cached.table)):
-        raise CacheMismatch(
-            f"{cache.path}: {len(run.cached.table)} pairs, identity {cache.identity.digest}; this run began with {state['pairs']}, "
-            f"{state['cache']}. Expected the same cache: a run cannot change its pairs half-way"
-        )
-    if state and state["held_out"] != (run.held_out and run.held_out.digest):
-        raise CacheMismatch(
-            f"{run.config.validation.eval_cache}: not the pairs that this run was validated on before; expected the same, or "
-            "its validation losses cannot be compared"
-        )
-    require_per_token(cache, run.objective.options)
-    require_optimizer(run.config.optimizer, run.world.device)
-    if run.config.compile and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
-        raise ConfigError("--compile: expected a C++ compiler, g++ or clang++, found none; install one or leave it off")
-    if name := run.objective.over_the_batch:
-        _check_whole(run, name)
-
-
-def _check_whole(run: Run, name: str) -> None:
-    """Refuse a loss over the whole batch where a batch is split, or where it would have to judge a data set."""
-    config, layout = run.config, run.scorer.layout
-    costs = layout.costs(run.cached.table)
-    if run.held_out:
-        raise ConfigError(
-            f"--loss {name}: sorts over a training batch, so it cannot judge held-out pairs; drop --holdout or --eval-cache"
-        )
-    if run.world.size > 1:
-        raise ConfigError(
-            f"--loss {name}: sorts over the whole batch, which {run.world.size} processes would split; use one"
-        )
-    for batch in islice(global_batches(len(run.training), config.batch_size, config.seed), run.steps):
-        pieces = len(by_length(costs[run.training[batch]], config.tokens_per_micro_batch, layout.pads))
-        if pieces > 1:
-            raise ConfigError(
-                f"--loss {name}: sorts over the whole batch, but {len(batch)} pairs make {pieces} micro-batches of "
-                f"{config.tokens_per_micro_batch} token slots; lower --batch-size or raise --tokens-per-micro-batch"
-            )
-
-
-def _handshake(run: Run, tracker: Tracker) -> float:
-    """Before the first step: does the policy reproduce the cache? Returns the largest difference, nats a token."""
-    tracker.begin("handshake: re-scoring a few pairs", None)
-    if source := run.config.init_from:
-        worst = float(sample_differences(run.scorer, run.cached, run.world.device)[1].max())
-        tracker.note(f"starts from {source}, not from the reference: they differ by up to {worst:.2g} nats a token")
-        return worst
-    tolerance = max(TOLERANCE[run.scorer.dtype], TOLERANCE[run.cache.identity.dtype])
-    worst = check_reproduces(run.scorer, run.cached, run.world.device, tolerance, "the policy")
-    tracker.note(
-        f"handshake: the policy reproduces the cache within {worst:.1g} nats a token (tolerance {tolerance:g})"
-    )
-    return worst
 
 
 # --- the run directory; rank 0 alone ---

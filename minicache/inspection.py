@@ -1,0 +1,105 @@
+"""What `inspect-cache` finds, as plain data: the screen, a picture and other programs read it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """edges: BINS + 1 bounds, shared by both sides; chosen, rejected: how many pairs fall between them."""
+
+    edges: list[float]
+    chosen: list[int]
+    rejected: list[int]
+
+
+@dataclass(frozen=True)
+class MarginHistogram:
+    """edges: bounds, multiples of one width; pairs: how many fall between them."""
+
+    edges: list[float]
+    pairs: list[int]
+
+
+@dataclass(frozen=True)
+class PairLine:
+    """One pair of a list.
+
+    index: what `--pair` calls it; None if a block before it has lost its ledger row, so that nobody can count to it.
+    source, line: the file it came from and the line there, from 1. lengths: tokens of prefix, chosen's rest, rejected's rest.
+    logp_mean: nats a token of chosen and rejected; margin: their difference. Both None if not scored.
+    """
+
+    index: int | None
+    source: str
+    line: int
+    lengths: list[int]
+    logp_mean: list[float] | None
+    margin: float | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Everything `inspect-cache` shows; `--json` prints just this, by these names.
+
+    identity: what the values depend on. log: model, dates, versions, sources (rows = kept + duplicates + refused).
+    complete: training may use it. problem: why not, where that is no matter of a single block; otherwise None.
+    blocks: all there are or should be; blocks_with_pairs, blocks_scored: those that read back sound.
+    unfinished: block -> what it lacks, as text. pairs, pairs_scored and all below: of the blocks that read back sound.
+    tokens: stored, a shared prefix once. counted: tokens in the mean of [chosen, rejected].
+    lengths: prefix, chosen, rejected, chosen_counted, rejected_counted -> min, median, mean, p95, max; {} without pairs.
+    length_histogram: tokens of whole sides. logp_histogram: mean logprobs, nats a token. None if there is nothing to count.
+    margin_histogram: of (chosen - rejected) mean logprob, nats a token; None likewise.
+    reference_prefers_chosen: share of scored pairs in which the reference gives chosen the higher logprob, by mean and by sum.
+    reference_margin: mean of (chosen - rejected) mean logprob, nats a token.
+    refused: rows by reason; refused_rows: all of them; refused_file: where they are listed, None if there is no list.
+    longest: by the longer side. highest_margin, lowest_margin: by mean logprob. lowest_logp: by the less likely side.
+    """
+
+    path: str
+    identity: dict[str, Any]
+    identity_digest: str
+    log: dict[str, Any]
+    complete: bool
+    problem: str | None
+    blocks: int
+    blocks_with_pairs: int
+    blocks_scored: int
+    unfinished: dict[str, str]
+    pairs: int
+    pairs_scored: int
+    tokens: int
+    counted: list[int]
+    bytes_on_disk: int
+    lengths: dict[str, dict[str, float]]
+    length_histogram: Histogram | None
+    logp_histogram: Histogram | None
+    margin_histogram: MarginHistogram | None
+    reference_prefers_chosen: dict[str, float] | None
+    reference_margin: float | None
+    refused: dict[str, int]
+    refused_rows: int
+    refused_file: str | None
+    truncated: int
+    longest: list[PairLine]
+    highest_margin: list[PairLine]
+    lowest_margin: list[PairLine]
+    lowest_logp: list[PairLine]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive tokens of one kind, as text. shared: they lie in the prefix of both sides."""
+
+    text: str
+    counted: bool
+    shared: bool
+
+
+@dataclass(frozen=True)
+class PairView:
+    """One pair, decoded. segments: of chosen and of rejected; each is the whole side."""
+
+    line: PairLine
+    token_count: list[int]
+    segments: list[list[Segment]]
