@@ -37,7 +37,9 @@ def settle_layout(scorer: Scorer, table: PairTable, asked: str, device: torch.de
         ConfigError: the layout asked for by name cannot be used with this model.
     """
     why = None
-    for name in ("packed", "shared", "padded") if asked == "auto" else (asked,):
+    # attention by spans walks over the pairs: right for a CPU, while a GPU would wait for each
+    first = ("packed",) if device.type == "cpu" else ()
+    for name in (*first, "shared", "padded") if asked == "auto" else (asked,):
         problem = _problem(scorer, table, name, device)
         if problem is None:
             scorer.layout_name = name
