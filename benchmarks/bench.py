@@ -109,10 +109,8 @@ def parse() -> argparse.Namespace:
 
 def make_case(options: argparse.Namespace) -> Case:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if options.model in SHAPES:
-        model = random_model(*SHAPES[options.model])
-    else:
-        model = load_model(options.model).model
+    shape = SHAPES.get(options.model)
+    model = random_model(*shape) if shape else load_model(options.model).model
     model = model.to(device, torch.float32).requires_grad_(True)
     tokenizer = ChatTokenizer.load(Path(options.tokenizer or options.model))
     encoder, vocabulary = Encoder(tokenizer, options.max_length), model.get_input_embeddings().num_embeddings
