@@ -98,7 +98,7 @@ class Scorer(nn.Module):
                 logits = self.model(**given, use_cache=False).logits[0]  # (K, vocabulary)
             logps = -cross_entropy(logits.float(), batch.targets, reduction="none")
             return (logps, *_of_the_distribution(logits)) if distribution else (logps,)
-        hidden = _decoder(self.model)(**given, use_cache=False).last_hidden_state  # (rows, length, hidden)
+        hidden = decoder_of(self.model)(**given, use_cache=False).last_hidden_state  # (rows, length, hidden)
         hidden = hidden.flatten(0, 1)[batch.sources]
         return self.head.logps(hidden.to(DTYPES[self.dtype]), batch.targets, distribution)
 
@@ -108,9 +108,9 @@ class Scorer(nn.Module):
         return torch.autocast(device.type, DTYPES[self.dtype])
 
 
-def _decoder(model: Any) -> nn.Module:
+def decoder_of(model: Any) -> nn.Module:
     """The model without its head; of an adapted one (peft) that of its base, which holds the adapters."""
-    return (model.get_base_model() if hasattr(model, "peft_config") else model).base_model
+    return (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model
 
 
 @torch.inference_mode()
@@ -121,7 +121,7 @@ def _own_head(model: Any) -> Head | None:
         return None
     ids = torch.arange(1, 5, device=head.linear.weight.device)[None] % head.linear.weight.shape[0]
     expected = model(input_ids=ids, use_cache=False).logits[0].float()
-    hidden = _decoder(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
+    hidden = decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
     found = head.logits(hidden.to(head.linear.weight.dtype))
     close = found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-2, atol=1e-2)
     return head if close else None

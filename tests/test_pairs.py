@@ -5,7 +5,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from minicache.data.batching import balance, by_length, global_batches, share, training_steps
+from minicache.data.batching import balance, by_length, global_batches, pairs_in, share, training_steps
 from minicache.pairs import EncodedPair, PairTable
 
 
@@ -87,6 +87,8 @@ def test_every_epoch_is_a_new_order_of_all_pairs_and_can_be_entered_anywhere(pai
     steps = training_steps(pairs, batch_size, 3, None)
     batches = list(islice(global_batches(pairs, batch_size, 5), steps))
     per_epoch = steps // 3
+    taken = [sum(map(len, batches[:count])) for count in range(steps + 1)]
+    assert taken == [pairs_in(count, pairs, batch_size) for count in range(steps + 1)]
     epochs = [np.concatenate(batches[at * per_epoch : (at + 1) * per_epoch]) for at in range(3)]
     assert all(sorted(epoch) == list(range(pairs)) for epoch in epochs)
     assert pairs == 1 or any(not np.array_equal(epochs[0], epoch) for epoch in epochs[1:])

@@ -64,6 +64,12 @@ def training_steps(pairs: int, batch_size: int, epochs: float, max_steps: int | 
     return max_steps or max(1, int(np.ceil(-(-pairs // batch_size) * epochs - 1e-9)))
 
 
+def pairs_in(steps: int, pairs: int, batch_size: int) -> int:
+    """How many pairs so many steps take: the last batch of an epoch may be smaller."""
+    epochs, rest = divmod(steps, -(-pairs // batch_size))
+    return epochs * pairs + min(rest * batch_size, pairs)
+
+
 def global_batches(pairs: int, batch_size: int, seed: int, first_step: int = 0) -> Iterator[Indices]:
     """The indices of each step's pairs, epoch after epoch without end, each epoch in an order of its own."""
     per_epoch = -(-pairs // batch_size)

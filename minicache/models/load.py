@@ -100,7 +100,7 @@ def save_model(model: Any, tokenizer_dir: Path, directory: Path) -> None:
     shutil.rmtree(draft, ignore_errors=True)
     try:
         # peft would ask the hub whether the base's embeddings were resized; they never are
-        options: dict[str, Any] = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
+        options: dict[str, Any] = {"save_embedding_layers": False} if hasattr(model, "get_base_model") else {}
         model.save_pretrained(draft, **options)
         lora.write_base(model, draft)
         shutil.copytree(tokenizer_dir, draft, dirs_exist_ok=True)

@@ -9,7 +9,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from minicache import checkpoints
-from minicache.data.batching import ahead
+from minicache.data.batching import ahead, pairs_in
 from minicache.errors import ModelError
 from minicache.evaluation import evaluate_policy
 from minicache.metrics import Means
@@ -43,8 +43,8 @@ def optimize(run: Run, resumed: dict[str, Any] | None, tracker: Tracker) -> Outc
     """
     training = _begin(run, resumed)
     config, progress, stopped = run.config, training.progress, None
-    tracker.begin("training", run.steps * min(config.batch_size, len(run.training)))
-    tracker.advance(progress.step * config.batch_size, 0)
+    tracker.begin("training", pairs_in(run.steps, len(run.training), config.batch_size))
+    tracker.advance(pairs_in(progress.step, len(run.training), config.batch_size), 0)
     with StopFlag() as stop:
         for mine in ahead(plan(run, progress.step)):
             stopped = _between_steps(run, training)

@@ -27,7 +27,7 @@ from minicache.models import LoadedModel, checkpoint_activations, load_model, sa
 from minicache.models.load import lasting_name
 from minicache.models.lora import add_lora, with_adapter
 from minicache.runs import run_facts, write_facts
-from minicache.scoring import DTYPES, Scorer, resolve_dtype
+from minicache.scoring import DTYPES, Scorer, decoder_of, resolve_dtype
 from minicache.stages.checks import check, handshake
 from minicache.stages.optimize import Outcome, optimize
 from minicache.stages.step import Progress, Run
@@ -86,7 +86,7 @@ def train(config: TrainConfig, world: World, tracker: Tracker) -> TrainReport:
     if config.activation_checkpointing:
         checkpoint_activations(policy)
     if config.compile:
-        _decoder(policy).compile(dynamic=True)
+        decoder_of(policy).compile(dynamic=True)  # not the head: its number of positions is another in every batch
     with _trackers(run, facts, resume_at, tracker) if world.is_main else Both() as both:
         both.start("training", facts)
         outcome = optimize(run, state, both)
@@ -214,11 +214,6 @@ def _load(config: TrainConfig, cache: ReferenceCache, tracker: Tracker) -> Loade
             "or start from these on purpose with --init-from"
         )
     return loaded
-
-
-def _decoder(policy: Any) -> nn.Module:
-    """What --compile compiles: all below the head, whose number of positions is another in every batch."""
-    return (policy.get_base_model() if hasattr(policy, "peft_config") else policy).base_model
 
 
 # --- the run directory; rank 0 alone ---
