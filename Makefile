@@ -1,5 +1,6 @@
 # make demo   the whole job on a real model: about five minutes on two CPU cores, downloads aside
 # make test   all tests
+# make bench  both stages against a plain live-reference trainer, on the demo's model: about ten minutes
 # Each sets up .venv by itself. PYTHON names the interpreter (3.11 or newer).
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ SAMPLE := minicache/sample
 TRAIN ?= --batch-size 8 --lr 2e-5 --beta 0.5 --log-every 1
 PROMPT ?= What should I pack for a beach day?
 
-.PHONY: demo test format pictures clean
+.PHONY: demo test bench format pictures clean
 
 $(VENV)/ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "minidpo needs Python 3.11 or newer: make PYTHON=python3.12 …"; exit 1; }
@@ -40,6 +41,9 @@ demo: $(VENV)/ready $(MODEL)
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n auto
+
+bench: $(VENV)/ready demo/run/metrics.jsonl
+	$(BIN)/python benchmarks/bench.py --model demo/run/model --data $(SAMPLE)/train.jsonl $(BENCH)
 
 pictures: demo/run/metrics.jsonl
 	$(BIN)/python docs/pictures.py

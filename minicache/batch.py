@@ -186,21 +186,28 @@ def packed(table: PairTable, indices: Indices) -> Batch:
     return flat.batch(np.arange(total), (1, total), torch.from_numpy(spans)[None, None])
 
 
-def _whole_pairs(table: PairTable) -> Indices:
-    return table.lengths.sum(1, dtype=np.int64)
+def _two_rows(lengths: NDArray[np.int32]) -> Indices:
+    return 2 * (lengths[:, 0] + lengths[:, 1:].max(1)).astype(np.int64)
+
+
+def _whole_pairs(lengths: NDArray[np.int32]) -> Indices:
+    return lengths.sum(1, dtype=np.int64)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """make: lays out pairs of a table. costs: (N,) token slots of each pair. pads: each costs as much as its batch's longest."""
+    """make: lays out pairs of a table. costs: their lengths (n, 3), as in `EncodedPair` -> the token slots of each, (n,).
+
+    pads: each costs as much as its batch's longest.
+    """
 
     make: Callable[[PairTable, Indices], Batch]
-    costs: Callable[[PairTable], Indices]
+    costs: Callable[[NDArray[np.int32]], Indices]
     pads: bool
 
 
 LAYOUTS = {
-    "padded": Layout(padded, lambda table: 2 * table.side_lengths.max(1), pads=True),
+    "padded": Layout(padded, _two_rows, pads=True),
     "shared": Layout(shared, _whole_pairs, pads=True),
     "packed": Layout(packed, _whole_pairs, pads=False),
 }

@@ -1,5 +1,6 @@
 """`minidpo train`: its options."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -33,6 +34,14 @@ LOSS_HELP = "Preference loss (docs/training.md lists them), or several: sigmoid:
 LOGPS_HELP = "Compare logprobs as 'mean' a token (MiniMind till 2510) or as 'sum' (DPO paper, TRL, MiniMind 3)."
 BETA_HELP = "The higher, the closer the policy stays to the reference. Suits one --logps, not both."
 
+# options by the panel of --help that they stand in
+loss_option = partial(typer.Option, rich_help_panel="Loss")
+optimizer_option = partial(typer.Option, rich_help_panel="Optimizer")
+lora_option = partial(typer.Option, rich_help_panel="LoRA")
+memory_option = partial(typer.Option, rich_help_panel="Memory and speed")
+validation_option = partial(typer.Option, rich_help_panel="Validation")
+log_option = partial(typer.Option, rich_help_panel="Checkpoints and logs")
+
 
 def train(
     ctx: typer.Context,
@@ -56,155 +65,107 @@ def train(
         int, typer.Option(help="Pairs an optimizer step, over all processes.")
     ] = TrainConfig.batch_size,
     seed: Annotated[int, typer.Option(help="Seed of the order of pairs, and of new adapters.")] = TrainConfig.seed,
-    loss: Annotated[str, typer.Option(help=LOSS_HELP, rich_help_panel="Loss")] = TrainConfig.loss,
-    logps: Annotated[str, typer.Option(help=LOGPS_HELP, rich_help_panel="Loss")] = TrainConfig.logps,
-    beta: Annotated[float, typer.Option(help=BETA_HELP, rich_help_panel="Loss")] = TrainConfig.beta,
-    beta_end: Annotated[
-        float | None, typer.Option(help="Beta at the last step; it changes linearly.", rich_help_panel="Loss")
-    ] = None,
+    loss: Annotated[str, loss_option(help=LOSS_HELP)] = TrainConfig.loss,
+    logps: Annotated[str, loss_option(help=LOGPS_HELP)] = TrainConfig.logps,
+    beta: Annotated[float, loss_option(help=BETA_HELP)] = TrainConfig.beta,
+    beta_end: Annotated[float | None, loss_option(help="Beta at the last step; it changes linearly.")] = None,
     label_smoothing: Annotated[
-        float, typer.Option(help="Share of labels taken to be flipped.", rich_help_panel="Loss")
+        float, loss_option(help="Share of labels taken to be flipped.")
     ] = LossOptions.label_smoothing,
-    f_divergence: Annotated[
-        str, typer.Option(help="reverse_kl, forward_kl, js or alpha.", rich_help_panel="Loss")
-    ] = LossOptions.f_divergence,
-    f_alpha: Annotated[
-        float, typer.Option(help="Its alpha, for --f-divergence alpha.", rich_help_panel="Loss")
-    ] = LossOptions.f_alpha,
-    discopop_tau: Annotated[
-        float, typer.Option(help="Temperature of the discopop loss.", rich_help_panel="Loss")
-    ] = LossOptions.discopop_tau,
-    simpo_gamma: Annotated[
-        float, typer.Option(help="Target margin of the simpo loss.", rich_help_panel="Loss")
-    ] = LossOptions.simpo_gamma,
+    f_divergence: Annotated[str, loss_option(help="reverse_kl, forward_kl, js or alpha.")] = LossOptions.f_divergence,
+    f_alpha: Annotated[float, loss_option(help="Its alpha, for --f-divergence alpha.")] = LossOptions.f_alpha,
+    discopop_tau: Annotated[float, loss_option(help="Temperature of the discopop loss.")] = LossOptions.discopop_tau,
+    simpo_gamma: Annotated[float, loss_option(help="Target margin of the simpo loss.")] = LossOptions.simpo_gamma,
     sft_weight: Annotated[
-        float, typer.Option(help="Weight of an SFT loss on the chosen answers beside it (RPO).", rich_help_panel="Loss")
+        float, loss_option(help="Weight of an SFT loss on the chosen answers beside it (RPO).")
     ] = LossOptions.sft_weight,
-    wpo: Annotated[
-        bool, typer.Option("--wpo", help="Weight pairs by the policy's own likelihood of them.", rich_help_panel="Loss")
-    ] = False,
+    wpo: Annotated[bool, loss_option("--wpo", help="Weight pairs by the policy's own likelihood of them.")] = False,
     ld_alpha: Annotated[
         float | None,
-        typer.Option(
-            help="Weight of tokens beyond the other answer's length (LD-DPO). Needs a cache made with --per-token.",
-            rich_help_panel="Loss",
+        loss_option(
+            help="Weight of tokens beyond the other answer's length (LD-DPO). Needs a cache made with --per-token."
         ),
     ] = None,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel="Optimizer")] = TrainConfig.lr,
+    lr: Annotated[float, optimizer_option(help="Peak learning rate.")] = TrainConfig.lr,
     schedule: Annotated[
-        str, typer.Option(help=f"{', '.join(SCHEDULES[:-1])} or {SCHEDULES[-1]}.", rich_help_panel="Optimizer")
+        str, optimizer_option(help=f"{', '.join(SCHEDULES[:-1])} or {SCHEDULES[-1]}.")
     ] = TrainConfig.schedule,
     min_lr: Annotated[
-        float, typer.Option(help="Share of --lr that cosine and linear end at.", rich_help_panel="Optimizer")
+        float, optimizer_option(help="Share of --lr that cosine and linear end at.")
     ] = TrainConfig.min_lr,
     warmup: Annotated[
         float,
-        typer.Option(
-            help="Steps in which the learning rate rises: below 1 a share of all, else a number.",
-            rich_help_panel="Optimizer",
-        ),
+        optimizer_option(help="Steps in which the learning rate rises: below 1 a share of all, else a number."),
     ] = TrainConfig.warmup,
     optimizer: Annotated[
-        str, typer.Option(help="adamw, adamw-8bit or paged-adamw-8bit (bitsandbytes).", rich_help_panel="Optimizer")
+        str, optimizer_option(help="adamw, adamw-8bit or paged-adamw-8bit (bitsandbytes).")
     ] = TrainConfig.optimizer,
-    weight_decay: Annotated[
-        float, typer.Option(help="AdamW's, on matrices only.", rich_help_panel="Optimizer")
-    ] = TrainConfig.weight_decay,
+    weight_decay: Annotated[float, optimizer_option(help="AdamW's, on matrices only.")] = TrainConfig.weight_decay,
     max_grad_norm: Annotated[
-        float, typer.Option(help="Gradients are clipped to this norm.", rich_help_panel="Optimizer")
+        float, optimizer_option(help="Gradients are clipped to this norm.")
     ] = TrainConfig.max_grad_norm,
     lora_rank: Annotated[
-        int, typer.Option(help="Train adapters of this rank instead of all weights; 0: none.", rich_help_panel="LoRA")
+        int, lora_option(help="Train adapters of this rank instead of all weights; 0: none.")
     ] = LoraOptions.lora_rank,
-    lora_alpha: Annotated[
-        float | None, typer.Option(help="Scale of the adapters. (Default: twice the rank.)", rich_help_panel="LoRA")
-    ] = None,
+    lora_alpha: Annotated[float | None, lora_option(help="Scale of the adapters. (Default: twice the rank.)")] = None,
     lora_targets: Annotated[
-        str, typer.Option(help="all-linear, or names of modules: q_proj,v_proj.", rich_help_panel="LoRA")
+        str, lora_option(help="all-linear, or names of modules: q_proj,v_proj.")
     ] = LoraOptions.lora_targets,
-    dtype: Annotated[str, typer.Option(help=DTYPE_HELP, rich_help_panel="Memory and speed")] = TrainConfig.dtype,
-    layout: Annotated[str, typer.Option(help=LAYOUT_HELP, rich_help_panel="Memory and speed")] = TrainConfig.layout,
+    dtype: Annotated[str, memory_option(help=DTYPE_HELP)] = TrainConfig.dtype,
+    layout: Annotated[str, memory_option(help=LAYOUT_HELP)] = TrainConfig.layout,
     tokens_per_micro_batch: Annotated[
         int,
-        typer.Option(
-            help="Token slots that fit in memory at once; accumulation follows.", rich_help_panel="Memory and speed"
-        ),
+        memory_option(help="Token slots that fit in memory at once; accumulation follows."),
     ] = TrainConfig.tokens_per_micro_batch,
     activation_checkpointing: Annotated[
         bool,
-        typer.Option(
-            "--activation-checkpointing",
-            help="Less memory, a third more time: layers are computed again in backward.",
-            rich_help_panel="Memory and speed",
+        memory_option(
+            "--activation-checkpointing", help="Less memory, a third more time: layers are computed again in backward."
         ),
     ] = False,
     compile: Annotated[
         bool,
-        typer.Option(
-            "--compile",
-            help="torch.compile the decoder; the first steps take long.",
-            rich_help_panel="Memory and speed",
-        ),
+        memory_option("--compile", help="torch.compile the decoder; the first steps take long."),
     ] = False,
-    nproc: Annotated[int, typer.Option(min=1, help=NPROC_HELP, rich_help_panel="Memory and speed")] = 1,
+    nproc: Annotated[int, memory_option(min=1, help=NPROC_HELP)] = 1,
     holdout: Annotated[
         float,
-        typer.Option(
-            help="Share of the pairs to validate on instead of training; the best model on them is the one saved.",
-            rich_help_panel="Validation",
+        validation_option(
+            help="Share of the pairs to validate on instead of training; the best model on them is the one saved."
         ),
     ] = ValidationOptions.holdout,
     eval_cache: Annotated[
         Path | None,
-        typer.Option(
-            help="Validate on another reference cache of the same model instead.", rich_help_panel="Validation"
-        ),
+        validation_option(help="Validate on another reference cache of the same model instead."),
     ] = None,
     eval_every: Annotated[
         int | None,
-        typer.Option(
-            help="Steps between validations. (Default: ten validations in a run.)", rich_help_panel="Validation"
-        ),
+        validation_option(help="Steps between validations. (Default: ten validations in a run.)"),
     ] = None,
     patience: Annotated[
         int | None,
-        typer.Option(help="End after so many validations without a lower loss.", rich_help_panel="Validation"),
+        validation_option(help="End after so many validations without a lower loss."),
     ] = None,
     min_gain: Annotated[
-        float, typer.Option(help="How much lower the loss must be, for --patience.", rich_help_panel="Validation")
+        float, validation_option(help="How much lower the loss must be, for --patience.")
     ] = ValidationOptions.min_gain,
     max_kl: Annotated[
         float | None,
-        typer.Option(
-            help="Farthest the policy should move from the reference (kl in the log), nats a token.",
-            rich_help_panel="Validation",
-        ),
+        validation_option(help="Farthest the policy should move from the reference (kl in the log), nats a token."),
     ] = None,
-    on_max_kl: Annotated[
-        str, typer.Option(help="Beyond --max-kl: warn or stop.", rich_help_panel="Validation")
-    ] = TrainConfig.on_max_kl,
-    save_every: Annotated[
-        int, typer.Option(help="Steps between checkpoints; 0: none.", rich_help_panel="Checkpoints and logs")
-    ] = TrainConfig.save_every,
-    keep_last: Annotated[
-        int, typer.Option(help="Checkpoints that stay, beside the best.", rich_help_panel="Checkpoints and logs")
-    ] = TrainConfig.keep_last,
+    on_max_kl: Annotated[str, validation_option(help="Beyond --max-kl: warn or stop.")] = TrainConfig.on_max_kl,
+    save_every: Annotated[int, log_option(help="Steps between checkpoints; 0: none.")] = TrainConfig.save_every,
+    keep_last: Annotated[int, log_option(help="Checkpoints that stay, beside the best.")] = TrainConfig.keep_last,
     save_dtype: Annotated[
         str,
-        typer.Option(
-            help="Of the final model: float32 (as trained), bfloat16, float16, or auto (as it was stored before).",
-            rich_help_panel="Checkpoints and logs",
+        log_option(
+            help="Of the final model: float32 (as trained), bfloat16, float16, or auto (as it was stored before)."
         ),
     ] = TrainConfig.save_dtype,
-    log_every: Annotated[
-        int, typer.Option(help="Steps between log lines.", rich_help_panel="Checkpoints and logs")
-    ] = TrainConfig.log_every,
+    log_every: Annotated[int, log_option(help="Steps between log lines.")] = TrainConfig.log_every,
     tracker: Annotated[
         list[str] | None,
-        typer.Option(
-            help=f"Also tell {', '.join(TRACKERS[:-1])} or {TRACKERS[-1]}; may be given several times.",
-            rich_help_panel="Checkpoints and logs",
-        ),
+        log_option(help=f"Also tell {', '.join(TRACKERS[:-1])} or {TRACKERS[-1]}; may be given several times."),
     ] = None,
     trust_remote_code: Trust = False,
 ) -> None:

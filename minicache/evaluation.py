@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from minicache.attention import use_spans, why_not_branching
-from minicache.batch import Batch
+from minicache.batch import LAYOUTS, Batch
 from minicache.cache.reader import ReferenceCache
 from minicache.cache.schema import CachedPairs
 from minicache.config_train import LossOptions
@@ -27,24 +27,25 @@ SAMPLE = 8
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 
 
-def settle_layout(scorer: Scorer, table: PairTable, asked: str, device: torch.device) -> str | None:
+def settle_layout(scorer: Scorer, table: PairTable, asked: str, device: torch.device, tracker: Tracker) -> None:
     """Give the scorer the layout asked for, or of `auto` the first that gives this model the values of `padded`.
 
-    Returns:
-        why a layout before it was not taken, for the log; None if the first was.
+    Why a layout before it was not taken is noted.
 
     Raises:
         ConfigError: the layout asked for by name cannot be used with this model.
     """
-    why = None
     # attention by spans walks over the pairs: right for a CPU, while a GPU would wait for each
     first = ("packed",) if device.type == "cpu" else ()
+    problems: list[str] = []
     for name in (*first, "shared", "padded") if asked == "auto" else (asked,):
         problem = _problem(scorer, table, name, device)
         if problem is None:
             scorer.layout_name = name
-            return why
-        why = why or f"layout {name} is not used: {problem}"
+            for line in problems[:1]:
+                tracker.note(line)
+            return
+        problems.append(f"layout {name} is not used: {problem}")
     raise ConfigError(f"--layout {asked}: cannot be used with this model: {problem}; expected auto or padded")
 
 
@@ -55,19 +56,13 @@ def _problem(scorer: Scorer, table: PairTable, layout: str, device: torch.device
     if reason := why_not_branching(scorer.model):
         return reason
     sample = np.argsort(table.lengths.sum(1), kind="stable")[:SAMPLE]
-    before, scores = scorer.layout_name, []
     try:
         use_spans(scorer.model)
-        for scorer.layout_name in ("padded", layout):
-            found = torch.zeros(len(table), 2)
-            for indices, _, values in score_table(scorer, table, sample, 10**9, device):
-                found[indices] = values.logp_mean.cpu()
-            scores.append(found)
+        with torch.inference_mode():
+            expected, found = (scorer(LAYOUTS[name].make(table, sample).to(device)) for name in ("padded", layout))
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         return " ".join(str(error).split())[:160] or type(error).__name__
-    finally:
-        scorer.layout_name = before
-    worst = float((scores[0] - scores[1]).abs().max())
+    worst = float((expected.logp_mean - found.logp_mean).abs().max())
     return None if worst <= TOLERANCE[scorer.dtype] else f"it gives other logprobs, by up to {worst:.2g} nats a token"
 
 

@@ -125,10 +125,13 @@ def _forward(logits: torch.Tensor, targets: torch.Tensor, distribution: bool) ->
     logps = logits.gather(1, targets[:, None])[:, 0] - normalizer
     if not distribution:
         return (logps,)
-    probabilities = logits.sub_(normalizer[:, None]).exp()
-    entropy = -torch.linalg.vecdot(probabilities, logits)
-    concentration = torch.linalg.vecdot(probabilities, probabilities).log()
-    return logps, entropy, concentration
+    return logps, *entropy_and_concentration(logits.sub_(normalizer[:, None]))
+
+
+def entropy_and_concentration(logps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(k, vocabulary) logprobs of whole distributions -> -sum p log p and log sum p^2, (k,) each, nats."""
+    probabilities = logps.exp()
+    return -torch.linalg.vecdot(probabilities, logps), torch.linalg.vecdot(probabilities, probabilities).log()
 
 
 def _backward(head: Head, logits: torch.Tensor, targets: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from minicache.batch import LAYOUTS, Batch, Layout
 from minicache.data.batching import Indices, by_length
 from minicache.errors import ConfigError
-from minicache.head import Head
+from minicache.head import Head, entropy_and_concentration
 from minicache.models.balance import has_balance, recording
 from minicache.pairs import PairTable
 
@@ -85,7 +85,7 @@ class Scorer(nn.Module):
 
     def batches(self, table: PairTable, indices: Indices, budget: int) -> Iterator[tuple[Indices, Batch]]:
         """These pairs of a table, grouped by length under a budget of token slots: their indices, and they as a batch."""
-        for chosen in by_length(self.layout.costs(table)[indices], budget, self.layout.pads):
+        for chosen in by_length(self.layout.costs(table.lengths[indices]), budget, self.layout.pads):
             batch = self.layout.make(table, indices[chosen])
             yield indices[chosen], batch.pin() if torch.cuda.is_available() else batch
 
@@ -132,8 +132,7 @@ def _of_the_distribution(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     """(K, vocabulary) -> entropy (K,) and log sum p^2 (K,), float32, nats. In pieces: a second set of logits need not fit."""
     parts = []
     for piece in logits.split(CHUNK):
-        logps = piece.float().log_softmax(1)
-        parts.append(torch.stack([-(logps.exp() * logps).sum(1), (2 * logps).logsumexp(1)]))
+        parts.append(torch.stack(entropy_and_concentration(piece.float().log_softmax(1))))
     entropy, concentration = torch.cat(parts, dim=1)
     return entropy, concentration
 

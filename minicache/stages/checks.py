@@ -42,7 +42,7 @@ def check(run: Run, state: dict[str, Any] | None) -> None:
 def _check_whole(run: Run, name: str) -> None:
     """Refuse a loss over the whole batch where a batch is split, or where it would have to judge a data set."""
     config, layout = run.config, run.scorer.layout
-    costs = layout.costs(run.cached.table)
+    costs = layout.costs(run.cached.table.lengths)
     if run.held_out:
         raise ConfigError(
             f"--loss {name}: sorts over a training batch, so it cannot judge held-out pairs; drop --holdout or --eval-cache"

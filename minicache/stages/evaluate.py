@@ -12,7 +12,7 @@ from minicache.config import EvaluateConfig
 from minicache.config_train import LossOptions, TrainConfig, fill, flat
 from minicache.distributed import World
 from minicache.errors import CacheMismatch
-from minicache.evaluation import EvalSet, evaluate_policy, require_per_token
+from minicache.evaluation import EvalSet, evaluate_policy, require_per_token, settle_layout
 from minicache.losses import Objective
 from minicache.models import load_model
 from minicache.runs import policy_source, run_behind
@@ -56,6 +56,7 @@ def evaluate(config: EvaluateConfig, world: World, tracker: Tracker) -> Evaluate
         )
     same = loaded.fingerprint == cache.identity.weights
     scorer = Scorer(loaded.model.to(world.device, torch.float32), resolve_dtype(config.dtype, world.device))
+    settle_layout(scorer, cached.table, "auto", world.device, tracker)
     pairs = EvalSet(cached, np.arange(len(cached.table)), config.tokens_per_batch)
     tracker.begin("evaluating", len(cached.table))
     metrics = evaluate_policy(scorer, pairs, objective, world, tracker)

@@ -52,8 +52,8 @@ def optimize(run: Run, resumed: dict[str, Any] | None, tracker: Tracker) -> Outc
                 break
             started = time.monotonic()
             norm = take_step(run, training, mine)
-            count_step(run, training, mine.indices, time.monotonic() - started)
-            tracker.advance(len(mine.indices), int(run.cached.table.side_lengths[mine.indices].sum()))
+            tokens = count_step(run, training, mine.indices, time.monotonic() - started)
+            tracker.advance(len(mine.indices), tokens)
             stopped = _log(run, training, norm, tracker)
             if (run.world.size == 1 or _is_logged(run, progress.step - 1)) and run.world.any(bool(stop)):
                 _save(run, training)

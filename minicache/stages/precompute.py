@@ -67,8 +67,7 @@ def precompute(config: PrecomputeConfig, world: World, tracker: Tracker) -> Prec
         world.barrier()
         scorer = Scorer(loaded.model.to(world.device, torch.float32), dtype)
         cache = CacheWriter(config.ref_cache)
-        if cache.blocks and (note := settle_layout(scorer, cache.pairs(0), config.layout, world.device)):
-            tracker.note(note)
+        settle_layout(scorer, cache.pairs(0), config.layout, world.device, tracker)
         scored = _score_blocks(cache, scorer, config.tokens_per_batch, world, tracker)
     return PrecomputeReport(
         config.ref_cache, cache.log.sources, cache.log.pairs, scored, config.ref_cache / REFUSED_FILE

@@ -96,15 +96,13 @@ class Share:
 def plan(run: Run, first_step: int) -> Iterator[Share]:
     """The steps still to come, laid out in memory; a function of cache, seed and step alone."""
     config, table, world = run.config, run.cached.table, run.world
-    costs = run.scorer.layout.costs(table)
+    costs = run.scorer.layout.costs(table.lengths)
     order = global_batches(len(run.training), config.batch_size, config.seed, first_step)
     for batch in islice(order, run.steps - first_step):
         indices = run.training[batch]
         mine, weight = share(indices, costs, world.rank, world.size), world.size / len(indices)
-        if not len(
-            mine
-        ):  # fewer pairs than ranks: DDP waits for everyone, so this one takes part, with a loss of weight 0
-            mine, weight = indices[:1], 0.0
+        if not len(mine):  # fewer pairs than ranks
+            mine, weight = indices[:1], 0.0  # DDP waits for everyone: this one takes part, and adds nothing
         yield Share(indices, list(run.scorer.batches(table, mine, config.tokens_per_micro_batch)), weight)
 
 
@@ -140,7 +138,8 @@ def _accumulate(run: Run, training: Training, objective: Objective, mine: Share)
             training.means.add(losses, logps, objective.beta, scores)
 
 
-def count_step(run: Run, training: Training, indices: Indices, seconds: float) -> None:
+def count_step(run: Run, training: Training, indices: Indices, seconds: float) -> int:
+    """Keep account of a step on these pairs; returns the tokens it read."""
     progress, table = training.progress, run.cached.table
     tokens = int(table.side_lengths[indices].sum())
     progress.step += 1
@@ -150,3 +149,4 @@ def count_step(run: Run, training: Training, indices: Indices, seconds: float) -
     progress.total_tokens += tokens
     if peak_flops(run.world.device, run.config.dtype):
         progress.flops += step_flops(run.scorer.model, table, indices)
+    return tokens

@@ -17,11 +17,7 @@ from minicache.data.batching import Indices, training_steps
 from minicache.disk import writing
 from minicache.distributed import World
 from minicache.errors import CacheMismatch, ConfigError, ModelError, OutputError
-from minicache.evaluation import (
-    EvalSet,
-    require_per_token,
-    settle_layout,
-)
+from minicache.evaluation import EvalSet, require_per_token, settle_layout
 from minicache.losses import Objective
 from minicache.models import LoadedModel, checkpoint_activations, load_model, save_model
 from minicache.models.load import lasting_name
@@ -74,15 +70,12 @@ def train(config: TrainConfig, world: World, tracker: Tracker) -> TrainReport:
     state = None if resume_at is None else checkpoints.load(config.out, resume_at)
     policy, source, stored = _policy(config, cache, resume_at, tracker)
     scorer = Scorer(policy.to(world.device), config.dtype)
-    if note := settle_layout(scorer, cached.table, config.layout, world.device):
-        tracker.note(note)
+    settle_layout(scorer, cached.table, config.layout, world.device, tracker)
     run = Run(config, world, scorer, objective, cache, cached, training, held_out, steps)
     check(run, state)
     if state is None:
-        noise = handshake(run, tracker)
-        facts = {**flat(config), "steps": steps, "pairs": len(training), "held_out": len(held_out.indices) if held_out else 0,
-                 "started_from": source, "stored_dtype": stored, "handshake": noise, "processes": world.size,
-                 "device": world.device.type, "layout_used": scorer.layout_name}  # fmt: skip
+        started = {"started_from": source, "stored_dtype": stored, "handshake": handshake(run, tracker)}
+        facts = {**flat(config), **started, **_sizes(run)}
     if config.activation_checkpointing:
         checkpoint_activations(policy)
     if config.compile:
@@ -101,6 +94,18 @@ def train(config: TrainConfig, world: World, tracker: Tracker) -> TrainReport:
             write_facts(config.out, facts)
     facts = world.broadcast(facts)
     return _report(config.out, facts)
+
+
+def _sizes(run: Run) -> dict[str, Any]:
+    """What followed from the options, the cache and the machine."""
+    return {
+        "steps": run.steps,
+        "pairs": len(run.training),
+        "held_out": len(run.held_out.indices) if run.held_out else 0,
+        "processes": run.world.size,
+        "device": run.world.device.type,
+        "layout_used": run.scorer.layout_name,
+    }
 
 
 def _report(out: Path, facts: dict[str, Any]) -> TrainReport:
