@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from minicache.disk import written_whole
 from minicache.errors import ConfigError, DataError
-from minicache.screen import visible
+from minicache.text import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,7 +11,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from minicache.screen import sources_table, visible
+from minicache.screen import sources_table
+from minicache.text import visible
 
 if TYPE_CHECKING:
     from minicache.inspection import Histogram, Inspection, PairLine, PairView, Segment

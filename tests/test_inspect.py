@@ -16,9 +16,9 @@ from minicache.config import InspectConfig
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.inspection import Inspection
 from minicache.pairs import EncodedPair, PairTable
-from minicache.screen import visible
 from minicache.screen_inspect import show_inspection, show_pair, show_problems
 from minicache.stages.inspect import inspect_cache, inspect_pair, verify_cache
+from minicache.text import visible
 from tests.conftest import make_rows, precompute_into, write_jsonl
 
 

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "minicache"
 LAYERS = [
-    {"errors", "pairs", "inspection"},
+    {"errors", "pairs", "inspection", "text"},
     {"config", "trackers", "disk", "signals"},
     {"config_train", "data", "cache", "screen", "launch", "runs"},
     {"distributed", "models", "batch", "head", "attention", "screen_inspect", "speed", "plots"},

@@ -8,7 +8,7 @@ from hashlib import blake2b
 from importlib.resources import files
 from typing import Any
 
-from minicache.screen import visible
+from minicache.text import visible
 
 TEMPLATE = "compare_page.html"
 MARK = "{{DATA}}"
