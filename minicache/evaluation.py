@@ -35,10 +35,8 @@ def settle_layout(scorer: Scorer, table: PairTable, asked: str, device: torch.de
     Raises:
         ConfigError: the layout asked for by name cannot be used with this model.
     """
-    # attention by spans walks over the pairs: right for a CPU, while a GPU would wait for each
-    first = ("packed",) if device.type == "cpu" else ()
     problems: list[str] = []
-    for name in (*first, "shared", "padded") if asked == "auto" else (asked,):
+    for name in ("packed", "shared", "padded") if asked == "auto" else (asked,):
         problem = _problem(scorer, table, name, device)
         if problem is None:
             scorer.layout_name = name
@@ -58,9 +56,13 @@ def _problem(scorer: Scorer, table: PairTable, layout: str, device: torch.device
     sample = np.argsort(table.lengths.sum(1), kind="stable")[:SAMPLE]
     try:
         use_spans(scorer.model)
+        batches = [LAYOUTS[name].make(table, sample).to(device) for name in ("padded", layout)]
         with torch.inference_mode():
-            expected, found = (scorer(LAYOUTS[name].make(table, sample).to(device)) for name in ("padded", layout))
-    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+            expected, found = map(scorer, batches)
+        if device.type == "cuda" and any(parameter.requires_grad for parameter in scorer.parameters()):
+            scorer(batches[1]).logp_sum.sum().backward()  # FlexAttention compiles that apart, and not for every model
+            scorer.zero_grad(set_to_none=True)
+    except Exception as error:  # whatever a model's own code or a compiler makes of it
         return " ".join(str(error).split())[:160] or type(error).__name__
     worst = float((expected.logp_mean - found.logp_mean).abs().max())
     return None if worst <= TOLERANCE[scorer.dtype] else f"it gives other logprobs, by up to {worst:.2g} nats a token"
