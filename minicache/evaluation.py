@@ -22,6 +22,7 @@ from minicache.scoring import PairScores, Scorer
 from minicache.trackers import Tracker
 
 SAMPLE = 8
+SLOTS = {"cpu": 16384, "cuda": 65536}  # of a forward pass: more at once makes it no faster
 # Largest difference of a pair's mean logprob, nats a token, that rounding explains. Batch shapes differ between the stages, and
 # with them the order of sums; float32 noise is around 1e-6, that of half precisions is of the size of their last bits.
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
@@ -70,11 +71,10 @@ def _problem(scorer: Scorer, table: PairTable, layout: str, device: torch.device
 
 @dataclass(frozen=True)
 class EvalSet:
-    """Pairs of a cache to evaluate on, and the token slots that one forward pass may take. indices: (n,) into the cache's pairs."""
+    """Pairs of a cache to evaluate on. indices: (n,) into the cache's pairs."""
 
     cached: CachedPairs
     indices: Indices
-    budget: int
 
     @property
     def digest(self) -> str:
@@ -96,13 +96,14 @@ def score_table(
     scorer: Scorer,
     table: PairTable,
     indices: Indices,
-    budget: int,
+    budget: int | None,
     device: torch.device,
     distribution: bool = False,
 ) -> Iterator[tuple[Indices, Batch, PairScores]]:
     """Score some pairs of a table in batches of similar length, without gradients.
 
-    Where a batch does not fit in memory, it and those after it are made half as large.
+    budget: token slots of a batch; None begins with as many as can make it faster. Where a batch does not fit in memory, it
+    and those after it are made half as large.
 
     Yields:
         the batch's indices into the table, the batch, its scores (see `Scorer` for `distribution`).
@@ -110,7 +111,7 @@ def score_table(
     Raises:
         ModelError: a single pair does not fit in memory.
     """
-    left = np.ones(len(table), bool)
+    left, budget = np.ones(len(table), bool), budget or SLOTS[device.type]
     while len(rest := indices[left[indices]]):
         for chosen, batch in ahead(scorer.batches(table, rest, budget)):
             moved = batch.to(device)
@@ -136,9 +137,9 @@ def _scores_if_they_fit(scorer: Scorer, batch: Batch, distribution: bool) -> Pai
 
 
 def evaluate_policy(
-    scorer: Scorer, pairs: EvalSet, objective: Objective, world: World, tracker: Tracker
+    scorer: Scorer, pairs: EvalSet, objective: Objective, budget: int | None, world: World, tracker: Tracker
 ) -> dict[str, float]:
-    """Mean metrics (see metrics.py) of a policy over these pairs, shared among the processes.
+    """Mean metrics (see metrics.py) of a policy over these pairs, shared among the processes. budget: see `score_table`.
 
     Raises:
         ConfigError: the loss sorts over a batch, and a data set is no batch.
@@ -150,7 +151,7 @@ def evaluate_policy(
     table = pairs.cached.table
     means, chosen_tokens = Means(world.device), float(table.token_counts[pairs.indices, 0].mean())
     mine = pairs.indices[world.rank :: world.size]
-    for indices, batch, scores in score_table(scorer, table, mine, pairs.budget, world.device, distribution=True):
+    for indices, batch, scores in score_table(scorer, table, mine, budget, world.device, distribution=True):
         logps = pair_logps(scores, batch, pairs.cached, indices, objective)
         means.add(objective(logps, chosen_tokens), logps, objective.beta, scores)
         tracker.advance(len(indices) * world.size, int(table.side_lengths[indices].sum()) * world.size)

@@ -180,7 +180,7 @@ def _versions() -> dict[str, str]:
 # --- all ranks ---
 
 
-def _score_blocks(cache: CacheWriter, scorer: Scorer, budget: int, world: World, tracker: Tracker) -> int:
+def _score_blocks(cache: CacheWriter, scorer: Scorer, budget: int | None, world: World, tracker: Tracker) -> int:
     """Score the blocks that are not, each rank its share; returns how many pairs that were."""
     todo, sizes = world.broadcast(_todo(cache) if world.is_main else None)
     if done := sorted(set(range(cache.blocks)) - set(todo)):
@@ -220,7 +220,7 @@ def _todo(cache: CacheWriter) -> tuple[list[int], np.ndarray]:
 def _score(
     scorer: Scorer,
     table: PairTable,
-    budget: int,
+    budget: int | None,
     per_token: bool,
     device: torch.device,
     tell: Callable[[int, int], None],
