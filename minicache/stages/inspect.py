@@ -1,4 +1,7 @@
-"""What is in a reference cache, as plain numbers: complete or not, damaged or not. No torch; one block in memory at a time."""
+"""What is in a reference cache, as plain numbers: complete or not, damaged or not. No torch.
+
+Tokens are not read, unless one pair is asked for or everything is to be verified.
+"""
 
 import math
 from collections import Counter
@@ -41,7 +44,10 @@ class _Columns:
 
 
 def inspect_cache(config: InspectConfig) -> Inspection:
-    """Read every block once, checking its digest; a missing or damaged one is reported, not raised.
+    """Read the ledger, lengths, sources and scores of every block; a missing or damaged one is reported, not raised.
+
+    Tokens and masks must be there, but are not read: a million pairs take two seconds. Damage inside them is found by
+    `verify_cache`, and whenever they are loaded. Only the masks of pairs without scores are read, to count.
 
     Raises:
         CacheNotFound, CacheMismatch, CacheDamaged: only if the manifest or an array's metadata cannot be read.
@@ -118,10 +124,9 @@ def _segments(tokenizer: ChatTokenizer, pair: EncodedPair, side: int) -> list[Se
 
 
 def _read_columns(cache: ReferenceCache) -> tuple[_Columns, dict[int, str], dict[int, str]]:
-    """The sound blocks' columns; which blocks have no pairs and which of the others no scores, and why."""
-    none = np.zeros((0, 2), np.float32)
-    parts = [
-        (none[:, 0].astype(np.int64), np.zeros((0, 3), np.int32), none.astype(np.int32), none.astype(np.int64), none)
+    """The blocks' columns; which blocks have no pairs and which of the others no scores, and why."""
+    parts: list[tuple[np.ndarray, ...]] = [
+        (np.zeros(0, np.int64), np.zeros((0, 3), np.int32), *(np.zeros((0, 2), kind) for kind in ("i4", "i8", "f4")))
     ]
     without_pairs: dict[int, str] = {}
     unscored: dict[int, str] = {}
@@ -131,20 +136,27 @@ def _read_columns(cache: ReferenceCache) -> tuple[_Columns, dict[int, str], dict
         try:
             size, _ = cache.block_size(block)
             first = None if start is None else start + size
-            table = cache.pairs(block)
+            index = np.full(size, -1) if start is None else np.arange(start, start + size)
+            lengths, source = cache.outline(block)
+            counted, logp_mean, why = _scores(cache, block, lengths)
         except (CacheIncomplete, CacheDamaged) as error:
             without_pairs[block] = str(error)
             continue
-        try:
-            logp_mean = cache.ref(block).logp_mean
-        except (CacheIncomplete, CacheDamaged) as error:
-            unscored[block] = str(error)
-            logp_mean = np.full((len(table), 2), np.nan, np.float32)
-        index = np.full(len(table), -1) if start is None else np.arange(start, start + len(table))
-        parts.append((index, table.lengths, table.token_counts, table.source, logp_mean))
+        if why:
+            unscored[block] = why
+        parts.append((index, lengths, counted, source, logp_mean))
     for block in range(cache.blocks, cache.log.blocks):
         without_pairs[block] = f"{cache.path}: block {block} was written, but the arrays end before it"
     return _Columns(*(np.concatenate(part) for part in zip(*parts, strict=True))), without_pairs, unscored
+
+
+def _scores(cache: ReferenceCache, block: int, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, str | None]:
+    """Counted tokens (n, 2), mean logprobs (n, 2), NaN where there are none, and why there are none."""
+    try:
+        scores = cache.ref(block, whole=False)
+    except (CacheIncomplete, CacheDamaged) as error:
+        return cache.counted(block, lengths), np.full((len(lengths), 2), np.nan, np.float32), str(error)
+    return scores.token_count, scores.logp_mean, None
 
 
 def _problem(cache: ReferenceCache, pairs: int | None) -> str | None:
