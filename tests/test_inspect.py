@@ -17,7 +17,7 @@ from minicache.data.tokenizers import ChatTokenizer
 from minicache.inspection import Inspection
 from minicache.pairs import EncodedPair, PairTable
 from minicache.screen_inspect import show_inspection, show_pair, show_problems
-from minicache.stages.inspect import inspect_cache, inspect_pair, verify_cache
+from minicache.stages.inspect import _extreme, inspect_cache, inspect_pair, verify_cache
 from minicache.text import visible
 from tests.conftest import make_rows, precompute_into, write_jsonl
 
@@ -208,6 +208,15 @@ def test_blocks_of_another_place_or_cache_are_found(made: Path, tmp_path: Path, 
     other = by_hand(tmp_path / "other", tokenizer_dir, TEXTS, identity=identity)
     shutil.copytree(other / "ledger", made / "ledger", dirs_exist_ok=True)
     assert look(made).blocks_with_pairs == 0
+
+
+def test_the_extremes_are_those_of_sorting() -> None:
+    random = np.random.default_rng(0)
+    for size in (0, 1, 3, 4, 200):
+        values = random.integers(0, 4, size).astype(np.float32)  # many are equal
+        values[random.random(size) < 0.2] = np.nan
+        order = np.argsort(values, kind="stable")
+        assert _extreme(values, 3).tolist() == order[~np.isnan(values[order])][:3].tolist()
 
 
 def test_counted_tokens_are_the_same_before_and_after_scoring(made: Path) -> None:

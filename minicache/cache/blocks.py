@@ -3,6 +3,8 @@
 zarr is read a block at a time and never a row at a time: one slice costs about a millisecond (see docs/cache-format.md).
 """
 
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import zarr
 from numpy.typing import NDArray
 
 from minicache.cache.schema import (
+    LEDGER_COLUMNS,
     ArraySpec,
     Identity,
     Log,
@@ -63,6 +66,7 @@ class CacheBlocks:
         self.manifest = Manifest.from_attributes(attributes, str(path))
         self.specs = array_specs(self.identity)
         self.arrays: dict[str, zarr.Array] = {}
+        self.held: dict[str, np.ndarray] = {}
         # The array that grows last is opened first: whatever another process adds meanwhile, the others have room for it.
         for name in sorted(self.specs, key=lambda name: name != "ledger/pairs"):
             self.arrays[name] = self._open_array(name, self.specs[name])
@@ -97,6 +101,15 @@ class CacheBlocks:
         if self.arrays and array.shape[0] < self.blocks:
             raise CacheDamaged(f"{self.path}/{name}: expected room for {self.blocks} blocks, found {array.shape[0]}")
         return array
+
+    def hold(self, names: Iterable[str]) -> None:
+        """Read these arrays at once and take their blocks from memory from now on: four times as fast as one after another.
+
+        Later changes are not seen. An array with a chunk that cannot be read stays on disk, so that the error can name the block.
+        """
+        for name in names:
+            with suppress(*UNREADABLE):
+                self.held[name] = np.asarray(self.arrays[name][:])
 
     # --- one block ---
 
@@ -171,7 +184,7 @@ class CacheBlocks:
 
     def _ledger_row(self, name: str, block: int) -> NDArray[np.int64]:
         try:
-            row = np.asarray(self.arrays[name][block])
+            row = self._values(name, block, len(LEDGER_COLUMNS))
         except UNREADABLE as error:
             raise self._damaged(name, block, error) from error
         if (row == -1).all():
@@ -184,13 +197,17 @@ class CacheBlocks:
 
     def _read(self, name: str, block: int, count: int) -> np.ndarray:
         try:
-            values = np.asarray(self.arrays[name][block, :count])
+            values = self._values(name, block, count)
         except UNREADABLE as error:
             raise self._damaged(name, block, error) from error
         fill = self.arrays[name].fill_value
         if name != "ref/token_logps" and (np.isnan(values) if fill != fill else values == fill).any():
             raise CacheDamaged(f"{self.path}: {name}, block {block}: a chunk is missing")
         return values
+
+    def _values(self, name: str, block: int, count: int) -> np.ndarray:
+        source = self.held.get(name, self.arrays[name])
+        return np.asarray(source[block, :count])
 
     def _require_file(self, name: str, block: int, chunk: int) -> None:
         try:

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,8 @@ from minicache.stages.intake import REFUSED_FILE
 
 BINS = 16
 SIDES = ("chosen", "rejected")
+# In this order: what the ledger tells of, the others have had before.
+READ = ("ledger/ref", "ledger/pairs", "pairs/lengths", "pairs/source", "ref/logp_mean", "ref/token_count")
 
 
 @dataclass
@@ -34,25 +37,26 @@ class _Columns:
     source: NDArray[np.int64]  # (N, 2)
     logp_mean: NDArray[np.float32]  # (N, 2), NaN where not scored
 
-    @property
+    @cached_property
     def sides(self) -> NDArray[np.int32]:
         return self.lengths[:, :1] + self.lengths[:, 1:]
 
-    @property
+    @cached_property
     def scored(self) -> NDArray[np.bool_]:
-        return np.asarray(np.isfinite(self.logp_mean).all(axis=1))
+        return np.isfinite(self.logp_mean[:, CHOSEN]) & np.isfinite(self.logp_mean[:, REJECTED])
 
 
 def inspect_cache(config: InspectConfig) -> Inspection:
     """Read the ledger, lengths, sources and scores of every block; a missing or damaged one is reported, not raised.
 
-    Tokens and masks must be there, but are not read: a million pairs take two seconds. Damage inside them is found by
-    `verify_cache`, and whenever they are loaded. Only the masks of pairs without scores are read, to count.
+    Tokens, masks and digests must be there, but are not read; damage inside them is found by `verify_cache`, and by all that
+    loads them. Only the masks of pairs without scores are read, to count.
 
     Raises:
         CacheNotFound, CacheMismatch, CacheDamaged: only if the manifest or an array's metadata cannot be read.
     """
     cache = ReferenceCache(config.ref_cache)
+    cache.hold(READ)
     columns, without_pairs, unscored = _read_columns(cache)
     problem = _problem(cache, None if without_pairs else len(columns.lengths))
     unfinished = dict(sorted({**without_pairs, **unscored}.items()))
@@ -88,7 +92,7 @@ def inspect_cache(config: InspectConfig) -> Inspection:
         refused_rows=refused.total(),
         refused_file=str(refused_file) if refused_file.is_file() else None,
         truncated=sum(source.truncated for source in sources),
-        longest=_lines(cache, columns, np.argsort(-columns.sides.max(1, initial=0), kind="stable")[:5]),
+        longest=_lines(cache, columns, _extreme(-columns.sides.max(1, initial=0), 5)),
         highest_margin=_lines(cache, columns, _extreme(-margins, 3)),
         lowest_margin=_lines(cache, columns, _extreme(margins, 3)),
         lowest_logp=_lines(cache, columns, _extreme(columns.logp_mean.min(1, initial=np.inf), 3)),
@@ -232,9 +236,11 @@ def _preference(columns: _Columns) -> dict[str, float] | None:
 
 
 def _extreme(values: np.ndarray, most: int) -> np.ndarray:
-    """Indices of the smallest values that are numbers."""
-    order = np.argsort(values, kind="stable")[:most]  # NaN sorts last
-    return order[np.isfinite(values[order])]
+    """Indices of the smallest values that are numbers, the first of equal ones first."""
+    numbers = np.flatnonzero(np.isfinite(values))
+    if len(numbers) > most:  # to sort a million takes longer than to find those worth sorting
+        numbers = numbers[values[numbers] <= np.partition(values[numbers], most)[most]]
+    return numbers[np.argsort(values[numbers], kind="stable")[:most]]
 
 
 def _lines(cache: ReferenceCache, columns: _Columns, indices: np.ndarray) -> list[PairLine]:
