@@ -33,6 +33,7 @@ from minicache.pairs import EncodedPair, PairTable
 
 VOCABULARY, BLOCK = 49152, 4096
 SAMPLE = Path(__file__).parents[1] / "minicache" / "sample" / "train.jsonl"
+MOST_MASKS = 4e9  # bytes of the masks of three steps, which training prepares ahead: above, `shared` is not measured
 LAYOUTS, BATCH_SIZES = ("packed", "padded", "shared"), (32, 256)
 
 
@@ -201,6 +202,8 @@ def feeding(options: argparse.Namespace) -> dict[str, float]:
     for layout in LAYOUTS:
         scorer = Scorer(model, "float32", layout)
         for size in BATCH_SIZES:
+            if layout == "shared" and 3 * size * int(cached.table.lengths.sum(1).max()) ** 2 > MOST_MASKS:
+                continue
             config = TrainConfig(options.cache, options.cache, batch_size=size)
             objective = Objective.parse(config.loss, config.logps, config.beta, config.loss_options)
             run = Run(config, world, scorer, objective, cache, cached, everything, None, sys.maxsize)
@@ -227,9 +230,15 @@ def show(report: dict) -> None:
         table = Table(title=f"by {axis}")
         for heading in ("", *(f"{row[axis]:,}" for row in rows)):
             table.add_column(heading, justify="right")
-        for name in rows[0]:
-            table.add_row(name, *(f"{row[name]:,.0f}" if row[name] >= 100 else f"{row[name]:.3g}" for row in rows))
+        for name in dict.fromkeys(name for row in rows for name in row):
+            table.add_row(name, *(figure(row.get(name)) for row in rows))
         console.print(table)
+
+
+def figure(value: float | None) -> str:
+    if value is None:
+        return "not measured"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 if __name__ == "__main__":

@@ -171,10 +171,11 @@ def shared(table: PairTable, indices: Indices) -> Batch:
     flat = _Flat.of(table, indices)
     length = int((flat.prefix + flat.chosen + flat.rejected).max())
     # causal, but for what rejected would see of chosen; padding sees itself, so that no row of the mask is empty
-    mask = torch.ones(length, length, dtype=torch.bool).tril_().repeat(len(indices), 1, 1)  # (B, length, length)
-    for own, prefix, chosen in zip(mask, flat.prefix.tolist(), flat.chosen.tolist(), strict=True):
+    mask = np.empty((len(indices), 1, length, length), bool)  # numpy: torch's threads would disturb those of the model
+    mask[:] = np.tri(length, dtype=bool)
+    for own, prefix, chosen in zip(mask[:, 0], flat.prefix, flat.chosen, strict=True):
         own[prefix + chosen :, prefix : prefix + chosen] = False
-    return flat.batch(flat.pair * length + flat.within, (len(indices), length), mask[:, None])
+    return flat.batch(flat.pair * length + flat.within, (len(indices), length), torch.from_numpy(mask))
 
 
 def packed(table: PairTable, indices: Indices) -> Batch:
