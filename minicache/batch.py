@@ -170,12 +170,12 @@ def shared(table: PairTable, indices: Indices) -> Batch:
     """A pair a row, its prefix once; two branches after it, positions restarting, rejected blind to chosen."""
     flat = _Flat.of(table, indices)
     length = int((flat.prefix + flat.chosen + flat.rejected).max())
-    at = torch.arange(length)
-    prefix, branch = (torch.from_numpy(n)[:, None, None] for n in (flat.prefix, flat.prefix + flat.chosen))
-    query, key = at[None, :, None], at[None, None, :]
     # causal, but for what rejected would see of chosen; padding sees itself, so that no row of the mask is empty
-    mask = (key <= query) & ~((query >= branch) & (key >= prefix) & (key < branch))  # (B, length, length)
-    return flat.batch(flat.pair * length + flat.within, (len(indices), length), mask[:, None])
+    mask = np.empty((len(indices), 1, length, length), bool)  # numpy: torch's threads would disturb those of the model
+    mask[:] = np.tri(length, dtype=bool)
+    for own, prefix, chosen in zip(mask[:, 0], flat.prefix, flat.chosen, strict=True):
+        own[prefix + chosen :, prefix : prefix + chosen] = False
+    return flat.batch(flat.pair * length + flat.within, (len(indices), length), torch.from_numpy(mask))
 
 
 def packed(table: PairTable, indices: Indices) -> Batch:
