@@ -48,7 +48,22 @@ def _is_spans(mask: torch.Tensor | BlockMask | None) -> TypeGuard[torch.Tensor]:
 
 def for_device(mask: torch.Tensor | BlockMask | None, length: int) -> torch.Tensor | BlockMask | None:
     """What attention takes on the mask's device for the mask of a batch whose rows are `length` long."""
-    return block_mask(mask[0, 0], length) if _is_spans(mask) and mask.is_cuda else mask
+    if not _is_spans(mask):
+        return mask
+    if mask.ndim == 2:
+        return dense_mask(mask, length)
+    return block_mask(mask[0, 0], length) if mask.is_cuda else mask
+
+
+def dense_mask(spans: torch.Tensor, length: int) -> torch.Tensor:
+    """spans: (rows, 3) prefix, chosen, rejected -> (rows, 1, length, length) bool, True where a query (third) sees a key.
+
+    Causal, but for what rejected would see of chosen; padding sees itself, so that no row of the mask is empty.
+    """
+    at = torch.arange(length, device=spans.device)
+    prefix, branch = spans[:, 0, None], spans[:, :2].sum(1)[:, None]
+    of_rejected, of_chosen = at >= branch, (at >= prefix) & (at < branch)  # (rows, length)
+    return (at <= at[:, None]) & ~(of_rejected[:, None, :, None] & of_chosen[:, None, None, :])
 
 
 def block_mask(spans: torch.Tensor, length: int) -> BlockMask:
