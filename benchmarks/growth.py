@@ -33,7 +33,6 @@ from minicache.pairs import EncodedPair, PairTable
 
 VOCABULARY, BLOCK = 49152, 4096
 SAMPLE = Path(__file__).parents[1] / "minicache" / "sample" / "train.jsonl"
-MOST_MASKS = 4e9  # bytes of the masks of three steps, which training prepares ahead: above, `shared` is not measured
 LAYOUTS, BATCH_SIZES = ("packed", "padded", "shared"), (32, 256)
 
 
@@ -202,11 +201,9 @@ def feeding(options: argparse.Namespace) -> dict[str, float]:
     for layout in LAYOUTS:
         scorer = Scorer(model, "float32", layout)
         for size in BATCH_SIZES:
-            if layout == "shared" and 3 * size * int(cached.table.lengths.sum(1).max()) ** 2 > MOST_MASKS:
-                continue
             config = TrainConfig(options.cache, options.cache, batch_size=size)
             objective = Objective.parse(config.loss, config.logps, config.beta, config.loss_options)
-            run = Run(config, world, scorer, objective, cache, cached, everything, None, sys.maxsize)
+            run = Run(config, world, scorer, objective, cache, cached, everything, None, sys.maxsize, 8192)
             steps = ahead(plan(run, 0))
             next(steps)
             started, fed = time.perf_counter(), 0

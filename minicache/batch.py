@@ -61,8 +61,8 @@ class Batch:
         return self.sum_members(values[self.members])
 
     def sum_members(self, values: torch.Tensor) -> torch.Tensor:
-        """(M,) -> (pairs, 2)."""
-        return values.new_zeros(2 * self.pairs).index_add(0, self.owners, values).view(-1, 2)
+        """(M,) -> (pairs, 2). A copy, since FSDP hooks into what a module returns, and a view could lose the hook."""
+        return values.new_zeros(2 * self.pairs).index_add(0, self.owners, values).view(-1, 2).clone()
 
     def ranks(self) -> torch.Tensor:
         """(M,): the how-manieth counted token of its side each member is, from 0."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
 from minicache.head import CHUNK_NUMBERS
 from minicache.pairs import PairTable
@@ -25,7 +26,7 @@ def training_budget(
     be yet. processes: how many share the CPU's memory.
     """
     most = MOST.get(device.type, MOST["cpu"])
-    trained = sum(parameter.numel() for parameter in scorer.parameters() if parameter.requires_grad)
+    trained = sum(_here(parameter).numel() for parameter in scorer.parameters() if parameter.requires_grad)
     gradients = 8 if processes > 1 else 4  # DDP keeps a second set to send
     vocabulary, width = scorer.model.get_input_embeddings().weight.shape
     head = 3 * 4 * CHUNK_NUMBERS.get(device.type, 0) + 4 * vocabulary * width
@@ -47,7 +48,7 @@ def slot_bytes(scorer: Scorer, table: PairTable, checkpointing: bool, device: to
 
 def _saved(scorer: Scorer, table: PairTable, indices: np.ndarray, device: torch.device) -> tuple[int, int]:
     """Bytes kept for backward, weights not counted, and token slots of one forward over these pairs."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in scorer.parameters()}
+    weights = {_here(parameter).untyped_storage().data_ptr() for parameter in scorer.parameters()}
     kept: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -61,6 +62,11 @@ def _saved(scorer: Scorer, table: PairTable, indices: np.ndarray, device: torch.
         scores = scorer(batch, distribution=True)
     del scores
     return sum(kept.values()), batch.input_ids.numel()
+
+
+def _here(parameter: torch.Tensor) -> torch.Tensor:
+    """Of a parameter in shards, this process's."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def free_bytes(device: torch.device, processes: int = 1) -> float:

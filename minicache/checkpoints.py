@@ -1,21 +1,28 @@
-"""Checkpoints of a run: `checkpoints/step-000500/` with the policy as a model directory and `state.pt` with everything else.
+"""Checkpoints of a run: `checkpoints/step-000500/` with the policy as a model directory, `optimizer/`, and `state.pt`.
 
-A checkpoint appears whole or not at all: it is made beside its place, flushed to disk, and renamed.
+`optimizer/` is torch's distributed checkpoint: every process writes its part, and any number of processes, with the model whole
+or in shards, reads what it needs. A checkpoint appears whole or not at all: it is made beside its place, flushed to disk, and
+renamed.
 """
 
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException
 
 from minicache.disk import flush_to_disk, writing
+from minicache.distributed import World
 from minicache.errors import OutputError
 
-STATE = "state.pt"
+STATE, OPTIMIZER = "state.pt", "optimizer"
 NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -31,8 +38,17 @@ def steps(run: Path) -> list[int]:
     return sorted(int(name[1]) for name in names if name)
 
 
-def save(run: Path, step: int, state: dict[str, Any], write_model: Callable[[Path], None]) -> None:
-    """state: what `torch.load(weights_only=True)` reads back. write_model: writes the policy to a directory.
+def save(
+    run: Path,
+    step: int,
+    state: dict[str, Any],
+    optimizer: dict[str, torch.Tensor],
+    write_model: Callable[[Path], None],
+    world: World,
+) -> None:
+    """All processes save together. state: what `torch.load(weights_only=True)` reads back; rank 0's counts.
+
+    optimizer: its tensors by name, of shards each process's own. write_model: writes the policy to a directory, called on rank 0.
 
     Raises:
         OutputError: the disk is full or cannot be written; no trace of this checkpoint remains.
@@ -41,19 +57,27 @@ def save(run: Path, step: int, state: dict[str, Any], write_model: Callable[[Pat
     draft = final.with_name(f".{final.name}.saving")
     try:
         with writing(final):
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(parents=True)
-            write_model(draft / "model")
+            if world.is_main:
+                shutil.rmtree(draft, ignore_errors=True)
+                draft.mkdir(parents=True)
+            world.barrier()
             try:
-                torch.save(state, draft / STATE)
-            except RuntimeError as error:  # torch's own writer, of a full disk
-                raise OSError(str(error)) from error
-            flush_to_disk([*draft.rglob("*"), draft])
-            shutil.rmtree(final, ignore_errors=True)
-            draft.replace(final)
-            flush_to_disk([final.parent])
+                with _alone_or_not():
+                    dcp.save(optimizer, checkpoint_id=draft / OPTIMIZER, no_dist=world.size == 1)
+                if world.is_main:
+                    write_model(draft / "model")
+                    torch.save(state, draft / STATE)
+            except (RuntimeError, CheckpointException) as error:  # torch's own writers, of a full disk
+                raise OSError(" ".join(str(error).split())[-300:]) from error
+            if world.is_main:
+                flush_to_disk([*draft.rglob("*"), draft])
+                shutil.rmtree(final, ignore_errors=True)
+                draft.replace(final)
+                flush_to_disk([final.parent])
+            world.barrier()
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        if world.is_main:
+            shutil.rmtree(draft, ignore_errors=True)
 
 
 def load(run: Path, step: int) -> dict[str, Any]:
@@ -62,10 +86,36 @@ def load(run: Path, step: int) -> dict[str, Any]:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        line = " ".join(str(error).split())[:200]
-        raise OutputError(
-            f"{file}: the checkpoint cannot be read ({line}); remove its directory to resume from an earlier one"
-        ) from error
+        raise _unreadable(file, error) from error
+
+
+def load_optimizer(run: Path, step: int, tensors: dict[str, torch.Tensor], world: World) -> None:
+    """Read the optimizer's state into these tensors, or this process's shards of them.
+
+    Raises:
+        OutputError: it cannot be read, or is of another optimizer.
+    """
+    folder = place(run, step) / OPTIMIZER
+    try:
+        with _alone_or_not():
+            dcp.load(tensors, checkpoint_id=folder, no_dist=world.size == 1)
+    except (OSError, RuntimeError, ValueError, EOFError, CheckpointException, pickle.UnpicklingError) as error:
+        raise _unreadable(folder, error) from error
+
+
+@contextmanager
+def _alone_or_not() -> Iterator[None]:
+    """Without the warning that one process is one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
+
+
+def _unreadable(what: Path, error: BaseException) -> OutputError:
+    line = " ".join(str(error).split())[-200:]
+    return OutputError(
+        f"{what}: the checkpoint cannot be read ({line}); remove its directory to resume from an earlier one"
+    )
 
 
 def prune(run: Path, keep: Iterable[int]) -> None:

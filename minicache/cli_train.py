@@ -11,6 +11,7 @@ from minicache.command import (
     DTYPE_HELP,
     LAYOUT_HELP,
     NPROC_HELP,
+    PARALLEL_HELP,
     Recipe,
     Trust,
     errors_as_one_line,
@@ -113,6 +114,7 @@ def train(
     ] = LoraOptions.lora_targets,
     dtype: Annotated[str, memory_option(help=DTYPE_HELP)] = TrainConfig.dtype,
     layout: Annotated[str, memory_option(help=LAYOUT_HELP)] = TrainConfig.layout,
+    parallel: Annotated[str, memory_option(help=PARALLEL_HELP)] = TrainConfig.parallel,
     tokens_per_micro_batch: Annotated[
         int | None, memory_option(help="Token slots at once; accumulation follows. (Default: what fits in memory.)")
     ] = None,

@@ -17,6 +17,7 @@ ON_BAD_ROW = ("skip", "fail")
 THINK = ("keep", "drop")
 LOGPS = ("mean", "sum")
 LAYOUTS = ("auto", "packed", "shared", "padded")
+PARALLEL = ("ddp", "fsdp", "hybrid")
 NO_DIRECTORIES = (".pt", ".bin", ".ckpt", ".safetensors", ".gguf", ".zip", ".tar", ".gz", ".onnx")
 
 

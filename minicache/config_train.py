@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_origin
 
-from minicache.config import DTYPES, LAYOUTS, LOGPS, above_zero, at_least, one_of
+from minicache.config import DTYPES, LAYOUTS, LOGPS, PARALLEL, above_zero, at_least, one_of
 from minicache.errors import ConfigError
 
 SCHEDULES = ("cosine", "linear", "constant", "minimind-2504", "minimind-2510", "minimind-3")
@@ -26,6 +26,7 @@ MOVABLE = {
     "trust_remote_code",
     "tracker",
     "tokens_per_micro_batch",
+    "parallel",
 }
 
 Config = TypeVar("Config")
@@ -160,6 +161,7 @@ class TrainConfig:
     max_steps: int | None = None
     batch_size: int = 32
     layout: str = "auto"
+    parallel: str = "ddp"
     tokens_per_micro_batch: int | None = None
     max_grad_norm: float = 1.0
     seed: int = 42
@@ -181,6 +183,7 @@ class TrainConfig:
         one_of("--logps", self.logps, LOGPS)
         one_of("--dtype", self.dtype, DTYPES)
         one_of("--layout", self.layout, LAYOUTS)
+        one_of("--parallel", self.parallel, PARALLEL)
         one_of("--save-dtype", self.save_dtype, DTYPES)
         one_of("--schedule", self.schedule, SCHEDULES)
         one_of("--optimizer", self.optimizer, OPTIMIZERS)

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from minicache.attention import for_device
 from minicache.batch import LAYOUTS, Batch, Layout
 from minicache.data.batching import Indices, by_length
+from minicache.distributed import World
 from minicache.errors import ConfigError
 from minicache.head import Head, entropy_and_concentration
 from minicache.models.balance import has_balance, recording
@@ -55,13 +56,15 @@ class Scorer(nn.Module):
     whose logits are not just that, the model's own forward makes them, of counted positions too but all at once.
     """
 
-    def __init__(self, model: Any, dtype: str, layout: str = "padded") -> None:
+    def __init__(self, model: Any, dtype: str, layout: str = "padded", head_is_own: bool | None = None) -> None:
+        """head_is_own: what `own_head` says of the model, where it is known without running it."""
         super().__init__()
         self.layout_name = layout
         self.model = model.eval()
         self.dtype = dtype
         self.has_balance = has_balance(model)
-        self.head = _own_head(model)
+        self.head = own_head(model) if head_is_own is None else Head.of(model) if head_is_own else None
+        self.lockstep: World | None = None  # of shards: the processes that must run each forward together
 
     def forward(self, batch: Batch, distribution: bool = False) -> PairScores:
         record = recording(self.model) if distribution and self.has_balance else nullcontext()
@@ -115,8 +118,8 @@ def decoder_of(model: Any) -> nn.Module:
     return (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model
 
 
-@torch.inference_mode()
-def _own_head(model: Any) -> Head | None:
+@torch.no_grad()
+def own_head(model: Any) -> Head | None:
     """The model's head as we compute it, if that gives the model's own logits."""
     head = Head.of(model)
     if head is None:

@@ -14,7 +14,7 @@ LAYERS = [
     {"config_train", "data", "cache", "screen", "launch", "runs"},
     {"distributed", "models", "batch", "head", "attention", "screen_inspect", "speed", "plots"},
     {"scoring"},
-    {"losses", "optim", "checkpoints"},
+    {"losses", "optim", "checkpoints", "parallel"},
     {"metrics"},
     {"evaluation", "budget"},
     {"stages"},

@@ -5,7 +5,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from minicache.data.batching import balance, by_length, global_batches, pairs_in, share, training_steps
+from minicache.data.batching import balance, by_length, global_batches, pairs_in, shares, training_steps
 from minicache.pairs import COUNTED_AT_ONCE, EncodedPair, PairTable, count_tokens
 
 
@@ -115,9 +115,9 @@ def test_every_epoch_is_a_new_order_of_all_pairs_and_can_be_entered_anywhere(pai
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 def test_ranks_share_a_batch_among_them_without_rest(size: int) -> None:
     for batch in islice(global_batches(500, 64, 0), 8):
-        pieces = [share(batch, LENGTHS, rank, size) for rank in range(size)]
+        pieces = shares(batch, LENGTHS, size)
         assert sorted(np.concatenate(pieces)) == sorted(batch)
-    assert len(share(np.array([3]), LENGTHS, 1, 2)) == 0
+    assert len(shares(np.array([3]), LENGTHS, 2)[1]) == 0
 
 
 def test_steps_are_counted_in_whole_batches() -> None:

@@ -81,6 +81,6 @@ def global_batches(pairs: int, batch_size: int, seed: int, first_step: int = 0) 
         epoch, step = epoch + 1, 0
 
 
-def share(indices: Indices, costs: Indices, rank: int, size: int) -> Indices:
-    """A rank's part of one global batch, by token slots. costs: (N,) of every pair of the data set. May be empty."""
-    return indices[balance(costs[indices], size)[rank]]
+def shares(indices: Indices, costs: Indices, size: int) -> list[Indices]:
+    """Each rank's part of one global batch, by token slots. costs: (N,) of every pair of the data set. Some may be empty."""
+    return [indices[group] for group in balance(costs[indices], size)]

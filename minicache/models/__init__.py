@@ -3,6 +3,7 @@
 from minicache.models.load import (
     LoadedModel,
     checkpoint_activations,
+    layers_of,
     load_model,
     save_model,
     save_tokenizer,
@@ -13,6 +14,7 @@ from minicache.models.minimind_save import save_pth
 __all__ = [
     "LoadedModel",
     "checkpoint_activations",
+    "layers_of",
     "load_model",
     "save_model",
     "save_pth",

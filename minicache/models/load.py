@@ -89,8 +89,10 @@ def load_model(source: str, trust_remote_code: bool = False) -> LoadedModel:
     return LoadedModel(model.eval().requires_grad_(False), source)
 
 
-def save_model(model: Any, tokenizer_dir: Path, directory: Path) -> None:
+def save_model(model: Any, tokenizer_dir: Path, directory: Path, weights: dict[str, Any] | None = None) -> None:
     """Write a complete Hugging Face directory: weights (or the adapter's) in safetensors, config, tokenizer. Whole or not at all.
+
+    weights: those of a model in shards, gathered.
 
     Raises:
         OutputError: the disk is full or cannot be written.
@@ -101,7 +103,7 @@ def save_model(model: Any, tokenizer_dir: Path, directory: Path) -> None:
     try:
         # peft would ask the hub whether the base's embeddings were resized; they never are
         options: dict[str, Any] = {"save_embedding_layers": False} if hasattr(model, "get_base_model") else {}
-        model.save_pretrained(draft, **options)
+        model.save_pretrained(draft, **options, **({"state_dict": weights} if weights else {}))
         lora.write_base(model, draft)
         shutil.copytree(tokenizer_dir, draft, dirs_exist_ok=True)
         draft.replace(directory)
@@ -126,14 +128,19 @@ def save_tokenizer(source: str, directory: Path, chat_template: str | None, trus
         (directory / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
 
 
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers of a transformers model, as far as its code marks them; without their parts."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
 def checkpoint_activations(model: nn.Module) -> None:
     """Keep a decoder layer's input only, and compute the rest again in backward (Chen et al. 2016, arXiv:1604.06174).
 
     transformers' own switch works in train mode alone, and that would turn dropout on.
     """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = layers_of(model)
     if not layers:
         raise ModelError("--activation-checkpointing: this model's code has no layers that say they can; leave it off")
     for layer in layers:

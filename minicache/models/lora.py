@@ -33,8 +33,13 @@ def add_lora(model: nn.Module, source: str, options: LoraOptions, seed: int) -> 
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(seed)
+    return adapt(model, config, source)
+
+
+def adapt(model: nn.Module, config: Any, source: str) -> nn.Module:
+    """peft's adapters by its own configuration, which names the base as `source`."""
     with _quiet():
-        adapted = peft.get_peft_model(model, config)
+        adapted = _peft().get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = source
     return adapted
 

@@ -31,12 +31,28 @@ def check(run: Run, state: dict[str, Any] | None) -> None:
             f"{run.config.validation.eval_cache}: not the pairs that this run was validated on before; expected the same, or "
             "its validation losses cannot be compared"
         )
+    if run.scorer.lockstep:
+        _check_sharded(run)
     require_per_token(cache, run.objective.options)
     require_optimizer(run.config.optimizer, run.world.device)
     if run.config.compile and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
         raise ConfigError("--compile: expected a C++ compiler, g++ or clang++, found none; install one or leave it off")
     if name := run.objective.over_the_batch:
         _check_whole(run, name)
+
+
+def _check_sharded(run: Run) -> None:
+    """Refuse what cannot be done on shards of a parameter."""
+    config = run.config
+    for name, value, others in (
+        ("dtype", "float16", "bfloat16"),
+        ("optimizer", "adamw-8bit", "adamw"),
+        ("optimizer", "paged-adamw-8bit", "adamw"),
+    ):
+        if getattr(config, name) == value:
+            raise ConfigError(
+                f"--{name} {value}: not with --parallel {config.parallel}; expected {others}, or --parallel ddp"
+            )
 
 
 def _check_whole(run: Run, name: str) -> None:

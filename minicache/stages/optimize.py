@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from minicache import checkpoints
 from minicache.data.batching import ahead, pairs_in
@@ -15,6 +14,7 @@ from minicache.evaluation import evaluate_policy
 from minicache.metrics import Means
 from minicache.models import save_model
 from minicache.optim import make_optimizer
+from minicache.parallel import optimizer_tensors, set_optimizer_tensors, trainable, whole_weights
 from minicache.signals import StopFlag
 from minicache.speed import memory_gb, peak_flops
 from minicache.stages.step import Progress, Run, Share, Training, beta_of, count_step, plan, take_step
@@ -74,14 +74,19 @@ def _begin(run: Run, resumed: dict[str, Any] | None) -> Training:
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
     means, progress = Means(device), Progress()
     if resumed:
-        optimizer.load_state_dict(resumed["optimizer"])
+        step = resumed["progress"]["step"]
+        if resumed["optimizer"]:
+            optimizer.load_state_dict(resumed["optimizer"])
+        elif step:
+            tensors = optimizer_tensors(run.scorer, optimizer)
+            checkpoints.load_optimizer(config.out, step, tensors, run.world)
+            set_optimizer_tensors(run.scorer, optimizer, tensors)
         scaler.load_state_dict(resumed["scaler"])
         progress = Progress(**resumed["progress"])
         torch.set_rng_state(resumed["rng"])
         if run.world.is_main:  # sums over all processes
             means.sums.copy_(resumed["means"])
-    forward = DistributedDataParallel(run.scorer) if run.world.size > 1 else run.scorer
-    return Training(optimizer, scaler, means, progress, forward)
+    return Training(optimizer, scaler, means, progress, trainable(run.scorer, run.world))
 
 
 def _step_that_fits(run: Run, training: Training, mine: Share) -> torch.Tensor:
@@ -142,19 +147,28 @@ def _save(run: Run, training: Training) -> None:
     """A checkpoint of this moment; older ones beyond --keep-last go, the best stays."""
     progress, config = training.progress, run.config
     sums = run.world.sum(training.means.sums.clone())
+    by_name = config.optimizer == "adamw"  # the others' state has a form of their own
+    state = {
+        "optimizer": None if by_name else training.optimizer.state_dict(),
+        "scaler": training.scaler.state_dict(),
+        "progress": asdict(progress),
+        "means": sums.cpu(),
+        "rng": torch.get_rng_state(),
+        "cache": run.cache.identity.digest,
+        "pairs": len(run.cached.table),
+        "held_out": run.held_out and run.held_out.digest,
+    }
+    model, tokenizer = run.scorer.model, run.cache.tokenizer_dir
+    weights = whole_weights(model) if run.scorer.lockstep else None
+    checkpoints.save(
+        config.out,
+        progress.step,
+        state,
+        optimizer_tensors(run.scorer, training.optimizer) if by_name and progress.step else {},
+        lambda place: save_model(model, tokenizer, place, weights),
+        run.world,
+    )
     if run.world.is_main:
-        state = {
-            "optimizer": training.optimizer.state_dict(),
-            "scaler": training.scaler.state_dict(),
-            "progress": asdict(progress),
-            "means": sums.cpu(),
-            "rng": torch.get_rng_state(),
-            "cache": run.cache.identity.digest,
-            "pairs": len(run.cached.table),
-            "held_out": run.held_out and run.held_out.digest,
-        }
-        model, tokenizer = run.scorer.model, run.cache.tokenizer_dir
-        checkpoints.save(config.out, progress.step, state, lambda place: save_model(model, tokenizer, place))
         best = () if progress.best_step is None else (progress.best_step,)
         checkpoints.prune(config.out, (*checkpoints.steps(config.out)[-config.keep_last :], *best))
     run.world.barrier()

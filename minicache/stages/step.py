@@ -7,12 +7,14 @@ from itertools import islice
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from minicache.batch import Batch
 from minicache.cache.reader import ReferenceCache
 from minicache.cache.schema import CachedPairs
 from minicache.config_train import TrainConfig
-from minicache.data.batching import Indices, global_batches, share
+from minicache.data.batching import Indices, by_length, global_batches, shares
 from minicache.distributed import World
 from minicache.evaluation import EvalSet, pair_logps
 from minicache.losses import Objective
@@ -86,28 +88,41 @@ def beta_of(run: Run, step: int) -> float:
 
 
 @dataclass(frozen=True)
-class Share:
-    """A rank's part of one global batch. indices: (n,) of the whole batch. parts: the micro-batches of this rank.
-
-    weight: of the sum of its losses: over the *global* number of pairs, times the number of processes because DDP averages.
+class Part:
+    """A micro-batch. weight: of the sum of its losses: over the *global* number of pairs, times the number of processes because
+    DDP and FSDP average. 0: a process without pairs of its own only takes part.
     """
 
     indices: Indices
-    parts: list[tuple[Indices, Batch]]
+    batch: Batch
     weight: float
+
+
+@dataclass(frozen=True)
+class Share:
+    """A rank's part of one global batch. indices: (n,) of the whole batch. parts: the micro-batches of this rank."""
+
+    indices: Indices
+    parts: list[Part]
 
 
 def plan(run: Run, first_step: int) -> Iterator[Share]:
     """The steps still to come, laid out in memory; a function of cache, seed and step alone."""
-    config, table, world = run.config, run.cached.table, run.world
-    costs = run.scorer.layout.costs(table.lengths)
+    config, table, world, scorer = run.config, run.cached.table, run.world, run.scorer
+    costs = scorer.layout.costs(table.lengths)
     order = global_batches(len(run.training), config.batch_size, config.seed, first_step)
     for batch in islice(order, run.steps - first_step):
         indices = run.training[batch]
-        mine, weight = share(indices, costs, world.rank, world.size), world.size / len(indices)
-        if not len(mine):  # fewer pairs than ranks
-            mine, weight = indices[:1], 0.0  # DDP waits for everyone: this one takes part, and adds nothing
-        yield Share(indices, list(run.scorer.batches(table, mine, run.budget)), weight)
+        by_rank = shares(indices, costs, world.size)
+        mine = scorer.batches(table, by_rank[world.rank], run.budget)
+        parts = [Part(chosen, made, world.size / len(indices)) for chosen, made in mine]
+        least = 1  # DDP waits for everyone once a step; shards in every forward pass
+        if scorer.lockstep:
+            least = max(len(by_length(costs[each], run.budget, scorer.layout.pads)) for each in by_rank)
+        if len(parts) < least:
+            shortest = indices[[costs[indices].argmin()]]
+            parts += [Part(shortest, scorer.layout.make(table, shortest), 0.0)] * (least - len(parts))
+        yield Share(indices, parts)
 
 
 def take_step(run: Run, training: Training, mine: Share) -> torch.Tensor:
@@ -120,6 +135,7 @@ def take_step(run: Run, training: Training, mine: Share) -> torch.Tensor:
     scaler.unscale_(optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -130,15 +146,17 @@ def _accumulate(run: Run, training: Training, objective: Objective, mine: Share)
     """Gradients of the mean loss over one global batch; each rank adds those of its share."""
     world, forward, last = run.world, training.forward, len(mine.parts)
     chosen_tokens = float(run.cached.table.token_counts[mine.indices, 0].mean())
-    for number, (indices, part) in enumerate(mine.parts, start=1):
-        inputs = part.to(world.device)
-        with nullcontext() if number == last or world.size == 1 else forward.no_sync():  # type: ignore[operator]
+    for number, part in enumerate(mine.parts, start=1):
+        inputs = part.batch.to(world.device)
+        # shards are reduced every time: to wait would keep whole gradients
+        later = isinstance(forward, DistributedDataParallel) and number < last
+        with forward.no_sync() if later else nullcontext():  # type: ignore[operator]
             scores = forward(inputs, distribution=True)
-            logps = pair_logps(scores, inputs, run.cached, indices, objective)
+            logps = pair_logps(scores, inputs, run.cached, part.indices, objective)
             losses = objective(logps, chosen_tokens)
             total = losses if scores.balance is None else losses + scores.balance
-            training.scaler.scale(total.sum() * mine.weight).backward()
-        if mine.weight:
+            training.scaler.scale(total.sum() * part.weight).backward()
+        if part.weight:
             training.means.add(losses, logps, objective.beta, scores)
 
 

@@ -24,6 +24,7 @@ from minicache.losses import Objective
 from minicache.models import LoadedModel, checkpoint_activations, load_model, save_model
 from minicache.models.load import lasting_name
 from minicache.models.lora import add_lora, with_adapter
+from minicache.parallel import is_sharded, spread, whole_weights
 from minicache.runs import run_facts, write_facts
 from minicache.scoring import DTYPES, Scorer, decoder_of, resolve_dtype
 from minicache.stages.checks import check, handshake
@@ -70,8 +71,10 @@ def train(config: TrainConfig, world: World, tracker: Tracker) -> TrainReport:
     training, held_out = _split(config, cache, cached, tracker)
     steps = training_steps(len(training), config.batch_size, config.epochs, config.max_steps)
     state = None if resume_at is None else checkpoints.load(config.out, resume_at)
-    policy, source, stored = _policy(config, cache, resume_at, tracker)
-    scorer = Scorer(policy.to(world.device), config.dtype)
+    alone = not is_sharded(config.parallel, world)
+    policy, source, stored = _policy(config, cache, resume_at, tracker) if world.is_main or alone else (None, "", "")
+    scorer = spread(policy, config.dtype, config.parallel, world)
+    del policy
     settle_layout(scorer, cached.table, config.layout, world.device, tracker)
     budget = config.tokens_per_micro_batch or facts.get("token_budget") or _budget(config, scorer, cached, world)
     run = Run(config, world, scorer, objective, cache, cached, training, held_out, steps, budget)
@@ -80,15 +83,17 @@ def train(config: TrainConfig, world: World, tracker: Tracker) -> TrainReport:
         started = {"started_from": source, "stored_dtype": stored, "handshake": handshake(run, tracker)}
         facts = {**flat(config), **started, **_sizes(run)}
     if config.activation_checkpointing:
-        checkpoint_activations(policy)
+        checkpoint_activations(scorer.model)
     if config.compile:
-        decoder_of(policy).compile(dynamic=True)  # not the head: its number of positions is another in every batch
+        decoder_of(scorer.model).compile(
+            dynamic=True
+        )  # not the head: its number of positions is another in every batch
     with _trackers(run, facts, resume_at, tracker) if world.is_main else Both() as both:
         both.start("training", facts)
         outcome = optimize(run, state, both)
+        tracker.begin("saving the policy", None)
+        _save(run, outcome, _save_dtype(config, facts))
         if world.is_main:
-            tracker.begin("saving the policy", None)
-            _save(run, outcome, _save_dtype(config, facts))
             facts["outcome"] = {
                 "model_step": outcome.model_step,
                 "stopped": outcome.stopped,
@@ -129,11 +134,7 @@ def _report(out: Path, facts: dict[str, Any]) -> TrainReport:
 def _budget(config: TrainConfig, scorer: Scorer, cached: CachedPairs, world: World) -> int:
     """Token slots of a micro-batch that fit in memory: rank 0's finding, so that all lay out alike."""
     checkpointing, local = config.activation_checkpointing, int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
-    return world.broadcast(
-        training_budget(scorer, cached.table, config.optimizer, checkpointing, world.device, local)
-        if world.is_main
-        else None
-    )
+    return world.broadcast(training_budget(scorer, cached.table, config.optimizer, checkpointing, world.device, local))
 
 
 # --- before anything is loaded ---
@@ -272,9 +273,12 @@ def _save_dtype(config: TrainConfig, facts: dict[str, Any]) -> str:
 
 def _save(run: Run, outcome: Outcome, dtype: str) -> None:
     """The policy, or the best of its checkpoints, in this precision; adapters stay float32."""
-    config, out = run.config, run.config.out
+    config, out, model = run.config, run.config.out, run.scorer.model
     best, draft = checkpoints.place(out, outcome.model_step) / "model", out / ".model.saving"
     is_last = outcome.model_step == outcome.progress.step
+    weights = whole_weights(model) if is_last and run.scorer.lockstep else None  # all processes take part
+    if not run.world.is_main:
+        return
     with writing(out):  # of a call that was killed before it could say that the run is finished
         shutil.rmtree(out / "model", ignore_errors=True)
         shutil.rmtree(draft, ignore_errors=True)
@@ -283,7 +287,8 @@ def _save(run: Run, outcome: Outcome, dtype: str) -> None:
             shutil.copytree(best, draft)
             draft.replace(out / "model")
         return
-    model = run.scorer.model if is_last else load_model(str(best), config.trust_remote_code).model
+    model = model if is_last else load_model(str(best), config.trust_remote_code).model
     if not config.lora.lora_rank:
         model = model.to(DTYPES[dtype])
-    save_model(model, run.cache.tokenizer_dir, out / "model")
+        weights = weights and {name: tensor.to(DTYPES[dtype]) for name, tensor in weights.items()}
+    save_model(model, run.cache.tokenizer_dir, out / "model", weights)
