@@ -14,13 +14,11 @@ def launch(processes: int, arguments: list[str]) -> int:
     Returns:
         The exit code: 0 if every process ended well, else that of the first that failed.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // processes))
     shared = {
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
+        "LOCAL_WORLD_SIZE": str(processes),
         "WORLD_SIZE": str(processes),
         "OMP_NUM_THREADS": threads,
     }
@@ -50,6 +48,12 @@ def launch(processes: int, arguments: list[str]) -> int:
         _end(children)
         for kind, handler in before.items():
             signal.signal(kind, handler)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _end(children: list[subprocess.Popen]) -> None:
