@@ -71,6 +71,9 @@ def precompute_ref(
     ] = PrecomputeConfig.tokens_per_batch,
     per_token: Annotated[bool, typer.Option("--per-token", help="Also store each counted token's logprob.")] = False,
     on_bad_row: Annotated[str, typer.Option(help="'skip' and list it, or 'fail'.")] = PrecomputeConfig.on_bad_row,
+    shard: Annotated[
+        str | None, typer.Option(metavar="K/N", help="Be job K of N that share one cache, each scoring its own blocks.")
+    ] = None,
     nproc: Nproc = 1,
     trust_remote_code: Trust = False,
 ) -> None:

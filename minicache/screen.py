@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.table import Table
 from rich.text import Text
 
-from minicache.text import visible
+from minicache.text import ranges, visible
 from minicache.trackers import Silent
 
 if TYPE_CHECKING:
@@ -169,8 +169,17 @@ def show_precompute(console: Console, report: "PrecomputeReport") -> None:
         f"[bold green]✓[/] {report.pairs:,} pairs in [bold]{escape(str(report.ref_cache))}[/], {scored}",
         highlight=False,
     )
+    if report.shard:
+        console.print(Text(_shard_lines(report)), highlight=False)
     if any(source.refused for source in report.sources):
         console.print(f"  refused rows, line by line: {escape(str(report.refused_file))}", highlight=False)
+
+
+def _shard_lines(report: "PrecomputeReport") -> str:
+    mine = f"blocks {ranges(report.scored_blocks)}" if report.scored_blocks else "no block: none of its blocks was left"
+    missing = f"not complete: {len(report.missing):,} of {report.blocks:,} blocks are missing: {ranges(report.missing)}"
+    state = missing if report.missing else f"complete: all {report.blocks:,} blocks are scored"
+    return f"  shard {report.shard} scored {mine}\n  the cache is {state}"
 
 
 def sources_table(sources: Iterable[Mapping[str, Any]]) -> Table:
