@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from minicache.stages.compare_page import Answers
     from minicache.stages.evaluate import EvaluateReport
     from minicache.stages.export import ExportReport
+    from minicache.stages.merge import MergeReport
     from minicache.stages.precompute import PrecomputeReport
     from minicache.stages.train import TrainReport
 
@@ -180,6 +181,16 @@ def _shard_lines(report: "PrecomputeReport") -> str:
     missing = f"not complete: {len(report.missing):,} of {report.blocks:,} blocks are missing: {ranges(report.missing)}"
     state = missing if report.missing else f"complete: all {report.blocks:,} blocks are scored"
     return f"  shard {report.shard} scored {mine}\n  the cache is {state}"
+
+
+def show_merge(console: Console, report: "MergeReport") -> None:
+    for path, pairs in report.given:
+        console.print(Text(f"  {pairs:,} pairs of {visible(str(path))}"))
+    console.print(
+        f"[bold green]✓[/] {report.pairs:,} pairs, {report.blocks:,} blocks in [bold]{escape(visible(str(report.ref_cache)))}[/]; "
+        f"{report.twice:,} pairs were in more than one cache and are kept once",
+        highlight=False,
+    )
 
 
 def sources_table(sources: Iterable[Mapping[str, Any]]) -> Table:

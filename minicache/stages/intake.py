@@ -270,7 +270,7 @@ class _Intake:
         listing = self.cache.path / REFUSED_FILE
         with writing(listing):
             old = listing.read_text(encoding="utf-8", errors="replace").splitlines() if listing.exists() else []
-            lines = [line for line in old if _source_of(line) not in numbers]
+            lines = [line for line in old if source_of(line) not in numbers]
             lines += [json.dumps(row, ensure_ascii=False) for row in self.refusals]
             draft = listing.with_suffix(".tmp")
             # what UTF-8 cannot hold is escaped as JSON would
@@ -278,7 +278,7 @@ class _Intake:
             draft.replace(listing)
 
 
-def _source_of(line: str) -> int | None:
+def source_of(line: str) -> int | None:
     """The file that a line of the listing is about; None for one that somebody else wrote."""
     try:
         return json.loads(line)["source"]

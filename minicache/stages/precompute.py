@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minicache.cache.schema import CachedPairs, RefBlock, Source
+from minicache.cache.schema import TOLERANCE, CachedPairs, RefBlock, Source
 from minicache.cache.writer import CacheWriter
 from minicache.config import PrecomputeConfig
 from minicache.data.batching import balance
 from minicache.data.formats import read_rows
 from minicache.distributed import World
 from minicache.errors import ModelError
-from minicache.evaluation import TOLERANCE, check_reproduces, score_table, settle_layout
+from minicache.evaluation import check_reproduces, score_table, settle_layout
 from minicache.models import load_model
 from minicache.pairs import PairTable
 from minicache.scoring import Scorer, resolve_dtype
