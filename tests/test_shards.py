@@ -247,12 +247,17 @@ def test_a_first_job_whose_data_is_bad_does_not_take_the_cache_of_others(
     assert_same_store(cache, ref_cache)
 
 
-def test_damaged_pairs_of_its_blocks_a_shard_makes_anew(
+def test_what_is_damaged_or_half_written_of_its_blocks_a_shard_makes_anew(
     ref_cache: Path, model_dir: Path, data_file: Path, tmp_path: Path
 ) -> None:
     cache = tmp_path / "cache"
     for number in (1, 2):
         run(cache, model_dir, data_file, shard=f"{number}/2", block_pairs=8)
+    leftovers = [cache / f"ref/logp_mean/c/{block}/0/0.abc.partial" for block in (0, 1)]
+    for leftover in leftovers:
+        leftover.write_bytes(b"half")
+    run(cache, model_dir, data_file, shard="2/2", block_pairs=8)
+    assert [leftover.exists() for leftover in leftovers] == [True, False], "block 0 is another shard's"
     for block in (0, 3):
         (cache / f"pairs/tokens/c/{block}/0").write_bytes(b"")
         (cache / f"ref/logp_mean/c/{block}/0/0").write_bytes(b"")

@@ -7,7 +7,7 @@ blocks at the same time without locks; only one of them creates, grows, and writ
 
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from glob import escape
 from pathlib import Path
 
@@ -75,9 +75,17 @@ class CacheWriter(ReferenceCache):
 
     def remove_leftovers(self) -> None:
         """Delete what writers that were killed left half-written. Only while no other process writes."""
+        self._unlink([*self.path.rglob("*.partial"), *self.path.glob(f"{SHARD_CLAIMS}*")])
+
+    def remove_leftovers_of(self, blocks: Iterable[int]) -> None:
+        """The same of some blocks alone. Only while no other process writes these."""
+        places = [self.path / name / "c" / str(block) for block in blocks for name in self.specs]
+        self._unlink([leftover for place in places for leftover in place.rglob("*.partial")])
+
+    def _unlink(self, files: list[Path]) -> None:
         with writing(self.path):
-            for leftover in (*self.path.rglob("*.partial"), *self.path.glob(f"{SHARD_CLAIMS}*")):
-                leftover.unlink(missing_ok=True)
+            for file in files:
+                file.unlink(missing_ok=True)
 
     def grow(self, blocks: int) -> None:
         """Make room for `blocks` blocks. The ledger of pairs grows last: what it has room for, every array has."""

@@ -123,6 +123,8 @@ def _join_shards(request: _Request, claims: ExitStack) -> None:
     if not shard.take(alone=True):
         raise OutputError(f"{request.path}: another job is at work on --shard {number}/{of}; wait for its end")
     claims.callback(shard.remove)
+    cache = CacheWriter(request.path)
+    cache.remove_leftovers_of(range(number - 1, cache.blocks, of))
 
 
 def _claim_together(request: _Request, claim: Claim) -> None:
