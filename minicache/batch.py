@@ -22,9 +22,9 @@ class Batch:
 
     input_ids: (rows, length), padded at the right with id 0.
     position_ids: (rows, length), or None where each row counts from 0.
-    mask: what attention takes as its mask, of four dimensions: (rows, 1, length, length) bool, True where a query (third) sees
-        a key; (1, 1, pairs, 4), the spans of a packed row (see attention.py); or None for plain causal attention, in which
-        padding after a row's end changes nothing before it.
+    mask: who sees whom, as attention.py makes masks of it: (rows, 3), prefix, chosen and rejected of a pair a row;
+        (1, 1, pairs, 4), start, prefix, chosen and rejected of the pairs of a packed row; or None for plain causal attention,
+        in which padding after a row's end changes nothing before it.
     sources: (K,), positions in the flattened rows whose output predicts.
     targets: (K,), the ids they predict.
     places: (K,), where each target lies in the pairs' concatenated tokens.
@@ -170,12 +170,8 @@ def shared(table: PairTable, indices: Indices) -> Batch:
     """A pair a row, its prefix once; two branches after it, positions restarting, rejected blind to chosen."""
     flat = _Flat.of(table, indices)
     length = int((flat.prefix + flat.chosen + flat.rejected).max())
-    at = torch.arange(length)
-    prefix, branch = (torch.from_numpy(n)[:, None, None] for n in (flat.prefix, flat.prefix + flat.chosen))
-    query, key = at[None, :, None], at[None, None, :]
-    # causal, but for what rejected would see of chosen; padding sees itself, so that no row of the mask is empty
-    mask = (key <= query) & ~((query >= branch) & (key >= prefix) & (key < branch))  # (B, length, length)
-    return flat.batch(flat.pair * length + flat.within, (len(indices), length), mask[:, None])
+    spans = np.stack([flat.prefix, flat.chosen, flat.rejected], 1)
+    return flat.batch(flat.pair * length + flat.within, (len(indices), length), torch.from_numpy(spans))
 
 
 def packed(table: PairTable, indices: Indices) -> Batch:

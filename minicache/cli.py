@@ -15,6 +15,7 @@ from minicache.command import (
     Nproc,
     Recipe,
     RefCache,
+    TokensPerBatch,
     Trust,
     err,
     errors_as_one_line,
@@ -69,14 +70,12 @@ def precompute_ref(
     think: Annotated[
         str, typer.Option(help="An empty think block that the template writes: 'keep' it or 'drop' it.")
     ] = PrecomputeConfig.think,
-    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = PrecomputeConfig.dtype,
+    dtype: Annotated[str, typer.Option("--dtype", "--ref-dtype", help=DTYPE_HELP)] = PrecomputeConfig.dtype,
     block_pairs: Annotated[
         int | None, typer.Option(help="Pairs in a block, the unit of resuming. (Default: by model size.)")
     ] = None,
     layout: Annotated[str, typer.Option(help=LAYOUT_HELP)] = PrecomputeConfig.layout,
-    tokens_per_batch: Annotated[
-        int, typer.Option(help="Token slots of one forward pass.")
-    ] = PrecomputeConfig.tokens_per_batch,
+    tokens_per_batch: TokensPerBatch = None,
     per_token: Annotated[bool, typer.Option("--per-token", help="Also store each counted token's logprob.")] = False,
     on_bad_row: Annotated[str, typer.Option(help="'skip' and list it, or 'fail'.")] = PrecomputeConfig.on_bad_row,
     shard: Annotated[
@@ -102,9 +101,7 @@ def evaluate(
     logps: Annotated[str | None, typer.Option(help="mean or sum. (Default: the run's.)")] = None,
     beta: Annotated[float | None, typer.Option(help="As of train. (Default: the run's.)")] = None,
     dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = EvaluateConfig.dtype,
-    tokens_per_batch: Annotated[
-        int, typer.Option(help="Token slots of one forward pass.")
-    ] = EvaluateConfig.tokens_per_batch,
+    tokens_per_batch: TokensPerBatch = None,
     nproc: Nproc = 1,
     trust_remote_code: Trust = False,
     as_json: Json = False,

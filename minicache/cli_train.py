@@ -114,9 +114,8 @@ def train(
     dtype: Annotated[str, memory_option(help=DTYPE_HELP)] = TrainConfig.dtype,
     layout: Annotated[str, memory_option(help=LAYOUT_HELP)] = TrainConfig.layout,
     tokens_per_micro_batch: Annotated[
-        int,
-        memory_option(help="Token slots that fit in memory at once; accumulation follows."),
-    ] = TrainConfig.tokens_per_micro_batch,
+        int | None, memory_option(help="Token slots at once; accumulation follows. (Default: what fits in memory.)")
+    ] = None,
     activation_checkpointing: Annotated[
         bool,
         memory_option(

@@ -31,6 +31,10 @@ Recipe = Annotated[
     str | None,
     typer.Option(help=f"Defaults of MiniMind's scripts, for both stages: {', '.join(RECIPES)}. Other options win."),
 ]
+TokensPerBatch = Annotated[
+    int | None,
+    typer.Option(help="Token slots of one forward pass. (Default: many, and half as many where they don't fit.)"),
+]
 LAYOUT_HELP = "auto, or how pairs lie in memory: packed (no padding), shared (prefix once), padded (two rows)."
 DTYPE_HELP = "auto (bfloat16 on CUDA, else float32), bfloat16, float16 or float32."
 

@@ -57,7 +57,7 @@ class PrecomputeConfig:
     dtype: str = "auto"
     block_pairs: int | None = None
     layout: str = "auto"
-    tokens_per_batch: int = 16384
+    tokens_per_batch: int | None = None
     per_token: bool = False
     on_bad_row: str = "skip"
     shard: str | None = None
@@ -100,7 +100,7 @@ class EvaluateConfig:
     logps: str | None = None
     beta: float | None = None
     dtype: str = "auto"
-    tokens_per_batch: int = 16384
+    tokens_per_batch: int | None = None
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:

@@ -25,6 +25,7 @@ MOVABLE = {
     "save_dtype",
     "trust_remote_code",
     "tracker",
+    "tokens_per_micro_batch",
 }
 
 Config = TypeVar("Config")
@@ -136,6 +137,7 @@ class TrainConfig:
     model: where the reference's weights lie now, if not where stage one found them. init_from: start from other weights.
     save_every: steps between checkpoints, 0 for none; keep_last: how many of them stay. save_dtype: of the final model; small
     updates are lost in half precision. auto: the precision that the weights it started from were stored in.
+    tokens_per_micro_batch: token slots at once; None is what fits in memory.
     """
 
     ref_cache: Path
@@ -158,7 +160,7 @@ class TrainConfig:
     max_steps: int | None = None
     batch_size: int = 32
     layout: str = "auto"
-    tokens_per_micro_batch: int = 8192
+    tokens_per_micro_batch: int | None = None
     max_grad_norm: float = 1.0
     seed: int = 42
     dtype: str = "auto"

@@ -22,6 +22,7 @@ from minicache.scoring import PairScores, Scorer
 from minicache.trackers import Tracker
 
 SAMPLE = 8
+SLOTS = {"cpu": 16384, "cuda": 65536}  # of a forward pass: more at once makes it no faster
 
 
 def settle_layout(scorer: Scorer, table: PairTable, asked: str, device: torch.device, tracker: Tracker) -> None:
@@ -32,10 +33,8 @@ def settle_layout(scorer: Scorer, table: PairTable, asked: str, device: torch.de
     Raises:
         ConfigError: the layout asked for by name cannot be used with this model.
     """
-    # attention by spans walks over the pairs: right for a CPU, while a GPU would wait for each
-    first = ("packed",) if device.type == "cpu" else ()
     problems: list[str] = []
-    for name in (*first, "shared", "padded") if asked == "auto" else (asked,):
+    for name in ("packed", "shared", "padded") if asked == "auto" else (asked,):
         problem = _problem(scorer, table, name, device)
         if problem is None:
             scorer.layout_name = name
@@ -55,9 +54,13 @@ def _problem(scorer: Scorer, table: PairTable, layout: str, device: torch.device
     sample = np.argsort(table.lengths.sum(1), kind="stable")[:SAMPLE]
     try:
         use_spans(scorer.model)
+        batches = [LAYOUTS[name].make(table, sample).to(device) for name in ("padded", layout)]
         with torch.inference_mode():
-            expected, found = (scorer(LAYOUTS[name].make(table, sample).to(device)) for name in ("padded", layout))
-    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+            expected, found = map(scorer, batches)
+        if device.type == "cuda" and any(parameter.requires_grad for parameter in scorer.parameters()):
+            scorer(batches[1]).logp_sum.sum().backward()  # FlexAttention compiles that apart, and not for every model
+            scorer.zero_grad(set_to_none=True)
+    except Exception as error:  # whatever a model's own code or a compiler makes of it
         return " ".join(str(error).split())[:160] or type(error).__name__
     worst = float((expected.logp_mean - found.logp_mean).abs().max())
     return None if worst <= TOLERANCE[scorer.dtype] else f"it gives other logprobs, by up to {worst:.2g} nats a token"
@@ -65,11 +68,10 @@ def _problem(scorer: Scorer, table: PairTable, layout: str, device: torch.device
 
 @dataclass(frozen=True)
 class EvalSet:
-    """Pairs of a cache to evaluate on, and the token slots that one forward pass may take. indices: (n,) into the cache's pairs."""
+    """Pairs of a cache to evaluate on. indices: (n,) into the cache's pairs."""
 
     cached: CachedPairs
     indices: Indices
-    budget: int
 
     @property
     def digest(self) -> str:
@@ -91,13 +93,14 @@ def score_table(
     scorer: Scorer,
     table: PairTable,
     indices: Indices,
-    budget: int,
+    budget: int | None,
     device: torch.device,
     distribution: bool = False,
 ) -> Iterator[tuple[Indices, Batch, PairScores]]:
     """Score some pairs of a table in batches of similar length, without gradients.
 
-    Where a batch does not fit in memory, it and those after it are made half as large.
+    budget: token slots of a batch; None begins with as many as can make it faster. Where a batch does not fit in memory, it
+    and those after it are made half as large.
 
     Yields:
         the batch's indices into the table, the batch, its scores (see `Scorer` for `distribution`).
@@ -105,7 +108,7 @@ def score_table(
     Raises:
         ModelError: a single pair does not fit in memory.
     """
-    left = np.ones(len(table), bool)
+    left, budget = np.ones(len(table), bool), budget or SLOTS[device.type]
     while len(rest := indices[left[indices]]):
         for chosen, batch in ahead(scorer.batches(table, rest, budget)):
             moved = batch.to(device)
@@ -131,9 +134,9 @@ def _scores_if_they_fit(scorer: Scorer, batch: Batch, distribution: bool) -> Pai
 
 
 def evaluate_policy(
-    scorer: Scorer, pairs: EvalSet, objective: Objective, world: World, tracker: Tracker
+    scorer: Scorer, pairs: EvalSet, objective: Objective, budget: int | None, world: World, tracker: Tracker
 ) -> dict[str, float]:
-    """Mean metrics (see metrics.py) of a policy over these pairs, shared among the processes.
+    """Mean metrics (see metrics.py) of a policy over these pairs, shared among the processes. budget: see `score_table`.
 
     Raises:
         ConfigError: the loss sorts over a batch, and a data set is no batch.
@@ -145,7 +148,7 @@ def evaluate_policy(
     table = pairs.cached.table
     means, chosen_tokens = Means(world.device), float(table.token_counts[pairs.indices, 0].mean())
     mine = pairs.indices[world.rank :: world.size]
-    for indices, batch, scores in score_table(scorer, table, mine, pairs.budget, world.device, distribution=True):
+    for indices, batch, scores in score_table(scorer, table, mine, budget, world.device, distribution=True):
         logps = pair_logps(scores, batch, pairs.cached, indices, objective)
         means.add(objective(logps, chosen_tokens), logps, objective.beta, scores)
         tracker.advance(len(indices) * world.size, int(table.side_lengths[indices].sum()) * world.size)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 Ints = NDArray[np.integer]
 CHOSEN, REJECTED = 0, 1  # the side axis, wherever there is one
+COUNTED_AT_ONCE = 1024  # pairs
 
 
 @dataclass(frozen=True)
@@ -118,9 +119,17 @@ class PairTable:
     @cached_property
     def token_counts(self) -> NDArray[np.int32]:
         """(N, 2) counted tokens of each side; a counted prefix token counts on both."""
-        running = np.concatenate([[0], self.loss_mask.cumsum(dtype=np.int64)])
-        starts = self.offsets[:-1, None] + np.concatenate(
-            [np.zeros((len(self), 1), np.int64), self.lengths.cumsum(1, dtype=np.int64)], axis=1
-        )  # (N, 4) bounds of the three parts
-        parts = running[starts[:, 1:]] - running[starts[:, :-1]]  # (N, 3)
-        return (parts[:, :1] + parts[:, 1:]).astype(np.int32)
+        return count_tokens(self.lengths, self.loss_mask)
+
+
+def count_tokens(lengths: NDArray[np.int32], loss_mask: NDArray[np.uint8]) -> NDArray[np.int32]:
+    """(N, 2) counted tokens of each side of N pairs: lengths (N, 3) and loss_mask (T,) as in a `PairTable`."""
+    parts = np.zeros(lengths.shape, np.int32)
+    filled = lengths > 0  # reduceat takes an empty stretch for one of a single token
+    end = 0
+    for first in range(0, len(lengths), COUNTED_AT_ONCE):  # reduceat makes an int32 copy of all that it is given
+        some = slice(first, first + COUNTED_AT_ONCE)
+        sizes = lengths[some][filled[some]].astype(np.int64)
+        begin, end = end, end + int(sizes.sum())
+        parts[some][filled[some]] = np.add.reduceat(loss_mask[begin:end], sizes.cumsum() - sizes, dtype=np.int32)
+    return parts[:, :1] + parts[:, 1:]

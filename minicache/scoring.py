@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from minicache.attention import for_device
 from minicache.batch import LAYOUTS, Batch, Layout
 from minicache.data.batching import Indices, by_length
 from minicache.errors import ConfigError
@@ -91,7 +92,8 @@ class Scorer(nn.Module):
 
     def _token_logps(self, batch: Batch, distribution: bool) -> tuple[torch.Tensor, ...]:
         """(K,) each; see `Head.logps`."""
-        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "attention_mask": batch.mask}
+        mask = for_device(batch.mask, batch.input_ids.shape[1])
+        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "attention_mask": mask}
         given = {name: value for name, value in inputs.items() if value is not None}
         if self.head is None:
             with _only_positions(self.model, batch.sources):

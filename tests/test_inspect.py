@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from minicache.data.tokenizers import ChatTokenizer
 from minicache.inspection import Inspection
 from minicache.pairs import EncodedPair, PairTable
 from minicache.screen_inspect import show_inspection, show_pair, show_problems
-from minicache.stages.inspect import inspect_cache, inspect_pair, verify_cache
+from minicache.stages.inspect import _extreme, inspect_cache, inspect_pair, verify_cache
 from minicache.text import visible
 from tests.conftest import make_rows, precompute_into, write_jsonl
 
@@ -114,7 +114,13 @@ IDENTITY = Identity(
 )  # fmt: skip
 
 
-def by_hand(path: Path, tokenizer_dir: Path, texts: list[tuple[str, str, str]], scored: bool = True) -> Path:
+def by_hand(
+    path: Path,
+    tokenizer_dir: Path,
+    texts: list[tuple[str, str, str]],
+    scored: bool = True,
+    identity: Identity = IDENTITY,
+) -> Path:
     """A cache of (prompt, chosen, rejected) texts with made-up logprobs: no model. Pair i comes from line i + 1."""
     encode = ChatTokenizer.load(tokenizer_dir).encode
     pairs = []
@@ -127,7 +133,7 @@ def by_hand(path: Path, tokenizer_dir: Path, texts: list[tuple[str, str, str]], 
     counts = {"rows": len(pairs) + 2, "kept": len(pairs), "truncated": 1, "refused": {"empty-answer": 2}}
     source = Source("data/pairs.jsonl", 1, "s", complete=True, **counts)
     log = Log("some/model", "2026-01-01", {"zarr": "3"}, [source], -(-len(pairs) // 3), len(pairs))
-    cache = CacheWriter.create(path, Manifest(IDENTITY, log), lambda place: shutil.copytree(tokenizer_dir, place))
+    cache = CacheWriter.create(path, Manifest(identity, log), lambda place: shutil.copytree(tokenizer_dir, place))
     cache.grow(log.blocks)
     random = np.random.default_rng(0)
     for block in range(log.blocks):
@@ -138,11 +144,13 @@ def by_hand(path: Path, tokenizer_dir: Path, texts: list[tuple[str, str, str]], 
     return path
 
 
+TEXTS = [("why ", "the cat " * (line + 1), "a mat") for line in range(10)]
+
+
 @pytest.fixture
 def made(tmp_path: Path, tokenizer_dir: Path) -> Path:
     """Ten pairs, a longer one on each line, in blocks of 3, 3, 3 and 1."""
-    texts = [("why ", "the cat " * (line + 1), "a mat") for line in range(10)]
-    return by_hand(tmp_path / "made", tokenizer_dir, texts)
+    return by_hand(tmp_path / "made", tokenizer_dir, TEXTS)
 
 
 def every_line(found: Inspection) -> list:
@@ -150,12 +158,74 @@ def every_line(found: Inspection) -> list:
 
 
 def test_pairs_behind_a_damaged_block_keep_their_numbers(made: Path) -> None:
-    (made / "pairs" / "tokens" / "c" / "1" / "0").write_bytes(b"junk")
+    (made / "pairs" / "source" / "c" / "1" / "0" / "0").write_bytes(b"junk")
     found = look(made)
     assert (found.pairs, found.blocks_with_pairs, found.blocks_scored, list(found.unfinished)) == (7, 3, 3, ["1"])
     assert {line.index for line in found.longest} == {9, 8, 7, 6, 2}
     for line in every_line(found):
         assert inspect_pair(InspectConfig(made, pair=line.index)).line == line and line.line == line.index + 1
+
+
+TOKENS = ("pairs/tokens/c/1/0", "pairs/loss_mask/c/1/0", "pairs/digest/c/1/0/0")
+
+
+@pytest.mark.parametrize("file", TOKENS)
+def test_tokens_must_be_there_but_only_verify_reads_them(made: Path, file: str) -> None:
+    sound = look(made)
+    chunk = made / file
+    content = chunk.read_bytes()
+    chunk.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert look(made) == sound
+    problems = verify_cache(InspectConfig(made))
+    assert (
+        len(problems) == 1 and file.removesuffix(file[file.index("/c/") :]) in problems[0] and "block 1" in problems[0]
+    )
+    for removed in (lambda: chunk.write_bytes(b""), chunk.unlink):
+        removed()
+        found = look(made)
+        assert not found.complete and (found.pairs, list(found.unfinished)) == (7, ["1"])
+        assert file[: file.index("/c/")] in found.unfinished["1"]
+
+
+@pytest.mark.parametrize("array", ["pairs/lengths", "pairs/source", "ref/logp_mean", "ref/token_count"])
+def test_damage_in_what_is_shown_is_found(made: Path, array: str) -> None:
+    chunk = made / array / "c" / "1" / "0" / "0"
+    content = bytearray(chunk.read_bytes())
+    content[5] ^= 1
+    chunk.write_bytes(content)
+    found = look(made)
+    assert not found.complete and array in found.unfinished["1"]
+    assert (found.pairs, found.pairs_scored) == (7 if array.startswith("pairs/") else 10, 7)
+
+
+def test_blocks_of_another_place_or_cache_are_found(made: Path, tmp_path: Path, tokenizer_dir: Path) -> None:
+    for name in ("pairs/lengths/c/{}/0/0", "ledger/pairs/c/{}/0", "ref/token_count/c/{}/0/0"):
+        cache = shutil.copytree(made, tmp_path / name.split("/")[1])
+        (cache / name.format(1)).write_bytes((cache / name.format(0)).read_bytes())  # an intact chunk, of other pairs
+        found = look(cache)
+        assert not found.complete and list(found.unfinished) == ["1"], name
+    identity = replace(IDENTITY, weights="v" * 32)
+    other = by_hand(tmp_path / "other", tokenizer_dir, TEXTS, identity=identity)
+    shutil.copytree(other / "ledger", made / "ledger", dirs_exist_ok=True)
+    assert look(made).blocks_with_pairs == 0
+
+
+def test_the_extremes_are_those_of_sorting() -> None:
+    random = np.random.default_rng(0)
+    for size in (0, 1, 3, 4, 200):
+        values = random.integers(0, 4, size).astype(np.float32)  # many are equal
+        values[random.random(size) < 0.2] = np.nan
+        order = np.argsort(values, kind="stable")
+        assert _extreme(values, 3).tolist() == order[~np.isnan(values[order])][:3].tolist()
+
+
+def test_counted_tokens_are_the_same_before_and_after_scoring(made: Path) -> None:
+    scored = look(made)
+    shutil.rmtree(made / "ledger" / "ref" / "c")
+    found = look(made)
+    assert found.pairs_scored == 0 and found.counted == scored.counted and found.lengths == scored.lengths
+    CacheWriter(made).arrays["pairs/loss_mask"][1, :1] = 1  # the first token never counts
+    assert list(look(made).unfinished) == ["0", "1", "2", "3"] and look(made).blocks_with_pairs == 3
 
 
 def test_pairs_behind_a_lost_ledger_row_have_no_number(made: Path) -> None:
@@ -249,7 +319,7 @@ def test_names_of_files_never_steer_the_terminal(made: Path) -> None:
     writer.log.model = "\x1b[5mmodel"
     writer.write_log()
     cache = made.rename(made.with_name("\x1b[7mmade"))
-    (cache / "pairs" / "tokens" / "c" / "1" / "0").write_bytes(b"junk")
+    (cache / "pairs" / "source" / "c" / "1" / "0" / "0").write_bytes(b"junk")
     for width in (40, 100):
         assert "\x1b" not in printed(show_inspection, look(cache), width).encode().decode()
     assert "\x1b" not in printed(show_pair, inspect_pair(InspectConfig(cache, pair=0))).encode().decode()

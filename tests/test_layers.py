@@ -16,7 +16,7 @@ LAYERS = [
     {"scoring"},
     {"losses", "optim", "checkpoints"},
     {"metrics"},
-    {"evaluation"},
+    {"evaluation", "budget"},
     {"stages"},
     {"command"},
     {"cli_train"},

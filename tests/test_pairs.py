@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from minicache.data.batching import balance, by_length, global_batches, pairs_in, share, training_steps
-from minicache.pairs import EncodedPair, PairTable
+from minicache.pairs import COUNTED_AT_ONCE, EncodedPair, PairTable, count_tokens
 
 
 def random_sides(random: np.random.Generator) -> list[np.ndarray]:
@@ -43,6 +43,21 @@ def test_a_table_is_its_pairs() -> None:
     halves = [PairTable.from_pairs(PAIRS[:100], "uint16"), PairTable.from_pairs(PAIRS[100:], "uint16")]
     whole = PairTable.concatenate(halves)
     assert np.array_equal(whole.tokens, table.tokens) and np.array_equal(whole.offsets, table.offsets)
+
+
+@pytest.mark.parametrize("count", [0, 1, COUNTED_AT_ONCE, 2 * COUNTED_AT_ONCE + 7])
+def test_counted_tokens_of_many_pairs_and_long_ones(count: int) -> None:
+    random = np.random.default_rng(count)
+    lengths = random.integers(0, 3, (count, 3)).astype(np.int32)
+    lengths[::500] = (300, 0, 700)  # more than a byte counts
+    mask = random.integers(0, 2, lengths.sum()).astype(np.uint8)
+    expected, start = [], 0
+    for sizes in lengths.tolist():
+        ends = start + np.cumsum(sizes)
+        prefix, *rests = (int(mask[end - size : end].sum()) for size, end in zip(sizes, ends, strict=True))
+        expected.append([prefix + rest for rest in rests])
+        start = int(ends[-1])
+    assert count_tokens(lengths, mask).tolist() == expected
 
 
 def test_a_digest_sees_every_part_and_no_dtype() -> None:

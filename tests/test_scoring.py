@@ -1,11 +1,13 @@
 """The one scorer against a plain computation: row by row, no padding, float64."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from minicache import head
-from minicache.attention import use_spans
+from minicache.attention import block_mask, use_spans
 from minicache.batch import LAYOUTS, Batch
 from minicache.pairs import EncodedPair, PairTable
 from minicache.scoring import Scorer, resolve_dtype
@@ -70,6 +72,69 @@ def test_every_layout_scores_alike(layout: str) -> None:
     assert np.array_equal(found.targets.numpy(), tokens[masks > 0])
     assert found.input_ids.numel() < expected.input_ids.numel()
     assert len(found.read) == len(expected.read) == sum(len(pair.side(side)[0]) for pair in pairs for side in (0, 1))
+
+
+def long_pairs() -> list[EncodedPair]:
+    """Prefixes and answers shorter and longer than a block of FlexAttention, also with none in common."""
+    random = np.random.default_rng(3)
+    pairs = []
+    for prefix, chosen, rejected in [
+        (300, 5, 140),
+        (0, 260, 260),
+        (1, 1, 1),
+        (0, 2, 2),
+        (127, 1, 300),
+        (128, 128, 128),
+    ]:
+        mask = np.ones(prefix + chosen + rejected, np.uint8)
+        mask[0] = 0
+        mask[chosen] *= prefix > 0
+        pairs.append(EncodedPair(random.integers(3, 400, len(mask)).astype(np.int32), mask, (prefix, chosen, rejected)))
+    return pairs
+
+
+def test_a_packed_rows_blocks_are_those_of_its_mask() -> None:
+    """What FlexAttention is told of each block of 128 x 128, against the mask written out."""
+    batch = lay_out(long_pairs(), "packed")
+    length = batch.input_ids.shape[1]
+    seen = np.zeros((length, length), bool)
+    for start, prefix, chosen, rejected in batch.mask[0, 0].tolist():
+        middle, end = start + prefix + chosen, start + prefix + chosen + rejected
+        for query in range(start, end):
+            seen[query, start : query + 1] = True
+            if query >= middle:
+                seen[query, start + prefix : middle] = False
+    found = block_mask(batch.mask[0, 0], length)
+    blocks = -(-length // 128)
+    padded = np.zeros((blocks * 128, blocks * 128), bool)
+    padded[:length, :length] = seen
+    tiles = padded.reshape(blocks, 128, blocks, 128).swapaxes(1, 2)
+    expected = {"whole": tiles.all((2, 3)), "partial": tiles.any((2, 3)) & ~tiles.all((2, 3))}
+    listed = {
+        "whole": (found.full_kv_num_blocks, found.full_kv_indices),
+        "partial": (found.kv_num_blocks, found.kv_indices),
+    }
+    for kind, (counts, indices) in listed.items():
+        for row in range(blocks):
+            assert (
+                sorted(indices[0, 0, row, : counts[0, 0, row]].tolist()) == np.flatnonzero(expected[kind][row]).tolist()
+            )
+        assert expected[kind].any()
+    at = torch.arange(length)
+    assert np.array_equal(found.mask_mod(0, 0, at[:, None], at[None]).numpy(), seen)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_scores_alike() -> None:
+    """The plain form of FlexAttention, which runs on a CPU: what a GPU runs compiled."""
+    model, pairs = tiny_llama().requires_grad_(False), long_pairs()
+    use_spans(model)
+    batch = lay_out(pairs, "packed")
+    blocks = replace(batch, mask=block_mask(batch.mask[0, 0], batch.input_ids.shape[1]))
+    with torch.no_grad():
+        plain, found = (Scorer(model, "float32")(each) for each in (lay_out(pairs), blocks))
+    assert torch.allclose(plain.logp_sum, found.logp_sum, atol=1e-3)
+    assert torch.allclose(plain.logp_mean, found.logp_mean, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["padded", "shared", "packed"])

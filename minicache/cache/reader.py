@@ -1,174 +1,36 @@
-"""Opening, checking and reading a reference cache. Refuses holes and damage; never guesses.
-
-zarr is read a block at a time and never a row at a time: one slice costs about a millisecond (see docs/cache-format.md).
-"""
+"""A reference cache as a whole: what is missing in it, all of it in memory, everything re-read."""
 
 from collections.abc import Iterator
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import TypeVar
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 
-from minicache.cache.schema import (
-    ArraySpec,
-    CachedPairs,
-    Identity,
-    Log,
-    Manifest,
-    RefBlock,
-    array_specs,
-    pairs_row,
-    ref_row,
-)
-from minicache.errors import CacheDamaged, CacheError, CacheIncomplete, CacheNotFound
+from minicache.cache.blocks import CacheBlocks
+from minicache.cache.schema import CachedPairs, RefBlock
+from minicache.errors import CacheDamaged, CacheError, CacheIncomplete
 from minicache.pairs import EncodedPair, PairTable
 
-# What zarr raises on bytes that are not what was written: checksum, decompression, size, metadata; OSError is the disk itself.
-UNREADABLE = (ValueError, ArithmeticError, LookupError, RuntimeError, TypeError, AttributeError, OSError)
+THREADS = 4  # blocks read at once: decompression and digests leave Python's lock alone
+Columns = TypeVar("Columns", PairTable, RefBlock)
 
 
-class ReferenceCache:
-    """A cache on disk, open for reading.
+@contextmanager
+def _with_advice() -> Iterator[None]:
+    """What to do about a block that cannot be read."""
+    try:
+        yield
+    except CacheIncomplete as error:
+        raise CacheIncomplete(f"{error}; run the same precompute-ref again to go on") from error
+    except CacheDamaged as error:
+        raise CacheDamaged(f"{error}; run the same precompute-ref again to make the block anew") from error
 
-    manifest: what it is. blocks: rows of its arrays, scored or not. tokenizer_dir: the tokenizer's own files.
-    """
 
-    mode = "r"
-
-    def __init__(self, path: Path) -> None:
-        """Open and check the manifest and every array's metadata.
-
-        Raises:
-            CacheNotFound, CacheMismatch (another format version), CacheDamaged.
-        """
-        self.path = path
-        try:
-            is_directory, is_cache = path.is_dir(), (path / "zarr.json").is_file()
-        except OSError as error:
-            raise CacheNotFound(f"{path}: cannot be looked into: {error.strerror}") from error
-        if not is_directory:
-            raise CacheNotFound(
-                f"{path}: no such directory; `minidpo precompute-ref --ref-cache {path} …` makes a cache"
-            )
-        if not is_cache:
-            raise CacheNotFound(
-                f"{path}: no reference cache (it has no zarr.json); name the directory precompute-ref wrote"
-            )
-        store = zarr.storage.LocalStore(path, read_only=self.mode == "r")
-        try:
-            self.group = zarr.open_group(store, mode=self.mode, zarr_format=3, use_consolidated=False)  # type: ignore[arg-type]
-            attributes = self.group.attrs.asdict()
-        except UNREADABLE as error:
-            raise CacheDamaged(f"{path}/zarr.json: cannot be read as a zarr group: {error}") from error
-        self.manifest = Manifest.from_attributes(attributes, str(path))
-        self.specs = array_specs(self.identity)
-        self.arrays: dict[str, zarr.Array] = {}
-        # The array that grows last is opened first: whatever another process adds meanwhile, the others have room for it.
-        for name in sorted(self.specs, key=lambda name: name != "ledger/pairs"):
-            self.arrays[name] = self._open_array(name, self.specs[name])
-
-    @property
-    def identity(self) -> Identity:
-        return self.manifest.identity
-
-    @property
-    def log(self) -> Log:
-        return self.manifest.log
-
-    @property
-    def tokenizer_dir(self) -> Path:
-        return self.path / "tokenizer"
-
-    @property
-    def blocks(self) -> int:
-        return self.arrays["ledger/pairs"].shape[0]
-
-    def _open_array(self, name: str, spec: ArraySpec) -> zarr.Array:
-        try:
-            array = self.group[name]
-        except UNREADABLE as error:
-            raise CacheDamaged(f"{self.path}/{name}: the array's zarr.json is missing or damaged: {error}") from error
-        if not isinstance(array, zarr.Array):
-            raise CacheDamaged(f"{self.path}/{name}: expected an array, found a group")
-        found = (array.shape[1:], str(array.dtype), array.chunks, str(array.fill_value))
-        expected = (spec.shape, spec.dtype, spec.chunks, str(np.dtype(spec.dtype).type(spec.fill)))
-        if found != expected:
-            raise CacheDamaged(f"{self.path}/{name}: expected shape, dtype, chunks, fill {expected}, found {found}")
-        if self.arrays and array.shape[0] < self.blocks:
-            raise CacheDamaged(f"{self.path}/{name}: expected room for {self.blocks} blocks, found {array.shape[0]}")
-        return array
-
-    # --- one block ---
-
-    def pairs(self, block: int) -> PairTable:
-        """The pairs of one block, checked against the ledger.
-
-        Raises:
-            CacheIncomplete: never written. CacheDamaged: what is read is not what was written.
-        """
-        row = self._ledger_row("ledger/pairs", block)
-        pairs, tokens = int(row[1]), int(row[2])
-        table = PairTable(
-            self._read("pairs/tokens", block, tokens),
-            self._read("pairs/loss_mask", block, tokens),
-            self._read("pairs/lengths", block, pairs),
-            self._read("pairs/digest", block, pairs),
-            self._read("pairs/source", block, pairs),
-        )
-        if not np.array_equal(pairs_row(self.identity, table), row):
-            raise self._unfitting("pairs/", block)
-        return table
-
-    def ref(self, block: int) -> RefBlock:
-        """What the reference said of one block, checked against the ledger. Raises as `pairs` does."""
-        pairs = self._ledger_row("ledger/pairs", block)
-        row = self._ledger_row("ledger/ref", block)
-        count, tokens = int(row[1]), int(row[2])
-        scored = RefBlock(
-            self._read("ref/logp_mean", block, count),
-            self._read("ref/token_count", block, count),
-            self._read("ref/token_logps", block, tokens) if self.identity.per_token else None,
-        )
-        if not np.array_equal(ref_row(self.identity, scored, pairs), row):
-            raise self._unfitting("ref/", block)
-        return scored
-
-    def _ledger_row(self, name: str, block: int) -> NDArray[np.int64]:
-        try:
-            row = np.asarray(self.arrays[name][block])
-        except UNREADABLE as error:
-            raise self._damaged(name, block, error) from error
-        if (row == -1).all():
-            raise CacheIncomplete(
-                f"{self.path}: {name}, block {block} is missing: not finished, or its chunk was deleted"
-            )
-        if (row[1:4] < 0).any() or row[1] > self.identity.block_pairs or row[2] > self.specs["pairs/tokens"].shape[0]:
-            raise CacheDamaged(f"{self.path}: {name}, block {block}: impossible sizes {row[1:4].tolist()}")
-        return row
-
-    def _read(self, name: str, block: int, count: int) -> np.ndarray:
-        try:
-            values = np.asarray(self.arrays[name][block, :count])
-        except UNREADABLE as error:
-            raise self._damaged(name, block, error) from error
-        fill = self.arrays[name].fill_value
-        if name != "ref/token_logps" and (np.isnan(values) if fill != fill else values == fill).any():
-            raise CacheDamaged(f"{self.path}: {name}, block {block}: a chunk is missing")
-        return values
-
-    def _damaged(self, name: str, block: int, error: Exception) -> CacheDamaged:
-        return CacheDamaged(
-            f"{self.path}: {name}, block {block}: a chunk is damaged ({' '.join(str(error).split())[:120]})"
-        )
-
-    def _unfitting(self, group: str, block: int) -> CacheDamaged:
-        names = ", ".join(name for name in self.specs if name.startswith(group))
-        return CacheDamaged(
-            f"{self.path}: one of {names}, block {block}: the data does not fit the ledger's digest (or a chunk is missing)"
-        )
-
-    # --- all blocks ---
+class ReferenceCache(CacheBlocks):
+    """A cache on disk, open for reading."""
 
     def unscored(self) -> list[int]:
         """Blocks whose scores are missing or damaged."""
@@ -195,23 +57,38 @@ class ReferenceCache:
     def load(self) -> CachedPairs:
         """All pairs and what the reference said of them, in memory, every block checked.
 
+        Several blocks are read at once, each straight to its place: the most memory taken is the result and a few blocks.
+
         Raises:
-            CacheIncomplete, CacheDamaged: naming the first block that fails.
+            CacheIncomplete, CacheDamaged: naming the first block without a ledger row, else the first that does not fit its row.
         """
         self.check_complete()
-        tables, scores = [], []
-        for block in range(self.blocks):
-            try:
-                tables.append(self.pairs(block))
-                scores.append(self.ref(block))
-            except CacheIncomplete as error:
-                raise CacheIncomplete(f"{error}; run the same precompute-ref again to go on") from error
-            except CacheDamaged as error:
-                raise CacheDamaged(f"{error}; run the same precompute-ref again to make the block anew") from error
-        table = PairTable.concatenate(tables)
-        if len(table) != self.log.pairs:
-            raise CacheDamaged(f"{self.path}: the manifest counts {self.log.pairs} pairs, the blocks hold {len(table)}")
-        return CachedPairs(table, _concatenate(scores))
+        with _with_advice():
+            sizes = np.array([self.block_size(block) for block in range(self.blocks)], np.int64)
+        pairs, tokens = sizes.sum(0).tolist()
+        if pairs != self.log.pairs:
+            raise CacheDamaged(f"{self.path}: the manifest counts {self.log.pairs} pairs, the blocks hold {pairs}")
+        cached = self._room(pairs, tokens)
+        with _with_advice(), ThreadPoolExecutor(THREADS) as threads:
+            for _ in threads.map(self._read_into, [cached] * self.blocks, range(self.blocks), sizes.cumsum(0)):
+                pass
+        return cached
+
+    def _room(self, pairs: int, tokens: int) -> CachedPairs:
+        """Columns for so many pairs and tokens, their values yet to come. Columns are named as their arrays."""
+
+        def column(name: str) -> np.ndarray:
+            spec = self.specs[name]
+            return np.empty((tokens if len(spec.shape) == 1 else pairs, *spec.shape[1:]), spec.dtype)
+
+        table = PairTable(*(column(f"pairs/{item.name}") for item in fields(PairTable)))
+        names = [f"ref/{item.name}" for item in fields(RefBlock)]
+        return CachedPairs(table, RefBlock(*(column(name) for name in names if name in self.specs)))
+
+    def _read_into(self, cached: CachedPairs, block: int, ends: NDArray[np.int64]) -> None:
+        """Read a block into its place. ends: how many pairs and tokens there are up to its end."""
+        _put(cached.table, self.pairs(block), ends)
+        _put(cached.reference, self.ref(block), ends)
 
     def verify(self) -> Iterator[tuple[str, CacheError]]:
         """Re-read everything: every chunk, every ledger digest, every pair's own digest. Yields (what, problem)."""
@@ -253,16 +130,12 @@ class ReferenceCache:
             first += pairs
         raise CacheError(f"{self.path}: there is no pair {index}; the cache holds {first}, numbered from 0")
 
-    def block_size(self, block: int) -> tuple[int, int]:
-        """Pairs and stored tokens of a block, by the ledger; raises as `pairs` does."""
-        _, pairs, tokens, _, _ = self._ledger_row("ledger/pairs", block).tolist()
-        return pairs, tokens
 
-
-def _concatenate(blocks: list[RefBlock]) -> RefBlock:
-    per_token = [block.token_logps for block in blocks if block.token_logps is not None]
-    return RefBlock(
-        np.concatenate([block.logp_mean for block in blocks]),
-        np.concatenate([block.token_count for block in blocks]),
-        np.concatenate(per_token) if per_token else None,
-    )
+def _put(whole: Columns, part: Columns, ends: NDArray[np.int64]) -> None:
+    """Copy a block's columns to where they end in the whole ones: (tokens,) or (pairs, any)."""
+    pairs, tokens = ends
+    for item in fields(part):
+        values = getattr(part, item.name)
+        if values is not None:
+            end = tokens if values.ndim == 1 else pairs
+            getattr(whole, item.name)[end - len(values) : end] = values

@@ -214,8 +214,7 @@ def pairs_row(identity: Identity, table: PairTable) -> np.ndarray:
 def ref_row(identity: Identity, block: RefBlock, pairs: np.ndarray) -> np.ndarray:
     """(5,) int64: the ledger's row for a scored block; `pairs`, the row of the pairs it scored, is part of its digest."""
     data = [pairs.astype("<i8"), block.logp_mean, block.token_count]
-    if identity.per_token:
-        assert block.token_logps is not None
+    if identity.per_token and block.token_logps is not None:
         data.append(block.token_logps)
     return _row(identity, len(block.logp_mean), int(pairs[2]), int(block.token_count.sum()), data)
 
@@ -225,7 +224,12 @@ def _row(identity: Identity, pairs: int, tokens: int, counted: int, data: Iterab
     for array in data:
         state.update(np.ascontiguousarray(array).data)
     digest = int.from_bytes(state.digest(), "little", signed=True)
-    return np.array([int(identity.digest[:15], 16), pairs, tokens, counted, digest], np.int64)
+    return np.array([identity_number(identity), pairs, tokens, counted, digest], np.int64)
+
+
+def identity_number(identity: Identity) -> int:
+    """What a ledger row says of the identity: the first 60 bits of its digest."""
+    return int(identity.digest[:15], 16)
 
 
 def digest_of(content: object) -> str:

@@ -154,11 +154,6 @@ class CacheWriter(ReferenceCache):
         files = [self._chunk_file(name, block, chunk) for chunk in range(chunks)]
         return [file for file in files if file.exists()]  # a chunk of nothing but NaN is not stored
 
-    def _chunk_file(self, name: str, block: int, chunk: int) -> Path:
-        array = self.arrays[name]
-        rest = (0,) * (array.ndim - 2)
-        return self.path / name / array.metadata.encode_chunk_key((block, chunk, *rest))
-
 
 def _draft_of(place: Path) -> Path:
     """A name of its own beside `place`: zarr's threads may still be writing into that of an attempt that failed."""

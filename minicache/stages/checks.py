@@ -53,11 +53,11 @@ def _check_whole(run: Run, name: str) -> None:
             f"--loss {name}: sorts over the whole batch, which {run.world.size} processes would split; use one"
         )
     for batch in islice(global_batches(len(run.training), config.batch_size, config.seed), run.steps):
-        pieces = len(by_length(costs[run.training[batch]], config.tokens_per_micro_batch, layout.pads))
+        pieces = len(by_length(costs[run.training[batch]], run.budget, layout.pads))
         if pieces > 1:
             raise ConfigError(
                 f"--loss {name}: sorts over the whole batch, but {len(batch)} pairs make {pieces} micro-batches of "
-                f"{config.tokens_per_micro_batch} token slots; lower --batch-size or raise --tokens-per-micro-batch"
+                f"{run.budget} token slots; lower --batch-size or raise --tokens-per-micro-batch"
             )
 
 

@@ -57,9 +57,9 @@ def evaluate(config: EvaluateConfig, world: World, tracker: Tracker) -> Evaluate
     same = loaded.fingerprint == cache.identity.weights
     scorer = Scorer(loaded.model.to(world.device, torch.float32), resolve_dtype(config.dtype, world.device))
     settle_layout(scorer, cached.table, "auto", world.device, tracker)
-    pairs = EvalSet(cached, np.arange(len(cached.table)), config.tokens_per_batch)
+    pairs = EvalSet(cached, np.arange(len(cached.table)))
     tracker.begin("evaluating", len(cached.table))
-    metrics = evaluate_policy(scorer, pairs, objective, world, tracker)
+    metrics = evaluate_policy(scorer, pairs, objective, config.tokens_per_batch, world, tracker)
     return EvaluateReport(
         config.policy, config.ref_cache, len(cached.table), same, {**settings, **flat(options)}, metrics
     )

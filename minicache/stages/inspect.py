@@ -1,9 +1,13 @@
-"""What is in a reference cache, as plain numbers: complete or not, damaged or not. No torch; one block in memory at a time."""
+"""What is in a reference cache, as plain numbers: complete or not, damaged or not. No torch.
+
+Tokens are not read, unless one pair is asked for or everything is to be verified.
+"""
 
 import math
 from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +23,8 @@ from minicache.stages.intake import REFUSED_FILE
 
 BINS = 16
 SIDES = ("chosen", "rejected")
+# In this order: what the ledger tells of, the others have had before.
+READ = ("ledger/ref", "ledger/pairs", "pairs/lengths", "pairs/source", "ref/logp_mean", "ref/token_count")
 
 
 @dataclass
@@ -31,22 +37,26 @@ class _Columns:
     source: NDArray[np.int64]  # (N, 2)
     logp_mean: NDArray[np.float32]  # (N, 2), NaN where not scored
 
-    @property
+    @cached_property
     def sides(self) -> NDArray[np.int32]:
         return self.lengths[:, :1] + self.lengths[:, 1:]
 
-    @property
+    @cached_property
     def scored(self) -> NDArray[np.bool_]:
-        return np.asarray(np.isfinite(self.logp_mean).all(axis=1))
+        return np.isfinite(self.logp_mean[:, CHOSEN]) & np.isfinite(self.logp_mean[:, REJECTED])
 
 
 def inspect_cache(config: InspectConfig) -> Inspection:
-    """Read every block once, checking its digest; a missing or damaged one is reported, not raised.
+    """Read the ledger, lengths, sources and scores of every block; a missing or damaged one is reported, not raised.
+
+    Tokens, masks and digests must be there, but are not read; damage inside them is found by `verify_cache`, and by all that
+    loads them. Only the masks of pairs without scores are read, to count.
 
     Raises:
         CacheNotFound, CacheMismatch, CacheDamaged: only if the manifest or an array's metadata cannot be read.
     """
     cache = ReferenceCache(config.ref_cache)
+    cache.hold(READ)
     columns, without_pairs, unscored = _read_columns(cache)
     problem = _problem(cache, None if without_pairs else len(columns.lengths))
     unfinished = dict(sorted({**without_pairs, **unscored}.items()))
@@ -84,7 +94,7 @@ def inspect_cache(config: InspectConfig) -> Inspection:
         refused_rows=refused.total(),
         refused_file=str(refused_file) if refused_file.is_file() else None,
         truncated=sum(source.truncated for source in sources),
-        longest=_lines(cache, columns, np.argsort(-columns.sides.max(1, initial=0), kind="stable")[:5]),
+        longest=_lines(cache, columns, _extreme(-columns.sides.max(1, initial=0), 5)),
         highest_margin=_lines(cache, columns, _extreme(-margins, 3)),
         lowest_margin=_lines(cache, columns, _extreme(margins, 3)),
         lowest_logp=_lines(cache, columns, _extreme(columns.logp_mean.min(1, initial=np.inf), 3)),
@@ -120,10 +130,9 @@ def _segments(tokenizer: ChatTokenizer, pair: EncodedPair, side: int) -> list[Se
 
 
 def _read_columns(cache: ReferenceCache) -> tuple[_Columns, dict[int, str], dict[int, str]]:
-    """The sound blocks' columns; which blocks have no pairs and which of the others no scores, and why."""
-    none = np.zeros((0, 2), np.float32)
-    parts = [
-        (none[:, 0].astype(np.int64), np.zeros((0, 3), np.int32), none.astype(np.int32), none.astype(np.int64), none)
+    """The blocks' columns; which blocks have no pairs and which of the others no scores, and why."""
+    parts: list[tuple[np.ndarray, ...]] = [
+        (np.zeros(0, np.int64), np.zeros((0, 3), np.int32), *(np.zeros((0, 2), kind) for kind in ("i4", "i8", "f4")))
     ]
     without_pairs: dict[int, str] = {}
     unscored: dict[int, str] = {}
@@ -133,20 +142,27 @@ def _read_columns(cache: ReferenceCache) -> tuple[_Columns, dict[int, str], dict
         try:
             size, _ = cache.block_size(block)
             first = None if start is None else start + size
-            table = cache.pairs(block)
+            index = np.full(size, -1) if start is None else np.arange(start, start + size)
+            lengths, source = cache.outline(block)
+            counted, logp_mean, why = _scores(cache, block, lengths)
         except (CacheIncomplete, CacheDamaged) as error:
             without_pairs[block] = str(error)
             continue
-        try:
-            logp_mean = cache.ref(block).logp_mean
-        except (CacheIncomplete, CacheDamaged) as error:
-            unscored[block] = str(error)
-            logp_mean = np.full((len(table), 2), np.nan, np.float32)
-        index = np.full(len(table), -1) if start is None else np.arange(start, start + len(table))
-        parts.append((index, table.lengths, table.token_counts, table.source, logp_mean))
+        if why:
+            unscored[block] = why
+        parts.append((index, lengths, counted, source, logp_mean))
     for block in range(cache.blocks, cache.log.blocks):
         without_pairs[block] = f"{cache.path}: block {block} was written, but the arrays end before it"
     return _Columns(*(np.concatenate(part) for part in zip(*parts, strict=True))), without_pairs, unscored
+
+
+def _scores(cache: ReferenceCache, block: int, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, str | None]:
+    """Counted tokens (n, 2), mean logprobs (n, 2), NaN where there are none, and why there are none."""
+    try:
+        scores = cache.ref(block, whole=False)
+    except (CacheIncomplete, CacheDamaged) as error:
+        return cache.counted(block, lengths), np.full((len(lengths), 2), np.nan, np.float32), str(error)
+    return scores.token_count, scores.logp_mean, None
 
 
 def _problem(cache: ReferenceCache, pairs: int | None) -> str | None:
@@ -222,9 +238,11 @@ def _preference(columns: _Columns) -> dict[str, float] | None:
 
 
 def _extreme(values: np.ndarray, most: int) -> np.ndarray:
-    """Indices of the smallest values that are numbers."""
-    order = np.argsort(values, kind="stable")[:most]  # NaN sorts last
-    return order[np.isfinite(values[order])]
+    """Indices of the smallest values that are numbers, the first of equal ones first."""
+    numbers = np.flatnonzero(np.isfinite(values))
+    if len(numbers) > most:  # to sort a million takes longer than to find those worth sorting
+        numbers = numbers[values[numbers] <= np.partition(values[numbers], most)[most]]
+    return numbers[np.argsort(values[numbers], kind="stable")[:most]]
 
 
 def _lines(cache: ReferenceCache, columns: _Columns, indices: np.ndarray) -> list[PairLine]:

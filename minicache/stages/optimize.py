@@ -17,7 +17,7 @@ from minicache.models import save_model
 from minicache.optim import make_optimizer
 from minicache.signals import StopFlag
 from minicache.speed import memory_gb, peak_flops
-from minicache.stages.step import Progress, Run, Training, beta_of, count_step, plan, take_step
+from minicache.stages.step import Progress, Run, Share, Training, beta_of, count_step, plan, take_step
 from minicache.trackers import Silent, Tracker
 
 VALIDATIONS = 10  # in a run, unless --eval-every says otherwise
@@ -51,7 +51,7 @@ def optimize(run: Run, resumed: dict[str, Any] | None, tracker: Tracker) -> Outc
             if stopped:
                 break
             started = time.monotonic()
-            norm = take_step(run, training, mine)
+            norm = _step_that_fits(run, training, mine)
             tokens = count_step(run, training, mine.indices, time.monotonic() - started)
             tracker.advance(len(mine.indices), tokens)
             stopped = _log(run, training, norm, tracker)
@@ -82,6 +82,18 @@ def _begin(run: Run, resumed: dict[str, Any] | None) -> Training:
             means.sums.copy_(resumed["means"])
     forward = DistributedDataParallel(run.scorer) if run.world.size > 1 else run.scorer
     return Training(optimizer, scaler, means, progress, forward)
+
+
+def _step_that_fits(run: Run, training: Training, mine: Share) -> torch.Tensor:
+    try:
+        return take_step(run, training, mine)
+    except torch.OutOfMemoryError as error:
+        kept = checkpoints.steps(run.config.out)
+        after = f"; --resume goes on from step {kept[-1]}" if kept else ""
+        raise ModelError(
+            f"step {training.progress.step}: {run.budget:,} token slots at once do not fit in memory; try "
+            f"--tokens-per-micro-batch {max(1, run.budget // 2)} or --activation-checkpointing{after}"
+        ) from error
 
 
 def _between_steps(run: Run, training: Training) -> str | None:
@@ -115,7 +127,7 @@ def _validate(run: Run, training: Training) -> None:
     assert run.held_out
     progress, options = training.progress, run.config.validation
     objective = replace(run.objective, beta=beta_of(run, min(progress.step, run.steps - 1)))
-    metrics = evaluate_policy(run.scorer, run.held_out, objective, run.world, Silent())
+    metrics = evaluate_policy(run.scorer, run.held_out, objective, run.budget, run.world, Silent())
     progress.validated, loss = progress.step, metrics["loss"]
     progress.pending = {f"eval/{name}": value for name, value in metrics.items()}
     progress.waited += 1

@@ -80,7 +80,7 @@ def precompute(config: PrecomputeConfig, world: World, tracker: Tracker) -> Prec
 
 
 def _score_blocks(
-    cache: CacheWriter, scorer: Scorer, budget: int, shard: tuple[int, int], world: World, tracker: Tracker
+    cache: CacheWriter, scorer: Scorer, budget: int | None, shard: tuple[int, int], world: World, tracker: Tracker
 ) -> tuple[list[int], int]:
     """Score the shard's blocks that are not, each rank its share; returns which, and how many pairs that were."""
     todo, sizes, done = world.broadcast(_todo(cache, *shard) if world.is_main else None)
@@ -125,7 +125,7 @@ def _todo(cache: CacheWriter, number: int, of: int) -> tuple[list[int], np.ndarr
 def _score(
     scorer: Scorer,
     table: PairTable,
-    budget: int,
+    budget: int | None,
     per_token: bool,
     device: torch.device,
     tell: Callable[[int, int], None],

@@ -24,7 +24,10 @@ from minicache.speed import peak_flops, step_flops
 
 @dataclass(frozen=True)
 class Run:
-    """What every step needs. training: (n,) the pairs to train on. held_out: those to validate on. steps: of the whole run."""
+    """What every step needs. training: (n,) the pairs to train on. held_out: those to validate on.
+
+    steps: of the whole run. budget: token slots of a micro-batch.
+    """
 
     config: TrainConfig
     world: World
@@ -35,6 +38,7 @@ class Run:
     training: Indices
     held_out: EvalSet | None
     steps: int
+    budget: int
 
 
 @dataclass
@@ -103,7 +107,7 @@ def plan(run: Run, first_step: int) -> Iterator[Share]:
         mine, weight = share(indices, costs, world.rank, world.size), world.size / len(indices)
         if not len(mine):  # fewer pairs than ranks
             mine, weight = indices[:1], 0.0  # DDP waits for everyone: this one takes part, and adds nothing
-        yield Share(indices, list(run.scorer.batches(table, mine, config.tokens_per_micro_batch)), weight)
+        yield Share(indices, list(run.scorer.batches(table, mine, run.budget)), weight)
 
 
 def take_step(run: Run, training: Training, mine: Share) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Stage two: a reference cache -> a trained policy. Only the policy is in memory."""
 
+import os
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from minicache import checkpoints
+from minicache.budget import training_budget
 from minicache.cache.reader import ReferenceCache
 from minicache.cache.schema import CachedPairs
 from minicache.config_train import MOVABLE, TrainConfig, flat, option
@@ -71,7 +73,8 @@ def train(config: TrainConfig, world: World, tracker: Tracker) -> TrainReport:
     policy, source, stored = _policy(config, cache, resume_at, tracker)
     scorer = Scorer(policy.to(world.device), config.dtype)
     settle_layout(scorer, cached.table, config.layout, world.device, tracker)
-    run = Run(config, world, scorer, objective, cache, cached, training, held_out, steps)
+    budget = config.tokens_per_micro_batch or facts.get("token_budget") or _budget(config, scorer, cached, world)
+    run = Run(config, world, scorer, objective, cache, cached, training, held_out, steps, budget)
     check(run, state)
     if state is None:
         started = {"started_from": source, "stored_dtype": stored, "handshake": handshake(run, tracker)}
@@ -105,6 +108,7 @@ def _sizes(run: Run) -> dict[str, Any]:
         "processes": run.world.size,
         "device": run.world.device.type,
         "layout_used": run.scorer.layout_name,
+        "token_budget": run.budget,
     }
 
 
@@ -119,6 +123,16 @@ def _report(out: Path, facts: dict[str, Any]) -> TrainReport:
         outcome["stopped"],
         Progress(**outcome["progress"]),
         from_ln_2=facts["loss"] == "sigmoid" and not facts["sft_weight"] and not facts["wpo"],
+    )
+
+
+def _budget(config: TrainConfig, scorer: Scorer, cached: CachedPairs, world: World) -> int:
+    """Token slots of a micro-batch that fit in memory: rank 0's finding, so that all lay out alike."""
+    checkpointing, local = config.activation_checkpointing, int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+    return world.broadcast(
+        training_budget(scorer, cached.table, config.optimizer, checkpointing, world.device, local)
+        if world.is_main
+        else None
     )
 
 
@@ -167,7 +181,7 @@ def _split(
             tracker.note(
                 f"{both:,} of the {len(pairs.table):,} pairs of {other.path} are trained on too: they judge kindly"
             )
-        return everything, EvalSet(pairs, np.arange(len(pairs.table)), config.tokens_per_micro_batch)
+        return everything, EvalSet(pairs, np.arange(len(pairs.table)))
     if not options.holdout:
         return everything, None
     held = cached.table.digest[:, 0] < np.uint64(options.holdout * 2**64)
@@ -175,7 +189,7 @@ def _split(
         raise ConfigError(
             f"--holdout {options.holdout}: of {len(held)} pairs {int(held.sum())} would be held out; expected some and not all"
         )
-    return everything[~held], EvalSet(cached, everything[held], config.tokens_per_micro_batch)
+    return everything[~held], EvalSet(cached, everything[held])
 
 
 # --- the policy ---
