@@ -24,7 +24,15 @@ from minicache.command import (
     print_json,
     run_stage,
 )
-from minicache.config import CompareConfig, EvaluateConfig, ExportConfig, InspectConfig, PlotConfig, PrecomputeConfig
+from minicache.config import (
+    CompareConfig,
+    EvaluateConfig,
+    ExportConfig,
+    InspectConfig,
+    MergeConfig,
+    PlotConfig,
+    PrecomputeConfig,
+)
 from minicache.config_train import fill
 from minicache.config_train import recipe as preset
 
@@ -70,6 +78,9 @@ def precompute_ref(
     tokens_per_batch: TokensPerBatch = None,
     per_token: Annotated[bool, typer.Option("--per-token", help="Also store each counted token's logprob.")] = False,
     on_bad_row: Annotated[str, typer.Option(help="'skip' and list it, or 'fail'.")] = PrecomputeConfig.on_bad_row,
+    shard: Annotated[
+        str | None, typer.Option(metavar="K/N", help="Be job K of N that share one cache, each scoring its own blocks.")
+    ] = None,
     nproc: Nproc = 1,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -171,6 +182,23 @@ def plot(
 
     with errors_as_one_line():
         screen.show_file(out, draw(PlotConfig(tuple(runs), out_file, smooth)))
+
+
+@app.command()
+def merge(
+    caches: Annotated[
+        list[Path], typer.Argument(help="Complete reference caches of one model, tokenizer and options.")
+    ],
+    ref_cache: Annotated[Path, typer.Option("--ref-cache", help="The reference cache to make, a directory.")],
+) -> None:
+    """Make one reference cache of several; a pair that more than one holds is kept once. Needs no torch."""
+    from minicache.stages import merge as stage
+
+    with errors_as_one_line():
+        config = MergeConfig(tuple(caches), ref_cache)
+        with screen.Screen(err) as tracker:
+            report = stage.merge(config, tracker)
+        screen.show_merge(out, report)
 
 
 @app.command("inspect-cache")

@@ -4,6 +4,7 @@ A stage gets one of these and nothing else to decide by. A value that cannot wor
 any file is opened or model loaded.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +42,7 @@ class PrecomputeConfig:
     """Stage one. `model` and `tokenizer` are a directory, a hub id or a file; sizes are in tokens or pairs.
 
     think: whether an empty think block that the chat template writes is kept or dropped.
+    shard: "K/N": score only every N-th block, from the K-th, as one of N independent jobs.
     """
 
     model: str
@@ -59,6 +61,7 @@ class PrecomputeConfig:
     tokens_per_batch: int | None = None
     per_token: bool = False
     on_bad_row: str = "skip"
+    shard: str | None = None
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -74,6 +77,15 @@ class PrecomputeConfig:
         at_least("--tokens-per-batch", self.tokens_per_batch, 1)
         one_of("--layout", self.layout, LAYOUTS)
         one_of("--on-bad-row", self.on_bad_row, ON_BAD_ROW)
+        number, of = self.share
+        if not 1 <= number <= of:
+            raise ConfigError(f"--shard: expected K/N with K from 1 to N, as 3/64, got {self.shard!r}")
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """K and N of `shard`: this job's number, from 1, and how many there are; (1, 1) without one, (0, 0) of nonsense."""
+        parts = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", self.shard if self.shard is not None else "1/1")
+        return (int(parts[1]), int(parts[2])) if parts else (0, 0)
 
 
 @dataclass(frozen=True)
@@ -116,6 +128,20 @@ class InspectConfig:
             raise ConfigError("--plot: draws the whole cache; expected it without --pair and --verify")
         if self.model and not self.verify:
             raise ConfigError("--model: is used by --verify only; expected both, got --model alone")
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Several caches of one identity as one, `ref_cache`, which must not exist yet."""
+
+    caches: tuple[Path, ...]
+    ref_cache: Path
+
+    def __post_init__(self) -> None:
+        if len({cache.resolve() for cache in self.caches}) < max(2, len(self.caches)):
+            raise ConfigError(
+                f"merge: expected two different caches or more, got {', '.join(map(str, self.caches)) or 'none'}"
+            )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from minicache.attention import use_spans, why_not_branching
 from minicache.batch import LAYOUTS, Batch
 from minicache.cache.reader import ReferenceCache
-from minicache.cache.schema import CachedPairs
+from minicache.cache.schema import TOLERANCE, CachedPairs
 from minicache.config_train import LossOptions
 from minicache.data.batching import Indices, ahead
 from minicache.distributed import World
@@ -23,9 +23,6 @@ from minicache.trackers import Tracker
 
 SAMPLE = 8
 SLOTS = {"cpu": 16384, "cuda": 65536}  # of a forward pass: more at once makes it no faster
-# Largest difference of a pair's mean logprob, nats a token, that rounding explains. Batch shapes differ between the stages, and
-# with them the order of sums; float32 noise is around 1e-6, that of half precisions is of the size of their last bits.
-TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 
 
 def settle_layout(scorer: Scorer, table: PairTable, asked: str, device: torch.device, tracker: Tracker) -> None:

@@ -46,7 +46,8 @@ class Inspection:
     complete: training may use it, unless a byte of the tokens has changed, which are not read (`--verify` tells).
     problem: why not, where that is no matter of a single block; otherwise None.
     blocks: all there are or should be; blocks_with_pairs, blocks_scored: those that are there, as far as read.
-    unfinished: block -> what it lacks, as text. pairs, pairs_scored and all below: of these blocks.
+    unfinished: block -> what it lacks, as text. shards: jobs of the last `precompute-ref --shard K/N`, None if there was none;
+    shards_missing: which of them, from 1, have blocks that are unfinished. pairs, pairs_scored and all below: of the blocks there.
     tokens: stored, a shared prefix once. counted: tokens in the mean of [chosen, rejected].
     lengths: prefix, chosen, rejected, chosen_counted, rejected_counted -> min, median, mean, p95, max; {} without pairs.
     length_histogram: tokens of whole sides. logp_histogram: mean logprobs, nats a token. None if there is nothing to count.
@@ -67,6 +68,8 @@ class Inspection:
     blocks_with_pairs: int
     blocks_scored: int
     unfinished: dict[str, str]
+    shards: int | None
+    shards_missing: list[int]
     pairs: int
     pairs_scored: int
     tokens: int

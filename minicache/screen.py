@@ -16,13 +16,14 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.table import Table
 from rich.text import Text
 
-from minicache.text import visible
+from minicache.text import ranges, visible
 from minicache.trackers import Silent
 
 if TYPE_CHECKING:
     from minicache.stages.compare_page import Answers
     from minicache.stages.evaluate import EvaluateReport
     from minicache.stages.export import ExportReport
+    from minicache.stages.merge import MergeReport
     from minicache.stages.precompute import PrecomputeReport
     from minicache.stages.train import TrainReport
 
@@ -169,8 +170,27 @@ def show_precompute(console: Console, report: "PrecomputeReport") -> None:
         f"[bold green]✓[/] {report.pairs:,} pairs in [bold]{escape(str(report.ref_cache))}[/], {scored}",
         highlight=False,
     )
+    if report.shard:
+        console.print(Text(_shard_lines(report)), highlight=False)
     if any(source.refused for source in report.sources):
         console.print(f"  refused rows, line by line: {escape(str(report.refused_file))}", highlight=False)
+
+
+def _shard_lines(report: "PrecomputeReport") -> str:
+    mine = f"blocks {ranges(report.scored_blocks)}" if report.scored_blocks else "no block: none of its blocks was left"
+    missing = f"not complete: {len(report.missing):,} of {report.blocks:,} blocks are missing: {ranges(report.missing)}"
+    state = missing if report.missing else f"complete: all {report.blocks:,} blocks are scored"
+    return f"  shard {report.shard} scored {mine}\n  the cache is {state}"
+
+
+def show_merge(console: Console, report: "MergeReport") -> None:
+    for path, pairs in report.given:
+        console.print(Text(f"  {pairs:,} pairs of {visible(str(path))}"))
+    console.print(
+        f"[bold green]✓[/] {report.pairs:,} pairs, {report.blocks:,} blocks in [bold]{escape(visible(str(report.ref_cache)))}[/]; "
+        f"{report.twice:,} pairs were in more than one cache and are kept once",
+        highlight=False,
+    )
 
 
 def sources_table(sources: Iterable[Mapping[str, Any]]) -> Table:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from minicache.screen import sources_table
-from minicache.text import visible
+from minicache.text import ranges, visible
 
 if TYPE_CHECKING:
     from minicache.inspection import Histogram, Inspection, PairLine, PairView, Segment
@@ -55,6 +55,11 @@ def show_inspection(console: Console, it: "Inspection") -> None:
     ):
         if lines:
             console.print(_pair_table(title, lines, narrow))
+    if it.unfinished:
+        console.print(Text(f"blocks unfinished: {ranges(map(int, it.unfinished))}", style="bold yellow"))
+    if it.shards_missing:
+        missing = f"shards missing: {ranges(it.shards_missing)} of {it.shards}"
+        console.print(Text(f"{missing} (precompute-ref --shard K/{it.shards})", style="bold yellow"))
     problems = [
         *([it.problem] if it.problem else []),
         *(f"block {block}: {why}" for block, why in it.unfinished.items()),

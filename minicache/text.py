@@ -1,4 +1,6 @@
-"""Text of users, made fit to be shown."""
+"""Text made fit to be shown."""
+
+from collections.abc import Iterable
 
 
 def visible(text: str) -> str:
@@ -7,3 +9,14 @@ def visible(text: str) -> str:
     c1 = dict.fromkeys((*range(128, 160), 8234, 8235, 8237, 8238, 8294, 8295, 8296), "�")
     # a file name that is not UTF-8 comes with surrogates, which no terminal can be sent
     return text.translate({**shown, 0x7F: 0x2421, **c1}).encode("utf-8", "replace").decode()
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Ascending numbers with neighbours drawn together: "0-3, 7"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 
 def contents(cache: Path) -> dict[str, bytes]:
-    """Every file of a cache by its path, but for what may differ between equal caches: dates, and where files lay."""
+    """Every file of a cache by its path, but for what may differ between equal caches: dates, where files lay, how many jobs."""
     files = {str(file.relative_to(cache)): file.read_bytes() for file in sorted(cache.rglob("*")) if file.is_file()}
     manifest = json.loads(files["zarr.json"])["attributes"]["minicache"]
-    manifest["log"]["created"] = ""
+    manifest["log"].update(created="", shards=0)
     for source in manifest["log"]["sources"]:
         source["name"] = Path(source["name"]).name
     files["zarr.json"] = json.dumps([manifest["identity"], manifest["log"]], sort_keys=True).encode()

@@ -14,9 +14,10 @@ import pytest
 from zarr.storage import LocalStore
 
 from minicache.cache import schema, writer
+from minicache.cache.claims import claimed
 from minicache.cache.reader import ReferenceCache
 from minicache.cache.schema import FORMAT_VERSION, Identity, Log, Manifest, RefBlock, Source, array_specs
-from minicache.cache.writer import CacheWriter, claimed
+from minicache.cache.writer import CacheWriter
 from minicache.errors import (
     CacheDamaged,
     CacheError,

@@ -36,10 +36,11 @@ TORCH_FREE = [
     "config_train",
     "cli",
     "stages.inspect",
+    "stages.merge",
 ]
 TORCH_FREE += [f"data.{name}" for name in ("records", "formats", "tokenizers", "encode", "batching")]
 TORCH_FREE += ["plots", "stages.plot", "stages.compare_page", "stages.compare_prompts"]
-TORCH_FREE += [f"cache.{name}" for name in ("schema", "reader", "writer")]
+TORCH_FREE += [f"cache.{name}" for name in ("schema", "reader", "writer", "claims", "repack")]
 
 
 def unit(file: Path) -> str:

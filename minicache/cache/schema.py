@@ -20,6 +20,9 @@ FORMAT_VERSION = 1
 MAX_CHUNK = 2**20
 LEDGER_COLUMNS = ("identity", "pairs", "tokens", "counted", "digest")
 ATTRIBUTE = "minicache"
+# Largest difference of a pair's mean logprob, nats a token, that rounding explains. Batch shapes differ between the stages, and
+# with them the order of sums; float32 noise is around 1e-6, that of half precisions is of the size of their last bits.
+TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 
 
 @dataclass(frozen=True)
@@ -55,15 +58,16 @@ class Identity:
 
     def require(self, wanted: "Identity", where: str) -> None:
         """Raises CacheMismatch, naming each field that differs, unless the two are the same."""
-        differing = [
-            f"{item.name} is {getattr(self, item.name)}, asked for {getattr(wanted, item.name)}"
-            for item in fields(self)
-            if getattr(self, item.name) != getattr(wanted, item.name)
-        ]
+        differing = [f"{name} is {mine}, asked for {other}" for name, mine, other in self.differences(wanted)]
         if differing:
             raise CacheMismatch(
                 f"{where}: made for another request: {'; '.join(differing)}. Ask for the same, or name another --ref-cache"
             )
+
+    def differences(self, other: "Identity") -> list[tuple[str, Any, Any]]:
+        """Name, own value and the other's value of each field in which the two differ."""
+        values = [(item.name, getattr(self, item.name), getattr(other, item.name)) for item in fields(self)]
+        return [(name, mine, others) for name, mine, others in values if mine != others]
 
 
 @dataclass
@@ -89,7 +93,7 @@ class Source:
 class Log:
     """What happened to the cache; changes no value. Written by one process alone.
 
-    blocks, pairs: how many the cache holds once every source is complete.
+    blocks, pairs: how many the cache holds once every source is complete. shards: jobs of the last array, 0 without one.
     """
 
     model: str
@@ -98,6 +102,7 @@ class Log:
     sources: list[Source] = field(default_factory=list)
     blocks: int = 0
     pairs: int = 0
+    shards: int = 0
 
 
 @dataclass(frozen=True)

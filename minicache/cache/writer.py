@@ -5,12 +5,9 @@ its data is simply not done, so a kill at any instant costs at most the blocks i
 blocks at the same time without locks; only one of them creates, grows, and writes the log, and holds off other runs.
 """
 
-import fcntl
-import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
 from glob import escape
 from pathlib import Path
 
@@ -18,6 +15,7 @@ import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
+from minicache.cache.claims import CLAIM_FILE, SHARD_CLAIMS
 from minicache.cache.reader import ReferenceCache
 from minicache.cache.schema import Manifest, RefBlock, array_specs, pairs_row, ref_row
 from minicache.disk import flush_to_disk, with_folders, writing
@@ -40,8 +38,7 @@ class CacheWriter(ReferenceCache):
         if path.exists() and (not path.is_dir() or any(path.iterdir()) or path.samefile(Path.cwd())):
             raise OutputError(f"{path}: exists and is no reference cache; name another --ref-cache or remove it")
         place = path.resolve()  # what a link leads to
-        # of a name of its own: zarr's threads may still be writing into that of an attempt that failed
-        draft = place.with_name(f".{place.name}.creating-{secrets.token_hex(4)}")
+        draft = _draft_of(place)
         try:
             with writing(path):
                 draft.parent.mkdir(parents=True, exist_ok=True)
@@ -56,20 +53,39 @@ class CacheWriter(ReferenceCache):
                         compressors=[*([ZstdCodec(level=3)] if spec.compress else []), Crc32cCodec()],
                     )
                 write_tokenizer(draft / "tokenizer")
+                (draft / CLAIM_FILE).touch()
                 flush_to_disk(draft.rglob("*"))
                 draft.replace(place)
         finally:
-            for leftover in place.parent.glob(
-                f".{escape(place.name)}.creating-*"
-            ):  # of this attempt, and of killed ones
-                shutil.rmtree(leftover, ignore_errors=True)
+            shutil.rmtree(draft, ignore_errors=True)
+        # Of attempts that were killed. One that another process is at just now cannot come to anything any more.
+        for leftover in place.parent.glob(f".{escape(place.name)}.creating-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
         return cls(path)
+
+    def remove(self) -> None:
+        """Take the cache away: gone from its place at once, so that nobody meets half of it."""
+        place = self.path.resolve()
+        dead = _draft_of(place)
+        try:
+            place.replace(dead)
+        except OSError:  # its folder cannot be written to
+            dead = place
+        shutil.rmtree(dead, ignore_errors=True)
 
     def remove_leftovers(self) -> None:
         """Delete what writers that were killed left half-written. Only while no other process writes."""
+        self._unlink([*self.path.rglob("*.partial"), *self.path.glob(f"{SHARD_CLAIMS}*")])
+
+    def remove_leftovers_of(self, blocks: Iterable[int]) -> None:
+        """The same of some blocks alone. Only while no other process writes these."""
+        places = [self.path / name / "c" / str(block) for block in blocks for name in self.specs]
+        self._unlink([leftover for place in places for leftover in place.rglob("*.partial")])
+
+    def _unlink(self, files: list[Path]) -> None:
         with writing(self.path):
-            for leftover in self.path.rglob("*.partial"):
-                leftover.unlink(missing_ok=True)
+            for file in files:
+                file.unlink(missing_ok=True)
 
     def grow(self, blocks: int) -> None:
         """Make room for `blocks` blocks. The ledger of pairs grows last: what it has room for, every array has."""
@@ -139,23 +155,6 @@ class CacheWriter(ReferenceCache):
         return [file for file in files if file.exists()]  # a chunk of nothing but NaN is not stored
 
 
-@contextmanager
-def claimed(path: Path) -> Iterator[None]:
-    """Hold off other runs from the cache at `path`; for one process of a run. It ends with the process, however that ends.
-
-    Raises:
-        OutputError: another run writes into this cache.
-    """
-    with writing(path):
-        directory = os.open(path, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # there are file systems without locks
-            try:
-                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OutputError(
-                    f"{path}: another precompute-ref is writing into this cache; wait for its end"
-                ) from None
-        yield
-    finally:
-        os.close(directory)
+def _draft_of(place: Path) -> Path:
+    """A name of its own beside `place`: zarr's threads may still be writing into that of an attempt that failed."""
+    return place.with_name(f".{place.name}.creating-{secrets.token_hex(4)}")

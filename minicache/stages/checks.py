@@ -5,9 +5,10 @@ import shutil
 from itertools import islice
 from typing import Any
 
+from minicache.cache.schema import TOLERANCE
 from minicache.data.batching import by_length, global_batches
 from minicache.errors import CacheMismatch, ConfigError
-from minicache.evaluation import TOLERANCE, check_reproduces, require_per_token, sample_differences
+from minicache.evaluation import check_reproduces, require_per_token, sample_differences
 from minicache.optim import require_optimizer
 from minicache.stages.step import Run
 from minicache.trackers import Tracker

@@ -77,6 +77,8 @@ def inspect_cache(config: InspectConfig) -> Inspection:
         blocks_with_pairs=blocks - len(without_pairs),
         blocks_scored=blocks - len(unfinished),
         unfinished={str(block): why for block, why in unfinished.items()},
+        shards=cache.log.shards or None,
+        shards_missing=sorted({block % cache.log.shards + 1 for block in unfinished}) if cache.log.shards else [],
         pairs=len(columns.lengths),
         pairs_scored=len(scored),
         tokens=int(columns.lengths.sum()),

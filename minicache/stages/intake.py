@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from minicache.cache.reader import ReferenceCache
 from minicache.cache.schema import Log, Source
 from minicache.cache.writer import CacheWriter
 from minicache.data.encode import Encoder
@@ -36,10 +37,26 @@ REFUSED_FILE = "refused.jsonl"
 Refusal = dict[str, str | int]  # source (number of the file in the log), file, line, reason, message
 
 
+def hash_files(files: tuple[str, ...]) -> dict[str, str]:
+    """sha256 -> file, each content once."""
+    return {_sha256(file): file for file in files}
+
+
+def is_taken_in(cache: ReferenceCache, given: dict[str, str], format: str) -> bool:
+    """Whether the cache's log knows all these files to their end, and none as unfinished.
+
+    Raises:
+        CacheMismatch: a file was read in another format.
+    """
+    _require_format(cache, given, format)
+    known = {source.sha256: source.complete for source in cache.log.sources}
+    return all(known.values()) and given.keys() <= known.keys() and cache.blocks == cache.log.blocks
+
+
 def take_in(
-    cache: CacheWriter, encoder: Encoder, files: tuple[str, ...], format: str, fail: bool, tracker: Tracker
+    cache: CacheWriter, encoder: Encoder, given: dict[str, str], format: str, fail: bool, tracker: Tracker
 ) -> None:
-    """Encode what the cache does not hold yet and write it into free blocks, in the order of files and lines.
+    """Encode what the cache does not hold yet of the files `hash_files` gave and write it into free blocks, in their order.
 
     A file that the log knows as complete is not read again, unless it may hold the pairs of a damaged block. A call that was killed
     goes on when repeated: pairs that are stored already are recognised by digest and source. If its files are not all given
@@ -53,7 +70,6 @@ def take_in(
             After any of these the cache is as before.
         OutputError: the disk is full. What is written stays, and the same call goes on.
     """
-    given = {_sha256(file): file for file in files}
     _require_format(cache, given, format)
     _drop_abandoned(cache, given, tracker)
     before, blocks_before = copy.deepcopy(cache.log), cache.blocks
@@ -88,7 +104,7 @@ def _sha256(file: str) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _require_format(cache: CacheWriter, given: dict[str, str], format: str) -> None:
+def _require_format(cache: ReferenceCache, given: dict[str, str], format: str) -> None:
     for source in cache.log.sources:
         if source.sha256 in given and source.format != format:
             raise CacheMismatch(
@@ -254,7 +270,7 @@ class _Intake:
         listing = self.cache.path / REFUSED_FILE
         with writing(listing):
             old = listing.read_text(encoding="utf-8", errors="replace").splitlines() if listing.exists() else []
-            lines = [line for line in old if _source_of(line) not in numbers]
+            lines = [line for line in old if source_of(line) not in numbers]
             lines += [json.dumps(row, ensure_ascii=False) for row in self.refusals]
             draft = listing.with_suffix(".tmp")
             # what UTF-8 cannot hold is escaped as JSON would
@@ -262,7 +278,7 @@ class _Intake:
             draft.replace(listing)
 
 
-def _source_of(line: str) -> int | None:
+def source_of(line: str) -> int | None:
     """The file that a line of the listing is about; None for one that somebody else wrote."""
     try:
         return json.loads(line)["source"]

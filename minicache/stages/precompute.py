@@ -1,56 +1,51 @@
 """Stage one: preference files + a frozen reference -> a reference cache."""
 
-import platform
-import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from importlib.metadata import version
+from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 
-from minicache import __version__
-from minicache.cache.schema import FORMAT_VERSION, CachedPairs, Identity, Log, Manifest, RefBlock, Source, digest_of
-from minicache.cache.writer import CacheWriter, claimed
+from minicache.cache.schema import TOLERANCE, CachedPairs, RefBlock, Source
+from minicache.cache.writer import CacheWriter
 from minicache.config import PrecomputeConfig
 from minicache.data.batching import balance
-from minicache.data.encode import Encoder
 from minicache.data.formats import read_rows
-from minicache.data.tokenizers import ChatTokenizer
-from minicache.disk import writing
 from minicache.distributed import World
-from minicache.errors import DataError, MinicacheError, ModelError, OutputError
-from minicache.evaluation import TOLERANCE, check_reproduces, score_table, settle_layout
-from minicache.models import LoadedModel, load_model, save_tokenizer
-from minicache.models.huggingface import ATTENTION
-from minicache.models.load import lasting_name
+from minicache.errors import ModelError
+from minicache.evaluation import check_reproduces, score_table, settle_layout
+from minicache.models import load_model
 from minicache.pairs import PairTable
 from minicache.scoring import Scorer, resolve_dtype
-from minicache.stages.intake import REFUSED_FILE, take_in
+from minicache.stages.intake import REFUSED_FILE
+from minicache.stages.prepare import prepare
 from minicache.trackers import Tracker
-
-BLOCK_SECONDS = 60  # what a kill may cost
-ASSUMED_FLOPS = {"cpu": 5e10, "cuda": 1e14}  # a careful guess; only the size of a block depends on it
 
 
 @dataclass(frozen=True)
 class PrecomputeReport:
-    """What stage one did. sources: every file of the cache. scored: pairs scored by this call, on all processes."""
+    """What stage one did.
+
+    sources: every file of the cache. scored: pairs scored by this call, on all processes; scored_blocks: where they lie.
+    blocks: of the cache. shard: which, if one was asked for; missing: blocks that then still have no scores, whosever they are.
+    """
 
     ref_cache: Path
     sources: list[Source]
     pairs: int
     scored: int
     refused_file: Path
+    scored_blocks: list[int]
+    blocks: int
+    shard: str | None = None
+    missing: list[int] = field(default_factory=list)
 
 
 def precompute(config: PrecomputeConfig, world: World, tracker: Tracker) -> PrecomputeReport:
-    """Read, encode, score and store. What is already in the cache is not done again.
+    """Read, encode, score and store. What is already in the cache is not done again; of a shard, only its blocks are scored.
 
     Raises:
         MinicacheError: any of its kinds. If it was about the data, nothing of a new cache remains and an old one is as before;
@@ -61,133 +56,39 @@ def precompute(config: PrecomputeConfig, world: World, tracker: Tracker) -> Prec
     tracker.begin(f"loading {config.model}", None)
     loaded = load_model(config.model, config.trust_remote_code)
     dtype = resolve_dtype(config.dtype, world.device)
-    with ExitStack() as claim:
+    with ExitStack() as claims:
         if world.is_main:
-            _prepare(config, loaded, dtype, world.device, tracker, claim)
+            prepare(config, loaded, dtype, world.device, tracker, claims)
         world.barrier()
         scorer = Scorer(loaded.model.to(world.device, torch.float32), dtype)
         cache = CacheWriter(config.ref_cache)
         settle_layout(scorer, cache.pairs(0), config.layout, world.device, tracker)
-        scored = _score_blocks(cache, scorer, config.tokens_per_batch, world, tracker)
+        blocks, scored = _score_blocks(cache, scorer, config.tokens_per_batch, config.share, world, tracker)
+    refused_file = config.ref_cache / REFUSED_FILE
+    missing = cache.unscored() if config.shard and world.is_main else []
     return PrecomputeReport(
-        config.ref_cache, cache.log.sources, cache.log.pairs, scored, config.ref_cache / REFUSED_FILE
+        config.ref_cache,
+        cache.log.sources,
+        cache.log.pairs,
+        scored,
+        refused_file,
+        blocks,
+        cache.blocks,
+        config.shard,
+        missing,
     )
 
 
-# --- rank 0 alone: afterwards the cache exists and holds every pair ---
-
-
-def _prepare(
-    config: PrecomputeConfig, loaded: LoadedModel, dtype: str, device: torch.device, tracker: Tracker, claim: ExitStack
-) -> None:
-    path = config.ref_cache
-    with TemporaryDirectory(prefix="minidpo-") as scratch:
-        tokenizer_dir = Path(scratch) / "tokenizer"
-        tokenizer = _tokenizer(config, tokenizer_dir)
-        identity = _identity(config, loaded, tokenizer, dtype, device)
-        existed = (path / "zarr.json").exists()
-        if not existed:
-            manifest = Manifest(identity, Log(lasting_name(config.model), _now(), _versions()))
-            CacheWriter.create(path, manifest, lambda place: shutil.copytree(tokenizer_dir, place))
-        claim.enter_context(claimed(path))
-        cache = CacheWriter(path)
-        if existed:
-            block_pairs = config.block_pairs or cache.identity.block_pairs
-            cache.identity.require(replace(identity, block_pairs=block_pairs), str(path))
-            cache.remove_leftovers()
-            _mend_tokenizer(cache, tokenizer_dir)
-            tracker.note(f"{path} exists: going on with it")
-    encoder = Encoder(tokenizer, config.max_length, config.truncate, config.loss_on, config.think)
-    try:
-        take_in(cache, encoder, config.data, config.format, config.on_bad_row == "fail", tracker)
-    except OutputError:
-        raise
-    except MinicacheError:
-        if not existed:
-            shutil.rmtree(path.resolve(), ignore_errors=True)
-        raise
-
-
-def _tokenizer(config: PrecomputeConfig, directory: Path) -> ChatTokenizer:
-    template = None
-    if config.chat_template:
-        try:
-            template = config.chat_template.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"--chat-template {config.chat_template}: cannot be read: {error}") from error
-    save_tokenizer(config.tokenizer or config.model, directory, template, config.trust_remote_code)
-    tokenizer = ChatTokenizer.load(directory)
-    # A policy trained on a form of conversation is to be prompted in that form: it stays with the tokenizer.
-    (directory / "chat_template.jinja").write_text(tokenizer.template, encoding="utf-8")
-    return tokenizer
-
-
-def _mend_tokenizer(cache: CacheWriter, sound: Path) -> None:
-    """Put the tokenizer's files into the cache again if those there are missing or damaged."""
-    try:
-        tokenizer = ChatTokenizer.load(cache.tokenizer_dir)
-        intact = (tokenizer.digest, _template_digest(tokenizer)) == (cache.identity.tokenizer, cache.identity.template)
-    except (MinicacheError, ValueError):
-        intact = False
-    if not intact:
-        with writing(cache.tokenizer_dir):
-            shutil.rmtree(cache.tokenizer_dir, ignore_errors=True)
-            shutil.copytree(sound, cache.tokenizer_dir)
-
-
-def _template_digest(tokenizer: ChatTokenizer) -> str:
-    return digest_of([tokenizer.template, tokenizer.special])
-
-
-def _identity(
-    config: PrecomputeConfig, loaded: LoadedModel, tokenizer: ChatTokenizer, dtype: str, device: torch.device
-) -> Identity:
-    return Identity(
-        format_version=FORMAT_VERSION,
-        weights=loaded.fingerprint,
-        family=loaded.family,
-        tokenizer=tokenizer.digest,
-        template=_template_digest(tokenizer),
-        vocabulary=loaded.vocabulary,
-        max_length=config.max_length,
-        truncate=config.truncate,
-        loss_on=config.loss_on,
-        think=config.think,
-        dtype=dtype,
-        attention=ATTENTION,
-        block_pairs=config.block_pairs or _block_pairs(loaded, config.max_length, device),
-        per_token=config.per_token,
-    )
-
-
-def _block_pairs(loaded: LoadedModel, max_length: int, device: torch.device) -> int:
-    """Pairs that take about BLOCK_SECONDS to score: a power of two, at most 4096."""
-    parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
-    seconds_a_pair = 2 * parameters * min(max_length, 512) / ASSUMED_FLOPS[device.type]
-    return 1 << int(np.clip(np.log2(BLOCK_SECONDS / seconds_a_pair), 4, 12))
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _versions() -> dict[str, str]:
-    packages = ("torch", "transformers", "tokenizers", "zarr", "numpy")
-    ours = {"minicache": __version__, "python": platform.python_version()}
-    return {**ours, **{package: version(package) for package in packages}}
-
-
-# --- all ranks ---
-
-
-def _score_blocks(cache: CacheWriter, scorer: Scorer, budget: int | None, world: World, tracker: Tracker) -> int:
-    """Score the blocks that are not, each rank its share; returns how many pairs that were."""
-    todo, sizes = world.broadcast(_todo(cache) if world.is_main else None)
-    if done := sorted(set(range(cache.blocks)) - set(todo)):
+def _score_blocks(
+    cache: CacheWriter, scorer: Scorer, budget: int | None, shard: tuple[int, int], world: World, tracker: Tracker
+) -> tuple[list[int], int]:
+    """Score the shard's blocks that are not, each rank its share; returns which, and how many pairs that were."""
+    todo, sizes, done = world.broadcast(_todo(cache, *shard) if world.is_main else None)
+    if done:
         cached = CachedPairs(cache.pairs(done[0]), cache.ref(done[0]))
         check_reproduces(scorer, cached, world.device, TOLERANCE[cache.identity.dtype], "the model")
     if not todo:
-        return 0
+        return [], 0
     pairs = int(sizes[:, 0].sum())
     share = balance(sizes[:, 1], world.size)[world.rank]
     scale = pairs / max(1, int(sizes[share, 0].sum()))
@@ -208,13 +109,17 @@ def _score_blocks(cache: CacheWriter, scorer: Scorer, budget: int | None, world:
     if written:
         written.result()
     world.barrier()
-    return pairs
+    return todo, pairs
 
 
-def _todo(cache: CacheWriter) -> tuple[list[int], np.ndarray]:
-    """Blocks to score, and their sizes: (n, 2) pairs and stored tokens."""
-    blocks = cache.unscored()
-    return blocks, np.array([cache.block_size(block) for block in blocks], np.int64).reshape(-1, 2)
+def _todo(cache: CacheWriter, number: int, of: int) -> tuple[list[int], np.ndarray, list[int]]:
+    """Blocks to score of shard `number` (from 1) of so many; their sizes: (n, 2) pairs and stored tokens; blocks already scored."""
+    unscored = cache.unscored()
+    todo = [block for block in unscored if block % of == number - 1]
+    done = set(range(cache.blocks)) - set(unscored)
+    sizes = np.array([cache.block_size(block) for block in todo], np.int64).reshape(-1, 2)
+    # first those whose pairs were found sound: of other shards' blocks nobody has looked at them
+    return todo, sizes, sorted(done, key=lambda block: (block > 0 and block % of != number - 1, block))
 
 
 def _score(

@@ -3,10 +3,11 @@
 import torch
 
 from minicache.cache.reader import ReferenceCache
+from minicache.cache.schema import TOLERANCE
 from minicache.config import InspectConfig
 from minicache.distributed import World
 from minicache.errors import CacheMismatch
-from minicache.evaluation import TOLERANCE, check_reproduces
+from minicache.evaluation import check_reproduces
 from minicache.models import load_model
 from minicache.scoring import Scorer
 from minicache.trackers import Tracker
