@@ -12,7 +12,6 @@ import statistics
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,9 +25,9 @@ from benchmarks.measure import alternate, machine, peak_gb, ratio
 from benchmarks.ours import Ours
 from benchmarks.picture import draw
 from benchmarks.results import RESULTS, write_results
-from benchmarks.tables import screen_tables
+from benchmarks.tables import screen_tables, short_name
 from benchmarks.trl_baseline import Trl
-from minicache.errors import MinicacheError
+from minicache.errors import MinicacheError, ModelError
 from minicache.models.huggingface import quiet
 
 CONTESTANTS = {
@@ -42,20 +41,20 @@ CONTESTANTS = {
 def main() -> None:
     options, console = parse(), Console()
     quiet()
-    os.environ["HF_HUB_OFFLINE"] = "1"  # TRL would look for a model card
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     try:
         if options.memory_of:
             print(json.dumps(memory_of(options)))
             return
         for model in options.model:
             report = bench(options, model, console)
-            name = f"{Path(model).stem.split('-Instruct')[0]}-{'gpu' if report['machine']['gpu'] else 'cpu'}".lower()
-            (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            save(report)
             console.print(*screen_tables(report), sep="\n")
     except MinicacheError as error:
         sys.exit(f"bench: {error}")
-    written = [str(path) for path in (draw(), write_results()) if path]
-    console.print(f"written: {RESULTS.relative_to(Path.cwd())}, {', '.join(written)}")
+    for path in (draw(), write_results()):
+        if path:
+            console.print(f"written: {os.path.relpath(path)}")
 
 
 def parse() -> argparse.Namespace:
@@ -83,7 +82,7 @@ def parse() -> argparse.Namespace:
 
 
 def bench(options: argparse.Namespace, model: str, console: Console) -> dict[str, Any]:
-    console.print(f"[bold]{model}[/]: reading, then the exact values …")
+    console.print(f"[bold]{short_name(model)}[/]: reading; values and gradients against float64 …")
     case, conditions = make_case(options, model), machine()
     exact = errors(case)
     optimizer, contestants, absent = Optimizer(case.model), {}, {}
@@ -163,6 +162,14 @@ def facts_of(case: Case, options: argparse.Namespace, ours: Ours) -> dict[str, A
     }
 
 
+def save(report: dict[str, Any]) -> None:
+    """As results/MODEL-cpu.json or results/MODEL-gpu.json."""
+    model = short_name(report["case"]["model"]).lower()
+    file = RESULTS / f"{model}-{'gpu' if report['machine']['gpu'] else 'cpu'}.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
 def memory_of(options: argparse.Namespace) -> dict[str, float]:
     """GB above the loaded weights of both stages of one contestant, in this process."""
     case = make_case(options, options.model[0])
@@ -174,7 +181,10 @@ def memory_of(options: argparse.Namespace) -> dict[str, float]:
 def memory_in_a_process(options: argparse.Namespace, model: str, name: str) -> dict[str, float]:
     same = ["--model", model, "--tokenizer", options.tokenizer, "--memory-of", name]  # the last of an option holds
     command = [sys.executable, "-m", "benchmarks.bench", *sys.argv[1:], *same]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise ModelError(f"memory of {name}: its process ended with {done.returncode}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":

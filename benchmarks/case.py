@@ -104,12 +104,12 @@ def micro_batches(indices: Indices, size: int) -> Iterator[Indices]:
 
 def make_case(options: argparse.Namespace, name: str) -> Case:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = random_model(*SHAPES[name]) if name in SHAPES else load_model(name).model
-    model = model.to(device, torch.float32).requires_grad_(True)
-    model.is_quantized = False  # transformers still says so of a .gguf's plain tensors, and its Trainer refuses them
     tokenizer = Path(mkdtemp(prefix="minidpo-bench-"))
     save_tokenizer(options.tokenizer, tokenizer, None)
     table = read_pairs(options, tokenizer)
+    model = random_model(*SHAPES[name]) if name in SHAPES else load_model(name).model
+    model = model.to(device, torch.float32).requires_grad_(True)
+    model.is_quantized = False  # transformers still says so of a .gguf's plain tensors, and its Trainer refuses them
     # another model's tokenizer: which ids they are does not matter to speed, that they exist does
     table = replace(table, tokens=table.tokens % model.get_input_embeddings().num_embeddings)
     budget = options.budget or int(options.micro_pairs * table.lengths.sum(1).mean())

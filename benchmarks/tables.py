@@ -1,6 +1,7 @@
 """A report as tables: for the screen, and as the rows that RESULTS.md is made of."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -42,10 +43,16 @@ def gate_rows(report: dict[str, Any]) -> Iterator[Row]:
         yield [gate["what"], gate["bar"], found, {True: "holds", False: "MISSED", None: ""}[gate["holds"]]]
 
 
+def short_name(model: str) -> str:
+    """`demo/SmolLM2-135M-Instruct.Q4_1.gguf` -> `SmolLM2-135M`"""
+    return Path(model).stem.split("-Instruct")[0]
+
+
 def case_line(report: dict[str, Any]) -> str:
     case = report["case"]
     return (
-        f"{case['model']}{' (random weights)' if case['random_weights'] else ''}, {case['parameters'] / 1e6:.0f}M parameters, "
+        f"{short_name(case['model'])}{' (random weights)' if case['random_weights'] else ''}, "
+        f"{case['parameters'] / 1e6:.0f}M parameters, "
         f"vocabulary {case['vocabulary']:,}, {case['dtype']}; {case['pairs']} pairs of {case['data']}, "
         f"{case['tokens_of_both_sides']:,} tokens on both sides, {case['stored_tokens']:,} with each prefix once; layout "
         f"{case['layout']}; micro-batches of {case['micro_pairs']} pairs, ours of {case['budget']:,} tokens"
@@ -62,7 +69,9 @@ def machine_line(report: dict[str, Any]) -> str:
 def screen_tables(report: dict[str, Any]) -> list[Table | str]:
     parts: list[Table | str] = [case_line(report), machine_line(report)]
     for stage in ("stage one", "stage two"):
-        table = Table(stage, *COLUMNS, title=f"{report['case']['model']}: {stage}", title_justify="left")
+        table = Table(title=f"{short_name(report['case']['model'])}: {stage}", title_justify="left")
+        for column in (stage, *COLUMNS):
+            table.add_column(column, justify="left" if column == stage else "right")
         for row in stage_rows(report, stage):
             table.add_row(*row)
         parts.append(table)
