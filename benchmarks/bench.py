@@ -11,6 +11,7 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -30,7 +31,7 @@ from benchmarks.trl_baseline import Trl
 from minicache.errors import MinicacheError, ModelError
 from minicache.models.huggingface import quiet
 
-CONTESTANTS = {
+CONTESTANTS: dict[str, Callable[[Case, Optimizer], Contestant]] = {
     OURS: Ours,
     LIVE: LiveReference,
     TRL: partial(Trl, precompute=False),
@@ -64,7 +65,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--tokenizer", help="a model whose tokenizer makes the pairs; the first --model unless told")
     parser.add_argument("--data", default="minicache/sample/train.jsonl")
-    parser.add_argument("--pairs", type=int, default=16)
+    parser.add_argument("--pairs", type=int, default=12)
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--micro-pairs", type=int, default=4, help="pairs the padded trainers take at once")
     parser.add_argument(
@@ -95,9 +96,12 @@ def bench(options: argparse.Namespace, model: str, console: Console) -> dict[str
     stages = {"stage one": stage_one(case, contestants, options.rounds)}
     console.print(f"stage two: {options.rounds} rounds …")
     stages["stage two"] = stage_two(case, contestants, options.rounds)
-    facts = facts_of(case, options, contestants[OURS])
+    facts = facts_of(case, options)
+    ours = contestants[OURS]
+    assert isinstance(ours, Ours)
+    facts["layout"] = ours.scorer.layout_name  # of `auto`, what it came to
     present = list(contestants)
-    del contestants, optimizer, case
+    del contestants, ours, optimizer, case
     gc.collect()
     for name in () if options.no_memory else present:
         console.print(f"memory: {name}, in a process of its own …")
@@ -139,7 +143,7 @@ def speeds(case: Case, seconds: dict[str, list[float]]) -> dict[str, dict[str, A
     return found
 
 
-def facts_of(case: Case, options: argparse.Namespace, ours: Ours) -> dict[str, Any]:
+def facts_of(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     table = case.table
     return {
         "model": case.name,
@@ -152,7 +156,6 @@ def facts_of(case: Case, options: argparse.Namespace, ours: Ours) -> dict[str, A
         "stored_tokens": int(table.lengths.sum()),
         "max_length": options.max_length,
         "dtype": case.dtype,
-        "layout": ours.scorer.layout_name,
         "micro_pairs": case.micro_pairs,
         "budget": case.budget,
         "rounds": options.rounds,

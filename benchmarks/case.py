@@ -4,7 +4,6 @@ import argparse
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import mkdtemp
@@ -107,7 +106,7 @@ def make_case(options: argparse.Namespace, name: str) -> Case:
     tokenizer = Path(mkdtemp(prefix="minidpo-bench-"))
     save_tokenizer(options.tokenizer, tokenizer, None)
     table = read_pairs(options, tokenizer)
-    model = random_model(*SHAPES[name]) if name in SHAPES else load_model(name).model
+    model: Any = random_model(*SHAPES[name]) if name in SHAPES else load_model(name).model
     model = model.to(device, torch.float32).requires_grad_(True)
     model.is_quantized = False  # transformers still says so of a .gguf's plain tensors, and its Trainer refuses them
     # another model's tokenizer: which ids they are does not matter to speed, that they exist does
@@ -139,9 +138,15 @@ def random_model(hidden: int, layers: int, heads: int, kv: int, wide: int, vocab
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
-    config = partial(Qwen3Config, vocab_size=vocabulary, hidden_size=hidden, intermediate_size=wide)
-    heads_and_layers = {"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv}
-    width = hidden // heads if hidden < 1024 else 128
-    return Qwen3ForCausalLM(
-        config(**heads_and_layers, head_dim=width, tie_word_embeddings=True, attn_implementation="sdpa")
-    ).eval()
+    config = Qwen3Config(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=wide,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        head_dim=hidden // heads if hidden < 1024 else 128,
+        tie_word_embeddings=True,
+    )
+    config._attn_implementation = "sdpa"
+    return Qwen3ForCausalLM(config).eval()

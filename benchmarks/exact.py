@@ -32,7 +32,7 @@ def errors(case: Case) -> Errors:
     plain = copy.deepcopy(case.model).double()
     expected = np.array([[_logp(plain, case, pair, side).item() for side in (0, 1)] for pair in (0, 1)])
     # a reference that differs from the policy, so that the loss bends
-    reference = (found + np.float32([0.5, -0.5])).astype(np.float32)
+    reference = found + np.array([0.5, -0.5], np.float32)
     ours.cached = CachedPairs(case.table, RefBlock(reference, case.table.token_counts))
     ours.accumulate(np.array([0]))
     chosen, rejected = (_logp(plain, case, 0, side) - float(reference[0, side]) for side in (0, 1))

@@ -18,7 +18,8 @@ PACKAGES = ("minicache", "torch", "transformers", "trl", "datasets", "zarr", "nu
 
 def alternate(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each run in each round; the order turns, so that none always follows the same one."""
-    names, seconds = list(runs), {name: [] for name in runs}
+    names = list(runs)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     for round_ in range(rounds):
         for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
             started = time.perf_counter()

@@ -8,14 +8,7 @@ from rich.table import Table
 
 from benchmarks.case import LIVE, OURS, TRL
 
-COLUMNS = (
-    "pairs/s",
-    "tokens/s",
-    "ours is faster by",
-    "peak GB above weights",
-    "second model, GB",
-    "logprobs differ by",
-)
+COLUMNS = ("pairs/s", "tokens/s", "ours faster", "peak GB", "2nd model GB", "logprobs differ")
 Row = list[str]
 
 
