@@ -50,7 +50,7 @@ def main() -> None:
         for model in options.model:
             report = bench(options, model, console)
             save(report)
-            console.print(*screen_tables(report), sep="\n")
+            console.print(*screen_tables(report), sep="\n", markup=False)
     except MinicacheError as error:
         sys.exit(f"bench: {error}")
     for path in (draw(), write_results()):

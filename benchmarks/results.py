@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tables import COLUMNS, Row, case_line, gate_rows, machine_line, stage_rows
+from benchmarks.tables import COLUMNS, Row, absent_lines, case_line, gate_rows, machine_line, stage_rows
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent / "RESULTS.md"
@@ -55,6 +55,7 @@ def _section(report: dict[str, Any]) -> list[str]:
     lines += [case_line(report) + ".\n", machine_line(report) + ".\n", f"`{report['case']['command']}`\n"]
     for stage in ("stage one", "stage two"):
         lines.append(_table([stage, *COLUMNS], stage_rows(report, stage)))
+    lines += [f"{line}.\n" for line in absent_lines(report)]
     return [*lines, _table(["bar", "asked", "found", ""], gate_rows(report))]
 
 

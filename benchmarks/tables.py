@@ -26,8 +26,12 @@ def stage_rows(report: dict[str, Any], stage: str) -> Iterator[Row]:
             second,
             f"{one['largest_difference']:.1e}" if name != OURS and "largest_difference" in one else "",
         ]
-    for name, why in report["absent"].items():
-        yield [name, f"absent: {why}", *[""] * 5]
+    for name in report["absent"]:
+        yield [name, "absent", *[""] * 5]
+
+
+def absent_lines(report: dict[str, Any]) -> list[str]:
+    return [f"{name} is absent: {why}" for name, why in report["absent"].items()]
 
 
 def gate_rows(report: dict[str, Any]) -> Iterator[Row]:
@@ -68,6 +72,7 @@ def screen_tables(report: dict[str, Any]) -> list[Table | str]:
         for row in stage_rows(report, stage):
             table.add_row(*row)
         parts.append(table)
+    parts += absent_lines(report)
     table = Table("bar", "asked", "found", "", title="bars", title_justify="left")
     for row in gate_rows(report):
         table.add_row(*row, style="red" if row[-1] == "MISSED" else "")
