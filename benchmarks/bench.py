@@ -65,7 +65,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--tokenizer", help="a model whose tokenizer makes the pairs; the first --model unless told")
     parser.add_argument("--data", default="minicache/sample/train.jsonl")
-    parser.add_argument("--pairs", type=int, default=12)
+    parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--micro-pairs", type=int, default=4, help="pairs the padded trainers take at once")
     parser.add_argument(
