@@ -1,283 +1,193 @@
-"""Both stages against a plain live-reference trainer, side by side: `make bench`, or `python benchmarks/bench.py --help`.
+"""Both stages beside what people run today, on the same pairs: `make bench`, or `python -m benchmarks.bench --help`.
 
-The baseline is what people run today, written out below: two models, each side of a pair a padded row, full logits.
-Time: the two alternate in one process, medians and their ratio. Memory: a process each, the peak above the loaded weights.
+The others are a plain live-reference trainer (baseline.py) and TRL with and without precomputed reference logprobs
+(trl_baseline.py). Time: all take turns in one process; medians. Memory: a process each. Written to benchmarks/results/.
 """
 
 import argparse
+import gc
 import json
-import platform
+import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
-from torch.nn.functional import logsigmoid
+from rich.console import Console
 
-from minicache.attention import use_spans
-from minicache.cache.schema import CachedPairs, RefBlock
-from minicache.config_train import LossOptions
-from minicache.data.encode import Encoder
-from minicache.data.formats import read_rows, to_pair
-from minicache.data.tokenizers import ChatTokenizer
-from minicache.errors import RowRefused
-from minicache.evaluation import pair_logps, score_table
-from minicache.losses import Objective
-from minicache.models import load_model
-from minicache.pairs import EncodedPair, PairTable
-from minicache.scoring import Scorer
+from benchmarks.baseline import LiveReference
+from benchmarks.case import LIVE, OURS, SHAPES, TRL, TRL_PRECOMPUTED, Case, Contestant, Optimizer, make_case
+from benchmarks.exact import errors
+from benchmarks.gates import gates
+from benchmarks.measure import alternate, machine, peak_gb, ratio
+from benchmarks.ours import Ours
+from benchmarks.picture import draw
+from benchmarks.results import RESULTS, write_results
+from benchmarks.tables import screen_tables, short_name
+from benchmarks.trl_baseline import Trl
+from minicache.errors import MinicacheError, ModelError
+from minicache.models.huggingface import quiet
 
-BETA, LR = 0.1, 1e-6
-# hidden, layers, heads, kv heads, intermediate, vocabulary
-SHAPES = {
-    "minimind-3": (768, 8, 8, 4, 2432, 6400),
-    "qwen3-0.6b": (1024, 28, 16, 8, 3072, 151936),
-    "1.7b": (2048, 28, 16, 8, 6144, 151936),
+CONTESTANTS: dict[str, Callable[[Case, Optimizer], Contestant]] = {
+    OURS: Ours,
+    LIVE: LiveReference,
+    TRL: partial(Trl, precompute=False),
+    TRL_PRECOMPUTED: partial(Trl, precompute=True),
 }
 
 
-@dataclass
-class Case:
-    """One model and its pairs. dtype: of the passes, by autocast; weights are float32 on either side."""
-
-    model: Any
-    table: PairTable
-    device: torch.device
-    dtype: str
-    micro_pairs: int
-    budget: int
-    layout: str
-
-
 def main() -> None:
-    options = parse()
-    if options.memory_of:
-        print(json.dumps(peak_memory(options, options.memory_of)))
-        return
-    case = make_case(options)
-    table = case.table
-    facts = {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads"
-        + (f", {torch.cuda.get_device_name()}" if case.device.type == "cuda" else ""),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "model": options.model,
-        "pairs": len(table),
-        "tokens of both sides": int(table.side_lengths.sum()),
-        "stored tokens": int(table.lengths.sum()),
-        "dtype": case.dtype,
-        "layout": case.layout,
-    }
-    rows = {
-        "stage one": race(case, options.repeats, baseline_reference, our_reference),
-        "stage two": race(case, options.repeats, baseline_step, our_step),
-    }
-    if not options.no_memory:
-        rows["stage two"] |= memory_ratio(options)
-    rows["stage one"]["largest difference, nats a token"] = difference(case)
-    report = {"facts": facts, **rows}
-    print(json.dumps(report, indent=2))
-    if options.out:
-        Path(options.out).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    options, console = parse(), Console()
+    quiet()
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    try:
+        if options.memory_of:
+            print(json.dumps(memory_of(options)))
+            return
+        for model in options.model:
+            report = bench(options, model, console)
+            save(report)
+            console.print(*screen_tables(report), sep="\n", markup=False)
+    except MinicacheError as error:
+        sys.exit(f"bench: {error}")
+    for path in (draw(), write_results()):
+        if path:
+            console.print(f"written: {os.path.relpath(path)}")
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="bench", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--model", required=True, help=f"a model as minidpo names it, or a random one: {', '.join(SHAPES)}"
+        "--model", required=True, nargs="+", help=f"as minidpo names it, or random: {', '.join(SHAPES)}"
     )
-    parser.add_argument("--tokenizer", help="a directory; for a random model's pairs")
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--pairs", type=int, default=16)
+    parser.add_argument("--tokenizer", help="a model whose tokenizer makes the pairs; the first --model unless told")
+    parser.add_argument("--data", default="minicache/sample/train.jsonl")
+    parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=1024)
-    parser.add_argument("--micro-pairs", type=int, default=4, help="pairs the baseline takes at once")
-    parser.add_argument("--budget", type=int, default=4096, help="token slots we take at once")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--layout", default="packed")
-    parser.add_argument("--out")
+    parser.add_argument("--micro-pairs", type=int, default=4, help="pairs the padded trainers take at once")
+    parser.add_argument(
+        "--budget", type=int, help="token slots we take at once; as many as fill --micro-pairs unless told"
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--layout", default="auto")
+    parser.add_argument("--note", help="a remark that stands beside the figures")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.tokenizer = options.tokenizer or options.model[0]
+    return options
 
 
-def make_case(options: argparse.Namespace) -> Case:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shape = SHAPES.get(options.model)
-    model = random_model(*shape) if shape else load_model(options.model).model
-    model = model.to(device, torch.float32).requires_grad_(True)
-    tokenizer = ChatTokenizer.load(Path(options.tokenizer or options.model))
-    encoder, vocabulary = Encoder(tokenizer, options.max_length), model.get_input_embeddings().num_embeddings
-    pairs: list[EncodedPair] = []
-    for line, row in read_rows(options.data):
+def bench(options: argparse.Namespace, model: str, console: Console) -> dict[str, Any]:
+    console.print(f"[bold]{short_name(model)}[/]: reading; values and gradients against float64 …")
+    case, conditions = make_case(options, model), machine()
+    exact = errors(case)
+    optimizer, contestants, absent = Optimizer(case.model), {}, {}
+    for name, make in CONTESTANTS.items():
         try:
-            pairs.append(encoder.encode(to_pair(row, "data", line))[0])
-        except RowRefused:
-            continue
-        if len(pairs) == options.pairs:
-            break
-    table = PairTable.from_pairs(pairs, "int32")
-    table = PairTable(
-        table.tokens % vocabulary, *(getattr(table, name) for name in ("loss_mask", "lengths", "digest", "source"))
+            contestants[name] = make(case, optimizer)
+        except ImportError as error:
+            absent[name] = f"{error}; pip install '.[bench]'"
+    console.print(f"stage one: {options.rounds} rounds after one to warm up …")
+    stages = {"stage one": stage_one(case, contestants, options.rounds)}
+    console.print(f"stage two: {options.rounds} rounds …")
+    stages["stage two"] = stage_two(case, contestants, options.rounds)
+    facts = facts_of(case, options)
+    ours = contestants[OURS]
+    assert isinstance(ours, Ours)
+    facts["layout"] = ours.scorer.layout_name  # of `auto`, what it came to
+    present = list(contestants)
+    del contestants, ours, optimizer, case
+    gc.collect()
+    for name in () if options.no_memory else present:
+        console.print(f"memory: {name}, in a process of its own …")
+        for stage, gb in memory_in_a_process(options, model, name).items():
+            stages[stage][name]["peak_gb"] = gb
+    report = {"machine": conditions, "case": facts, **stages, "absent": absent, "exact": vars(exact)}
+    return report | {"gates": gates(report)}
+
+
+def stage_one(case: Case, contestants: dict[str, Contestant], rounds: int) -> dict[str, dict[str, Any]]:
+    """Live TRL has none. Taken before any step: all see the same weights."""
+    runs = {name: one.reference for name, one in contestants.items() if name != TRL}
+    values = {name: run() for name, run in runs.items()}
+    found = speeds(case, alternate(runs, rounds))
+    for name, numbers in found.items():
+        numbers["largest_difference"] = float(np.abs(values[name] - values[OURS]).max())
+    return found
+
+
+def stage_two(case: Case, contestants: dict[str, Contestant], rounds: int) -> dict[str, dict[str, Any]]:
+    for one in contestants.values():
+        one.step(case.shortest)
+    return speeds(
+        case, alternate({name: partial(one.step, case.everything) for name, one in contestants.items()}, rounds)
     )
-    use_spans(model)
-    return Case(model, table, device, options.dtype, options.micro_pairs, options.budget, options.layout)
 
 
-def random_model(hidden: int, layers: int, heads: int, kv: int, wide: int, vocabulary: int) -> Any:
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(0)
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-            num_key_value_heads=kv, head_dim=hidden // heads if hidden < 1024 else 128, intermediate_size=wide,
-            tie_word_embeddings=True, attn_implementation="sdpa",
-        )
-    ).eval()  # fmt: skip
-
-
-# --- the baseline: MiniMind's train_dpo.py in few lines ---
+def speeds(case: Case, seconds: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
+    """Of each: pairs and useful tokens (both sides whole, no padding) a second; how much of its time ours takes."""
+    tokens, found = int(case.table.side_lengths.sum()), {}
+    for name, times in seconds.items():
+        median = statistics.median(times)
+        found[name] = {
+            "seconds": times,
+            "pairs_per_second": len(case.table) / median,
+            "tokens_per_second": tokens / median,
+            "our_time_over_its": ratio(seconds[OURS], times),
+        }
+    return found
 
 
-def baseline_batches(case: Case) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(2n, length) ids and (2n, length - 1) mask; chosen rows first, padded to the longest of the batch, in file order."""
-    batches = []
-    for start in range(0, len(case.table), case.micro_pairs):
-        pairs = [case.table[index] for index in range(start, min(start + case.micro_pairs, len(case.table)))]
-        sides = [pair.side(side) for side in (0, 1) for pair in pairs]
-        longest = max(len(ids) for ids, _ in sides)
-        ids, mask = (np.stack([np.pad(side[which], (0, longest - len(side[0]))) for side in sides]) for which in (0, 1))
-        batches.append((torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(mask[:, 1:].astype(np.float32))))
-    return [(ids.to(case.device), mask.to(case.device)) for ids, mask in batches]
-
-
-def baseline_logps(case: Case, model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """(2n,) mean logprobs."""
-    with torch.autocast(case.device.type, getattr(torch, case.dtype), enabled=case.dtype != "float32"):
-        logits = model(ids, use_cache=False).logits
-    logps = logits.float().log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])[:, :, 0]
-    return (logps * mask).sum(1) / mask.sum(1)
-
-
-@torch.no_grad()
-def baseline_reference(case: Case, state: dict) -> None:
-    state["logps"] = [baseline_logps(case, case.model, ids, mask).view(2, -1).T for ids, mask in baseline_batches(case)]
-
-
-def baseline_step(case: Case, state: dict) -> None:
-    if "optimizer" not in state:
-        state["optimizer"] = torch.optim.AdamW(case.model.parameters(), lr=LR)
-    for ids, mask in baseline_batches(case):
-        with torch.no_grad():  # a second model in memory; the same weights compute the same and load no file
-            reference = baseline_logps(case, case.model, ids, mask).view(2, -1)
-        policy = baseline_logps(case, case.model, ids, mask).view(2, -1)
-        ratios = policy - reference
-        (-logsigmoid(BETA * (ratios[0] - ratios[1])).sum() / len(case.table)).backward()
-    finish(case, state["optimizer"])
-
-
-# --- ours ---
-
-
-def our_reference(case: Case, state: dict) -> None:
-    scorer = Scorer(case.model, case.dtype, case.layout)
-    means = np.zeros((len(case.table), 2), np.float32)
-    for indices, _, scores in score_table(scorer, case.table, np.arange(len(case.table)), case.budget, case.device):
-        means[indices] = scores.logp_mean.cpu().numpy()
-    state["logps"] = means
-
-
-def our_step(case: Case, state: dict) -> None:
-    if "optimizer" not in state:
-        state["optimizer"] = torch.optim.AdamW(case.model.parameters(), lr=LR, fused=True)
-        state["scorer"] = Scorer(case.model, case.dtype, case.layout)
-        found: dict = {}
-        our_reference(case, found)
-        state["cached"] = CachedPairs(case.table, RefBlock(found["logps"], case.table.token_counts, None))
-        state["objective"] = Objective.parse("sigmoid", "mean", BETA, LossOptions())
-    everything = np.arange(len(case.table))
-    for indices, batch in state["scorer"].batches(case.table, everything, case.budget):
-        moved = batch.to(case.device)
-        scores = state["scorer"](moved, distribution=True)
-        logps = pair_logps(scores, moved, state["cached"], indices, state["objective"])
-        (state["objective"](logps, 1.0).sum() / len(case.table)).backward()
-    finish(case, state["optimizer"])
-
-
-def finish(case: Case, optimizer: torch.optim.Optimizer) -> None:
-    torch.nn.utils.clip_grad_norm_(case.model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-# --- measuring ---
-
-
-def race(case: Case, repeats: int, baseline: Callable, ours: Callable) -> dict[str, Any]:
-    """Alternating, after one round to warm up; what a variant prepares once (optimizer, cache) is not timed."""
-    times: dict[str, list[float]] = {"baseline": [], "ours": []}
-    states: dict[str, dict] = {"baseline": {}, "ours": {}}
-    for round_ in range(repeats + 1):
-        for name, run in (("baseline", baseline), ("ours", ours)):
-            started = time.perf_counter()
-            run(case, states[name])
-            if case.device.type == "cuda":
-                torch.cuda.synchronize()
-            if round_:
-                times[name].append(time.perf_counter() - started)
-    medians = {name: statistics.median(values) for name, values in times.items()}
+def facts_of(case: Case, options: argparse.Namespace) -> dict[str, Any]:
+    table = case.table
     return {
-        "pairs a second, baseline": len(case.table) / medians["baseline"],
-        "pairs a second, ours": len(case.table) / medians["ours"],
-        "time, ours / baseline": medians["ours"] / medians["baseline"],
-        "speed, ours / baseline": medians["baseline"] / medians["ours"],
+        "model": case.name,
+        "parameters": sum(parameter.numel() for parameter in case.model.parameters()),
+        "vocabulary": case.model.get_input_embeddings().num_embeddings,
+        "random_weights": case.name in SHAPES,
+        "data": options.data,
+        "pairs": len(table),
+        "tokens_of_both_sides": int(table.side_lengths.sum()),
+        "stored_tokens": int(table.lengths.sum()),
+        "max_length": options.max_length,
+        "dtype": case.dtype,
+        "micro_pairs": case.micro_pairs,
+        "budget": case.budget,
+        "rounds": options.rounds,
+        "note": options.note,
+        "command": "python -m benchmarks.bench "
+        + " ".join(repr(word) if " " in word else word for word in sys.argv[1:]),
     }
 
 
-def difference(case: Case) -> float:
-    left: dict = {}
-    right: dict = {}
-    baseline_reference(case, left)
-    our_reference(case, right)
-    return float(np.abs(torch.cat(left["logps"]).cpu().numpy() - right["logps"]).max())
+def save(report: dict[str, Any]) -> None:
+    """As results/MODEL-cpu.json or results/MODEL-gpu.json."""
+    model = short_name(report["case"]["model"]).lower()
+    file = RESULTS / f"{model}-{'gpu' if report['machine']['gpu'] else 'cpu'}.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
-def peak_memory(options: argparse.Namespace, which: str) -> float:
-    """GB above the loaded weights, of one training step in a process of its own; the baseline's second model is added to it."""
-    case = make_case(options)
-    weights = sum(parameter.numel() * 4 for parameter in case.model.parameters()) / 1e9
-    if case.device.type == "cpu":
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: loading had one of its own
-    before = memory(case)
-    (baseline_step if which == "baseline" else our_step)(case, {})
-    return memory(case) - before + (weights if which == "baseline" else 0)
+def memory_of(options: argparse.Namespace) -> dict[str, float]:
+    """GB above the loaded weights of both stages of one contestant, in this process."""
+    case = make_case(options, options.model[0])
+    one = CONTESTANTS[options.memory_of](case, Optimizer(case.model))
+    peaks = {"stage one": peak_gb(one.reference)} if options.memory_of != TRL else {}
+    return peaks | {"stage two": peak_gb(partial(one.step, case.everything))}
 
 
-def memory(case: Case) -> float:
-    if case.device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024 / 1e9
-
-
-def memory_ratio(options: argparse.Namespace) -> dict[str, float]:
-    peaks = {}
-    for which in ("baseline", "ours"):
-        command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", which]
-        peaks[which] = float(
-            subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
-        )
-    return {
-        "peak GB above the weights, baseline": peaks["baseline"],
-        "peak GB above the weights, ours": peaks["ours"],
-        "memory, ours / baseline": peaks["ours"] / peaks["baseline"],
-    }
+def memory_in_a_process(options: argparse.Namespace, model: str, name: str) -> dict[str, float]:
+    same = ["--model", model, "--tokenizer", options.tokenizer, "--memory-of", name]  # the last of an option holds
+    command = [sys.executable, "-m", "benchmarks.bench", *sys.argv[1:], *same]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise ModelError(f"memory of {name}: its process ended with {done.returncode}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":

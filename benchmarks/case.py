@@ -1,0 +1,152 @@
+"""One model and its pairs: what every contestant of the benchmark is given."""
+
+import argparse
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from minicache.config_train import LossOptions
+from minicache.data.batching import Indices
+from minicache.data.encode import Encoder
+from minicache.data.formats import read_rows, to_pair
+from minicache.data.tokenizers import ChatTokenizer
+from minicache.errors import ConfigError, RowRefused
+from minicache.losses import Objective
+from minicache.models import load_model
+from minicache.models.load import save_tokenizer
+from minicache.pairs import EncodedPair, PairTable
+
+OURS, LIVE, TRL, TRL_PRECOMPUTED = "minicache", "live reference", "TRL", "TRL, precomputed"
+BETA, LR, MAX_NORM = 0.1, 1e-6, 1.0
+# Weights drawn at random: hidden, layers, heads, kv heads, intermediate, vocabulary
+SHAPES = {
+    "minimind-3": (768, 8, 8, 4, 2432, 6400),
+    "qwen3-0.6b": (1024, 28, 16, 8, 3072, 151936),
+    "qwen3-1.7b": (2048, 28, 16, 8, 6144, 151936),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """model: float32 weights. dtype: of the passes, by autocast. tokenizer: a directory.
+
+    micro_pairs: pairs that a padded contestant takes at once. budget: token slots that we take at once.
+    """
+
+    name: str
+    model: Any
+    table: PairTable
+    device: torch.device
+    dtype: str
+    layout: str
+    micro_pairs: int
+    budget: int
+    tokenizer: Path
+
+    @property
+    def everything(self) -> Indices:
+        return np.arange(len(self.table))
+
+    @property
+    def shortest(self) -> Indices:
+        """Two pairs: to warm up, and for what is slow."""
+        return np.argsort(self.table.side_lengths.sum(1), kind="stable")[:2]
+
+    @property
+    def objective(self) -> Objective:
+        return Objective.parse("sigmoid", "mean", BETA, LossOptions())
+
+
+class Contestant(Protocol):
+    """A way to do both stages. `step` may rely on what the last `reference` gave."""
+
+    def reference(self) -> np.ndarray:
+        """Stage one: (N, 2) mean logprobs, nats a token."""
+
+    def step(self, indices: Indices) -> None:
+        """Stage two: one optimizer step on these pairs, in micro-batches."""
+
+
+class Optimizer:
+    """One for all contestants, as they train the same weights; made at the first use, so that its memory is the step's."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.adamw: torch.optim.Optimizer | None = None
+
+    def step(self) -> None:
+        if self.adamw is None:
+            self.adamw = torch.optim.AdamW(self.model.parameters(), lr=LR, fused=True)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+
+
+def twin(model: Any) -> Any:
+    """A model of its own, with the same tensors: what a contestant changes in it the others do not see, and it takes no memory."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def micro_batches(indices: Indices, size: int) -> Iterator[Indices]:
+    """In the order of the file, as trainers without length sorting take them."""
+    for start in range(0, len(indices), size):
+        yield indices[start : start + size]
+
+
+def make_case(options: argparse.Namespace, name: str) -> Case:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = Path(mkdtemp(prefix="minidpo-bench-"))
+    save_tokenizer(options.tokenizer, tokenizer, None)
+    table = read_pairs(options, tokenizer)
+    model: Any = random_model(*SHAPES[name]) if name in SHAPES else load_model(name).model
+    model = model.to(device, torch.float32).requires_grad_(True)
+    model.is_quantized = False  # transformers still says so of a .gguf's plain tensors, and its Trainer refuses them
+    # another model's tokenizer: which ids they are does not matter to speed, that they exist does
+    table = replace(table, tokens=table.tokens % model.get_input_embeddings().num_embeddings)
+    budget = options.budget or int(options.micro_pairs * table.lengths.sum(1).mean())
+    return Case(
+        name, model, table, device, options.dtype, options.layout, options.micro_pairs, max(budget, 1), tokenizer
+    )
+
+
+def read_pairs(options: argparse.Namespace, tokenizer: Path) -> PairTable:
+    """The first pairs of the file that can be used."""
+    encoder = Encoder(ChatTokenizer.load(tokenizer), options.max_length)
+
+    def usable() -> Iterator[EncodedPair]:
+        for line, row in read_rows(options.data):
+            try:
+                yield encoder.encode(to_pair(row, "data", line))[0]
+            except RowRefused:
+                continue
+
+    pairs = list(islice(usable(), options.pairs))
+    if len(pairs) < 2:
+        raise ConfigError(f"{options.data}: expected at least 2 pairs that can be used, got {len(pairs)}")
+    return PairTable.from_pairs(pairs, "int32")
+
+
+def random_model(hidden: int, layers: int, heads: int, kv: int, wide: int, vocabulary: int) -> Any:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=wide,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        head_dim=hidden // heads if hidden < 1024 else 128,
+        tie_word_embeddings=True,
+    )
+    config._attn_implementation = "sdpa"
+    return Qwen3ForCausalLM(config).eval()

@@ -1,0 +1,39 @@
+"""The bars that the figures are held against. A missed one is shown as missed."""
+
+from typing import Any
+
+from benchmarks.case import LIVE, OURS, TRL_PRECOMPUTED
+
+
+def gates(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each bar: what, the bar, what was found, whether it holds; None where there is nothing to hold against it."""
+    one, two, exact = report["stage one"], report["stage two"], report["exact"]
+    bars = [
+        _bar("stage one, pairs a second over the live reference's pass", ">=", 2.2, _speed(one.get(LIVE))),
+        _bar("stage one, pairs a second over TRL's precompute", ">=", 2.2, _speed(one.get(TRL_PRECOMPUTED))),
+        _bar("stage two, time over the live reference's", "<=", 0.5, two[LIVE]["our_time_over_its"]),
+    ]
+    if report["machine"]["gpu"]:
+        bars.append(_bar("stage two, peak memory over the live reference's", "<=", 0.5, _memory(two)))
+    elif report["case"]["vocabulary"] == 49152:
+        bars.append(_bar("stage two, peak memory over the live reference's", "<=", 0.4, _memory(two)))
+    return [
+        *bars,
+        _bar("float32 values against plain float64, nats a token", "<=", 1e-5, exact["values"]),
+        _bar("float32 gradients against plain float64, relative", "<=", 1e-5, exact["gradients"]),
+    ]
+
+
+def _bar(what: str, sign: str, bar: float, found: float | None) -> dict[str, Any]:
+    holds = None if found is None else found >= bar if sign == ">=" else found <= bar
+    return {"what": what, "bar": f"{sign} {bar:g}", "found": found, "holds": holds}
+
+
+def _speed(other: dict[str, Any] | None) -> float | None:
+    return None if other is None else 1 / other["our_time_over_its"]
+
+
+def _memory(two: dict[str, Any]) -> float | None:
+    """Above the loaded weights of each: the live reference's second model is no part of it."""
+    peaks = [two[name].get("peak_gb") for name in (OURS, LIVE)]
+    return None if None in peaks else peaks[0] / peaks[1]

@@ -1,0 +1,80 @@
+"""Time, taken in turns within one process, and memory, of a process."""
+
+import ctypes
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("minicache", "torch", "transformers", "trl", "datasets", "zarr", "numpy")
+
+
+def alternate(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each run in each round; the order turns, so that none always follows the same one."""
+    names = list(runs)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for round_ in range(rounds):
+        for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
+            started = time.perf_counter()
+            runs[name]()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def ratio(times: list[float], others: list[float]) -> float:
+    """Median over the rounds of times / others: what slows a whole round down cancels."""
+    return statistics.median(a / b for a, b in zip(times, others, strict=True))
+
+
+def peak_gb(run: Callable[[], object]) -> float:
+    """GB that the process (on a GPU: PyTorch) takes at most during a run, above what it held before."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 1e9
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed and is still held would hide as much of the run's own
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _resident("VmRSS")
+    run()
+    return (_resident("VmHWM") - before) / 1e9
+
+
+def _resident(field: str) -> int:
+    """Bytes. Linux only."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what this was measured."""
+    names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "cpu": f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "load": os.getloadavg()[0],  # of the minute before; above 0.5 the machine was not idle
+        "python": platform.python_version(),
+        "versions": versions,
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def _cpuinfo() -> list[str]:
+    file = Path("/proc/cpuinfo")
+    return file.read_text().splitlines() if file.exists() else []

@@ -1,0 +1,38 @@
+"""This project's two stages, by the functions that the stages themselves use."""
+
+import numpy as np
+
+from benchmarks.case import Case, Optimizer, twin
+from minicache.cache.schema import CachedPairs, RefBlock
+from minicache.data.batching import Indices
+from minicache.evaluation import pair_logps, score_table, settle_layout
+from minicache.scoring import Scorer
+from minicache.trackers import Silent
+
+
+class Ours:
+    def __init__(self, case: Case, optimizer: Optimizer) -> None:
+        self.case, self.optimizer = case, optimizer
+        self.scorer = Scorer(twin(case.model), case.dtype)
+        settle_layout(self.scorer, case.table, case.layout, case.device, Silent())
+
+    def reference(self) -> np.ndarray:
+        case = self.case
+        means = np.zeros((len(case.table), 2), np.float32)
+        for indices, _, scores in score_table(self.scorer, case.table, case.everything, case.budget, case.device):
+            means[indices] = scores.logp_mean.cpu().numpy()
+        self.cached = CachedPairs(case.table, RefBlock(means, case.table.token_counts))
+        return means
+
+    def step(self, indices: Indices) -> None:
+        self.accumulate(indices)
+        self.optimizer.step()
+
+    def accumulate(self, indices: Indices) -> None:
+        """Gradients of the mean loss of these pairs."""
+        case = self.case
+        for part, batch in self.scorer.batches(case.table, indices, case.budget):
+            moved = batch.to(case.device)
+            scores = self.scorer(moved, distribution=True)  # training logs the entropy
+            logps = pair_logps(scores, moved, self.cached, part, case.objective)
+            (case.objective(logps, 1.0).sum() / len(indices)).backward()

@@ -1,0 +1,81 @@
+"""benchmarks/results/*.json -> RESULTS.md; `python -m benchmarks.results` writes it anew."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.tables import COLUMNS, Row, absent_lines, case_line, gate_rows, machine_line, stage_rows
+
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parent / "RESULTS.md"
+TITLES = {
+    "smollm2-135m-cpu": "SmolLM2-135M, two CPU cores",
+    "minimind-3-cpu": "MiniMind-3's shape, two CPU cores",
+    "qwen3-0.6b-gpu": "Qwen3-0.6B's shape, GPU",
+    "qwen3-1.7b-gpu": "A 1.7B shape, GPU",
+}
+HEAD = """# Measured
+
+Made by `python -m benchmarks.results` from `benchmarks/results/*.json`; `make bench` measures anew. All contestants train the
+same weights on the same token ids in one process and take turns; figures are medians, ratios the medians of each round's ratio.
+Memory is each contestant's own process: what it takes at most above the loaded weights, a second model's weights apart.
+"Live reference" is `benchmarks/baseline.py`: two models, padded rows, full logits, as MiniMind trains. TRL is its own
+`DPOTrainer`, without gradient checkpointing. Tokens a second count both sides whole and no padding. A step is all pairs, forward
+and backward in micro-batches, and one update by the same fused AdamW.
+
+![pairs a second and memory](results/bench.png)
+"""
+
+
+def load_reports() -> dict[str, dict[str, Any]]:
+    """Name of the file -> report, in the order of the page."""
+    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*-?pu.json"))}
+    order = [*TITLES, *(name for name in found if name not in TITLES)]
+    return {name: found[name] for name in order if name in found}
+
+
+def write_results() -> Path:
+    reports = load_reports()
+    parts = [HEAD]
+    for name in [*TITLES, *(name for name in reports if name not in TITLES)]:
+        parts += [
+            f"## {TITLES.get(name, name)}\n",
+            *(_section(reports[name]) if name in reports else ["Not measured.\n"]),
+        ]
+    noise = RESULTS / "noise.json"
+    parts += ["## The noise floor of bfloat16\n"]
+    parts += _noise(json.loads(noise.read_text(encoding="utf-8"))) if noise.exists() else ["Not measured.\n"]
+    PAGE.write_text("\n".join(parts), encoding="utf-8")
+    return PAGE
+
+
+def _section(report: dict[str, Any]) -> list[str]:
+    note = report["case"]["note"]
+    lines = [f"**{note}**\n"] if note else []
+    lines += [case_line(report) + ".\n", machine_line(report) + ".\n", f"`{report['case']['command']}`\n"]
+    for stage in ("stage one", "stage two"):
+        lines.append(_table([stage, *COLUMNS], stage_rows(report, stage)))
+    lines += [f"{line}.\n" for line in absent_lines(report)]
+    return [*lines, _table(["bar", "asked", "found", ""], gate_rows(report))]
+
+
+def _noise(report: dict[str, Any]) -> list[str]:
+    note = [f"**{report['note']}**\n"] if report["note"] else []
+    return [
+        *note,
+        report["what"] + "\n",
+        machine_line(report) + ".\n",
+        f"`{report['command']}`\n",
+        _table(*report["table"]),
+    ]
+
+
+def _table(columns: list[str], rows: Any) -> str:
+    def line(row: Row) -> str:
+        return "| " + " | ".join(row) + " |"
+
+    return "\n".join([line(columns), line(["---"] * len(columns)), *map(line, rows)]) + "\n"
+
+
+if __name__ == "__main__":
+    print(write_results())

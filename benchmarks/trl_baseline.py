@@ -1,0 +1,106 @@
+"""TRL's own DPOTrainer, driven step by step on the same token ids: its collator, its loss, its backward pass."""
+
+import warnings
+from functools import cached_property
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.case import BETA, LR, Case, Optimizer, micro_batches, twin
+from minicache.data.batching import Indices
+from minicache.errors import ConfigError
+
+
+class Trl:
+    """precompute: as with `precompute_ref_log_probs=True`; otherwise with its reference model beside the policy."""
+
+    def __init__(self, case: Case, optimizer: Optimizer, precompute: bool) -> None:
+        self.case, self.optimizer, self.precompute = case, optimizer, precompute
+        self.rows = [_row(case, index) for index in range(len(case.table))]
+        self.trainer = _trainer(case, self.rows, precompute)
+
+    @cached_property
+    def model(self) -> Any:
+        """The policy as its training loop gets it. Not before it is needed: accelerate wraps forward once and for all."""
+        return self.trainer.accelerator.prepare_model(self.trainer.model)
+
+    def reference(self) -> np.ndarray:
+        """What `_precompute_ref_logps` does between making its data loader and writing its file."""
+        trainer, parts = self.trainer, []
+        for indices in micro_batches(self.case.everything, self.case.micro_pairs):
+            both = trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, self._inputs(indices))
+            parts.append(torch.stack(both, 1).cpu().numpy())
+        sums = np.concatenate(parts)  # (N, 2)
+        for row, (chosen, rejected) in zip(self.rows, sums.tolist(), strict=True):
+            if self.precompute:
+                row |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+        return sums / self.case.table.token_counts
+
+    def step(self, indices: Indices) -> None:
+        parts = list(micro_batches(indices, self.case.micro_pairs))
+        self.trainer.current_gradient_accumulation_steps = len(parts)
+        for part in parts:
+            self.trainer.training_step(self.model, self._inputs(part))
+        self.optimizer.step()
+
+    def _inputs(self, indices: Indices) -> dict[str, torch.Tensor]:
+        return self.trainer._prepare_inputs(self.trainer.data_collator([self.rows[int(index)] for index in indices]))
+
+
+def _row(case: Case, index: int) -> dict[str, Any]:
+    """A pair in TRL's columns. It counts all tokens of an answer, and so do we in these pairs; what follows them is cut."""
+    columns: dict[str, Any] = {}
+    begins = []
+    for side, name in enumerate(("chosen", "rejected")):
+        ids, mask = case.table[index].side(side)
+        counted = np.flatnonzero(mask)
+        begin, end = int(counted[0]), int(counted[-1]) + 1
+        if not mask[begin:end].all():
+            raise ConfigError(f"pair {index}: TRL cannot leave out tokens within an answer; choose other --data")
+        columns |= {"prompt_ids": ids[:begin].tolist(), f"{name}_ids": ids[begin:end].tolist()}
+        begins.append(begin)
+    if begins[0] != begins[1]:
+        raise ConfigError(f"pair {index}: TRL needs one prompt for both sides; choose other --data")
+    return columns
+
+
+def _trainer(case: Case, rows: list[dict[str, Any]], precompute: bool) -> Any:
+    """Raises ImportError: TRL or datasets is not installed."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    class Encoded(DPOTrainer):
+        """The pairs come as token ids, so that they are the same as everyone's."""
+
+        def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+            return dataset
+
+        def _precompute_ref_logps(self, dataset: Dataset, *_: Any) -> Dataset:
+            return dataset  # `Trl.reference` does, when its time is taken
+
+    with TemporaryDirectory() as scratch, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # names that newer transformers renames
+        settings = DPOConfig(
+            output_dir=scratch,
+            beta=BETA,
+            learning_rate=LR,
+            max_length=None,
+            per_device_train_batch_size=case.micro_pairs,
+            precompute_ref_log_probs=precompute,
+            bf16=case.dtype == "bfloat16",
+            fp16=case.dtype == "float16",
+            gradient_checkpointing=False,
+            dataloader_pin_memory=False,
+            report_to="none",
+            use_cpu=case.device.type == "cpu",
+        )
+        return Encoded(
+            twin(case.model),
+            None if precompute else twin(case.model),
+            settings,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(case.tokenizer),
+        )
