@@ -11,6 +11,7 @@ from minicache.cli_train import train
 from minicache.command import (
     DTYPE_HELP,
     LAYOUT_HELP,
+    PARALLEL_HELP,
     Json,
     Nproc,
     Recipe,
@@ -75,6 +76,7 @@ def precompute_ref(
         int | None, typer.Option(help="Pairs in a block, the unit of resuming. (Default: by model size.)")
     ] = None,
     layout: Annotated[str, typer.Option(help=LAYOUT_HELP)] = PrecomputeConfig.layout,
+    parallel: Annotated[str, typer.Option(help=PARALLEL_HELP)] = PrecomputeConfig.parallel,
     tokens_per_batch: TokensPerBatch = None,
     per_token: Annotated[bool, typer.Option("--per-token", help="Also store each counted token's logprob.")] = False,
     on_bad_row: Annotated[str, typer.Option(help="'skip' and list it, or 'fail'.")] = PrecomputeConfig.on_bad_row,

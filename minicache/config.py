@@ -58,6 +58,7 @@ class PrecomputeConfig:
     dtype: str = "auto"
     block_pairs: int | None = None
     layout: str = "auto"
+    parallel: str = "ddp"
     tokens_per_batch: int | None = None
     per_token: bool = False
     on_bad_row: str = "skip"
@@ -76,6 +77,7 @@ class PrecomputeConfig:
         at_least("--block-pairs", self.block_pairs, 1)
         at_least("--tokens-per-batch", self.tokens_per_batch, 1)
         one_of("--layout", self.layout, LAYOUTS)
+        one_of("--parallel", self.parallel, PARALLEL)
         one_of("--on-bad-row", self.on_bad_row, ON_BAD_ROW)
         number, of = self.share
         if not 1 <= number <= of:

@@ -55,7 +55,9 @@ def spread(model: nn.Module | None, dtype: str, parallel: str, world: World) -> 
     )
     for layer in layers_of(skeleton):
         fully_shard(layer, mesh=mesh, mp_policy=half)
-    fully_shard(scorer, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    # embeddings and head are let go after each forward too: what runs between steps must meet the shards, not the whole
+    whole = MixedPrecisionPolicy(cast_forward_inputs=False)
+    fully_shard(scorer, mesh=mesh, mp_policy=whole, reshard_after_forward=True)
     scorer.to_empty(device=world.device)
     _fill(skeleton, model, world)
     return scorer

@@ -19,6 +19,7 @@ from minicache.errors import ModelError
 from minicache.evaluation import check_reproduces, score_table, settle_layout
 from minicache.models import load_model
 from minicache.pairs import PairTable
+from minicache.parallel import is_sharded, spread
 from minicache.scoring import Scorer, resolve_dtype
 from minicache.stages.intake import REFUSED_FILE
 from minicache.stages.prepare import prepare
@@ -54,13 +55,16 @@ def precompute(config: PrecomputeConfig, world: World, tracker: Tracker) -> Prec
     for file in config.data:  # a wrong path should not cost the loading of a model
         next(read_rows(file))
     tracker.begin(f"loading {config.model}", None)
-    loaded = load_model(config.model, config.trust_remote_code)
+    sharded = is_sharded(config.parallel, world)
+    loaded = load_model(config.model, config.trust_remote_code) if world.is_main or not sharded else None
     dtype = resolve_dtype(config.dtype, world.device)
     with ExitStack() as claims:
         if world.is_main:
+            assert loaded
             prepare(config, loaded, dtype, world.device, tracker, claims)
         world.barrier()
-        scorer = Scorer(loaded.model.to(world.device, torch.float32), dtype)
+        scorer = spread(loaded.model if loaded else None, dtype, config.parallel, world)
+        del loaded
         cache = CacheWriter(config.ref_cache)
         settle_layout(scorer, cache.pairs(0), config.layout, world.device, tracker)
         blocks, scored = _score_blocks(cache, scorer, config.tokens_per_batch, config.share, world, tracker)
@@ -90,7 +94,8 @@ def _score_blocks(
     if not todo:
         return [], 0
     pairs = int(sizes[:, 0].sum())
-    share = balance(sizes[:, 1], world.size)[world.rank]
+    shares = balance(sizes[:, 1], world.size)
+    share = shares[world.rank]
     scale = pairs / max(1, int(sizes[share, 0].sum()))
 
     def tell(pairs: int, tokens: int) -> None:  # rank 0 tells of everyone's progress by its own
@@ -108,6 +113,10 @@ def _score_blocks(
             written = writer.submit(cache.write_ref, block, scores)
     if written:
         written.result()
+    if scorer.lockstep:  # those with more blocks need everyone's shards of the model
+        table, nothing = cache.pairs(todo[0]), np.empty(0, np.int64)
+        for _ in range(max(map(len, shares)) - len(share)):
+            assert not list(score_table(scorer, table, nothing, budget, world.device))
     world.barrier()
     return todo, pairs
 
