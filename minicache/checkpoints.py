@@ -10,11 +10,13 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 
@@ -38,46 +40,88 @@ def steps(run: Path) -> list[int]:
     return sorted(int(name[1]) for name in names if name)
 
 
-def save(
-    run: Path,
-    step: int,
-    state: dict[str, Any],
-    optimizer: dict[str, torch.Tensor],
-    write_model: Callable[[Path], None],
-    world: World,
-) -> None:
-    """All processes save together. state: what `torch.load(weights_only=True)` reads back; rank 0's counts.
+class Saver:
+    """Writes the checkpoints of a run; all processes save together.
 
-    optimizer: its tensors by name, of shards each process's own. write_model: writes the policy to a directory, called on rank 0.
-
-    Raises:
-        OutputError: the disk is full or cannot be written; no trace of this checkpoint remains.
+    In the background: what is saved is copied to the CPU's memory first, and written while training goes on. One is under way at
+    a time; the next waits for it.
     """
-    final = place(run, step)
-    draft = final.with_name(f".{final.name}.saving")
-    try:
-        with writing(final):
-            if world.is_main:
+
+    def __init__(self, run: Path, world: World, background: bool) -> None:
+        self.run, self.world = run, world
+        self.thread = ThreadPoolExecutor(1) if background else None
+        # processes agree about a checkpoint among themselves, beside what training says at the same time
+        self.group = dist.new_group(backend="gloo") if background and world.size > 1 else None
+        self.under_way: Future[None] | None = None
+
+    def save(
+        self,
+        step: int,
+        state: dict[str, Any],
+        optimizer: dict[str, torch.Tensor],
+        write_model: Callable[[Path], None],
+        keep: Callable[[list[int]], Iterable[int]],
+    ) -> None:
+        """state: what `torch.load(weights_only=True)` reads back; rank 0's counts. keep: of the steps there are, those to stay.
+
+        optimizer: its tensors by name, of shards each process's own. write_model: writes the policy to a directory, called on
+        rank 0; in the background it must not read what training changes.
+
+        Raises:
+            OutputError: the disk is full or cannot be written; no trace of this checkpoint remains. In the background the next
+                call tells, or `wait`.
+        """
+        self.wait()
+        final = place(self.run, step)
+        draft = final.with_name(f".{final.name}.saving")
+        if self.world.is_main:
+            with writing(final):
                 shutil.rmtree(draft, ignore_errors=True)
                 draft.mkdir(parents=True)
-            world.barrier()
-            try:
-                with _alone_or_not():
-                    dcp.save(optimizer, checkpoint_id=draft / OPTIMIZER, no_dist=world.size == 1)
-                if world.is_main:
+        self.world.barrier()
+        options: dict[str, Any] = {"checkpoint_id": draft / OPTIMIZER, "no_dist": self.world.size == 1}
+
+        def finish(written: Future[Any] | None) -> None:
+            with writing(final), _removed_on_failure(draft), _alone_or_not():
+                if written:
+                    written.result()
+                if self.world.is_main:
                     write_model(draft / "model")
                     torch.save(state, draft / STATE)
-            except (RuntimeError, CheckpointException) as error:  # torch's own writers, of a full disk
-                raise OSError(" ".join(str(error).split())[-300:]) from error
-            if world.is_main:
-                flush_to_disk([*draft.rglob("*"), draft])
-                shutil.rmtree(final, ignore_errors=True)
-                draft.replace(final)
-                flush_to_disk([final.parent])
-            world.barrier()
-    finally:
-        if world.is_main:
-            shutil.rmtree(draft, ignore_errors=True)
+                    flush_to_disk([*draft.rglob("*"), draft])
+                    shutil.rmtree(final, ignore_errors=True)
+                    draft.replace(final)
+                    flush_to_disk([final.parent])
+                    prune(self.run, keep(steps(self.run)))
+
+        if self.thread:
+            with _alone_or_not():
+                written: Any = dcp.async_save(optimizer, process_group=self.group, **options)
+            self.under_way = self.thread.submit(finish, written)
+            return
+        with writing(final), _removed_on_failure(draft), _alone_or_not():
+            dcp.save(optimizer, **options)
+        finish(None)
+        self.world.barrier()
+
+    def wait(self) -> None:
+        """Until nothing is under way. Raises OutputError: what was could not be written."""
+        if self.under_way:
+            pending, self.under_way = self.under_way, None
+            pending.result()
+
+
+@contextmanager
+def _removed_on_failure(draft: Path) -> Iterator[None]:
+    """What torch's own writers raise of a full disk becomes an OSError; no half checkpoint stays."""
+    try:
+        yield
+    except (RuntimeError, CheckpointException) as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise OSError(" ".join(str(error).split())[-300:]) from error
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
 
 
 def load(run: Path, step: int) -> dict[str, Any]:

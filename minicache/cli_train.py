@@ -157,6 +157,10 @@ def train(
     on_max_kl: Annotated[str, validation_option(help="Beyond --max-kl: warn or stop.")] = TrainConfig.on_max_kl,
     save_every: Annotated[int, log_option(help="Steps between checkpoints; 0: none.")] = TrainConfig.save_every,
     keep_last: Annotated[int, log_option(help="Checkpoints that stay, beside the best.")] = TrainConfig.keep_last,
+    async_save: Annotated[
+        bool,
+        log_option("--async-save", help="Write checkpoints while training goes on, from a copy in the CPU's memory."),
+    ] = False,
     save_dtype: Annotated[
         str,
         log_option(

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from minicache import screen
 from minicache.config_train import RECIPES
-from minicache.errors import MinicacheError
+from minicache.errors import MinicacheError, ProcessLost
 from minicache.signals import Interruptible
 from minicache.trackers import Silent
 
@@ -74,10 +74,10 @@ def errors_as_one_line(interrupted: str = "nothing was written") -> Iterator[Non
     interrupted: what a person should know then, unless the stage itself has more to say.
     """
     try:
-        with Interruptible():
+        with Interruptible(), _peers():
             yield
     except MinicacheError as error:
-        if int(os.environ.get("RANK", 0)):
+        if int(os.environ.get("RANK", 0)) and not isinstance(error, ProcessLost):
             time.sleep(3)  # what every rank runs into, rank 0 tells: by now the launcher has ended this one
         screen.show_error(err, str(error))
         raise typer.Exit(1) from error
@@ -86,6 +86,21 @@ def errors_as_one_line(interrupted: str = "nothing was written") -> Iterator[Non
         if not int(os.environ.get("RANK", 0)):  # all ranks were: one tells
             err.print(f"interrupted; {told}", style="yellow")
         raise typer.Exit(130) from None
+
+
+@contextmanager
+def _peers() -> Iterator[None]:
+    """What the processes' network says when one of them has died, as an error that says so. By name: torch stays unimported."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        if not (type(error).__name__.startswith("Dist") or "gloo" in text):
+            raise
+        raise ProcessLost(
+            f"process {os.environ.get('RANK', 0)}: another process of this run has ended or cannot be reached; what was saved "
+            f"stays, and the same command goes on with it (train: with --resume). The network said: {text[:200]}"
+        ) from error
 
 
 def print_json(console: Console, report: Any) -> None:

@@ -27,6 +27,7 @@ MOVABLE = {
     "tracker",
     "tokens_per_micro_batch",
     "parallel",
+    "async_save",
 }
 
 Config = TypeVar("Config")
@@ -174,6 +175,7 @@ class TrainConfig:
     on_max_kl: str = "warn"
     save_every: int = 500
     keep_last: int = 1
+    async_save: bool = False
     save_dtype: str = "float32"
     log_every: int = 10
     tracker: tuple[str, ...] = ()

@@ -7,12 +7,17 @@ import subprocess
 import sys
 import time
 
+from minicache.errors import ProcessLost
+
 
 def launch(processes: int, arguments: list[str]) -> int:
     """Run `python -m minicache ARGUMENTS` in as many processes as told, as torchrun would; the first failure ends all.
 
     Returns:
         The exit code: 0 if every process ended well, else that of the first that failed.
+
+    Raises:
+        ProcessLost: one was killed from outside, which it could not say itself.
     """
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // processes))
     shared = {
@@ -43,7 +48,15 @@ def launch(processes: int, arguments: list[str]) -> int:
             asked or not any(child.poll() for child in children)
         ):
             time.sleep(0.1)
-        return 130 if asked else next((child.returncode for child in children if child.returncode), 0)
+        failed = next((rank for rank, child in enumerate(children) if child.returncode), None)
+        if asked or failed is None:
+            return 130 if asked else 0
+        if (code := children[failed].returncode) > 0:
+            return code
+        raise ProcessLost(
+            f"process {failed} of {processes} was killed ({signal.Signals(-code).name}; SIGKILL is often a lack of memory); "
+            "what was saved stays, and the same command goes on with it (train: with --resume)"
+        )
     finally:
         _end(children)
         for kind, handler in before.items():

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from minicache.distributed import World
@@ -69,8 +70,16 @@ def trainable(scorer: Scorer, world: World) -> nn.Module:
 
 
 def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights of a model in shards, gathered one by one by all ranks: on rank 0 in the CPU's memory, elsewhere nothing."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))  # type: ignore[return-value]
+    """A copy of the weights (of adapters: theirs alone) in the CPU's memory: on rank 0, and elsewhere nothing.
+
+    Shards are gathered one by one; all ranks take part.
+    """
+    adapted = hasattr(model, "get_base_model")
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapted)
+    state: dict[str, Any] = get_model_state_dict(model, options=options)
+    # what was whole and on the CPU is no copy yet
+    own = {parameter.data_ptr() for parameter in model.parameters() if not isinstance(parameter, DTensor)}
+    return {name: value.clone() if value.data_ptr() in own else value for name, value in state.items()}
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

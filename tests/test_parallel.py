@@ -39,13 +39,22 @@ SETTINGS: dict[str, Any] = {
 }
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "lora": {"lora_rank": 4},
     "checkpointed": {"activation_checkpointing": True, "loss": "ipo"},
     "validated": {"holdout": 0.3, "eval_every": 2},
+    "async": {"async_save": True},
+    "lora async": {"lora_rank": 4, "async_save": True},
 }
 # world size -> runs: kind, parallel
 RUNS = {
-    2: [("plain", "ddp"), ("plain", "fsdp"), ("lora", "fsdp"), ("checkpointed", "fsdp"), ("validated", "fsdp")],
+    2: [
+        ("plain", "ddp"),
+        ("plain", "fsdp"),
+        ("async", "ddp"),
+        ("async", "fsdp"),
+        ("lora async", "fsdp"),
+        ("checkpointed", "fsdp"),
+        ("validated", "fsdp"),
+    ],
     4: [("plain", "fsdp"), ("plain", "hybrid")],
 }
 
@@ -152,7 +161,7 @@ def test_a_checkpoint_of_four_shards_goes_on_in_one_process(
 
 def test_checkpoints_go_on_in_another_world(few: Path, runs: Callable[..., Path], tmp_path: Path) -> None:
     """Of four shards in two copies; of one process in two shards; adapters of two shards in two copies."""
-    moved = [("plain", 4, "fsdp", "ddp"), ("plain", 1, "ddp", "fsdp"), ("lora", 2, "fsdp", "ddp")]
+    moved = [("plain", 4, "fsdp", "ddp"), ("async", 1, "ddp", "fsdp"), ("lora async", 2, "fsdp", "ddp")]
     outs = [cut(runs(kind, size, how), tmp_path / f"run-{at}", 3) for at, (kind, size, how, _) in enumerate(moved)]
     jobs = [
         ("train", options_of(kind, few, out, resume=True, parallel=then))

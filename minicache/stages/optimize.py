@@ -57,6 +57,7 @@ def optimize(run: Run, resumed: dict[str, Any] | None, tracker: Tracker) -> Outc
             stopped = _log(run, training, norm, tracker)
             if (run.world.size == 1 or _is_logged(run, progress.step - 1)) and run.world.any(bool(stop)):
                 _save(run, training)
+                training.saver.wait()
                 raise KeyboardInterrupt(
                     f"the state after {progress.step} steps is saved; the same command with --resume goes on"
                 )
@@ -65,6 +66,8 @@ def optimize(run: Run, resumed: dict[str, Any] | None, tracker: Tracker) -> Outc
     if run.held_out and progress.validated != progress.step:
         _validate(run, training)
     _tell_pending(training, progress.step, tracker)
+    training.saver.wait()
+    run.world.barrier()
     return Outcome(progress, stopped)
 
 
@@ -86,7 +89,8 @@ def _begin(run: Run, resumed: dict[str, Any] | None) -> Training:
         torch.set_rng_state(resumed["rng"])
         if run.world.is_main:  # sums over all processes
             means.sums.copy_(resumed["means"])
-    return Training(optimizer, scaler, means, progress, trainable(run.scorer, run.world))
+    saver = checkpoints.Saver(config.out, run.world, config.async_save)
+    return Training(optimizer, scaler, means, progress, trainable(run.scorer, run.world), saver)
 
 
 def _step_that_fits(run: Run, training: Training, mine: Share) -> torch.Tensor:
@@ -108,7 +112,7 @@ def _between_steps(run: Run, training: Training) -> str | None:
     if run.held_out and progress.validated != step and step % _eval_every(run) == 0:
         _validate(run, training)
     due = step > 0 and config.save_every and step % config.save_every == 0
-    if due and step not in checkpoints.steps(config.out):
+    if due and progress.saved != step:
         _save(run, training)
     patience = config.validation.patience  # asked in every step, so that a resumed run ends where the other did
     if patience and progress.waited >= patience:
@@ -147,6 +151,7 @@ def _save(run: Run, training: Training) -> None:
     """A checkpoint of this moment; older ones beyond --keep-last go, the best stays."""
     progress, config = training.progress, run.config
     sums = run.world.sum(training.means.sums.clone())
+    progress.saved = progress.step
     by_name = config.optimizer == "adamw"  # the others' state has a form of their own
     state = {
         "optimizer": None if by_name else training.optimizer.state_dict(),
@@ -159,19 +164,16 @@ def _save(run: Run, training: Training) -> None:
         "held_out": run.held_out and run.held_out.digest,
     }
     model, tokenizer = run.scorer.model, run.cache.tokenizer_dir
-    weights = whole_weights(model) if run.scorer.lockstep else None
-    checkpoints.save(
-        config.out,
+    weights = whole_weights(model) if run.scorer.lockstep or config.async_save else None
+    tensors = optimizer_tensors(run.scorer, training.optimizer) if by_name and progress.step else {}
+    best = () if progress.best_step is None else (progress.best_step,)
+    training.saver.save(
         progress.step,
         state,
-        optimizer_tensors(run.scorer, training.optimizer) if by_name and progress.step else {},
+        tensors,
         lambda place: save_model(model, tokenizer, place, weights),
-        run.world,
+        lambda steps: (*steps[-config.keep_last :], *best),
     )
-    if run.world.is_main:
-        best = () if progress.best_step is None else (progress.best_step,)
-        checkpoints.prune(config.out, (*checkpoints.steps(config.out)[-config.keep_last :], *best))
-    run.world.barrier()
 
 
 # --- log lines ---

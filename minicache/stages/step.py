@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from minicache.batch import Batch
 from minicache.cache.reader import ReferenceCache
 from minicache.cache.schema import CachedPairs
+from minicache.checkpoints import Saver
 from minicache.config_train import TrainConfig
 from minicache.data.batching import Indices, by_length, global_batches, shares
 from minicache.distributed import World
@@ -48,8 +49,9 @@ class Progress:
     """How far a run is.
 
     step: optimizer steps done. seconds, tokens, flops: since the last log line; total_seconds, total_tokens: of the run.
-    validated: the step of the last validation. best, best_step, validation: loss, step and metrics of the best one. waited:
-    validations since the last whose loss was lower than `anchor` by --min-gain. pending: validated metrics for the next line.
+    validated, saved: the steps of the last validation and of the last checkpoint. best, best_step, validation: loss, step and
+    metrics of the best one. waited: validations since the last whose loss was lower than `anchor` by --min-gain. pending:
+    validated metrics for the next line.
     first, last: logged lines; last_step: which the last is of. warned: of --max-kl.
     """
 
@@ -60,6 +62,7 @@ class Progress:
     total_seconds: float = 0.0
     total_tokens: int = 0
     validated: int = -1
+    saved: int = -1
     best: float | None = None
     best_step: int | None = None
     validation: dict[str, float] | None = None
@@ -81,6 +84,7 @@ class Training:
     means: Means
     progress: Progress
     forward: nn.Module
+    saver: Saver
 
 
 def beta_of(run: Run, step: int) -> float:

@@ -151,7 +151,8 @@ def _resume_at(config: TrainConfig) -> int | None:
         raise OutputError(f"{config.out}: exists already, and is no run; name another --out or remove it")
     if not facts:
         return None
-    if not config.resume:
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, with the same command
+    if not config.resume and not restarted:
         raise OutputError(f"{config.out}: exists already; --resume goes on with it, or name another --out")
     for name, value in flat(config).items():
         if name not in MOVABLE and value != facts.get(name):
