@@ -16,7 +16,8 @@ import pytest
 from minicache import checkpoints
 from minicache.cache.reader import ReferenceCache
 from minicache.cache.writer import CacheWriter
-from minicache.errors import CacheError
+from minicache.distributed import join_world
+from minicache.errors import CacheError, ConfigError
 from minicache.launch import free_port
 from tests.conftest import make_rows, precompute_into, write_jsonl
 from tests.test_resume import assert_same_run
@@ -140,6 +141,19 @@ def test_torchrun_restarts_from_the_last_checkpoint(ref_cache: Path, whole: Path
     os.kill(ranks_of(process.pid)[-1], signal.SIGKILL)
     finish(process)
     assert_same_run(whole, out)
+
+
+def test_restarts_on_several_nodes_ask_for_torchruns_other_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {
+        "WORLD_SIZE": 4,
+        "LOCAL_WORLD_SIZE": 2,
+        "TORCHELASTIC_MAX_RESTARTS": 3,
+        "TORCHELASTIC_USE_AGENT_STORE": True,
+    }
+    for name, value in told.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(ConfigError, match="export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every node"):
+        join_world()
 
 
 def test_two_nodes_are_one_run(ref_cache: Path, whole: Path, tmp_path: Path) -> None:
