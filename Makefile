@@ -19,7 +19,7 @@ PROMPT ?= What should I pack for a beach day?
 BENCHMARK := $(BIN)/python -m benchmarks.bench
 FULL_DATA ?= ../shared/data/dpo_en_chat.jsonl
 
-.PHONY: demo test bench bench-full bench-gpu format pictures clean
+.PHONY: demo test bench bench-full bench-gpu bench-growth format pictures clean
 
 $(VENV)/ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "minidpo needs Python 3.11 or newer: make PYTHON=python3.12 …"; exit 1; }
@@ -60,6 +60,10 @@ bench-full: $(VENV)/bench $(MODEL)
 bench-gpu: $(VENV)/bench $(MODEL)
 	$(BENCHMARK) --model $(MODEL) minimind-3 qwen3-0.6b qwen3-1.7b --data $(FULL_DATA) --pairs 64 --dtype bfloat16 $(BENCH)
 	$(BIN)/python -m benchmarks.noise --model $(MODEL) --data $(FULL_DATA) --pairs 256
+
+bench-growth: $(VENV)/bench
+	$(BIN)/python -m benchmarks.growth --out benchmarks/results/growth.json
+	$(BIN)/python -m benchmarks.results
 
 pictures: demo/run/metrics.jsonl
 	$(BIN)/python docs/pictures.py

@@ -45,6 +45,9 @@ def write_results() -> Path:
     noise = RESULTS / "noise.json"
     parts += ["## The noise floor of bfloat16\n"]
     parts += _noise(json.loads(noise.read_text(encoding="utf-8"))) if noise.exists() else ["Not measured.\n"]
+    growth = RESULTS / "growth.json"
+    parts += ["## What the cache costs as it grows\n"]
+    parts += _growth(json.loads(growth.read_text(encoding="utf-8"))) if growth.exists() else ["Not measured.\n"]
     PAGE.write_text("\n".join(parts), encoding="utf-8")
     return PAGE
 
@@ -68,6 +71,27 @@ def _noise(report: dict[str, Any]) -> list[str]:
         f"`{report['command']}`\n",
         _table(*report["table"]),
     ]
+
+
+def _growth(report: dict[str, Any]) -> list[str]:
+    """Every figure of growth.py's report, a cache a column."""
+    parts = [f"{report['machine']}; {', '.join(f'{name} {value}' for name, value in report['versions'].items())}.\n"]
+    if report.get("command"):
+        parts.append(f"`{report['command']}`\n")
+    if isinstance(report["encode"], dict):
+        parts.append(_table(["encoding", ""], [(name, f"{value:,.0f}") for name, value in report["encode"].items()]))
+    for axis in ("pairs", "length"):
+        caches = report[axis]
+        names = dict.fromkeys(name for cache in caches for name in cache)
+        rows = [(name, *(_number(cache.get(name)) for cache in caches)) for name in names]
+        parts.append(_table(list(rows[0]), rows[1:]))
+    return parts
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
 
 
 def _table(columns: list[str], rows: Any) -> str:

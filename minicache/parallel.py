@@ -46,15 +46,20 @@ def spread(model: nn.Module | None, dtype: str, parallel: str, world: World) -> 
         assert model is not None
         return Scorer(model.to(world.device, torch.float32), dtype)
     mesh = _mesh(parallel, world)
-    plan = world.broadcast(_describe(model) if model is not None else None)
+    plan = world.broadcast(_describe(model.to(torch.float32)) if model is not None else None)
     skeleton = _skeleton(plan)
+    layers = layers_of(skeleton)
+    if not layers:
+        raise ConfigError(
+            f"--parallel {parallel}: this model's code marks no layers to cut it at; expected --parallel ddp"
+        )
     scorer = Scorer(skeleton, dtype, head_is_own=plan["head_is_own"])
     scorer.lockstep = world
     # Layers are gathered in the precision they compute in. What flows between them stays float32, as under autocast alone.
     half = MixedPrecisionPolicy(
         param_dtype=DTYPES[dtype] if dtype != "float32" else None, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    for layer in layers_of(skeleton):
+    for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=half)
     # embeddings and head are let go after each forward too: what runs between steps must meet the shards, not the whole
     whole = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -134,7 +139,7 @@ def _skeleton(plan: dict[str, Any]) -> nn.Module:
 
 def _fill(skeleton: nn.Module, model: nn.Module | None, world: World) -> None:
     """Rank 0's weights and buffers into everyone's shards, a tensor at a time."""
-    whole = {} if model is None else {name: tensor.float() for name, tensor in model.state_dict().items()}
+    whole = {} if model is None else model.state_dict()
     set_model_state_dict(skeleton, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     mine = {} if model is None else dict(model.named_buffers())
     for name, buffer in skeleton.named_buffers():  # also those that no state dict holds, like rotary frequencies
