@@ -5,7 +5,6 @@ The others are a plain live-reference trainer (baseline.py) and TRL with and wit
 """
 
 import argparse
-import gc
 import json
 import os
 import statistics
@@ -13,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -83,6 +83,7 @@ def parse() -> argparse.Namespace:
 
 
 def bench(options: argparse.Namespace, model: str, console: Console) -> dict[str, Any]:
+    peaks = {} if options.no_memory else memory(options, model, console)  # while this process holds nothing itself
     console.print(f"[bold]{short_name(model)}[/]: reading; values and gradients against float64 …")
     case, conditions = make_case(options, model), machine()
     exact = errors(case)
@@ -100,12 +101,8 @@ def bench(options: argparse.Namespace, model: str, console: Console) -> dict[str
     ours = contestants[OURS]
     assert isinstance(ours, Ours)
     facts["layout"] = ours.scorer.layout_name  # of `auto`, what it came to
-    present = list(contestants)
-    del contestants, ours, optimizer, case
-    gc.collect()
-    for name in () if options.no_memory else present:
-        console.print(f"memory: {name}, in a process of its own …")
-        for stage, gb in memory_in_a_process(options, model, name).items():
+    for name, found in peaks.items():
+        for stage, gb in found.items():
             stages[stage][name]["peak_gb"] = gb
     report = {"machine": conditions, "case": facts, **stages, "absent": absent, "exact": vars(exact)}
     return report | {"gates": gates(report)}
@@ -179,6 +176,16 @@ def memory_of(options: argparse.Namespace) -> dict[str, float]:
     one = CONTESTANTS[options.memory_of](case, Optimizer(case.model))
     peaks = {"stage one": peak_gb(one.reference)} if options.memory_of != TRL else {}
     return peaks | {"stage two": peak_gb(partial(one.step, case.everything))}
+
+
+def memory(options: argparse.Namespace, model: str, console: Console) -> dict[str, dict[str, float]]:
+    """Contestant -> stage -> peak GB above its loaded weights; TRL's only where it is installed."""
+    present = [name for name in CONTESTANTS if name not in (TRL, TRL_PRECOMPUTED) or find_spec("trl")]
+    found = {}
+    for name in present:
+        console.print(f"memory: {name}, in a process of its own …")
+        found[name] = memory_in_a_process(options, model, name)
+    return found
 
 
 def memory_in_a_process(options: argparse.Namespace, model: str, name: str) -> dict[str, float]:

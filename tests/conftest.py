@@ -10,6 +10,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Before torch is imported, and for the processes that tests start: several at once on two cores wait for each other's threads,
+# and sums in one order are the same sums everywhere.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SHARED = Path(__file__).parents[2] / "shared"
 TEMPLATE = (
