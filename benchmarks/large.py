@@ -10,6 +10,7 @@ mapped pages of a scratch file are the system's cache.
 
 import argparse
 import json
+import os
 import random
 import re
 import subprocess
@@ -22,7 +23,7 @@ from threading import Event, Thread
 
 import numpy as np
 
-from benchmarks.growth import BLOCK, SAMPLE, VOCABULARY, feed
+from benchmarks.growth import BLOCK, SAMPLE, VOCABULARY, feed, write
 from benchmarks.measure import machine
 from minicache.cache.reader import ReferenceCache
 from minicache.cache.schema import FORMAT_VERSION, Identity, Log, Manifest, RefBlock
@@ -33,7 +34,6 @@ from minicache.data.tokenizers import ChatTokenizer
 from minicache.stages.intake import hash_files, take_in
 from minicache.trackers import Silent
 
-WORDS_A_PAIR = 190
 FEEDING_SECONDS = 8.0
 
 
@@ -44,9 +44,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="large-", dir=options.work) as work:
         report: dict = {"machine": machine(), "pairs": options.pairs}
-        for child in CHILDREN:
-            arguments = ["--work", work, "--pairs", str(options.pairs), "--tokenizer", str(options.tokenizer)]
-            command = [sys.executable, "-m", "benchmarks.large", *arguments, "--child", child]
+        for child in [*(ENCODED if options.tokenizer else DRAWN), *TRAINING]:
+            command = [sys.executable, "-m", "benchmarks.large", *sys.argv[1:], "--work", work, "--child", child]
             report[child] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
             print(child, json.dumps(report[child]), flush=True)
     if options.out:
@@ -56,7 +55,11 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=1_000_000)
-    parser.add_argument("--tokenizer", type=Path, required=True, help="a directory with tokenizer.json")
+    parser.add_argument("--tokenizer", type=Path, help="a directory; without it pairs are drawn as tokens")
+    parser.add_argument("--words", type=int, default=190, help="of a pair, on average")
+    parser.add_argument(
+        "--workers", type=int, default=workers.MOST, help="processes that encode, if there are such cores"
+    )
     parser.add_argument("--work", type=Path, help="where files are made and removed; a million pairs take 7 GB")
     parser.add_argument("--out", type=Path, help="also write the report here, as JSON")
     parser.add_argument("--child", choices=CHILDREN, help=argparse.SUPPRESS)
@@ -76,12 +79,16 @@ class Peak:
     def __exit__(self, *error: object) -> None:
         self._ended.set()
         self._thread.join()
+        self._look()
 
     def _watch(self) -> None:
         while not self._ended.wait(0.05):
-            self.own = max(self.own, anonymous("self") - self._before)
-            children = [place.read_text().split() for place in Path("/proc/self/task").glob("*/children")]
-            self.children = max(self.children, sum(anonymous(child) for some in children for child in some))
+            self._look()
+
+    def _look(self) -> None:
+        self.own = max(self.own, anonymous("self") - self._before)
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()  # the main thread starts them
+        self.children = max(self.children, sum(map(anonymous, children)))
 
 
 def anonymous(process: str) -> float:
@@ -103,7 +110,7 @@ def text(options: argparse.Namespace) -> dict[str, float]:
         for sentence in re.split(r"(?<=[.!?])\s+", turn["content"])
     ]
     words = sum(len(sentence.split()) for sentence in sentences) / len(sentences)
-    draw, mean = random.Random(0), WORDS_A_PAIR / words / 3
+    draw, mean = random.Random(0), options.words / words / 3
     file, started = options.work / "pairs.jsonl", time.perf_counter()
     with file.open("w", encoding="utf-8") as stream:
         for _ in range(options.pairs):
@@ -122,18 +129,20 @@ def encoding(options: argparse.Namespace) -> dict[str, float]:
     encoder = Encoder(ChatTokenizer.load(options.tokenizer), identity.max_length)
     path, file = options.work / "cache", str(options.work / "pairs.jsonl")
     cache = CacheWriter.create(path, Manifest(identity, Log("m", "d", {})), lambda place: place.mkdir())
-    given, started = hash_files((file,)), time.perf_counter()
+    workers.MOST = options.workers
+    given, started, cpu = hash_files((file,)), time.perf_counter(), time.process_time()
     with Peak() as peak:
         take_in(cache, encoder, given, "auto", False, Silent())
-    seconds = time.perf_counter() - started
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     pairs, tokens = np.array([cache.block_size(block) for block in range(cache.blocks)]).sum(0).tolist()
     return {
         "workers": min(workers.MOST, workers._cores()),
+        "pairs": pairs,
         "s": seconds,
         "pairs/s": pairs / seconds,
-        "pairs": pairs,
         "tokens": tokens,
         "tokens/s": tokens / seconds,
+        "own CPU s": cpu,  # with many workers, it is what bounds the speed
         "own MB": peak.own,
         "workers MB": peak.children,
     }
@@ -146,6 +155,11 @@ def scoring(options: argparse.Namespace) -> dict[str, float]:
         table = cache.pairs(block)
         cache.write_ref(block, RefBlock(-draw.random((len(table), 2)).astype(np.float32), table.token_counts))
     return {"s": time.perf_counter() - started}
+
+
+def drawing(options: argparse.Namespace) -> dict[str, float]:
+    """The cache of random pairs of `benchmarks/growth.py`."""
+    return write(options.work / "cache", options.pairs, None)
 
 
 def from_memory(options: argparse.Namespace) -> dict[str, float]:
@@ -183,12 +197,9 @@ def training(options: argparse.Namespace, scratch: Path | None) -> dict[str, flo
     }
 
 
+ENCODED, DRAWN, TRAINING = ("text", "encoding", "scoring"), ("drawing",), ("from_memory", "from_a_file")
 CHILDREN: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
-    "text": text,
-    "encoding": encoding,
-    "scoring": scoring,
-    "from_memory": from_memory,
-    "from_a_file": from_a_file,
+    function.__name__: function for function in (text, encoding, scoring, drawing, from_memory, from_a_file)
 }
 
 if __name__ == "__main__":
