@@ -172,7 +172,7 @@ def serve() -> None:
     """In the worker: chunk after chunk, until the pipe ends."""
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, signal.SIG_IGN)
-    with suppress(EOFError, BrokenPipeError):  # nobody is there any more
+    with suppress(EOFError, BrokenPipeError, pickle.UnpicklingError):  # nobody is there any more
         encoder: RowEncoder = pickle.load(sys.stdin.buffer)
         while True:
             pickle.dump(_answer(encoder, pickle.load(sys.stdin.buffer)), sys.stdout.buffer, pickle.HIGHEST_PROTOCOL)
