@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from minicache.cache.reader import ReferenceCache
-from minicache.cache.schema import FORMAT_VERSION, Identity, Log, Manifest, RefBlock, Source
+from minicache.cache.schema import FORMAT_VERSION, CachedPairs, Identity, Log, Manifest, RefBlock, Source
 from minicache.cache.writer import CacheWriter
 from minicache.data.encode import Encoder
 from minicache.data.formats import read_rows, to_pair
@@ -182,6 +182,17 @@ def loading(options: argparse.Namespace) -> dict[str, float]:
 
 def feeding(options: argparse.Namespace) -> dict[str, float]:
     """Pairs a second that training's own thread lays out, with nothing to wait for; by layout and pairs a step."""
+    cache = ReferenceCache(options.cache)
+    cached = cache.load()
+    return {
+        f"{layout} {size}, pairs/s": feed(cache, cached, layout, size, options.seconds)
+        for layout in LAYOUTS
+        for size in BATCH_SIZES
+    }
+
+
+def feed(cache: ReferenceCache, cached: CachedPairs, layout: str, size: int, seconds: float) -> float:
+    """Pairs a second of steps of `size` pairs."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -192,26 +203,21 @@ def feeding(options: argparse.Namespace) -> dict[str, float]:
     from minicache.scoring import Scorer
     from minicache.stages.step import Run, plan
 
-    cache = ReferenceCache(options.cache)
-    cached = cache.load()
     model = LlamaForCausalLM(
         LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     )
-    world, everything, figures = World(0, 1, torch.device("cpu")), np.arange(len(cached.table)), {}
-    for layout in LAYOUTS:
-        scorer = Scorer(model, "float32", layout)
-        for size in BATCH_SIZES:
-            config = TrainConfig(options.cache, options.cache, batch_size=size)
-            objective = Objective.parse(config.loss, config.logps, config.beta, config.loss_options)
-            run = Run(config, world, scorer, objective, cache, cached, everything, None, sys.maxsize, 8192)
-            steps = ahead(plan(run, 0))
-            next(steps)
-            started, fed = time.perf_counter(), 0
-            while (seconds := time.perf_counter() - started) < options.seconds:
-                fed += sum(len(step.indices) for step in islice(steps, 1))
-            figures[f"{layout} {size}, pairs/s"] = fed / seconds
-            steps.close()
-    return figures
+    world, everything = World(0, 1, torch.device("cpu")), np.arange(len(cached.table))
+    scorer = Scorer(model, "float32", layout)
+    config = TrainConfig(cache.path, cache.path, batch_size=size)
+    objective = Objective.parse(config.loss, config.logps, config.beta, config.loss_options)
+    run = Run(config, world, scorer, objective, cache, cached, everything, None, sys.maxsize, 8192)
+    steps = ahead(plan(run, 0))
+    next(steps)
+    started, fed = time.perf_counter(), 0
+    while (taken := time.perf_counter() - started) < seconds:
+        fed += sum(len(step.indices) for step in islice(steps, 1))
+    steps.close()
+    return fed / taken
 
 
 CHILDREN = {"loading": loading, "feeding": feeding}

@@ -74,12 +74,36 @@ def free_bytes(device: torch.device, processes: int = 1) -> float:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(_machine_bytes(), job_bytes()) / processes
+
+
+def _machine_bytes() -> float:
     try:
         (line,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
-        return int(line.split()[1]) * 1024 / processes
+        return int(line.split()[1]) * 1024
     except (OSError, ValueError):
         pass
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / processes
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
         return float("inf")
+
+
+def job_bytes(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+    """What a container's or batch job's control groups, this process's and those above it, may still take. Infinite without limit.
+
+    Source: docs.kernel.org/admin-guide/cgroup-v2.html, memory. What files hold in memory can be taken back.
+    """
+    try:
+        (path,) = (line[3:] for line in own.read_text().splitlines() if line.startswith("0::"))
+    except (OSError, ValueError):
+        return float("inf")
+    place, room = groups / path.lstrip("/"), float("inf")
+    for group in (place, *place.parents):
+        try:
+            limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+            held = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            room = min(room, limit - used + int(held["inactive_file"]) + int(held["active_file"]))
+        except (OSError, ValueError, KeyError):  # no limit there
+            continue
+    return max(0.0, room)

@@ -12,6 +12,7 @@ from minicache.command import (
     LAYOUT_HELP,
     NPROC_HELP,
     PARALLEL_HELP,
+    SCRATCH_HELP,
     Recipe,
     Trust,
     errors_as_one_line,
@@ -118,6 +119,7 @@ def train(
     tokens_per_micro_batch: Annotated[
         int | None, memory_option(help="Token slots at once; accumulation follows. (Default: what fits in memory.)")
     ] = None,
+    scratch: Annotated[Path | None, memory_option(help=SCRATCH_HELP)] = None,
     activation_checkpointing: Annotated[
         bool,
         memory_option(

@@ -35,6 +35,9 @@ TokensPerBatch = Annotated[
     int | None,
     typer.Option(help="Token slots of one forward pass. (Default: many, and half as many where they don't fit.)"),
 ]
+SCRATCH_HELP = (
+    "Decode the pairs into a file here, for all processes. (Default: $TMPDIR or /var/tmp if memory is too small.)"
+)
 PARALLEL_HELP = "Of several processes: ddp (a copy each), fsdp (in shards), hybrid (shards in a node, a copy each)."
 LAYOUT_HELP = "auto, or how pairs lie in memory: packed (no padding), shared (prefix once), padded (two rows)."
 DTYPE_HELP = "auto (bfloat16 on CUDA, else float32), bfloat16, float16 or float32."

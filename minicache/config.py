@@ -94,7 +94,8 @@ class PrecomputeConfig:
 class EvaluateConfig:
     """A policy against a cache. `policy` is a run directory, a model directory, a hub id or a file.
 
-    loss, logps, beta: None takes what the run was trained with, or `TrainConfig`'s default where there is no run.
+    loss, logps, beta: None takes what the run was trained with, or `TrainConfig`'s default where there is no run. scratch: as
+    `TrainConfig`'s.
     """
 
     policy: str
@@ -104,6 +105,7 @@ class EvaluateConfig:
     beta: float | None = None
     dtype: str = "auto"
     tokens_per_batch: int | None = None
+    scratch: Path | None = None
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:

@@ -26,6 +26,7 @@ MOVABLE = {
     "trust_remote_code",
     "tracker",
     "tokens_per_micro_batch",
+    "scratch",
     "parallel",
     "async_save",
 }
@@ -139,7 +140,8 @@ class TrainConfig:
     model: where the reference's weights lie now, if not where stage one found them. init_from: start from other weights.
     save_every: steps between checkpoints, 0 for none; keep_last: how many of them stay. save_dtype: of the final model; small
     updates are lost in half precision. auto: the precision that the weights it started from were stored in.
-    tokens_per_micro_batch: token slots at once; None is what fits in memory.
+    tokens_per_micro_batch: token slots at once; None is what fits in memory. scratch: a directory where the pairs are decoded into
+    a file that all processes map; None does so only where they do not fit in memory.
     """
 
     ref_cache: Path
@@ -164,6 +166,7 @@ class TrainConfig:
     layout: str = "auto"
     parallel: str = "ddp"
     tokens_per_micro_batch: int | None = None
+    scratch: Path | None = None
     max_grad_norm: float = 1.0
     seed: int = 42
     dtype: str = "auto"

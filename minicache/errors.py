@@ -17,6 +17,8 @@
 The command line prints the message in red and exits with code 1. Anything that is not a `MinicacheError` is a bug.
 """
 
+from typing import Any
+
 
 class MinicacheError(Exception):
     """Base of everything a user can cause."""
@@ -41,6 +43,9 @@ class RowRefused(DataError):
         super().__init__(message)
         self.reason = reason
         self.line = 0
+
+    def __reduce__(self) -> tuple[type["RowRefused"], tuple[str, str], dict[str, Any]]:
+        return type(self), (self.reason, str(self)), vars(self)  # it is sent between processes
 
 
 class CacheError(MinicacheError):

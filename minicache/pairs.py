@@ -54,7 +54,7 @@ class EncodedPair:
         keep = np.r_[0:prefix, prefix + chosen : len(self.tokens)]
         return self.tokens[keep], self.loss_mask[keep]
 
-    @property
+    @cached_property
     def digest(self) -> bytes:
         """blake2b-128 of the pair's part lengths, ids and mask: the pair's identity everywhere."""
         state = blake2b(np.asarray(self.lengths, "<i8").tobytes(), digest_size=16)

@@ -10,7 +10,7 @@ import torch
 
 from minicache import budget
 from minicache.attention import use_spans
-from minicache.budget import MOST, _saved, free_bytes, slot_bytes, training_budget
+from minicache.budget import MOST, _saved, free_bytes, job_bytes, slot_bytes, training_budget
 from minicache.config_train import TrainConfig
 from minicache.errors import ModelError
 from minicache.evaluation import score_table
@@ -123,3 +123,25 @@ def test_a_step_that_does_not_fit_says_what_to_try(
     monkeypatch.setattr(step, "pair_logps", full)
     with pytest.raises(ModelError, match=r"step 0: 512 token slots .* try --tokens-per-micro-batch 256"):
         train(TrainConfig(ref_cache, tmp_path / "run", tokens_per_micro_batch=512), one_process(), Silent())
+
+
+def group(place: Path, limit: str, current: int, inactive: int) -> None:
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "memory.max").write_text(f"{limit}\n")
+    (place / "memory.current").write_text(f"{current}\n")
+    (place / "memory.stat").write_text(f"anon 7\ninactive_file {inactive}\nactive_file 3\n")
+
+
+def test_a_job_has_what_the_tightest_of_its_control_groups_leaves(tmp_path: Path) -> None:
+    own, groups = tmp_path / "own", tmp_path / "groups"
+    groups.mkdir()
+    own.write_text("4:memory:/other\n0::/job/step\n")
+    assert job_bytes(groups, own) == job_bytes(groups, tmp_path / "absent") == float("inf")
+    group(groups / "job/step", "max", 50, 10)
+    assert job_bytes(groups, own) == float("inf")
+    group(groups / "job", "1000", 600, 100)
+    assert job_bytes(groups, own) == 503
+    group(groups / "job/step", "300", 100, 0)
+    assert job_bytes(groups, own) == 203
+    group(groups / "job/step", "300", 400, 0)
+    assert job_bytes(groups, own) == 0

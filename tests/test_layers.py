@@ -38,7 +38,7 @@ TORCH_FREE = [
     "stages.inspect",
     "stages.merge",
 ]
-TORCH_FREE += [f"data.{name}" for name in ("records", "formats", "tokenizers", "encode", "batching")]
+TORCH_FREE += [f"data.{name}" for name in ("records", "formats", "tokenizers", "encode", "workers", "batching")]
 TORCH_FREE += ["plots", "stages.plot", "stages.compare_page", "stages.compare_prompts"]
 TORCH_FREE += [f"cache.{name}" for name in ("schema", "reader", "writer", "claims", "repack")]
 

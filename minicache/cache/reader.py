@@ -1,9 +1,12 @@
 """A reference cache as a whole: what is missing in it, all of it in memory, everything re-read."""
 
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import cached_property
+from mmap import mmap
 from typing import TypeVar
 
 import numpy as np
@@ -15,6 +18,8 @@ from minicache.errors import CacheDamaged, CacheError, CacheIncomplete
 from minicache.pairs import EncodedPair, PairTable
 
 THREADS = 4  # blocks read at once: decompression and digests leave Python's lock alone
+ALIGNMENT = 64  # bytes, of where a column begins in a buffer
+Buffer = bytearray | mmap
 Columns = TypeVar("Columns", PairTable, RefBlock)
 
 
@@ -54,36 +59,61 @@ class ReferenceCache(CacheBlocks):
         if self.blocks < self.log.blocks:
             raise CacheDamaged(f"{self.path}: {self.log.blocks} blocks were written, the arrays hold {self.blocks}")
 
-    def load(self) -> CachedPairs:
-        """All pairs and what the reference said of them, in memory, every block checked.
+    def load(self, buffer: Buffer | None = None) -> CachedPairs:
+        """All pairs and what the reference said of them, in memory or in `buffer`, every block checked.
 
         Several blocks are read at once, each straight to its place: the most memory taken is the result and a few blocks.
+
+        buffer: of `decoded_bytes`, to hold the result.
 
         Raises:
             CacheIncomplete, CacheDamaged: naming the first block without a ledger row, else the first that does not fit its row.
         """
-        self.check_complete()
-        with _with_advice():
-            sizes = np.array([self.block_size(block) for block in range(self.blocks)], np.int64)
-        pairs, tokens = sizes.sum(0).tolist()
-        if pairs != self.log.pairs:
-            raise CacheDamaged(f"{self.path}: the manifest counts {self.log.pairs} pairs, the blocks hold {pairs}")
-        cached = self._room(pairs, tokens)
+        ends = self._sizes.cumsum(0)
+        cached = self.columns(buffer)
         with _with_advice(), ThreadPoolExecutor(THREADS) as threads:
-            for _ in threads.map(self._read_into, [cached] * self.blocks, range(self.blocks), sizes.cumsum(0)):
+            for _ in threads.map(self._read_into, [cached] * self.blocks, range(self.blocks), ends):
                 pass
         return cached
 
-    def _room(self, pairs: int, tokens: int) -> CachedPairs:
-        """Columns for so many pairs and tokens, their values yet to come. Columns are named as their arrays."""
+    @cached_property
+    def _sizes(self) -> NDArray[np.int64]:
+        """(blocks, 2) pairs and stored tokens of each block of a complete cache. Raises as `load`."""
+        self.check_complete()
+        with _with_advice():
+            sizes = np.array([self.block_size(block) for block in range(self.blocks)], np.int64)
+        if (pairs := int(sizes[:, 0].sum())) != self.log.pairs:
+            raise CacheDamaged(f"{self.path}: the manifest counts {self.log.pairs} pairs, the blocks hold {pairs}")
+        return sizes
 
-        def column(name: str) -> np.ndarray:
-            spec = self.specs[name]
-            return np.empty((tokens if len(spec.shape) == 1 else pairs, *spec.shape[1:]), spec.dtype)
+    def _layout(self) -> tuple[dict[str, tuple[tuple[int, ...], str, int]], int]:
+        """Shape, dtype and first byte of each column, one after another as the fields of their tables; bytes of all."""
+        pairs, tokens = self._sizes.sum(0).tolist()
+        places, end = {}, 0
+        for group, table in (("pairs", PairTable), ("ref", RefBlock)):
+            for name in (f"{group}/{item.name}" for item in fields(table)):
+                if spec := self.specs.get(name):
+                    shape = (tokens if len(spec.shape) == 1 else pairs, *spec.shape[1:])
+                    places[name] = shape, spec.dtype, end
+                    size = math.prod(shape) * np.dtype(spec.dtype).itemsize
+                    end += -(-size // ALIGNMENT) * ALIGNMENT
+        return places, end
 
-        table = PairTable(*(column(f"pairs/{item.name}") for item in fields(PairTable)))
-        names = [f"ref/{item.name}" for item in fields(RefBlock)]
-        return CachedPairs(table, RefBlock(*(column(name) for name in names if name in self.specs)))
+    @property
+    def decoded_bytes(self) -> int:
+        """What `load` takes. Raises as it, but for blocks that do not fit their ledger rows."""
+        return self._layout()[1]
+
+    def columns(self, buffer: Buffer | None = None) -> CachedPairs:
+        """What `load` has put, or is to put, into a buffer; without one, new columns for it."""
+        columns = {
+            name: np.empty(shape, dtype) if buffer is None else np.ndarray(shape, dtype, buffer, place)
+            for name, (shape, dtype, place) in self._layout()[0].items()
+        }
+        reference = [column for name, column in columns.items() if name.startswith("ref/")]
+        return CachedPairs(
+            PairTable(*(columns[f"pairs/{item.name}"] for item in fields(PairTable))), RefBlock(*reference)
+        )
 
     def _read_into(self, cached: CachedPairs, block: int, ends: NDArray[np.int64]) -> None:
         """Read a block into its place. ends: how many pairs and tokens there are up to its end."""

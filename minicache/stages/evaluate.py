@@ -17,6 +17,7 @@ from minicache.losses import Objective
 from minicache.models import load_model
 from minicache.runs import policy_source, run_behind
 from minicache.scoring import Scorer, resolve_dtype
+from minicache.stages.load import load_pairs
 from minicache.trackers import Tracker
 
 
@@ -43,10 +44,9 @@ def evaluate(config: EvaluateConfig, world: World, tracker: Tracker) -> Evaluate
     settings = {name: getattr(config, name) or facts.get(name, getattr(TrainConfig, name)) for name in names}
     options = fill(LossOptions, facts)
     objective = Objective.parse(settings["loss"], settings["logps"], settings["beta"], options)
-    tracker.begin("reading the cache", None)
     cache = ReferenceCache(config.ref_cache)
     require_per_token(cache, options)
-    cached = cache.load()
+    cached = load_pairs(cache, config.scratch, world, tracker)
     source = policy_source(config.policy)
     tracker.begin(f"loading {source}", None)
     loaded = load_model(source, config.trust_remote_code)

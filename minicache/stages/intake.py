@@ -7,7 +7,7 @@ files alone: not on how many calls brought them in, how often one was killed, or
 import copy
 import hashlib
 import json
-from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,8 +17,8 @@ from minicache.cache.reader import ReferenceCache
 from minicache.cache.schema import Log, Source
 from minicache.cache.writer import CacheWriter
 from minicache.data.encode import Encoder
-from minicache.data.formats import read_rows, to_pair
-from minicache.data.records import Pair
+from minicache.data.formats import read_rows
+from minicache.data.workers import RowEncoder
 from minicache.disk import writing
 from minicache.errors import (
     CacheDamaged,
@@ -201,28 +201,31 @@ class _Intake:
         source = self.cache.log.sources[number]
         source.rows = source.kept = source.duplicates = source.truncated = 0
         source.refused = {}
-        for item in encoder.encode_all(_pairs(file, format), number):
-            source.rows += 1
-            tracker.advance(1, 0)
-            if isinstance(item, RowRefused):
-                self._refuse(number, file, item)
-                continue
-            pair, truncated = item
-            digest = pair.digest
-            place = self.places.get(digest)
-            if place not in (None, pair.source):
-                source.duplicates += 1
-                continue
-            source.kept += 1
-            source.truncated += truncated
-            if place is None:
-                self.places[digest] = pair.source
-                self.pending.append(pair)
-                if len(self.pending) == self.cache.identity.block_pairs:
-                    self._write_block()
+        rows = RowEncoder(encoder, file, format, number).encode_by_all_cores(read_rows(file))
+        with closing(rows):
+            for item in rows:
+                source.rows += 1
+                tracker.advance(1, 0)
+                if isinstance(item, RowRefused):
+                    self._refuse(number, file, item)
+                else:
+                    self._keep(source, *item)
         if self.pending:
             self._write_block()
         source.complete = True
+
+    def _keep(self, source: Source, pair: EncodedPair, truncated: bool) -> None:
+        place = self.places.get(pair.digest)
+        if place not in (None, pair.source):
+            source.duplicates += 1
+            return
+        source.kept += 1
+        source.truncated += truncated
+        if place is None:
+            self.places[pair.digest] = pair.source
+            self.pending.append(pair)
+            if len(self.pending) == self.cache.identity.block_pairs:
+                self._write_block()
 
     def finish(self, numbers: set[int]) -> None:
         """Check that the blocks hold just what the files give, list what was refused, and close the log."""
@@ -284,14 +287,3 @@ def source_of(line: str) -> int | None:
         return json.loads(line)["source"]
     except (ValueError, LookupError, TypeError):
         return None
-
-
-def _pairs(file: str, format: str) -> Iterator[Pair | RowRefused]:
-    for line, row in read_rows(file):
-        try:
-            if isinstance(row, RowRefused):
-                raise row
-            yield to_pair(row, file, line, format)
-        except RowRefused as refusal:
-            refusal.line = line
-            yield refusal

@@ -28,6 +28,7 @@ from minicache.parallel import is_sharded, spread, whole_weights
 from minicache.runs import run_facts, write_facts
 from minicache.scoring import DTYPES, Scorer, decoder_of, resolve_dtype
 from minicache.stages.checks import check, handshake
+from minicache.stages.load import load_pairs
 from minicache.stages.optimize import Outcome, optimize
 from minicache.stages.step import Progress, Run
 from minicache.trackers import Both, JsonLines, RunName, Tracker, open_trackers
@@ -65,10 +66,9 @@ def train(config: TrainConfig, world: World, tracker: Tracker) -> TrainReport:
     if "outcome" in facts:
         tracker.note(f"{config.out}: this run is finished; nothing to resume")
         return _report(config.out, facts)
-    tracker.begin("reading the cache", None)
     cache = ReferenceCache(config.ref_cache)
-    cached = cache.load()
-    training, held_out = _split(config, cache, cached, tracker)
+    cached = load_pairs(cache, config.scratch, world, tracker)
+    training, held_out = _split(config, cache, cached, world, tracker)
     steps = training_steps(len(training), config.batch_size, config.epochs, config.max_steps)
     state = None if resume_at is None else checkpoints.load(config.out, resume_at)
     alone = not is_sharded(config.parallel, world)
@@ -164,7 +164,7 @@ def _resume_at(config: TrainConfig) -> int | None:
 
 
 def _split(
-    config: TrainConfig, cache: ReferenceCache, cached: CachedPairs, tracker: Tracker
+    config: TrainConfig, cache: ReferenceCache, cached: CachedPairs, world: World, tracker: Tracker
 ) -> tuple[Indices, EvalSet | None]:
     """The pairs to train on and those to validate on, by their digests alone."""
     options, everything = config.validation, np.arange(len(cached.table))
@@ -177,7 +177,7 @@ def _split(
                     f"{other.path}: {name} {its}, but {cache.path} was made with {mine}; expected the same"
                 )
         require_per_token(other, config.loss_options)
-        pairs = other.load()
+        pairs = load_pairs(other, config.scratch, world, tracker)
         both = int(np.isin(pairs.table.digest[:, 0], cached.table.digest[:, 0]).sum())
         if both:
             tracker.note(

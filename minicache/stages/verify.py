@@ -10,6 +10,7 @@ from minicache.errors import CacheMismatch
 from minicache.evaluation import check_reproduces
 from minicache.models import load_model
 from minicache.scoring import Scorer
+from minicache.stages.load import load_pairs
 from minicache.trackers import Tracker
 
 
@@ -21,7 +22,7 @@ def verify(config: InspectConfig, world: World, tracker: Tracker) -> float:
     """
     assert config.model
     cache = ReferenceCache(config.ref_cache)
-    cached = cache.load()
+    cached = load_pairs(cache, None, world, tracker)
     tracker.begin(f"loading {config.model}", None)
     loaded = load_model(config.model, config.trust_remote_code)
     if loaded.fingerprint != cache.identity.weights:
