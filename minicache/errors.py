@@ -11,6 +11,7 @@
     │   └── CacheDamaged        bytes on disk are not the bytes that were written
     ├── ModelError              a model or tokenizer cannot be loaded or used
     ├── HandshakeError          the model does not reproduce the cached logprobs
+    ├── StoreError              an object store cannot be reached, or refuses
     └── OutputError             a result cannot be written
 
 The command line prints the message in red and exits with code 1. Anything that is not a `MinicacheError` is a bug.
@@ -68,6 +69,10 @@ class ModelError(MinicacheError):
 
 class HandshakeError(MinicacheError):
     """The model does not reproduce the cached logprobs."""
+
+
+class StoreError(MinicacheError):
+    """An object store cannot be reached, or refuses. What was finished stays, and the same call goes on."""
 
 
 class OutputError(MinicacheError):
