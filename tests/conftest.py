@@ -138,7 +138,7 @@ def ref_cache(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, data_fi
     return precompute_into(tmp_path_factory.mktemp("cache") / "ref", model_dir, data_file)
 
 
-def precompute_into(path: Path, model: Path, *data: Path, **options) -> Path:
+def precompute_into(path, model: Path, *data: Path, **options):
     from minicache.config import PrecomputeConfig
     from minicache.stages.precompute import precompute
     from minicache.trackers import Silent

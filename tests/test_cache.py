@@ -57,7 +57,7 @@ def scores_of(table: PairTable, seed: int) -> RefBlock:
 
 
 def build(
-    path: Path, identity: Identity = IDENTITY, sizes: tuple[int, ...] = (4, 4, 3)
+    path: Path | str, identity: Identity = IDENTITY, sizes: tuple[int, ...] = (4, 4, 3)
 ) -> list[tuple[PairTable, RefBlock]]:
     log = Log("model", "2026-01-01", {}, [Source("a.jsonl", 1, "x", complete=True)], len(sizes), sum(sizes))
     cache = CacheWriter.create(path, Manifest(identity, log), lambda place: place.mkdir())

@@ -143,7 +143,11 @@ class Directory(Place):
             flush_to_disk(draft.rglob("*"))
             place = self.home
             draft.replace(place)
-            flush_to_disk([place.parent])
+            try:
+                flush_to_disk([place.parent])
+            except OSError:  # or it would be there, though this call failed
+                place.replace(draft)
+                raise
 
     def remove(self) -> None:
         place = self.home
