@@ -173,14 +173,19 @@ class Bucket(Place):
         except FileNotFoundError as error:
             if not missing_is_error:
                 raise
-            raise StoreError(f"{self}: there is no such bucket; make it first, or check the URL") from error
+            raise self._no_bucket() from error
         except (PermissionDeniedError, UnauthenticatedError) as error:
             raise StoreError(f"{self}: access was refused; check the credentials: {_first_line(error)}") from error
         except BaseError as error:
+            if "NoSuchBucket" in str(error):  # listing what is not there
+                raise self._no_bucket() from error
             raise StoreError(
                 f"{self}: the object store cannot be reached or refuses; check network, credentials and URL, "
                 f"then run the same command again: {_first_line(error)}"
             ) from error
+
+    def _no_bucket(self) -> StoreError:
+        return StoreError(f"{self}: there is no such bucket; make it first, or check the URL")
 
 
 class _Chunks(ObjectStore):
@@ -231,5 +236,5 @@ def bucket_at(url: str) -> Bucket:
 
 
 def _first_line(error: Exception) -> str:
-    text = str(error).strip()
+    text = str(error).split("<?xml")[0].strip()
     return text.splitlines()[0][:300] if text else type(error).__name__
