@@ -83,7 +83,7 @@ def s3_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
         for _ in range(600):
             with suppress(OSError):
                 put_bucket = urllib.request.Request(f"http://127.0.0.1:{port}/bucket", method="PUT")
-                urllib.request.urlopen(put_bucket, timeout=10).close()
+                urllib.request.build_opener(urllib.request.ProxyHandler({})).open(put_bucket, timeout=10).close()
                 break
             assert server.poll() is None, Path(log.name).read_text()
             time.sleep(0.1)
@@ -102,6 +102,7 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]
     for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
         monkeypatch.setenv(f"AWS_{name}", "test")
     monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(objects, "RETRIES", {"max_retries": 1, "retry_timeout": timedelta(seconds=5)})
     monkeypatch.setattr(leases, "LEASE_SECONDS", 0.5)
     monkeypatch.setattr(places, "POLL_SECONDS", 0.1)
@@ -326,7 +327,9 @@ def test_nothing_else_is_written_over() -> None:
     assert not list(ReferenceCache(url).verify())
 
 
-def test_what_is_wrong_is_one_line(cli, url: str, endpoint: Callable[[int], None]) -> None:
+def test_what_is_wrong_is_one_line(
+    cli, url: str, endpoint: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def said(where: str) -> str:
         code, _, stderr = cli("inspect-cache", where)
         assert code == 1
@@ -352,6 +355,10 @@ def test_what_is_wrong_is_one_line(cli, url: str, endpoint: Callable[[int], None
         server.shutdown()
     endpoint(server.server_port)
     assert "cannot be reached or refuses; check network" in said(url)
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    endpoint(server.server_port)
+    assert "found no credentials; expected them in the environment" in said(url)
 
 
 def test_a_file_url_is_a_directory(tmp_path: Path, ref_cache: Path) -> None:

@@ -5,6 +5,7 @@ what lies there is written last. Requests that fail for a passing reason are rep
 """
 
 import atexit
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -60,7 +61,7 @@ class Bucket(Place):
             f"{self}: no reference cache there; `minidpo precompute-ref --ref-cache {self} …` makes one"
         )
 
-    def require_free(self) -> None:
+    def require_free(self, is_new: bool = False) -> None:
         """What a creation left that was killed is free to write over."""
         if self.has(ROOT):
             raise OutputError(f"{self}: holds a reference cache; name another --ref-cache or remove it")
@@ -179,6 +180,13 @@ class Bucket(Place):
         except BaseError as error:
             if "NoSuchBucket" in str(error):  # listing what is not there
                 raise self._no_bucket() from error
+            if re.search(
+                r"/latest/api/token|169\.254\.169\.254", str(error)
+            ):  # the last resort: the machine's own role
+                raise StoreError(
+                    f"{self}: found no credentials; expected them in the environment, as AWS_ACCESS_KEY_ID and "
+                    "AWS_SECRET_ACCESS_KEY, or from a role of this machine"
+                ) from error
             raise StoreError(
                 f"{self}: the object store cannot be reached or refuses; check network, credentials and URL, "
                 f"then run the same command again: {_first_line(error)}"

@@ -44,8 +44,8 @@ class Place(ABC):
         """Raises CacheNotFound: no cache lies here."""
 
     @abstractmethod
-    def require_free(self) -> None:
-        """Raises OutputError: something lies here."""
+    def require_free(self, is_new: bool = False) -> None:
+        """Raises OutputError: something lies here; with `is_new`, an empty directory is something too."""
 
     @abstractmethod
     def publish(self, draft: Path) -> None:
@@ -133,8 +133,10 @@ class Directory(Place):
                 f"{path}: no reference cache (it has no {ROOT}); name the directory precompute-ref wrote"
             )
 
-    def require_free(self) -> None:
+    def require_free(self, is_new: bool = False) -> None:
         path = self.path
+        if is_new and os.path.lexists(path):
+            raise OutputError(f"{path}: exists; expected the name of a cache to make; name another or remove it")
         if path.exists() and (not path.is_dir() or any(path.iterdir()) or path.samefile(Path.cwd())):
             raise OutputError(f"{path}: exists and is no reference cache; name another --ref-cache or remove it")
 

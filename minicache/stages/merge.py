@@ -1,7 +1,6 @@
 """Caches made apart with one identity -> one cache, as if made in one go. No torch; a few blocks in memory at a time."""
 
 import json
-import os
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from minicache.cache.blocks import TOKENIZER
 from minicache.cache.places import Place, claimed, place_at
 from minicache.cache.reader import ReferenceCache
 from minicache.cache.repack import repack, select
@@ -62,9 +62,7 @@ def merge(config: MergeConfig, tracker: Tracker) -> MergeReport:
         CacheError: one of them is missing, damaged or not complete. OutputError: `ref_cache` exists or cannot be written.
     """
     out = place_at(config.ref_cache)
-    if os.path.lexists(out.where):  # an empty directory too
-        raise OutputError(f"{out}: exists; expected the name of a cache to make, name another --ref-cache or remove it")
-    out.require_free()
+    out.require_free(is_new=True)
     caches = [ReferenceCache(path) for path in config.caches]
     for cache in caches:
         _require_same(caches[0], cache)
@@ -192,7 +190,7 @@ def _write(out: Place, inputs: list[_Input], kept: list[NDArray[np.bool_]], log:
     """Make the new cache under another name, and give it its own when all is there. Returns its number of blocks."""
     first = inputs[0].cache
     if not first.tokenizer_dir.is_dir():
-        raise CacheDamaged(f"{first.tokenizer_dir}: is missing; run its precompute-ref again, then merge")
+        raise CacheDamaged(f"{first.place.locate(TOKENIZER)}: is missing; run its precompute-ref again, then merge")
     _remove_leftovers(out)
     draft = out.home.with_name(f".{out.home.name}.merging-{secrets.token_hex(4)}")
     with ExitStack() as stack:
