@@ -13,6 +13,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import fields
 from datetime import timedelta
@@ -27,13 +28,15 @@ from minicache.cache.claims import CLAIM_FILE
 from minicache.cache.objects import bucket_at
 from minicache.cache.places import claimed, place_at
 from minicache.cache.reader import ReferenceCache
+from minicache.cache.schema import Log, Manifest
+from minicache.cache.writer import CacheWriter
 from minicache.config import MergeConfig, local_path
 from minicache.errors import CacheNotFound, ConfigError, OutputError, StoreError
 from minicache.stages.merge import merge
 from minicache.trackers import Silent
 from tests.conftest import make_rows, precompute_into, write_jsonl
 from tests.stores import contents
-from tests.test_cache import build
+from tests.test_cache import IDENTITY, build
 
 NUMBERS = count()
 
@@ -246,6 +249,20 @@ def test_a_killed_run_holds_up_the_next_for_a_while_only(url: str, monkeypatch: 
         assert time.monotonic() - begun < 10
 
 
+def test_of_many_who_make_a_cache_at_once_one_does(url: str) -> None:
+    def make(_: int) -> str:
+        try:
+            CacheWriter.create(url, Manifest(IDENTITY, Log("m", "d", {})), lambda place: place.mkdir()).grow(3)
+        except OutputError as error:
+            return str(error)
+        return "made"
+
+    with ThreadPoolExecutor(4) as threads:
+        said = list(threads.map(make, range(4)))
+    assert said.count("made") == 1 and sum("holds a reference cache" in text for text in said) == 3
+    assert ReferenceCache(url).blocks == 3
+
+
 def test_who_is_taken_for_dead_writes_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leases, "LEASE_SECONDS", 0.6)
     place = bucket_at(f"memory://{next(NUMBERS)}")
@@ -355,7 +372,8 @@ def test_what_is_wrong_is_one_line(
         server.shutdown()
     endpoint(server.server_port)
     assert "cannot be reached or refuses; check network" in said(url)
-    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(f"AWS_{name}")
     monkeypatch.setenv("AWS_METADATA_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     endpoint(server.server_port)
     assert "found no credentials; expected them in the environment" in said(url)
