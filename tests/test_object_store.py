@@ -42,10 +42,14 @@ NUMBERS = count()
 
 
 class Proxy:
-    """Passes bytes on to a server. Once an object is put whose name holds `cut_at`, half of the request goes on, then nothing."""
+    """Passes bytes on to a server.
+
+    Once an object is put whose name holds `cut_at`, half of the request goes on, then nothing. Of one whose name holds
+    `lose_answer_to` the whole request, but no answer comes back; that once.
+    """
 
     def __init__(self, port: int) -> None:
-        self.target, self.cut_at, self.is_cut = port, "", False
+        self.target, self.cut_at, self.is_cut, self.lose_answer_to = port, "", False, ""
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
@@ -58,15 +62,24 @@ class Proxy:
                     client.close()
                     continue
                 server = socket.create_connection(("127.0.0.1", self.target))
-                for one, other in ((client, server), (server, client)):
-                    threading.Thread(target=self._pass_on, args=(one, other, one is client), daemon=True).start()
+                lost = threading.Event()
+                for way in ((client, server, True), (server, client, False)):
+                    threading.Thread(target=self._pass_on, args=(*way, lost), daemon=True).start()
 
-    def _pass_on(self, source: socket.socket, sink: socket.socket, is_request: bool) -> None:
+    def _pass_on(self, source: socket.socket, sink: socket.socket, is_request: bool, lost: threading.Event) -> None:
+        def puts(name: str) -> bool:
+            return is_request and bool(name) and re.search(rb"PUT \S*" + name.encode(), sent) is not None
+
         with suppress(OSError):
             while (sent := source.recv(65536)) and not self.is_cut:
-                if is_request and self.cut_at and re.search(rb"PUT \S*" + self.cut_at.encode(), sent):
+                if puts(self.cut_at):
                     self.is_cut = True
                     sink.sendall(sent[: len(sent) // 2])
+                    break
+                if puts(self.lose_answer_to):
+                    self.lose_answer_to = ""
+                    lost.set()
+                if lost.is_set() and not is_request:
                     break
                 sink.sendall(sent)
         for end in (source, sink):
@@ -247,6 +260,24 @@ def test_a_killed_run_holds_up_the_next_for_a_while_only(url: str, monkeypatch: 
         assert time.monotonic() - begun > 1.9
     with claimed(url):
         assert time.monotonic() - begun < 10
+
+
+def test_a_claim_is_ours_though_the_answer_was_lost(
+    url: str, proxy: Proxy, endpoint: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objects, "RETRIES", {"max_retries": 10, "retry_timeout": timedelta(seconds=30)})
+    endpoint(proxy.port)
+    place = bucket_at(url)
+    claim = place.claim(CLAIM_FILE)
+    proxy.lose_answer_to = CLAIM_FILE
+    assert claim.take(alone=True) and not proxy.lose_answer_to
+    proxy.lose_answer_to = CLAIM_FILE  # of a renewal
+    while proxy.lose_answer_to:
+        time.sleep(0.01)
+    time.sleep(1)
+    place.write("x", b"still ours")
+    claim.release()
+    assert not place.has(CLAIM_FILE)
 
 
 def test_of_many_who_make_a_cache_at_once_one_does(url: str) -> None:

@@ -80,7 +80,11 @@ class Lease:
             mode = {key: found[key] for key in ("e_tag", "version") if found.get(key)}
         try:
             self._version = obstore.put(self.place.objects, self.name, content, mode=mode)
-        except (AlreadyExistsError, PreconditionError, FileNotFoundError):
+        except FileNotFoundError:
+            if found is None:
+                raise  # not even the bucket is there
+            return False
+        except (AlreadyExistsError, PreconditionError):
             with suppress(
                 FileNotFoundError
             ):  # a PUT that was repeated, because its answer was lost, finds itself there
