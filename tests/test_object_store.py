@@ -37,6 +37,7 @@ from minicache.trackers import Silent
 from tests.conftest import make_rows, precompute_into, write_jsonl
 from tests.stores import contents
 from tests.test_cache import IDENTITY, build
+from tests.test_crash import FORKS, kill_all, run_here, wait_for
 
 NUMBERS = count()
 
@@ -324,6 +325,47 @@ def test_shards_make_the_cache_of_one_run(model_dir: Path, data_file: Path, ref_
     for shard in ("2/3", "1/3", "3/3"):
         precompute_into(url, model_dir, data_file, shard=shard)
     assert downloaded(url, tmp_path / "copy") == without_claim(contents(ref_cache))
+
+
+def work_at_shard(environment: dict[str, str], arguments: list[str], output: Path) -> None:
+    """A job in a process of its own, whose lease is short enough for a test."""
+    os.environ.update(environment)
+    leases.LEASE_SECONDS = 3.0
+    run_here(arguments, output)
+
+
+def test_shards_started_at_once_of_which_one_is_killed_make_the_cache_of_one_run(
+    url: str, model_dir: Path, tmp_path: Path
+) -> None:
+    """Who takes in the data is killed; another goes on with that after a while, and all but the killed one end well."""
+    data = write_jsonl(tmp_path / "pairs.jsonl", make_rows(60))
+    options = ("--model", model_dir, "--data", data, "--block-pairs", 4, "--ref-cache", url)
+    aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    jobs = {}
+
+    def start(number: int) -> None:
+        arguments = ["precompute-ref", *map(str, options), "--shard", f"{number}/3"]
+        jobs[number] = FORKS.Process(target=work_at_shard, args=(aws, arguments, tmp_path / str(number)))
+        jobs[number].start()
+
+    for number in (1, 2, 3):
+        start(number)
+    place = bucket_at(url)
+    wait_for(lambda: place.has("ledger/pairs/c/2/0"), lambda: True)
+    (first,) = (number for number in jobs if "encoding" in (tmp_path / str(number)).read_text())
+    kill_all(jobs[first].pid)
+    jobs[first].join()
+    assert ReferenceCache(url).log.blocks == 0, "the data was taken in before the kill"
+    for job in jobs.values():
+        job.join(120)
+    said = "".join((tmp_path / str(number)).read_text() for number in jobs)
+    assert sorted(job.exitcode for job in jobs.values()) == [-signal.SIGKILL, 0, 0], said
+    assert {block % 3 + 1 for block in ReferenceCache(url).unscored()} == {first}
+    start(first)
+    jobs[first].join(120)
+    assert jobs[first].exitcode == 0, (tmp_path / str(first)).read_text()
+    precompute_into(tmp_path / "whole", model_dir, data, block_pairs=4)
+    assert downloaded(url, tmp_path / "copy") == without_claim(contents(tmp_path / "whole"))
 
 
 def test_refused_data_leaves_no_cache_and_refused_rows_are_listed(model_dir: Path, tmp_path: Path) -> None:
