@@ -51,7 +51,7 @@ class Lease:
 
     def _acquire(self) -> bool:
         try:
-            found = obstore.head(self.place.objects, self.name)
+            found = obstore.head(self.place.claims, self.name)
         except FileNotFoundError:
             found = None
         if found is not None and not self._is_abandoned(found["e_tag"]):
@@ -79,16 +79,15 @@ class Lease:
         if found is not None:
             mode = {key: found[key] for key in ("e_tag", "version") if found.get(key)}
         try:
-            self._version = obstore.put(self.place.objects, self.name, content, mode=mode)
+            self._version = obstore.put(self.place.claims, self.name, content, mode=mode)
         except FileNotFoundError:
             if found is None:
                 raise  # not even the bucket is there
             return False
         except (AlreadyExistsError, PreconditionError):
-            with suppress(
-                FileNotFoundError
-            ):  # a PUT that was repeated, because its answer was lost, finds itself there
-                there = obstore.get(self.place.objects, self.name)
+            # A PUT that was repeated, because its answer was lost, finds itself there.
+            with suppress(FileNotFoundError):
+                there = obstore.get(self.place.claims, self.name)
                 if bytes(there.bytes()) == content:
                     self._version = there.meta
                     return True
@@ -111,7 +110,7 @@ class Lease:
         self._renewing = None
         with suppress(BaseError, FileNotFoundError):
             if not self.place.taken_over:
-                obstore.delete(self.place.objects, self.name)
+                obstore.delete(self.place.claims, self.name)
 
     def remove(self) -> None:
         self.release()

@@ -33,18 +33,22 @@ if TYPE_CHECKING:
     from obstore.store import RetryConfig
 
 RETRIES: "RetryConfig" = {"max_retries": 10, "retry_timeout": timedelta(minutes=3)}
+HASTY: "RetryConfig" = {
+    "max_retries": 3,
+    "retry_timeout": timedelta(seconds=15),
+}  # a claim's: late, it is worth nothing
 OURS = {"pairs", "ref", "ledger", "tokenizer", "refused.jsonl", CLAIM_FILE}  # what may lie there without a ROOT
 
 
 class Bucket(Place):
     """A place in an object store.
 
-    objects: the store, names in it relative to the place. taken_over: by a run that had not heard of this one for a while.
+    objects: the store, names in it relative to the place; claims: the same, less patient. taken_over: by a run that had not heard of this one for a while.
     """
 
-    def __init__(self, url: str, objects: Any) -> None:
+    def __init__(self, url: str, objects: Any, claims: Any) -> None:
         self.where = self.url = url
-        self.objects, self.taken_over = objects, False
+        self.objects, self.claims, self.taken_over = objects, claims, False
         self.home = Path(gettempdir()) / f"minidpo-{blake2b(url.encode(), digest_size=8).hexdigest()}"
 
     def locate(self, name: str) -> str:
@@ -234,9 +238,10 @@ class _Chunks(ObjectStore):
 def bucket_at(url: str) -> Bucket:
     """Raises ConfigError: the URL is of no kind that the library knows, or not complete."""
     if url.startswith("memory://"):
-        return Bucket(url, MemoryStore())
+        memory = MemoryStore()
+        return Bucket(url, memory, memory)
     try:
-        return Bucket(url, from_url(url, retry_config=RETRIES))
+        return Bucket(url, from_url(url, retry_config=RETRIES), from_url(url, retry_config=HASTY))
     except (BaseError, ValueError, TypeError) as error:
         raise ConfigError(
             f"{url}: expected s3://bucket/name, gs://bucket/name, az://container/name or a path: {_first_line(error)}"
