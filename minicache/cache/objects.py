@@ -33,17 +33,15 @@ if TYPE_CHECKING:
     from obstore.store import RetryConfig
 
 RETRIES: "RetryConfig" = {"max_retries": 10, "retry_timeout": timedelta(minutes=3)}
-HASTY: "RetryConfig" = {
-    "max_retries": 3,
-    "retry_timeout": timedelta(seconds=15),
-}  # a claim's: late, it is worth nothing
+HASTY: "RetryConfig" = {"max_retries": 3, "retry_timeout": timedelta(seconds=15)}  # of claims: worth nothing if late
 OURS = {"pairs", "ref", "ledger", "tokenizer", "refused.jsonl", CLAIM_FILE}  # what may lie there without a ROOT
 
 
 class Bucket(Place):
     """A place in an object store.
 
-    objects: the store, names in it relative to the place; claims: the same, less patient. taken_over: by a run that had not heard of this one for a while.
+    objects: the store, names in it relative to the place; claims: the same, less patient.
+    taken_over: by a run that had not heard of this one for a while.
     """
 
     def __init__(self, url: str, objects: Any, claims: Any) -> None:
