@@ -128,7 +128,9 @@ def compare(
         Path | None,
         typer.Option(help="A file: one prompt a line, or jsonl, json or parquet rows of prompts or messages."),
     ] = None,
-    ref_cache: Annotated[Path | None, typer.Option(help="Take prompts from the pairs of this cache.")] = None,
+    ref_cache: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Take prompts from the pairs of this cache.")
+    ] = None,
     pairs: Annotated[int | None, typer.Option(help="How many of them, evenly spread. (Default: 16.)")] = None,
     system: Annotated[str | None, typer.Option(help="System turn of conversations that have none.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of the longest answer.")] = CompareConfig.max_new_tokens,
@@ -191,9 +193,12 @@ def plot(
 @app.command()
 def merge(
     caches: Annotated[
-        list[Path], typer.Argument(help="Complete reference caches of one model, tokenizer and options.")
+        list[str],
+        typer.Argument(metavar="CACHES...", help="Complete reference caches of one model, tokenizer and options."),
     ],
-    ref_cache: Annotated[Path, typer.Option("--ref-cache", help="The reference cache to make, a directory.")],
+    ref_cache: Annotated[
+        str, typer.Option("--ref-cache", metavar="PATH", help="The reference cache to make, a directory or a URL.")
+    ],
 ) -> None:
     """Make one reference cache of several; a pair that more than one holds is kept once. Needs no torch."""
     from minicache.stages import merge as stage
@@ -207,7 +212,7 @@ def merge(
 
 @app.command("inspect-cache")
 def inspect_cache(
-    ref_cache: Annotated[Path, typer.Argument(help="The reference cache, a directory.")],
+    ref_cache: Annotated[str, typer.Argument(help="The reference cache, a directory or a URL.")],
     pair: Annotated[int | None, typer.Option(help="Show this pair, decoded; from 0.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Re-read everything and check every digest.")] = False,
     model: Annotated[str | None, typer.Option(help="With --verify: also re-score a sample with this model.")] = None,

@@ -49,7 +49,8 @@ def train(
     ctx: typer.Context,
     out: Annotated[Path, typer.Option(help="The run directory to make, or with --resume to go on with.")],
     ref_cache: Annotated[
-        Path | None, typer.Option(help="The reference cache. Needed unless --resume knows it from the run.")
+        str | None,
+        typer.Option(metavar="PATH", help="The reference cache. Needed unless --resume knows it from the run."),
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="Where the reference's weights are now. (Default: where stage one found them.)")
@@ -138,8 +139,8 @@ def train(
         ),
     ] = ValidationOptions.holdout,
     eval_cache: Annotated[
-        Path | None,
-        validation_option(help="Validate on another reference cache of the same model instead."),
+        str | None,
+        validation_option(metavar="PATH", help="Validate on another reference cache of the same model instead."),
     ] = None,
     eval_every: Annotated[
         int | None,

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -22,7 +21,12 @@ from minicache.trackers import Silent
 
 out, err = Console(), Console(stderr=True)  # reports; progress and errors
 
-RefCache = Annotated[Path, typer.Option("--ref-cache", help="The reference cache, a directory.")]
+RefCache = Annotated[
+    str,
+    typer.Option(
+        "--ref-cache", metavar="PATH", help="The reference cache: a directory, or s3://bucket/name, gs://…, az://…"
+    ),
+]
 NPROC_HELP = "Processes on this machine, as torchrun would start them."
 Nproc = Annotated[int, typer.Option(min=1, help=NPROC_HELP)]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]

@@ -7,6 +7,7 @@ any file is opened or model loaded.
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from minicache.errors import ConfigError
 
@@ -20,6 +21,20 @@ LOGPS = ("mean", "sum")
 LAYOUTS = ("auto", "packed", "shared", "padded")
 PARALLEL = ("ddp", "fsdp", "hybrid")
 NO_DIRECTORIES = (".pt", ".bin", ".ckpt", ".safetensors", ".gguf", ".zip", ".tar", ".gz", ".onnx")
+
+Where = Path | str  # of a reference cache: a directory, or the URL of a place in an object store
+
+
+def local_path(where: Where) -> Path | None:
+    """The directory that it names, by path or as `file:///path`; None if it lies in an object store."""
+    if isinstance(where, Path) or "://" not in where:
+        return Path(where)
+    parts = urlsplit(where)
+    if parts.scheme != "file":
+        return None
+    if parts.netloc not in ("", "localhost") or not parts.path:
+        raise ConfigError(f"{where}: expected file:///a/path with three slashes, or just the path")
+    return Path(unquote(parts.path))
 
 
 def one_of(option: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
@@ -47,7 +62,7 @@ class PrecomputeConfig:
 
     model: str
     data: tuple[str, ...]
-    ref_cache: Path
+    ref_cache: Where
     tokenizer: str | None = None
     chat_template: Path | None = None
     format: str = "auto"
@@ -99,7 +114,7 @@ class EvaluateConfig:
     """
 
     policy: str
-    ref_cache: Path
+    ref_cache: Where
     loss: str | None = None
     logps: str | None = None
     beta: float | None = None
@@ -119,7 +134,7 @@ class EvaluateConfig:
 class InspectConfig:
     """Looking at a cache. `pair` is a position in it, from 0; `model` is only used to verify; `plot` is a picture to draw."""
 
-    ref_cache: Path
+    ref_cache: Where
     pair: int | None = None
     verify: bool = False
     model: str | None = None
@@ -138,11 +153,12 @@ class InspectConfig:
 class MergeConfig:
     """Several caches of one identity as one, `ref_cache`, which must not exist yet."""
 
-    caches: tuple[Path, ...]
-    ref_cache: Path
+    caches: tuple[Where, ...]
+    ref_cache: Where
 
     def __post_init__(self) -> None:
-        if len({cache.resolve() for cache in self.caches}) < max(2, len(self.caches)):
+        paths = ((cache, local_path(cache)) for cache in self.caches)
+        if len({path.resolve() if path else str(url).rstrip("/") for url, path in paths}) < max(2, len(self.caches)):
             raise ConfigError(
                 f"merge: expected two different caches or more, got {', '.join(map(str, self.caches)) or 'none'}"
             )
@@ -161,7 +177,7 @@ class CompareConfig:
     reference: str | None = None
     prompts: Path | None = None
     prompt: tuple[str, ...] = ()
-    ref_cache: Path | None = None
+    ref_cache: Where | None = None
     pairs: int | None = None
     system: str | None = None
     max_new_tokens: int = 128

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_origin
 
-from minicache.config import DTYPES, LAYOUTS, LOGPS, PARALLEL, above_zero, at_least, one_of
+from minicache.config import DTYPES, LAYOUTS, LOGPS, PARALLEL, Where, above_zero, at_least, one_of
 from minicache.errors import ConfigError
 
 SCHEDULES = ("cosine", "linear", "constant", "minimind-2504", "minimind-2510", "minimind-3")
@@ -105,7 +105,7 @@ class ValidationOptions:
     """
 
     holdout: float = 0.0
-    eval_cache: Path | None = None
+    eval_cache: Where | None = None
     eval_every: int | None = None
     patience: int | None = None
     min_gain: float = 0.0
@@ -144,7 +144,7 @@ class TrainConfig:
     a file that all processes map; None does so only where they do not fit in memory.
     """
 
-    ref_cache: Path
+    ref_cache: Where
     out: Path
     model: str | None = None
     init_from: str | None = None

@@ -10,7 +10,7 @@ from minicache.errors import OutputError
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: object) -> Iterator[None]:
     """Turn a failure of the disk into one line that names the place."""
     try:
         yield

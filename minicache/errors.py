@@ -12,6 +12,7 @@
     ├── ModelError              a model or tokenizer cannot be loaded or used
     ├── HandshakeError          the model does not reproduce the cached logprobs
     ├── ProcessLost             another process of the run has died
+    ├── StoreError              an object store cannot be reached, or refuses
     └── OutputError             a result cannot be written
 
 The command line prints the message in red and exits with code 1. Anything that is not a `MinicacheError` is a bug.
@@ -78,6 +79,10 @@ class HandshakeError(MinicacheError):
 
 class ProcessLost(MinicacheError):
     """Another process of the run has died."""
+
+
+class StoreError(MinicacheError):
+    """An object store cannot be reached, or refuses. What was finished stays, and the same call goes on."""
 
 
 class OutputError(MinicacheError):

@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -141,7 +142,7 @@ def ref_cache(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, data_fi
     return precompute_into(tmp_path_factory.mktemp("cache") / "ref", model_dir, data_file)
 
 
-def precompute_into(path: Path, model: Path, *data: Path, **options) -> Path:
+def precompute_into(path: Path | str, model: Path, *data: Path, **options) -> Any:
     from minicache.config import PrecomputeConfig
     from minicache.stages.precompute import precompute
     from minicache.trackers import Silent

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from zarr.storage import LocalStore
 
-from minicache.cache import schema, writer
-from minicache.cache.claims import claimed
+from minicache.cache import places, schema
+from minicache.cache.places import claimed
 from minicache.cache.reader import ReferenceCache
 from minicache.cache.schema import FORMAT_VERSION, Identity, Log, Manifest, RefBlock, Source, array_specs
 from minicache.cache.writer import CacheWriter
@@ -57,7 +57,7 @@ def scores_of(table: PairTable, seed: int) -> RefBlock:
 
 
 def build(
-    path: Path, identity: Identity = IDENTITY, sizes: tuple[int, ...] = (4, 4, 3)
+    path: Path | str, identity: Identity = IDENTITY, sizes: tuple[int, ...] = (4, 4, 3)
 ) -> list[tuple[PairTable, RefBlock]]:
     log = Log("model", "2026-01-01", {}, [Source("a.jsonl", 1, "x", complete=True)], len(sizes), sum(sizes))
     cache = CacheWriter.create(path, Manifest(identity, log), lambda place: place.mkdir())
@@ -378,7 +378,7 @@ def test_leftovers_of_killed_writers_do_no_harm(store: Path) -> None:
     for place in ("", "pairs", "ref/logp_mean/c/1"):
         (store / place / "0.abc.partial").write_bytes(b"half")
     assert not list(ReferenceCache(store).verify())
-    CacheWriter(store).remove_leftovers()
+    CacheWriter(store).place.remove_leftovers()
     assert not list(store.rglob("*.partial"))
 
 
@@ -397,7 +397,7 @@ class Killed(Exception):
 def fail_at_step(monkeypatch: pytest.MonkeyPatch, step: int, error: Exception) -> list[str]:
     """From now on write or flush number `step`, from 0, fails with `error`, and so do all after it; returns those done before."""
     done: list[str] = []
-    set_, delete, flush = LocalStore.set, LocalStore.delete, writer.flush_to_disk
+    set_, delete, flush = LocalStore.set, LocalStore.delete, places.flush_to_disk
 
     def note(what: str) -> None:
         if len(done) >= step:
@@ -412,13 +412,13 @@ def fail_at_step(monkeypatch: pytest.MonkeyPatch, step: int, error: Exception) -
         note(key)
         await delete(self, key)
 
-    def failing_flush(places: Any) -> None:
+    def failing_flush(files: Any) -> None:
         note("flush")
-        flush(places)
+        flush(files)
 
     monkeypatch.setattr(LocalStore, "set", failing_set)
     monkeypatch.setattr(LocalStore, "delete", failing_delete)
-    monkeypatch.setattr(writer, "flush_to_disk", failing_flush)
+    monkeypatch.setattr(places, "flush_to_disk", failing_flush)
     return done
 
 

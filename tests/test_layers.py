@@ -40,7 +40,9 @@ TORCH_FREE = [
 ]
 TORCH_FREE += [f"data.{name}" for name in ("records", "formats", "tokenizers", "encode", "workers", "batching")]
 TORCH_FREE += ["plots", "stages.plot", "stages.compare_page", "stages.compare_prompts"]
-TORCH_FREE += [f"cache.{name}" for name in ("schema", "reader", "writer", "claims", "repack")]
+TORCH_FREE += [
+    f"cache.{name}" for name in ("schema", "reader", "writer", "claims", "places", "objects", "leases", "repack")
+]
 
 
 def unit(file: Path) -> str:

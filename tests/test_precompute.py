@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from minicache.cache.claims import claimed
+from minicache.cache.places import claimed
 from minicache.cache.reader import ReferenceCache
 from minicache.config import PrecomputeConfig
 from minicache.data.tokenizers import ChatTokenizer

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from minicache.cache.claims import CLAIM_FILE, Claim, claimed
+from minicache.cache.claims import CLAIM_FILE, FileClaim
+from minicache.cache.places import claimed
 from minicache.cache.reader import ReferenceCache
 from minicache.config import InspectConfig, PrecomputeConfig
 from minicache.errors import CacheMismatch, ConfigError, DataError, OutputError
@@ -289,7 +290,7 @@ def cache_log_of_two(cache: Path) -> None:
 
 def test_claims_of_a_file_that_was_taken_away_are_none(tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
-    old, new = Claim(tmp_path / "cache" / CLAIM_FILE), Claim(tmp_path / "cache" / CLAIM_FILE)
+    old, new = FileClaim(tmp_path / "cache" / CLAIM_FILE), FileClaim(tmp_path / "cache" / CLAIM_FILE)
     assert old.take(alone=False) and new.take(alone=False)
     assert not new.take(alone=True)  # and what it had is lost
     assert old.take(alone=True) and not new.take(alone=False)

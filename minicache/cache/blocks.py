@@ -5,12 +5,14 @@ zarr is read a block at a time and never a row at a time: one slice costs about 
 
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from minicache.cache.places import ROOT, place_at
 from minicache.cache.schema import (
     LEDGER_COLUMNS,
     ArraySpec,
@@ -23,47 +25,41 @@ from minicache.cache.schema import (
     pairs_row,
     ref_row,
 )
-from minicache.errors import CacheDamaged, CacheIncomplete, CacheNotFound
+from minicache.config import Where
+from minicache.errors import CacheDamaged, CacheIncomplete
 from minicache.pairs import PairTable, count_tokens
 
 # What zarr raises on bytes that are not what was written: checksum, decompression, size, metadata; OSError is the disk itself.
 UNREADABLE = (ValueError, ArithmeticError, LookupError, RuntimeError, TypeError, AttributeError, OSError)
 
 
+TOKENIZER = "tokenizer"
+
+
 class CacheBlocks:
-    """A cache on disk, block by block.
+    """A cache on disk or in an object store, block by block.
 
     manifest: what it is. blocks: rows of its arrays, scored or not. tokenizer_dir: the tokenizer's own files.
     """
 
     mode = "r"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, where: Where) -> None:
         """Open and check the manifest and every array's metadata.
 
         Raises:
-            CacheNotFound, CacheMismatch (another format version), CacheDamaged.
+            CacheNotFound, CacheMismatch (another format version), CacheDamaged, StoreError.
         """
-        self.path = path
-        try:
-            is_directory, is_cache = path.is_dir(), (path / "zarr.json").is_file()
-        except OSError as error:
-            raise CacheNotFound(f"{path}: cannot be looked into: {error.strerror}") from error
-        if not is_directory:
-            raise CacheNotFound(
-                f"{path}: no such directory; `minidpo precompute-ref --ref-cache {path} …` makes a cache"
-            )
-        if not is_cache:
-            raise CacheNotFound(
-                f"{path}: no reference cache (it has no zarr.json); name the directory precompute-ref wrote"
-            )
-        store = zarr.storage.LocalStore(path, read_only=self.mode == "r")
+        self.place = place_at(where)
+        self.path = self.place.where
+        self.place.require_cache()
+        store = self.place.store(read_only=self.mode == "r")
         try:
             self.group = zarr.open_group(store, mode=self.mode, zarr_format=3, use_consolidated=False)  # type: ignore[arg-type]
             attributes = self.group.attrs.asdict()
         except UNREADABLE as error:
-            raise CacheDamaged(f"{path}/zarr.json: cannot be read as a zarr group: {error}") from error
-        self.manifest = Manifest.from_attributes(attributes, str(path))
+            raise CacheDamaged(f"{self.path}/{ROOT}: cannot be read as a zarr group: {error}") from error
+        self.manifest = Manifest.from_attributes(attributes, str(self.path))
         self.specs = array_specs(self.identity)
         self.arrays: dict[str, zarr.Array] = {}
         self.held: dict[str, np.ndarray] = {}
@@ -79,9 +75,10 @@ class CacheBlocks:
     def log(self) -> Log:
         return self.manifest.log
 
-    @property
+    @cached_property
     def tokenizer_dir(self) -> Path:
-        return self.path / "tokenizer"
+        """May be a copy: to change it, put another folder in its place."""
+        return self.place.folder(TOKENIZER)
 
     @property
     def blocks(self) -> int:
@@ -211,16 +208,16 @@ class CacheBlocks:
 
     def _require_file(self, name: str, block: int, chunk: int) -> None:
         try:
-            size = self._chunk_file(name, block, chunk).stat().st_size
+            size = self.place.size(self._chunk_key(name, block, chunk))
         except OSError as error:
             raise self._damaged(name, block, error) from error
         if not size:
             raise CacheDamaged(f"{self.path}: {name}, block {block}: a chunk is empty")
 
-    def _chunk_file(self, name: str, block: int, chunk: int) -> Path:
+    def _chunk_key(self, name: str, block: int, chunk: int) -> str:
         array = self.arrays[name]
         rest = (0,) * (array.ndim - 2)
-        return self.path / name / array.metadata.encode_chunk_key((block, chunk, *rest))
+        return f"{name}/{array.metadata.encode_chunk_key((block, chunk, *rest))}"
 
     def _damaged(self, name: str, block: int, error: Exception) -> CacheDamaged:
         return CacheDamaged(

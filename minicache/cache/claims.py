@@ -1,30 +1,50 @@
-"""Who may write into a cache: file locks, which end with the process that holds them, however that ends."""
+"""Who may write into a cache. In a directory: file locks, which end with the process that holds them, however that ends."""
 
 import fcntl
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
 
 from minicache.disk import writing
-from minicache.errors import OutputError
 
 CLAIM_FILE = "claim"  # a file and not the directory: NFS locks nothing else
 SHARD_CLAIMS = "shard-"  # files that begin so, one a job of an array at work
 
 
-class Claim:
-    """A lock file and this process's hold on it: alone, or together with all who want it together.
+class Claim(Protocol):
+    """A claim and this process's hold on it.
 
-    is_safe: False once the file system turned out to have no locks; then every claim succeeds.
+    is_safe: False once it turned out that there are no locks; then every claim succeeds.
+    is_alive: whether the one who kept us from taking it is known to be at work still.
     """
+
+    @property
+    def is_safe(self) -> bool: ...
+
+    @property
+    def is_alive(self) -> bool: ...
+
+    def take(self, alone: bool) -> bool:
+        """Whether it is ours now, at once: alone, or together with all who want it together. One held already is changed."""
+
+    def release(self) -> None: ...
+
+    def remove(self) -> None:
+        """Release it and leave no file behind."""
+
+
+class FileClaim:
+    """A lock file and this process's hold on it. A lock that is held is held by a process that is alive."""
+
+    is_alive = True
 
     def __init__(self, file: Path) -> None:
         self.file, self.is_safe = file, True
         self._descriptor: int | None = None
 
     def take(self, alone: bool) -> bool:
-        """Whether it is ours now, at once. One held already is changed, and lost where that does not succeed.
+        """Held already, it is lost where the change does not succeed.
 
         Raises:
             OutputError: the lock file cannot be opened.
@@ -59,22 +79,5 @@ class Claim:
             self._descriptor = None
 
     def remove(self) -> None:
-        """Release it and leave no file behind."""
         self.file.unlink(missing_ok=True)
         self.release()
-
-
-@contextmanager
-def claimed(path: Path) -> Iterator[None]:
-    """Hold off other runs from the cache at `path`; for one process of a run.
-
-    Raises:
-        OutputError: another run writes into this cache.
-    """
-    claim = Claim(path / CLAIM_FILE)
-    try:
-        if not claim.take(alone=True):
-            raise OutputError(f"{path}: another precompute-ref is writing into this cache; wait for its end")
-        yield
-    finally:
-        claim.release()

@@ -1,11 +1,10 @@
 """Creating a reference cache and writing blocks into it.
 
-Crash safety: the data of a block first, flushed to disk, its ledger row last. A block whose row is absent or does not fit
-its data is simply not done, so a kill at any instant costs at most the blocks in flight. The processes of a run may write different
-blocks at the same time without locks; only one of them creates, grows, and writes the log, and holds off other runs.
+Crash safety: the data of a block first, flushed to the disk if it is one, its ledger row last. A block whose row is absent or does
+not fit its data is simply not done, so a kill at any instant costs at most the blocks in flight. The processes of a run may write
+different blocks at the same time without locks; only one of them creates, grows, and writes the log, and holds off other runs.
 """
 
-import secrets
 import shutil
 from collections.abc import Callable, Iterable
 from glob import escape
@@ -15,11 +14,13 @@ import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from minicache.cache.claims import CLAIM_FILE, SHARD_CLAIMS
+from minicache.cache.blocks import TOKENIZER
+from minicache.cache.claims import CLAIM_FILE
+from minicache.cache.places import ROOT, draft_of, place_at
 from minicache.cache.reader import ReferenceCache
 from minicache.cache.schema import Manifest, RefBlock, array_specs, pairs_row, ref_row
-from minicache.disk import flush_to_disk, with_folders, writing
-from minicache.errors import OutputError
+from minicache.config import Where
+from minicache.disk import writing
 from minicache.pairs import PairTable
 
 
@@ -29,18 +30,17 @@ class CacheWriter(ReferenceCache):
     mode = "r+"
 
     @classmethod
-    def create(cls, path: Path, manifest: Manifest, write_tokenizer: Callable[[Path], object]) -> "CacheWriter":
-        """Make an empty cache. It appears at `path` complete or not at all; `write_tokenizer` fills its tokenizer directory.
+    def create(cls, where: Where, manifest: Manifest, write_tokenizer: Callable[[Path], object]) -> "CacheWriter":
+        """Make an empty cache. It appears there complete or not at all; `write_tokenizer` fills its tokenizer directory.
 
         Raises:
-            OutputError: something else lies at `path`, or it cannot be written.
+            OutputError: something else lies there, or it cannot be written.
         """
-        if path.exists() and (not path.is_dir() or any(path.iterdir()) or path.samefile(Path.cwd())):
-            raise OutputError(f"{path}: exists and is no reference cache; name another --ref-cache or remove it")
-        place = path.resolve()  # what a link leads to
-        draft = _draft_of(place)
+        place = place_at(where)
+        place.require_free()
+        draft = draft_of(place.home)
         try:
-            with writing(path):
+            with writing(place):
                 draft.parent.mkdir(parents=True, exist_ok=True)
                 group = zarr.create_group(zarr.storage.LocalStore(draft), attributes=manifest.to_attributes())
                 for name, spec in array_specs(manifest.identity).items():
@@ -52,40 +52,19 @@ class CacheWriter(ReferenceCache):
                         fill_value=spec.fill,
                         compressors=[*([ZstdCodec(level=3)] if spec.compress else []), Crc32cCodec()],
                     )
-                write_tokenizer(draft / "tokenizer")
+                write_tokenizer(draft / TOKENIZER)
                 (draft / CLAIM_FILE).touch()
-                flush_to_disk(draft.rglob("*"))
-                draft.replace(place)
+            place.publish(draft)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
         # Of attempts that were killed. One that another process is at just now cannot come to anything any more.
-        for leftover in place.parent.glob(f".{escape(place.name)}.creating-*"):
+        for leftover in draft.parent.glob(f".{escape(place.home.name)}.creating-*"):
             shutil.rmtree(leftover, ignore_errors=True)
-        return cls(path)
-
-    def remove(self) -> None:
-        """Take the cache away: gone from its place at once, so that nobody meets half of it."""
-        place = self.path.resolve()
-        dead = _draft_of(place)
-        try:
-            place.replace(dead)
-        except OSError:  # its folder cannot be written to
-            dead = place
-        shutil.rmtree(dead, ignore_errors=True)
-
-    def remove_leftovers(self) -> None:
-        """Delete what writers that were killed left half-written. Only while no other process writes."""
-        self._unlink([*self.path.rglob("*.partial"), *self.path.glob(f"{SHARD_CLAIMS}*")])
+        return cls(where)
 
     def remove_leftovers_of(self, blocks: Iterable[int]) -> None:
-        """The same of some blocks alone. Only while no other process writes these."""
-        places = [self.path / name / "c" / str(block) for block in blocks for name in self.specs]
-        self._unlink([leftover for place in places for leftover in place.rglob("*.partial")])
-
-    def _unlink(self, files: list[Path]) -> None:
-        with writing(self.path):
-            for file in files:
-                file.unlink(missing_ok=True)
+        """Delete what writers that were killed left half-written of these. Only while no other process writes these."""
+        self.place.remove_partial(f"{name}/c/{block}" for block in blocks for name in self.specs)
 
     def grow(self, blocks: int) -> None:
         """Make room for `blocks` blocks. The ledger of pairs grows last: what it has room for, every array has."""
@@ -103,15 +82,15 @@ class CacheWriter(ReferenceCache):
         return [(name, array) for name, array in self.arrays.items() if name != "ledger/pairs"]
 
     def _resize(self, names: list[str], blocks: int) -> None:
-        with writing(self.path):
+        with writing(self.place):
             for name in names:
                 self.arrays[name].resize((blocks, *self.arrays[name].shape[1:]))
-            flush_to_disk([self.path / name / "zarr.json" for name in names])
+            self.place.flush((f"{name}/{ROOT}" for name in names), folders=False)
 
     def write_log(self) -> None:
-        with writing(self.path):
+        with writing(self.place):
             self.group.attrs.put(self.manifest.to_attributes())
-            flush_to_disk(with_folders([self.path / "zarr.json"]))
+            self.place.flush([ROOT])
 
     def write_pairs(self, block: int, table: PairTable) -> None:
         self._commit(
@@ -138,23 +117,16 @@ class CacheWriter(ReferenceCache):
         self._commit("ledger/ref", block, row, columns)
 
     def _commit(self, ledger: str, block: int, row: np.ndarray, columns: dict[str, np.ndarray]) -> None:
-        with writing(self.path):
-            written = [file for name, values in columns.items() for file in self._write(name, block, values)]
-            flush_to_disk(with_folders(written))
+        with writing(self.place):
+            self.place.flush([key for name, values in columns.items() for key in self._write(name, block, values)])
             self.arrays[ledger][block] = row
-            flush_to_disk(with_folders([self._chunk_file(ledger, block, 0)]))
+            self.place.flush([self._chunk_key(ledger, block, 0)])
 
-    def _write(self, name: str, block: int, values: np.ndarray) -> list[Path]:
+    def _write(self, name: str, block: int, values: np.ndarray) -> list[str]:
         """Write whole chunks, padded with the fill value, so that nothing is read and no other block is touched."""
         spec = self.specs[name]
         chunks = -(-len(values) // spec.chunk)
         padded = np.full((chunks * spec.chunk, *spec.shape[1:]), spec.fill, spec.dtype)
         padded[: len(values)] = values
         self.arrays[name][block, : len(padded)] = padded
-        files = [self._chunk_file(name, block, chunk) for chunk in range(chunks)]
-        return [file for file in files if file.exists()]  # a chunk of nothing but NaN is not stored
-
-
-def _draft_of(place: Path) -> Path:
-    """A name of its own beside `place`: zarr's threads may still be writing into that of an attempt that failed."""
-    return place.with_name(f".{place.name}.creating-{secrets.token_hex(4)}")
+        return [self._chunk_key(name, block, chunk) for chunk in range(chunks)]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from minicache.cache.reader import ReferenceCache
-from minicache.config import CompareConfig
+from minicache.config import CompareConfig, Where
 from minicache.data.formats import read_rows, to_prompt
 from minicache.data.records import Turn
 from minicache.data.tokenizers import ChatTokenizer
@@ -78,7 +78,7 @@ def _render(place: str, turns: tuple[Turn, ...], system: str | None, tokenizer: 
     return Prompt(turns[0].content if one else "\n\n".join(f"{t.role}: {t.content}" for t in turns), turns, ids)
 
 
-def _of_cache(path: Path, pairs: int | None, tokenizer: ChatTokenizer) -> list[Prompt]:
+def _of_cache(path: Where, pairs: int | None, tokenizer: ChatTokenizer) -> list[Prompt]:
     cache = ReferenceCache(path)
     if tokenizer.digest != cache.identity.tokenizer:
         raise CacheMismatch(f"{path}: was made with another tokenizer than the policy's; name a cache of its family")

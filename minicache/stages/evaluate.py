@@ -1,14 +1,13 @@
 """A policy against a reference cache: preference accuracy, margin, KL, loss."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from minicache.cache.reader import ReferenceCache
-from minicache.config import EvaluateConfig
+from minicache.config import EvaluateConfig, Where
 from minicache.config_train import LossOptions, TrainConfig, fill, flat
 from minicache.distributed import World
 from minicache.errors import CacheMismatch
@@ -29,7 +28,7 @@ class EvaluateReport:
     """
 
     policy: str
-    ref_cache: Path
+    ref_cache: Where
     pairs: int
     same_weights: bool
     settings: dict[str, Any]
@@ -60,6 +59,4 @@ def evaluate(config: EvaluateConfig, world: World, tracker: Tracker) -> Evaluate
     pairs = EvalSet(cached, np.arange(len(cached.table)))
     tracker.begin("evaluating", len(cached.table))
     metrics = evaluate_policy(scorer, pairs, objective, config.tokens_per_batch, world, tracker)
-    return EvaluateReport(
-        config.policy, config.ref_cache, len(cached.table), same, {**settings, **flat(options)}, metrics
-    )
+    return EvaluateReport(config.policy, cache.path, len(cached.table), same, {**settings, **flat(options)}, metrics)

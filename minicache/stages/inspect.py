@@ -5,10 +5,8 @@ Tokens are not read, unless one pair is asked for or everything is to be verifie
 
 import math
 from collections import Counter
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,7 +62,6 @@ def inspect_cache(config: InspectConfig) -> Inspection:
     margins = np.where(columns.scored, columns.logp_mean[:, CHOSEN] - columns.logp_mean[:, REJECTED], np.nan)
     sources = cache.log.sources
     refused = sum((Counter(source.refused) for source in sources), Counter())
-    refused_file = cache.path / REFUSED_FILE
     blocks = max(cache.blocks, cache.log.blocks)
     return Inspection(
         path=str(cache.path),
@@ -83,7 +80,7 @@ def inspect_cache(config: InspectConfig) -> Inspection:
         pairs_scored=len(scored),
         tokens=int(columns.lengths.sum()),
         counted=[int(total) for total in columns.counted.sum(0)],
-        bytes_on_disk=_bytes_below(cache.path),
+        bytes_on_disk=cache.place.total_bytes(),
         lengths=_length_statistics(columns) if len(columns.lengths) else {},
         length_histogram=_histogram(columns.sides, integers=True),
         logp_histogram=_histogram(scored),
@@ -92,7 +89,7 @@ def inspect_cache(config: InspectConfig) -> Inspection:
         reference_margin=float(np.nanmean(margins)) if len(scored) else None,
         refused=dict(refused),
         refused_rows=refused.total(),
-        refused_file=str(refused_file) if refused_file.is_file() else None,
+        refused_file=str(cache.place.locate(REFUSED_FILE)) if cache.place.has(REFUSED_FILE) else None,
         truncated=sum(source.truncated for source in sources),
         longest=_lines(cache, columns, _extreme(-columns.sides.max(1, initial=0), 5)),
         highest_margin=_lines(cache, columns, _extreme(-margins, 3)),
@@ -174,15 +171,6 @@ def _problem(cache: ReferenceCache, pairs: int | None) -> str | None:
     if pairs is not None and pairs != cache.log.pairs:
         return f"{cache.path}: the manifest counts {cache.log.pairs} pairs, the blocks hold {pairs}"
     return None
-
-
-def _bytes_below(path: Path) -> int:
-    """Of all files; one that a running stage one renames or removes meanwhile is left out."""
-    total = 0
-    for file in path.rglob("*"):
-        with suppress(OSError):
-            total += file.stat().st_size if file.is_file() else 0
-    return total
 
 
 def _length_statistics(columns: _Columns) -> dict[str, dict[str, float]]:

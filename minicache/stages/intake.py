@@ -19,7 +19,6 @@ from minicache.cache.writer import CacheWriter
 from minicache.data.encode import Encoder
 from minicache.data.formats import read_rows
 from minicache.data.workers import RowEncoder
-from minicache.disk import writing
 from minicache.errors import (
     CacheDamaged,
     CacheIncomplete,
@@ -29,6 +28,7 @@ from minicache.errors import (
     ModelError,
     OutputError,
     RowRefused,
+    StoreError,
 )
 from minicache.pairs import EncodedPair, PairTable
 from minicache.trackers import Tracker
@@ -68,7 +68,7 @@ def take_in(
         CacheMismatch: a file was read in another format before.
         CacheDamaged: a block is damaged and its pairs are not in these files.
             After any of these the cache is as before.
-        OutputError: the disk is full. What is written stays, and the same call goes on.
+        OutputError, StoreError: the disk is full, the object store away. What is written stays, and the same call goes on.
     """
     _require_format(cache, given, format)
     _drop_abandoned(cache, given, tracker)
@@ -90,7 +90,7 @@ def take_in(
         for number, file in todo.items():
             intake.read(number, file, encoder, format, tracker)
         intake.finish(set(todo))
-    except OutputError:
+    except (OutputError, StoreError):
         raise
     except MinicacheError:
         cache.manifest = replace(cache.manifest, log=before)
@@ -270,15 +270,12 @@ class _Intake:
 
     def _list_refusals(self, numbers: set[int]) -> None:
         """refused.jsonl: the refused rows of every file of the cache, those of the files `numbers` as found now."""
-        listing = self.cache.path / REFUSED_FILE
-        with writing(listing):
-            old = listing.read_text(encoding="utf-8", errors="replace").splitlines() if listing.exists() else []
-            lines = [line for line in old if source_of(line) not in numbers]
-            lines += [json.dumps(row, ensure_ascii=False) for row in self.refusals]
-            draft = listing.with_suffix(".tmp")
-            # what UTF-8 cannot hold is escaped as JSON would
-            draft.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="backslashreplace")
-            draft.replace(listing)
+        place = self.cache.place
+        old = (place.read(REFUSED_FILE) or b"").decode(errors="replace").splitlines()
+        lines = [line for line in old if source_of(line) not in numbers]
+        lines += [json.dumps(row, ensure_ascii=False) for row in self.refusals]
+        # what UTF-8 cannot hold is escaped as JSON would
+        place.write(REFUSED_FILE, "".join(f"{line}\n" for line in lines).encode(errors="backslashreplace"))
 
 
 def source_of(line: str) -> int | None:

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from minicache.cache.claims import claimed
+from minicache.cache.blocks import TOKENIZER
+from minicache.cache.places import Place, claimed, place_at
 from minicache.cache.reader import ReferenceCache
 from minicache.cache.repack import repack, select
 from minicache.cache.schema import TOLERANCE, CachedPairs, Log, Manifest, Source
 from minicache.cache.writer import CacheWriter
-from minicache.config import MergeConfig
-from minicache.disk import flush_to_disk, writing
+from minicache.config import MergeConfig, Where
 from minicache.errors import CacheDamaged, CacheIncomplete, CacheMismatch, OutputError
 from minicache.stages.intake import REFUSED_FILE, source_of
 from minicache.trackers import Tracker
@@ -30,8 +30,8 @@ from minicache.trackers import Tracker
 class MergeReport:
     """What a merge did. given: each input and its pairs. pairs: of the new cache. twice: pairs left out, being there already."""
 
-    ref_cache: Path
-    given: list[tuple[Path, int]]
+    ref_cache: Where
+    given: list[tuple[Where, int]]
     pairs: int
     blocks: int
     twice: int
@@ -61,9 +61,8 @@ def merge(config: MergeConfig, tracker: Tracker) -> MergeReport:
         CacheMismatch: the caches were made for different requests, or disagree about a pair or a file.
         CacheError: one of them is missing, damaged or not complete. OutputError: `ref_cache` exists or cannot be written.
     """
-    out = config.ref_cache
-    if out.exists() or out.is_symlink():
-        raise OutputError(f"{out}: exists; expected the name of a cache to make, name another --ref-cache or remove it")
+    out = place_at(config.ref_cache)
+    out.require_free(is_new=True)
     caches = [ReferenceCache(path) for path in config.caches]
     for cache in caches:
         _require_same(caches[0], cache)
@@ -77,7 +76,7 @@ def merge(config: MergeConfig, tracker: Tracker) -> MergeReport:
     tracker.begin("writing", log.pairs)
     blocks = _write(out, inputs, kept, log, tracker)
     given = [(cache.path, cache.log.pairs) for cache in caches]
-    return MergeReport(out, given, log.pairs, blocks, sum(pairs for _, pairs in given) - log.pairs)
+    return MergeReport(out.where, given, log.pairs, blocks, sum(pairs for _, pairs in given) - log.pairs)
 
 
 def _now() -> str:
@@ -187,14 +186,13 @@ def _count(sources: list[Source], inputs: list[_Input], kept: list[NDArray[np.bo
 # --- writing ---
 
 
-def _write(out: Path, inputs: list[_Input], kept: list[NDArray[np.bool_]], log: Log, tracker: Tracker) -> int:
+def _write(out: Place, inputs: list[_Input], kept: list[NDArray[np.bool_]], log: Log, tracker: Tracker) -> int:
     """Make the new cache under another name, and give it its own when all is there. Returns its number of blocks."""
-    place = out.resolve()
     first = inputs[0].cache
     if not first.tokenizer_dir.is_dir():
-        raise CacheDamaged(f"{first.tokenizer_dir}: is missing; run its precompute-ref again, then merge")
-    _remove_leftovers(out, place)
-    draft = place.with_name(f".{place.name}.merging-{secrets.token_hex(4)}")
+        raise CacheDamaged(f"{first.place.locate(TOKENIZER)}: is missing; run its precompute-ref again, then merge")
+    _remove_leftovers(out)
+    draft = out.home.with_name(f".{out.home.name}.merging-{secrets.token_hex(4)}")
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, draft, ignore_errors=True)
         empty = Manifest(first.identity, replace(log, sources=[], blocks=0, pairs=0))
@@ -208,16 +206,14 @@ def _write(out: Path, inputs: list[_Input], kept: list[NDArray[np.bool_]], log: 
         _write_refusals(draft, inputs)
         cache.manifest = replace(cache.manifest, log=replace(log, blocks=cache.blocks))
         cache.write_log()
-        with writing(out):
-            draft.rename(place)
-            flush_to_disk([place.parent])
+        out.publish(draft)
     return cache.blocks
 
 
-def _remove_leftovers(out: Path, place: Path) -> None:
+def _remove_leftovers(out: Place) -> None:
     """Of merges into this place that were killed."""
-    name = escape(place.name)
-    for leftover in [found for begun in (".", "..") for found in place.parent.glob(f"{begun}{name}.merging-*")]:
+    name = escape(out.home.name)
+    for leftover in [found for begun in (".", "..") for found in out.home.parent.glob(f"{begun}{name}.merging-*")]:
         try:
             with claimed(leftover):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -244,13 +240,10 @@ def _write_refusals(draft: Path, inputs: list[_Input]) -> None:
     lines: list[str] = []
     met: set[int] = set()
     for given in inputs:
-        listing = given.cache.path / REFUSED_FILE
-        text = listing.read_text(encoding="utf-8", errors="replace") if listing.exists() else ""
+        text = (given.cache.place.read(REFUSED_FILE) or b"").decode(errors="replace")
         numbers: dict[int | None, int] = dict(enumerate(given.numbers.tolist()))
         for line in text.splitlines():
             if (number := numbers.get(source_of(line), -1)) not in (-1, *met):
                 lines.append(json.dumps({**json.loads(line), "source": number}, ensure_ascii=False) + "\n")
         met |= set(numbers.values())
-    with writing(draft):
-        (draft / REFUSED_FILE).write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
-        flush_to_disk([draft / REFUSED_FILE])
+    place_at(draft).write(REFUSED_FILE, "".join(lines).encode(errors="backslashreplace"))

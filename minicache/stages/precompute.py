@@ -4,14 +4,13 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from minicache.cache.schema import TOLERANCE, CachedPairs, RefBlock, Source
 from minicache.cache.writer import CacheWriter
-from minicache.config import PrecomputeConfig
+from minicache.config import PrecomputeConfig, Where
 from minicache.data.batching import balance
 from minicache.data.formats import read_rows
 from minicache.distributed import World
@@ -34,11 +33,11 @@ class PrecomputeReport:
     blocks: of the cache. shard: which, if one was asked for; missing: blocks that then still have no scores, whosever they are.
     """
 
-    ref_cache: Path
+    ref_cache: Where
     sources: list[Source]
     pairs: int
     scored: int
-    refused_file: Path
+    refused_file: Where
     scored_blocks: list[int]
     blocks: int
     shard: str | None = None
@@ -68,10 +67,10 @@ def precompute(config: PrecomputeConfig, world: World, tracker: Tracker) -> Prec
         cache = CacheWriter(config.ref_cache)
         settle_layout(scorer, cache.pairs(0), config.layout, world.device, tracker)
         blocks, scored = _score_blocks(cache, scorer, config.tokens_per_batch, config.share, world, tracker)
-    refused_file = config.ref_cache / REFUSED_FILE
+    refused_file = cache.place.locate(REFUSED_FILE)
     missing = cache.unscored() if config.shard and world.is_main else []
     return PrecomputeReport(
-        config.ref_cache,
+        cache.path,
         cache.log.sources,
         cache.log.pairs,
         scored,

@@ -14,15 +14,24 @@ import numpy as np
 import torch
 
 from minicache import __version__
-from minicache.cache.claims import CLAIM_FILE, SHARD_CLAIMS, Claim, claimed
+from minicache.cache.blocks import TOKENIZER
+from minicache.cache.claims import CLAIM_FILE, SHARD_CLAIMS, Claim
+from minicache.cache.places import ROOT, Place, claimed, place_at, taken
 from minicache.cache.reader import ReferenceCache
 from minicache.cache.schema import FORMAT_VERSION, Identity, Log, Manifest, digest_of
 from minicache.cache.writer import CacheWriter
-from minicache.config import PrecomputeConfig
+from minicache.config import PrecomputeConfig, Where
 from minicache.data.encode import Encoder
 from minicache.data.tokenizers import ChatTokenizer
-from minicache.disk import writing
-from minicache.errors import CacheDamaged, CacheIncomplete, CacheNotFound, DataError, MinicacheError, OutputError
+from minicache.errors import (
+    CacheDamaged,
+    CacheIncomplete,
+    CacheNotFound,
+    DataError,
+    MinicacheError,
+    OutputError,
+    StoreError,
+)
 from minicache.models import LoadedModel, save_tokenizer
 from minicache.models.huggingface import ATTENTION
 from minicache.models.load import lasting_name
@@ -46,8 +55,12 @@ class _Request:
     tracker: Tracker
 
     @property
-    def path(self) -> Path:
-        return self.config.ref_cache
+    def place(self) -> Place:
+        return place_at(self.config.ref_cache)
+
+    @property
+    def path(self) -> Where:
+        return self.place.where
 
     def require_same(self, cache: ReferenceCache) -> None:
         """Raises CacheMismatch. The size of a block is the cache's own, unless one is asked for."""
@@ -77,13 +90,13 @@ def prepare(
 
 
 def _create_if_absent(request: _Request) -> None:
-    if (request.path / "zarr.json").exists():
+    if request.place.has(ROOT):
         return
     manifest = Manifest(request.identity, Log(lasting_name(request.config.model), _now(), _versions()))
     try:
         CacheWriter.create(request.path, manifest, lambda place: shutil.copytree(request.tokenizer_dir, place))
     except OutputError:
-        if not (request.path / "zarr.json").exists():  # another process was faster
+        if not request.place.has(ROOT):  # another process was faster
             raise
 
 
@@ -92,18 +105,18 @@ def _bring_in(request: _Request) -> None:
     cache, config = CacheWriter(request.path), request.config
     request.require_same(cache)
     is_new = not cache.log.sources
-    cache.remove_leftovers()
+    cache.place.remove_leftovers()
     _mend_tokenizer(cache, request.tokenizer_dir)
     if not is_new:
         request.tracker.note(f"{request.path} exists: going on with it")
     encoder = Encoder(request.tokenizer, config.max_length, config.truncate, config.loss_on, config.think)
     try:
         take_in(cache, encoder, request.files, config.format, config.on_bad_row == "fail", request.tracker)
-    except OutputError:
+    except (OutputError, StoreError):
         raise
     except MinicacheError:
         if is_new:
-            cache.remove()
+            cache.place.remove()
         raise
     if config.shard and cache.log.shards != config.share[1]:
         cache.log.shards = config.share[1]
@@ -116,11 +129,11 @@ def _bring_in(request: _Request) -> None:
 def _join_shards(request: _Request, claims: ExitStack) -> None:
     """Wait until the data is in, or bring it in; then hold the cache together with the other jobs, and this shard alone."""
     number, of = request.config.share
-    claim = Claim(request.path / CLAIM_FILE)
+    claim = request.place.claim(CLAIM_FILE)
     claims.callback(claim.release)
     _claim_together(request, claim)
-    shard = Claim(request.path / f"{SHARD_CLAIMS}{number}-of-{of}.claim")
-    if not shard.take(alone=True):
+    shard = request.place.claim(f"{SHARD_CLAIMS}{number}-of-{of}.claim")
+    if not taken(shard):
         raise OutputError(f"{request.path}: another job is at work on --shard {number}/{of}; wait for its end")
     claims.callback(shard.remove)
     cache = CacheWriter(request.path)
@@ -205,9 +218,7 @@ def _mend_tokenizer(cache: CacheWriter, sound: Path) -> None:
     except (MinicacheError, ValueError):
         intact = False
     if not intact:
-        with writing(cache.tokenizer_dir):
-            shutil.rmtree(cache.tokenizer_dir, ignore_errors=True)
-            shutil.copytree(sound, cache.tokenizer_dir)
+        cache.place.put_folder(TOKENIZER, sound)
 
 
 def _template_digest(tokenizer: ChatTokenizer) -> str:
