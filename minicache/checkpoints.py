@@ -53,6 +53,7 @@ class Saver:
         # processes agree about a checkpoint among themselves, beside what training says at the same time
         self.group = dist.new_group(backend="gloo") if background and world.size > 1 else None
         self.under_way: Future[None] | None = None
+        _one_process_is_no_mistake()
 
     def save(
         self,
@@ -82,7 +83,7 @@ class Saver:
         options: dict[str, Any] = {"checkpoint_id": draft / OPTIMIZER, "no_dist": self.world.size == 1}
 
         def finish(written: Future[Any] | None) -> None:
-            with writing(final), _removed_on_failure(draft), _alone_or_not():
+            with writing(final), _removed_on_failure(draft):
                 if written:
                     written.result()
                 if self.world.is_main:
@@ -95,11 +96,10 @@ class Saver:
                     prune(self.run, keep(steps(self.run)))
 
         if self.thread:
-            with _alone_or_not():
-                written: Any = dcp.async_save(optimizer, process_group=self.group, **options)
+            written: Any = dcp.async_save(optimizer, process_group=self.group, **options)
             self.under_way = self.thread.submit(finish, written)
             return
-        with writing(final), _removed_on_failure(draft), _alone_or_not():
+        with writing(final), _removed_on_failure(draft):
             dcp.save(optimizer, **options)
         finish(None)
         self.world.barrier()
@@ -141,18 +141,15 @@ def load_optimizer(run: Path, step: int, tensors: dict[str, torch.Tensor], world
     """
     folder = place(run, step) / OPTIMIZER
     try:
-        with _alone_or_not():
-            dcp.load(tensors, checkpoint_id=folder, no_dist=world.size == 1)
+        _one_process_is_no_mistake()
+        dcp.load(tensors, checkpoint_id=folder, no_dist=world.size == 1)
     except (OSError, RuntimeError, ValueError, EOFError, CheckpointException, pickle.UnpicklingError) as error:
         raise _unreadable(folder, error) from error
 
 
-@contextmanager
-def _alone_or_not() -> Iterator[None]:
-    """Without the warning that one process is one process."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        yield
+def _one_process_is_no_mistake() -> None:
+    """torch warns of it in every call; for good, because it does so in threads of its own too."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 def _unreadable(what: Path, error: BaseException) -> OutputError:
