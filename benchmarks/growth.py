@@ -1,4 +1,4 @@
-"""What the cache itself costs, without a model, as it grows: `python benchmarks/growth.py --help`.
+"""What the cache itself costs, without a model, as it grows: `python -m benchmarks.growth --help`.
 
 Pairs are drawn at random: tokens as rare as a language's, lengths log-normal about 500 tokens a pair. Encoding alone takes
 real rows, those of the sample over and over. Reading, feeding and inspecting are timed each in a process of its own.
@@ -6,15 +6,12 @@ real rows, those of the sample over and over. Reading, feeding and inspecting ar
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 
@@ -41,9 +38,11 @@ def main() -> None:
     if options.child:
         print(json.dumps(CHILDREN[options.child](options)))
         return
+    from benchmarks.measure import machine  # not above: torch would be in the memory that the children measure
+
     report = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("numpy", "zarr")}},
+        "machine": machine(),
+        "command": " ".join(["python -m benchmarks.growth", *sys.argv[1:]]),
         "encode": encoding(options) if options.tokenizer else "not measured: no --tokenizer",
         "pairs": [measure(count, None, options) for count in options.pairs],
         "length": [measure(max(1, options.tokens // length), length, options) for length in options.lengths],
@@ -110,13 +109,18 @@ def random_blocks(count: int, length: int | None, random: np.random.Generator) -
         ]  # fmt: skip
 
 
-def write(path: Path, count: int, length: int | None) -> dict[str, float]:
-    """Make the cache as stage one does, digests and flushing to disk included; drawing the pairs is not timed."""
-    identity = Identity(
+def identity_of(max_length: int) -> Identity:
+    """Of a cache that no model made."""
+    return Identity(
         format_version=FORMAT_VERSION, weights="w", family="llama", tokenizer="t", template="p", vocabulary=VOCABULARY,
-        max_length=8192, truncate="right", loss_on="response", think="keep", dtype="float32", attention="sdpa",
+        max_length=max_length, truncate="right", loss_on="response", think="keep", dtype="float32", attention="sdpa",
         block_pairs=BLOCK, per_token=False,
     )  # fmt: skip
+
+
+def write(path: Path, count: int, length: int | None) -> dict[str, float]:
+    """Make the cache as stage one does, digests and flushing to disk included; drawing the pairs is not timed."""
+    identity = identity_of(8192)
     blocks = -(-count // BLOCK)
     log = Log("random", "2026-01-01", {}, [Source("random", 1, "x", complete=True)], blocks, count)
     cache = CacheWriter.create(path, Manifest(identity, log), lambda place: place.mkdir())
@@ -148,7 +152,9 @@ def measure(count: int, length: int | None, options: argparse.Namespace) -> dict
         row["inspect s"] = time.perf_counter() - started
         for child in CHILDREN:
             arguments = ["--child", child, "--cache", str(work / "cache"), "--seconds", str(options.seconds)]
-            done = subprocess.run([sys.executable, __file__, *arguments], check=True, capture_output=True, text=True)
+            done = subprocess.run(
+                [sys.executable, "-m", "benchmarks.growth", *arguments], check=True, capture_output=True, text=True
+            )
             row |= json.loads(done.stdout)
         print(json.dumps(row), file=sys.stderr)
         return row

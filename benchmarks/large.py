@@ -23,10 +23,10 @@ from threading import Event, Thread
 
 import numpy as np
 
-from benchmarks.growth import BLOCK, SAMPLE, VOCABULARY, feed, write
+from benchmarks.growth import SAMPLE, feed, identity_of, write
 from benchmarks.measure import machine
 from minicache.cache.reader import ReferenceCache
-from minicache.cache.schema import FORMAT_VERSION, Identity, Log, Manifest, RefBlock
+from minicache.cache.schema import Log, Manifest, RefBlock
 from minicache.cache.writer import CacheWriter
 from minicache.data import workers
 from minicache.data.encode import Encoder
@@ -121,11 +121,7 @@ def text(options: argparse.Namespace) -> dict[str, float]:
 
 def encoding(options: argparse.Namespace) -> dict[str, float]:
     """Stage one's first half, from the file on disk to blocks of the cache on disk."""
-    identity = Identity(
-        format_version=FORMAT_VERSION, weights="w", family="llama", tokenizer="t", template="p", vocabulary=VOCABULARY,
-        max_length=2048, truncate="right", loss_on="response", think="keep", dtype="float32", attention="sdpa",
-        block_pairs=BLOCK, per_token=False,
-    )  # fmt: skip
+    identity = identity_of(2048)
     encoder = Encoder(ChatTokenizer.load(options.tokenizer), identity.max_length)
     path, file = options.work / "cache", str(options.work / "pairs.jsonl")
     cache = CacheWriter.create(path, Manifest(identity, Log("m", "d", {})), lambda place: place.mkdir())

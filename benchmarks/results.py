@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.growth import figure
 from benchmarks.tables import COLUMNS, Row, absent_lines, case_line, gate_rows, machine_line, stage_rows
 
 RESULTS = Path(__file__).parent / "results"
@@ -75,23 +76,15 @@ def _noise(report: dict[str, Any]) -> list[str]:
 
 def _growth(report: dict[str, Any]) -> list[str]:
     """Every figure of growth.py's report, a cache a column."""
-    parts = [f"{report['machine']}; {', '.join(f'{name} {value}' for name, value in report['versions'].items())}.\n"]
-    if report.get("command"):
-        parts.append(f"`{report['command']}`\n")
+    parts = [f"{machine_line(report)}.\n", f"`{report['command']}`\n"]
     if isinstance(report["encode"], dict):
         parts.append(_table(["encoding", ""], [(name, f"{value:,.0f}") for name, value in report["encode"].items()]))
     for axis in ("pairs", "length"):
         caches = report[axis]
         names = dict.fromkeys(name for cache in caches for name in cache)
-        rows = [(name, *(_number(cache.get(name)) for cache in caches)) for name in names]
+        rows = [(name, *(figure(cache.get(name)) for cache in caches)) for name in names]
         parts.append(_table(list(rows[0]), rows[1:]))
     return parts
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
 
 
 def _table(columns: list[str], rows: Any) -> str:

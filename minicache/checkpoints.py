@@ -116,11 +116,10 @@ def _removed_on_failure(draft: Path) -> Iterator[None]:
     """What torch's own writers raise of a full disk becomes an OSError; no half checkpoint stays."""
     try:
         yield
-    except (RuntimeError, CheckpointException) as error:
+    except BaseException as error:
         shutil.rmtree(draft, ignore_errors=True)
-        raise OSError(" ".join(str(error).split())[-300:]) from error
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
+        if isinstance(error, RuntimeError | CheckpointException):
+            raise OSError(" ".join(str(error).split())[-300:]) from error
         raise
 
 

@@ -12,11 +12,12 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+
+from minicache.cache.schema import now
 
 if TYPE_CHECKING:
     from minicache.cache.objects import Bucket
@@ -73,8 +74,10 @@ class Lease:
     def _put(self, found: Mapping[str, Any] | None) -> bool:
         """Write it in the place of what was found there, None for nothing. Whether that was still so."""
         self._count += 1
-        host, pid, now = socket.gethostname(), os.getpid(), datetime.now(UTC).isoformat(timespec="seconds")
-        content = json.dumps({"host": host, "pid": pid, "written": now, "count": self._count, "id": self._id}).encode()
+        host, pid = socket.gethostname(), os.getpid()
+        content = json.dumps(
+            {"host": host, "pid": pid, "written": now(), "count": self._count, "id": self._id}
+        ).encode()
         mode: Any = "create"
         if found is not None:
             mode = {key: found[key] for key in ("e_tag", "version") if found.get(key)}

@@ -7,6 +7,7 @@ one block. The second axis of the token arrays is a virtual capacity: chunks nev
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
@@ -23,6 +24,11 @@ ATTRIBUTE = "minicache"
 # Largest difference of a pair's mean logprob, nats a token, that rounding explains. Batch shapes differ between the stages, and
 # with them the order of sums; float32 noise is around 1e-6, that of half precisions is of the size of their last bits.
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+
+
+def now() -> str:
+    """The moment, as manifests and claims hold it: ISO 8601, UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 @dataclass(frozen=True)

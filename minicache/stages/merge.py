@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from glob import escape
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from minicache.cache.blocks import TOKENIZER
 from minicache.cache.places import Place, claimed, place_at
 from minicache.cache.reader import ReferenceCache
 from minicache.cache.repack import repack, select
-from minicache.cache.schema import TOLERANCE, CachedPairs, Log, Manifest, Source
+from minicache.cache.schema import TOLERANCE, CachedPairs, Log, Manifest, Source, now
 from minicache.cache.writer import CacheWriter
 from minicache.config import MergeConfig, Where
 from minicache.errors import CacheDamaged, CacheIncomplete, CacheMismatch, OutputError
@@ -72,15 +71,11 @@ def merge(config: MergeConfig, tracker: Tracker) -> MergeReport:
     inputs = [_read(cache, _join_sources(sources, cache), tracker) for cache in caches]
     kept = _choose(inputs)
     _count(sources, inputs, kept)
-    log = replace(caches[0].log, created=_now(), sources=sources, pairs=int(sum(map(np.sum, kept))), shards=0)
+    log = replace(caches[0].log, created=now(), sources=sources, pairs=int(sum(map(np.sum, kept))), shards=0)
     tracker.begin("writing", log.pairs)
     blocks = _write(out, inputs, kept, log, tracker)
     given = [(cache.path, cache.log.pairs) for cache in caches]
     return MergeReport(out.where, given, log.pairs, blocks, sum(pairs for _, pairs in given) - log.pairs)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _require_same(first: ReferenceCache, other: ReferenceCache) -> None:

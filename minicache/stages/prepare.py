@@ -5,7 +5,6 @@ import shutil
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,9 +15,9 @@ import torch
 from minicache import __version__
 from minicache.cache.blocks import TOKENIZER
 from minicache.cache.claims import CLAIM_FILE, SHARD_CLAIMS, Claim
-from minicache.cache.places import ROOT, Place, claimed, place_at, taken
+from minicache.cache.places import POLL_SECONDS, ROOT, Place, claimed, place_at, taken
 from minicache.cache.reader import ReferenceCache
-from minicache.cache.schema import FORMAT_VERSION, Identity, Log, Manifest, digest_of
+from minicache.cache.schema import FORMAT_VERSION, Identity, Log, Manifest, digest_of, now
 from minicache.cache.writer import CacheWriter
 from minicache.config import PrecomputeConfig, Where
 from minicache.data.encode import Encoder
@@ -40,7 +39,6 @@ from minicache.trackers import Tracker
 
 BLOCK_SECONDS = 60  # what a kill may cost
 ASSUMED_FLOPS = {"cpu": 5e10, "cuda": 1e14}  # a careful guess; only the size of a block depends on it
-POLL_SECONDS = 1.0  # between two looks whether other shard jobs are done with what one waits for
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ def prepare(
 def _create_if_absent(request: _Request) -> None:
     if request.place.has(ROOT):
         return
-    manifest = Manifest(request.identity, Log(lasting_name(request.config.model), _now(), _versions()))
+    manifest = Manifest(request.identity, Log(lasting_name(request.config.model), now(), _versions()))
     try:
         CacheWriter.create(request.path, manifest, lambda place: shutil.copytree(request.tokenizer_dir, place))
     except OutputError:
@@ -251,10 +249,6 @@ def _block_pairs(loaded: LoadedModel, max_length: int, device: torch.device) -> 
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
     seconds_a_pair = 2 * parameters * min(max_length, 512) / ASSUMED_FLOPS[device.type]
     return 1 << int(np.clip(np.log2(BLOCK_SECONDS / seconds_a_pair), 4, 12))
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _versions() -> dict[str, str]:
