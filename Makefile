@@ -61,8 +61,8 @@ bench-gpu: $(VENV)/bench $(MODEL)
 	$(BENCHMARK) --model $(MODEL) minimind-3 qwen3-0.6b qwen3-1.7b --data $(FULL_DATA) --pairs 64 --dtype bfloat16 $(BENCH)
 	$(BIN)/python -m benchmarks.noise --model $(MODEL) --data $(FULL_DATA) --pairs 256
 
-bench-growth: $(VENV)/bench
-	$(BIN)/python -m benchmarks.growth --out benchmarks/results/growth.json
+bench-growth: $(VENV)/bench $(MODEL)
+	$(BIN)/python -m benchmarks.growth --tokenizer $(MODEL) --out benchmarks/results/growth.json
 	$(BIN)/python -m benchmarks.results
 
 pictures: demo/run/metrics.jsonl

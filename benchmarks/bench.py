@@ -19,7 +19,19 @@ import numpy as np
 from rich.console import Console
 
 from benchmarks.baseline import LiveReference
-from benchmarks.case import LIVE, OURS, SHAPES, TRL, TRL_PRECOMPUTED, Case, Contestant, Optimizer, make_case
+from benchmarks.case import (
+    LIVE,
+    OURS,
+    SHAPES,
+    TRL,
+    TRL_PRECOMPUTED,
+    Case,
+    Contestant,
+    Optimizer,
+    heaviest,
+    make_case,
+    padding,
+)
 from benchmarks.exact import errors
 from benchmarks.gates import gates
 from benchmarks.measure import alternate, machine, peak_gb, ratio
@@ -151,6 +163,8 @@ def facts_of(case: Case, options: argparse.Namespace) -> dict[str, Any]:
         "pairs": len(table),
         "tokens_of_both_sides": int(table.side_lengths.sum()),
         "stored_tokens": int(table.lengths.sum()),
+        "padding": padding(table, case.micro_pairs),
+        "file_padding": case.file_padding,
         "max_length": options.max_length,
         "dtype": case.dtype,
         "micro_pairs": case.micro_pairs,
@@ -171,8 +185,11 @@ def save(report: dict[str, Any]) -> None:
 
 
 def memory_of(options: argparse.Namespace) -> dict[str, float]:
-    """GB above the loaded weights of both stages of one contestant, in this process."""
-    case = make_case(options, options.model[0])
+    """GB above the loaded weights of both stages of one contestant, in this process.
+
+    On the pairs of the heaviest micro-batch alone: the others would take their time and less memory.
+    """
+    case = heaviest(make_case(options, options.model[0]))
     one = CONTESTANTS[options.memory_of](case, Optimizer(case.model))
     peaks = {"stage one": peak_gb(one.reference)} if options.memory_of != TRL else {}
     return peaks | {"stage two": peak_gb(partial(one.step, case.everything))}

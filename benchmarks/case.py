@@ -4,7 +4,6 @@ import argparse
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, Protocol
@@ -38,6 +37,7 @@ class Case:
     """model: float32 weights. dtype: of the passes, by autocast. tokenizer: a directory.
 
     micro_pairs: pairs that a padded contestant takes at once. budget: token slots that we take at once.
+    file_padding: `padding` of all pairs of the file, of which these are a part.
     """
 
     name: str
@@ -49,6 +49,7 @@ class Case:
     micro_pairs: int
     budget: int
     tokenizer: Path
+    file_padding: float
 
     @property
     def everything(self) -> Indices:
@@ -101,11 +102,29 @@ def micro_batches(indices: Indices, size: int) -> Iterator[Indices]:
         yield indices[start : start + size]
 
 
+def padding(table: PairTable, micro_pairs: int) -> float:
+    """Slots that a padded contestant computes, over those that are needed: the tokens with each prefix once."""
+    longest = table.side_lengths.max(1)
+    slots = sum(2 * len(part) * int(longest[part].max()) for part in micro_batches(np.arange(len(table)), micro_pairs))
+    return slots / int(table.lengths.sum())
+
+
+def heaviest(case: Case) -> Case:
+    """The case of that micro-batch of the padded contestants alone which has the most slots."""
+    longest = case.table.side_lengths.max(1)
+    parts = list(micro_batches(case.everything, case.micro_pairs))
+    pairs = case.table.take(max(parts, key=lambda part: len(part) * int(longest[part].max())))
+    return replace(case, table=PairTable.from_pairs(pairs, "int32"))
+
+
 def make_case(options: argparse.Namespace, name: str) -> Case:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = Path(mkdtemp(prefix="minidpo-bench-"))
     save_tokenizer(options.tokenizer, tokenizer, None)
-    table = read_pairs(options, tokenizer)
+    whole = read_pairs(options, tokenizer)
+    count = min(options.pairs, len(whole))
+    # at equal distances: short and long ones as the whole file has them
+    table = PairTable.from_pairs(whole.take(np.arange(count) * len(whole) // count), "int32")
     model: Any = random_model(*SHAPES[name]) if name in SHAPES else load_model(name).model
     model = model.to(device, torch.float32).requires_grad_(True)
     model.is_quantized = False  # transformers still says so of a .gguf's plain tensors, and its Trainer refuses them
@@ -113,12 +132,21 @@ def make_case(options: argparse.Namespace, name: str) -> Case:
     table = replace(table, tokens=table.tokens % model.get_input_embeddings().num_embeddings)
     budget = options.budget or int(options.micro_pairs * table.lengths.sum(1).mean())
     return Case(
-        name, model, table, device, options.dtype, options.layout, options.micro_pairs, max(budget, 1), tokenizer
+        name,
+        model,
+        table,
+        device,
+        options.dtype,
+        options.layout,
+        options.micro_pairs,
+        max(budget, 1),
+        tokenizer,
+        padding(whole, options.micro_pairs),
     )
 
 
 def read_pairs(options: argparse.Namespace, tokenizer: Path) -> PairTable:
-    """The first pairs of the file that can be used."""
+    """The pairs of the file that can be used."""
     encoder = Encoder(ChatTokenizer.load(tokenizer), options.max_length)
 
     def usable() -> Iterator[EncodedPair]:
@@ -128,10 +156,10 @@ def read_pairs(options: argparse.Namespace, tokenizer: Path) -> PairTable:
             except RowRefused:
                 continue
 
-    pairs = list(islice(usable(), options.pairs))
-    if len(pairs) < 2:
-        raise ConfigError(f"{options.data}: expected at least 2 pairs that can be used, got {len(pairs)}")
-    return PairTable.from_pairs(pairs, "int32")
+    found = list(usable())
+    if len(found) < 2:
+        raise ConfigError(f"{options.data}: expected at least 2 pairs that can be used, got {len(found)}")
+    return PairTable.from_pairs(found, "int32")
 
 
 def random_model(hidden: int, layers: int, heads: int, kv: int, wide: int, vocabulary: int) -> Any:

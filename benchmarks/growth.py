@@ -43,7 +43,9 @@ def main() -> None:
     report = {
         "machine": machine(),
         "command": " ".join(["python -m benchmarks.growth", *sys.argv[1:]]),
-        "encode": encoding(options) if options.tokenizer else "not measured: no --tokenizer",
+        "encode": encoding(options.tokenizer, options.encode_rows)
+        if options.tokenizer
+        else "not measured: no --tokenizer",
         "pairs": [measure(count, None, options) for count in options.pairs],
         "length": [measure(max(1, options.tokens // length), length, options) for length in options.lengths],
     }
@@ -58,7 +60,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--pairs", type=numbers, default=[1000, 10_000, 100_000, 1_000_000], help="sizes of caches")
     parser.add_argument("--lengths", type=numbers, default=[256, 1024, 4096, 8192], help="tokens a pair, all alike")
     parser.add_argument("--tokens", type=int, default=20_000_000, help="of each cache of pairs of one length")
-    parser.add_argument("--tokenizer", type=Path, help="a directory; without it encoding is not measured")
+    parser.add_argument("--tokenizer", help="a model that has one; without it encoding is not measured")
     parser.add_argument("--encode-rows", type=int, default=3000)
     parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement of feeding")
     parser.add_argument("--work", type=Path, help="where caches are made and removed; a million pairs take 1.2 GB")
@@ -68,11 +70,20 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def encoding(options: argparse.Namespace) -> dict[str, float]:
+def tokenizer_files(source: str, directory: Path) -> Path:
+    """The tokenizer of a model as it would lie in a cache. In here for what it imports: see `main`."""
+    from minicache.models.load import save_tokenizer
+
+    save_tokenizer(source, directory / "tokenizer", None)
+    return directory / "tokenizer"
+
+
+def encoding(source: str, count: int) -> dict[str, float]:
     """Rows of text to pairs of ids, digests included: the first half of stage one but for reading the file."""
+    with tempfile.TemporaryDirectory() as directory:
+        encoder = Encoder(ChatTokenizer.load(tokenizer_files(source, Path(directory))), 1024)
     sample = [to_pair(row, str(SAMPLE), line) for line, row in read_rows(str(SAMPLE)) if isinstance(row, dict)]
-    rows = [sample[index % len(sample)] for index in range(options.encode_rows)]
-    encoder = Encoder(ChatTokenizer.load(options.tokenizer), 1024)
+    rows = [sample[index % len(sample)] for index in range(count)]
     started, tokens = time.perf_counter(), 0
     for item in encoder.encode_all(rows, 0):
         assert not isinstance(item, RowRefused), item

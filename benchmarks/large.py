@@ -23,7 +23,7 @@ from threading import Event, Thread
 
 import numpy as np
 
-from benchmarks.growth import SAMPLE, feed, identity_of, write
+from benchmarks.growth import SAMPLE, feed, identity_of, tokenizer_files, write
 from benchmarks.measure import machine
 from minicache.cache.reader import ReferenceCache
 from minicache.cache.schema import Log, Manifest, RefBlock
@@ -44,8 +44,11 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="large-", dir=options.work) as work:
         report: dict = {"machine": machine(), "pairs": options.pairs}
+        same = [*sys.argv[1:], "--work", work]
+        if options.tokenizer:
+            same += ["--tokenizer", str(tokenizer_files(options.tokenizer, Path(work)))]
         for child in [*(ENCODED if options.tokenizer else DRAWN), *TRAINING]:
-            command = [sys.executable, "-m", "benchmarks.large", *sys.argv[1:], "--work", work, "--child", child]
+            command = [sys.executable, "-m", "benchmarks.large", *same, "--child", child]
             report[child] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
             print(child, json.dumps(report[child]), flush=True)
     if options.out:
@@ -55,7 +58,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=1_000_000)
-    parser.add_argument("--tokenizer", type=Path, help="a directory; without it pairs are drawn as tokens")
+    parser.add_argument("--tokenizer", help="a model that has one; without it pairs are drawn as tokens")
     parser.add_argument("--words", type=int, default=190, help="of a pair, on average")
     parser.add_argument(
         "--workers", type=int, default=workers.MOST, help="processes that encode, if there are such cores"
@@ -122,7 +125,7 @@ def text(options: argparse.Namespace) -> dict[str, float]:
 def encoding(options: argparse.Namespace) -> dict[str, float]:
     """Stage one's first half, from the file on disk to blocks of the cache on disk."""
     identity = identity_of(2048)
-    encoder = Encoder(ChatTokenizer.load(options.tokenizer), identity.max_length)
+    encoder = Encoder(ChatTokenizer.load(Path(options.tokenizer)), identity.max_length)
     path, file = options.work / "cache", str(options.work / "pairs.jsonl")
     cache = CacheWriter.create(path, Manifest(identity, Log("m", "d", {})), lambda place: place.mkdir())
     workers.MOST = options.workers

@@ -51,7 +51,8 @@ def case_line(report: dict[str, Any]) -> str:
         f"{short_name(case['model'])}{' (random weights)' if case['random_weights'] else ''}, "
         f"{case['parameters'] / 1e6:.0f}M parameters, "
         f"vocabulary {case['vocabulary']:,}, {case['dtype']}; {case['pairs']} pairs of {case['data']}, "
-        f"{case['tokens_of_both_sides']:,} tokens on both sides, {case['stored_tokens']:,} with each prefix once; layout "
+        f"{case['tokens_of_both_sides']:,} tokens on both sides, {case['stored_tokens']:,} with each prefix once, "
+        f"{case['padding']:.2f} times as many in padded micro-batches ({case['file_padding']:.2f} in the whole file); layout "
         f"{case['layout']}; micro-batches of {case['micro_pairs']} pairs, ours of {case['budget']:,} tokens"
     )
 
