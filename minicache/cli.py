@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from minicache import __version__, screen
+from minicache.cli_diff import diff
 from minicache.cli_train import train
 from minicache.command import (
     DTYPE_HELP,
@@ -257,6 +258,9 @@ def _verify(config: InspectConfig, as_json: bool) -> None:
         print_json(out, {"problems": problems, "rescored_difference": worst})
     if problems:
         raise typer.Exit(1)
+
+
+app.command()(diff)
 
 
 @app.callback(invoke_without_command=True)

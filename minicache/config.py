@@ -5,6 +5,7 @@ any file is opened or model loaded.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -35,6 +36,12 @@ def local_path(where: Where) -> Path | None:
     if parts.netloc not in ("", "localhost") or not parts.path:
         raise ConfigError(f"{where}: expected file:///a/path with three slashes, or just the path")
     return Path(unquote(parts.path))
+
+
+def different(places: Iterable[Where]) -> bool:
+    """Whether no two of them are one place."""
+    named = [(place, local_path(place)) for place in places]
+    return len({path.resolve() if path else str(url).rstrip("/") for url, path in named}) == len(named)
 
 
 def one_of(option: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
@@ -157,8 +164,7 @@ class MergeConfig:
     ref_cache: Where
 
     def __post_init__(self) -> None:
-        paths = ((cache, local_path(cache)) for cache in self.caches)
-        if len({path.resolve() if path else str(url).rstrip("/") for url, path in paths}) < max(2, len(self.caches)):
+        if len(self.caches) < 2 or not different(self.caches):
             raise ConfigError(
                 f"merge: expected two different caches or more, got {', '.join(map(str, self.caches)) or 'none'}"
             )

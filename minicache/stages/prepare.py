@@ -63,7 +63,12 @@ class _Request:
     def require_same(self, cache: ReferenceCache) -> None:
         """Raises CacheMismatch. The size of a block is the cache's own, unless one is asked for."""
         block_pairs = self.config.block_pairs or cache.identity.block_pairs
-        cache.identity.require(replace(self.identity, block_pairs=block_pairs), str(self.path))
+        cache.identity.require(
+            replace(self.identity, block_pairs=block_pairs),
+            f"{self.path}: made for another request",
+            ("the cache", "asked for"),
+            "Ask for the same, or name another --ref-cache",
+        )
 
 
 def prepare(
