@@ -88,6 +88,7 @@ def _asked(config: TrainConfig, cache: ReferenceCache, table: PairTable, tracker
         identity.truncate,
         identity.loss_on,
         identity.think,
+        identity.special_text,
     )
     digests: list[bytes] = []
     places: list[tuple[int, int]] = []

@@ -112,7 +112,8 @@ def _bring_in(request: _Request) -> None:
     _mend_tokenizer(cache, request.tokenizer_dir)
     if not is_new:
         request.tracker.note(f"{request.path} exists: going on with it")
-    encoder = Encoder(request.tokenizer, config.max_length, config.truncate, config.loss_on, config.think)
+    how = (config.max_length, config.truncate, config.loss_on, config.think, config.special_text)
+    encoder = Encoder(request.tokenizer, *how)
     try:
         take_in(cache, encoder, request.files, config.format, config.on_bad_row == "fail", request.tracker)
     except (OutputError, StoreError):
@@ -246,6 +247,7 @@ def _identity(
         attention=ATTENTION,
         block_pairs=config.block_pairs or _block_pairs(loaded, config.max_length, device),
         per_token=config.per_token,
+        special_text=config.special_text,
     )
 
 
