@@ -22,6 +22,7 @@ SPECIAL_TEXT = ("plain", "refuse", "allow")
 LOGPS = ("mean", "sum")
 LAYOUTS = ("auto", "packed", "shared", "padded")
 PARALLEL = ("ddp", "fsdp", "hybrid")
+MOST_LENGTH, MOST_BLOCK_PAIRS = 2**24, 2**20  # sizes of a cache's arrays follow from them
 NO_DIRECTORIES = (".pt", ".bin", ".ckpt", ".safetensors", ".gguf", ".zip", ".tar", ".gz", ".onnx")
 
 Where = Path | str  # of a reference cache: a directory, or the URL of a place in an object store
@@ -53,6 +54,11 @@ def one_of(option: str, value: str | None, allowed: tuple[str | None, ...]) -> N
 def at_least(option: str, value: float | None, least: float) -> None:
     if value is not None and not value >= least:
         raise ConfigError(f"{option}: expected {least} or more, got {value}")
+
+
+def at_most(option: str, value: float | None, most: float) -> None:
+    if value is not None and not value <= most:
+        raise ConfigError(f"{option}: expected {most} or less, got {value}")
 
 
 def above_zero(option: str, value: float | None) -> None:
@@ -95,12 +101,14 @@ class PrecomputeConfig:
             raise ConfigError("--data: expected at least one preference file, got none")
         one_of("--format", self.format, FORMATS)
         at_least("--max-length", self.max_length, 2)
+        at_most("--max-length", self.max_length, MOST_LENGTH)
         one_of("--truncate", self.truncate, TRUNCATE)
         one_of("--loss-on", self.loss_on, LOSS_ON)
         one_of("--think", self.think, THINK)
         one_of("--special-text", self.special_text, SPECIAL_TEXT)
         one_of("--dtype", self.dtype, DTYPES)
         at_least("--block-pairs", self.block_pairs, 1)
+        at_most("--block-pairs", self.block_pairs, MOST_BLOCK_PAIRS)
         at_least("--tokens-per-batch", self.tokens_per_batch, 1)
         one_of("--layout", self.layout, LAYOUTS)
         one_of("--parallel", self.parallel, PARALLEL)

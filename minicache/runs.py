@@ -9,12 +9,19 @@ from minicache.errors import OutputError
 
 
 def run_facts(run: str | Path) -> dict[str, Any]:
-    """What run.json says of a run directory; nothing for anything else."""
+    """What run.json says of a run directory; nothing for anything else.
+
+    Raises:
+        OutputError: it cannot be read, or is not what `train` writes.
+    """
     file = Path(run) / "run.json"
     try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (OSError, ValueError) as error:
+        facts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
         raise OutputError(f"{file}: cannot be read: {error}") from error
+    if not isinstance(facts, dict):
+        raise OutputError(f"{file}: expected an object with the run's options, got {str(facts)[:40]!r}")
+    return facts
 
 
 def run_behind(policy: str) -> dict[str, Any]:
@@ -27,8 +34,19 @@ def run_behind(policy: str) -> dict[str, Any]:
 
 def write_facts(run: Path, facts: dict[str, Any]) -> None:
     """Raises OutputError: the disk is full or cannot be written; what was there stays."""
+    for leftover in _drafts(run):  # of calls that were killed
+        leftover.unlink(missing_ok=True)
     with written_whole(run / "run.json") as draft:
         draft.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def is_unused(run: Path) -> bool:
+    """Whether it is an empty directory, or was made by a call that was killed before it could write run.json."""
+    return run.is_dir() and set(run.iterdir()) <= set(_drafts(run))
+
+
+def _drafts(run: Path) -> list[Path]:
+    return list(run.glob(".run.json.*.draft"))
 
 
 def policy_source(policy: str) -> str:

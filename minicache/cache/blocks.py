@@ -30,7 +30,19 @@ from minicache.errors import CacheDamaged, CacheIncomplete
 from minicache.pairs import PairTable, count_tokens
 
 # What zarr raises on bytes that are not what was written: checksum, decompression, size, metadata; OSError is the disk itself.
-UNREADABLE = (ValueError, ArithmeticError, LookupError, RuntimeError, TypeError, AttributeError, OSError)
+UNREADABLE = (
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    AttributeError,
+    OSError,
+    MemoryError,
+    AssertionError,
+)
+MOST_BLOCKS = 2**24  # more is no cache, but metadata that makes its readers count for ever
+MOST_HELD = 2**32  # bytes
 
 
 TOKENIZER = "tokenizer"
@@ -77,8 +89,18 @@ class CacheBlocks:
 
     @cached_property
     def tokenizer_dir(self) -> Path:
-        """May be a copy: to change it, put another folder in its place."""
-        return self.place.folder(TOKENIZER)
+        """May be a copy: to change it, put another folder in its place.
+
+        Raises:
+            CacheDamaged: something in it is no file, but a link or a device.
+        """
+        folder = self.place.folder(TOKENIZER)
+        for file in [folder] if folder.is_symlink() else folder.rglob("*"):
+            if file.is_symlink() or not (file.is_file() or file.is_dir()):
+                raise CacheDamaged(
+                    f"{file}: expected a file; the same precompute-ref again puts the tokenizer there anew"
+                )
+        return folder
 
     @property
     def blocks(self) -> int:
@@ -95,6 +117,8 @@ class CacheBlocks:
         expected = (spec.shape, spec.dtype, spec.chunks, str(np.dtype(spec.dtype).type(spec.fill)))
         if found != expected:
             raise CacheDamaged(f"{self.path}/{name}: expected shape, dtype, chunks, fill {expected}, found {found}")
+        if array.shape[0] > MOST_BLOCKS:
+            raise CacheDamaged(f"{self.path}/{name}: expected {MOST_BLOCKS:,} blocks or fewer, found {array.shape[0]}")
         if self.arrays and array.shape[0] < self.blocks:
             raise CacheDamaged(f"{self.path}/{name}: expected room for {self.blocks} blocks, found {array.shape[0]}")
         return array
@@ -105,6 +129,8 @@ class CacheBlocks:
         Later changes are not seen. An array with a chunk that cannot be read stays on disk, so that the error can name the block.
         """
         for name in names:
+            if self.arrays[name].nbytes > MOST_HELD:
+                continue
             with suppress(*UNREADABLE):
                 self.held[name] = np.asarray(self.arrays[name][:])
 

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import zarr
 from zarr.abc.store import Store
 
+from minicache.cache.bounded import BoundedStore
 from minicache.cache.claims import CLAIM_FILE, SHARD_CLAIMS, Claim, FileClaim
 from minicache.config import Where, local_path
 from minicache.disk import flush_to_disk, with_folders, writing
@@ -161,7 +161,7 @@ class Directory(Place):
         shutil.rmtree(dead, ignore_errors=True)
 
     def store(self, read_only: bool) -> Store:
-        return zarr.storage.LocalStore(self.path, read_only=read_only)
+        return BoundedStore(self.path, read_only=read_only)
 
     def claim(self, name: str) -> Claim:
         return FileClaim(self.path / name)

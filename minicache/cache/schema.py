@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from minicache.cache.strict import read_as
+from minicache.config import LOSS_ON, MOST_BLOCK_PAIRS, MOST_LENGTH, SPECIAL_TEXT, THINK, TRUNCATE
 from minicache.errors import CacheDamaged, CacheMismatch, Difference
 from minicache.pairs import PairTable
 
@@ -24,6 +26,17 @@ ATTRIBUTE = "minicache"
 # Largest difference of a pair's mean logprob, nats a token, that rounding explains. Batch shapes differ between the stages, and
 # with them the order of sums; float32 noise is around 1e-6, that of half precisions is of the size of their last bits.
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+
+POSSIBLE: dict[str, range | tuple[str, ...]] = {
+    "vocabulary": range(1, 2**31),
+    "max_length": range(2, MOST_LENGTH + 1),
+    "block_pairs": range(1, MOST_BLOCK_PAIRS + 1),
+    "truncate": TRUNCATE,
+    "loss_on": LOSS_ON,
+    "think": THINK,
+    "special_text": SPECIAL_TEXT,
+    "dtype": tuple(TOLERANCE),
+}
 
 # Fields of an identity that say how or what is stored; the others change values.
 STORAGE = ("format_version", "block_pairs", "per_token")
@@ -72,6 +85,13 @@ class Identity:
     @property
     def token_dtype(self) -> str:
         return "uint16" if self.vocabulary <= 65535 else "int32"
+
+    def require_possible(self) -> None:
+        """Raises ValueError where no cache can be so: what follows relies on it, the sizes of its arrays among them."""
+        for name, allowed in POSSIBLE.items():
+            if (value := getattr(self, name)) not in allowed:
+                limits = f"{allowed[0]:,} to {allowed[-1]:,}" if isinstance(allowed, range) else ", ".join(allowed)
+                raise ValueError(f"identity.{name}: expected {limits}, got {value!r}")
 
     def require(self, wanted: "Identity", problem: str, sides: tuple[str, str], advice: str) -> None:
         """Raises CacheMismatch, naming each field that differs, unless the two are the same.
@@ -156,12 +176,14 @@ class Manifest:
             raise CacheDamaged(
                 f"{where}: zarr.json was changed after it was written; its manifest does not fit its digest"
             )
-        log = dict(stored["log"])
         try:
-            log["sources"] = [Source(**source) for source in log["sources"]]
-            return cls(Identity(**stored["identity"]), Log(**log))
+            read = read_as(cls, content, "manifest")
+            read.identity.require_possible()
         except TypeError as error:
             raise CacheMismatch(f"{where}: its manifest is of another version of this program: {error}") from error
+        except ValueError as error:
+            raise CacheDamaged(f"{where}: zarr.json is not as this program writes it: {error}") from error
+        return read
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ and the special tokens. `models/` writes such a directory for any model; a cache
 
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
@@ -23,6 +24,11 @@ from minicache.data.special import SpecialText
 from minicache.errors import ConfigError, ModelError, RowRefused
 from minicache.pairs import Ints
 
+FILES = {
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json"),
+    *("vocab.json", "vocab.txt", "merges.txt"),
+}
+FILES_OF_CODE = re.compile(r"token\w+\.py")  # run by whoever loads it with trust_remote_code, and by nobody else
 PLAIN_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}{% endfor %}"
@@ -120,6 +126,17 @@ class ChatTokenizer:
             return environment.from_string(template)
         except jinja2.TemplateError as error:
             raise ConfigError(f"the chat template cannot be compiled: {error}") from error
+
+
+def copy_tokenizer(directory: Path, target: Path) -> None:
+    """Copy a tokenizer's files and no others: a cache of somebody else's may have a config.json or weights among them."""
+    for file in sorted(directory.rglob("*")):
+        name = file.relative_to(directory)
+        if file.is_file() and (
+            name.name in FILES or name.suffix in (".jinja", ".model") or FILES_OF_CODE.fullmatch(str(name))
+        ):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target / name)
 
 
 def _template(directory: Path, config: dict) -> str:

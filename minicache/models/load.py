@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from minicache.data.tokenizers import copy_tokenizer
 from minicache.errors import ModelError, OutputError
 from minicache.models import huggingface, lora, minimind
 from minicache.models.fingerprint import fingerprint
@@ -105,7 +106,7 @@ def save_model(model: Any, tokenizer_dir: Path, directory: Path, weights: dict[s
         options: dict[str, Any] = {"save_embedding_layers": False} if hasattr(model, "get_base_model") else {}
         model.save_pretrained(draft, **options, **({"state_dict": weights} if weights else {}))
         lora.write_base(model, draft)
-        shutil.copytree(tokenizer_dir, draft, dirs_exist_ok=True)
+        copy_tokenizer(tokenizer_dir, draft)
         draft.replace(directory)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)

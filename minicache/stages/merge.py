@@ -20,6 +20,7 @@ from minicache.cache.repack import repack, select
 from minicache.cache.schema import TOLERANCE, CachedPairs, Log, Manifest, Source, now
 from minicache.cache.writer import CacheWriter
 from minicache.config import MergeConfig, Where
+from minicache.data.tokenizers import copy_tokenizer
 from minicache.errors import CacheDamaged, CacheIncomplete, CacheMismatch, OutputError
 from minicache.stages.intake import REFUSED_FILE, source_of
 from minicache.trackers import Tracker
@@ -183,7 +184,7 @@ def _write(out: Place, inputs: list[_Input], kept: list[NDArray[np.bool_]], log:
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, draft, ignore_errors=True)
         empty = Manifest(first.identity, replace(log, sources=[], blocks=0, pairs=0))
-        cache = CacheWriter.create(draft, empty, lambda tokenizer: shutil.copytree(first.tokenizer_dir, tokenizer))
+        cache = CacheWriter.create(draft, empty, lambda tokenizer: copy_tokenizer(first.tokenizer_dir, tokenizer))
         stack.enter_context(claimed(draft))
         for block, (table, scores) in enumerate(repack(_kept_parts(inputs, kept), first.identity.block_pairs)):
             cache.grow(block + 1)

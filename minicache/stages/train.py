@@ -24,7 +24,7 @@ from minicache.models import LoadedModel, checkpoint_activations, load_model, sa
 from minicache.models.load import lasting_name
 from minicache.models.lora import add_lora, with_adapter
 from minicache.parallel import is_sharded, spread, whole_weights
-from minicache.runs import run_facts, write_facts
+from minicache.runs import is_unused, run_facts, write_facts
 from minicache.scoring import DTYPES, Scorer, decoder_of, resolve_dtype
 from minicache.stages.checks import check, handshake
 from minicache.stages.load import load_pairs
@@ -147,7 +147,7 @@ def _resume_at(config: TrainConfig) -> int | None:
         OutputError: there is a run or something else at --out already. ConfigError: the run there was started with other options.
     """
     facts = run_facts(config.out)
-    if not facts and config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
+    if not facts and config.out.exists() and not is_unused(config.out):
         raise OutputError(f"{config.out}: exists already, and is no run; name another --out or remove it")
     if not facts:
         return None

@@ -1,0 +1,47 @@
+"""A small cache and a short run to damage, and what every command owes a user whatever was done to them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import make_rows, precompute_into, write_jsonl
+
+PAIRS, BLOCK = 10, 4
+Orderly = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> tuple[Path, Path]:
+    """A cache of three blocks with every array there is, and its data. Copy it before changing it."""
+    place = tmp_path_factory.mktemp("small")
+    data = write_jsonl(place / "data.jsonl", make_rows(PAIRS))
+    return precompute_into(place / "cache", model_dir, data, block_pairs=BLOCK, per_token=True), data
+
+
+@pytest.fixture
+def orderly(cli: Callable[..., tuple[int, str, str]]) -> Orderly:
+    """Run a command: it works, or says one line and nothing else. (exit code, that line).
+
+    Any exception that is not one of ours fails the test: `cli` raises it.
+    """
+
+    def run(*arguments: object) -> tuple[int, str]:
+        code, out, err = cli(*arguments)
+        said = [line.removeprefix("error: ") for line in err.splitlines() if line.startswith("error: ")]
+        assert "Traceback" not in out + err
+        assert (code, len(said)) in {(0, 0), (1, 1)}, (code, err)
+        return code, "".join(said)
+
+    return run
+
+
+@pytest.fixture
+def stage_one(orderly: Orderly, model_dir: Path, small: tuple[Path, Path]) -> Callable[..., tuple[int, str]]:
+    """The command that made `small`, on a cache."""
+
+    def run(cache: object, *options: object, model: Path = model_dir) -> tuple[int, str]:
+        given = ["--model", model, "--data", small[1], "--ref-cache", cache, "--block-pairs", BLOCK, "--per-token"]
+        return orderly("precompute-ref", *given, *options)
+
+    return run
