@@ -7,6 +7,8 @@ from typing import Any
 from minicache.disk import written_whole
 from minicache.errors import OutputError
 
+FOUND = {"started_from": str, "stored_dtype": str, "steps": int, "token_budget": int, "outcome": dict}
+
 
 def run_facts(run: str | Path) -> dict[str, Any]:
     """What run.json says of a run directory; nothing for anything else.
@@ -21,6 +23,9 @@ def run_facts(run: str | Path) -> dict[str, Any]:
         raise OutputError(f"{file}: cannot be read: {error}") from error
     if not isinstance(facts, dict):
         raise OutputError(f"{file}: expected an object with the run's options, got {str(facts)[:40]!r}")
+    for name, kind in FOUND.items():
+        if name in facts and type(facts[name]) is not kind:
+            raise OutputError(f"{file}: {name!r} is {str(facts[name])[:40]!r}, which `train` never writes there")
     return facts
 
 

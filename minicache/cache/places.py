@@ -6,6 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 
 from zarr.abc.store import Store
@@ -175,6 +176,7 @@ class Directory(Place):
 
     def remove_leftovers(self) -> None:
         self._unlink([*self.path.rglob("*.partial"), *self.path.glob(f"{SHARD_CLAIMS}*")])
+        remove_drafts(self.home)
 
     def remove_partial(self, folders: Iterable[str]) -> None:
         self._unlink([leftover for folder in folders for leftover in (self.path / folder).rglob("*.partial")])
@@ -236,6 +238,12 @@ def place_at(where: Where) -> Place:
 def draft_of(place: Path) -> Path:
     """A name of its own beside `place`: zarr's threads may still be writing into that of an attempt that failed."""
     return place.with_name(f".{place.name}.creating-{os.urandom(4).hex()}")
+
+
+def remove_drafts(place: Path) -> None:
+    """Of attempts that were killed. One that another process is at just now cannot come to anything any more."""
+    for leftover in place.parent.glob(f".{escape(place.name)}.creating-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def taken(claim: Claim) -> bool:

@@ -7,7 +7,6 @@ different blocks at the same time without locks; only one of them creates, grows
 
 import shutil
 from collections.abc import Callable, Iterable
-from glob import escape
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from minicache.cache.blocks import TOKENIZER
 from minicache.cache.claims import CLAIM_FILE
-from minicache.cache.places import ROOT, draft_of, place_at
+from minicache.cache.places import ROOT, draft_of, place_at, remove_drafts
 from minicache.cache.reader import ReferenceCache
 from minicache.cache.schema import Manifest, RefBlock, array_specs, pairs_row, ref_row
 from minicache.config import Where
@@ -57,9 +56,7 @@ class CacheWriter(ReferenceCache):
             place.publish(draft)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
-        # Of attempts that were killed. One that another process is at just now cannot come to anything any more.
-        for leftover in draft.parent.glob(f".{escape(place.home.name)}.creating-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        remove_drafts(place.home)
         return cls(where)
 
     def remove_leftovers_of(self, blocks: Iterable[int]) -> None:

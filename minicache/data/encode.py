@@ -8,7 +8,6 @@ the boundary belongs to the answer.
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,6 +19,7 @@ from minicache.pairs import EncodedPair, Ints
 
 EMPTY_THINK = "<think>\n\n</think>\n\n"
 CHUNK = 128  # pairs tokenized in one call: enough to keep all cores of the tokenizers library busy
+MOST_CHARACTERS = 2**24  # in one call, about: its memory is fifty times that
 
 R = TypeVar("R")
 Span = tuple[int, int]  # characters, begin and end
@@ -47,8 +47,7 @@ class Encoder:
         self, rows: Iterable[Pair | RowRefused], file: int
     ) -> Iterator[tuple[EncodedPair, bool] | RowRefused]:
         """In order, for each row: the encoded pair and whether it was truncated, or the refusal."""
-        rows = iter(rows)
-        while chunk := list(islice(rows, CHUNK)):
+        for chunk in _chunks(rows):
             rendered = [row if isinstance(row, RowRefused) else _try(row, self._render, row) for row in chunk]
             texts = [text for item in rendered if not isinstance(item, RowRefused) for text, _, _ in item]
             encoded = iter(self.tokenizer.encode(texts, hides=self.special_text != "allow"))
@@ -167,6 +166,19 @@ class Encoder:
         if np.array_equal(ids[0], ids[1]) and np.array_equal(masks[0], masks[1]):
             raise RowRefused("identical", f"the sides are the same tokens within --max-length {self.max_length}")
         return EncodedPair.join(ids[0], masks[0], ids[1], masks[1], source), longest > self.max_length
+
+
+def _chunks(rows: Iterable[Pair | RowRefused]) -> Iterator[list[Pair | RowRefused]]:
+    chunk: list[Pair | RowRefused] = []
+    characters = 0
+    for row in rows:
+        chunk.append(row)
+        characters += 0 if isinstance(row, RowRefused) else row.characters
+        if len(chunk) == CHUNK or characters > MOST_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
 
 
 def _try(pair: Pair, step: Callable[..., R], *arguments: Any) -> R | RowRefused:

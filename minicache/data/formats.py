@@ -9,7 +9,7 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,10 @@ ROLE_NAMES = {
     "observation": "tool",
     "function_call": "assistant",
 }
+MOST_ROW = 2**24  # characters of a line or a text: 8 times what a model of a million tokens reads
+MOST_SKIPPED = 2**32  # characters of a line that is passed over
+MOST_ARRAY = 2**30  # characters of a JSON array, which is in memory as a whole
+MOST_DEPTH = 100  # objects and lists within each other; a row of any format needs four
 BAD_BYTES = "surrogateescape"  # bytes that are no UTF-8 become lone surrogates: one line is refused, not the file
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
@@ -160,6 +164,8 @@ def _reader(row: Row, format: str) -> Callable[[Row], Conversations]:
 def _text(value: object, field: str) -> str:
     if not isinstance(value, str):
         raise RowRefused("wrong-type", f"{field!r} must be text, got {_kind(value)}")
+    if len(value) > MOST_ROW:
+        raise RowRefused("too-large", f"{field!r} has {len(value):,} characters, expected {MOST_ROW:,} or fewer")
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -266,38 +272,77 @@ def _json_rows(file: Path) -> Iterator[tuple[int, object]]:
     with _open_text(file) as stream:
         if b"\0" in stream.buffer.peek(1024)[:1024]:  # type: ignore[attr-defined]  # all three kinds can peek
             raise DataError(f"{file}: is no UTF-8 text; expected jsonl, a JSON array or parquet, plain, gzip or zstd")
-        lines = enumerate(stream, start=1)
+        lines = enumerate(iter(lambda: stream.readline(MOST_ROW), ""), start=1)
         for number, line in lines:
             if not line.strip():
+                _skip_rest(line, stream, file)
                 continue
             if line.lstrip().startswith("["):  # a JSON array: an object a line never begins so
-                text = "\n" * (number - 1) + line + stream.read()
-                yield from enumerate(_json_array(text, file), start=1)
+                yield from enumerate(_json_array(line, number, stream, file), start=1)
                 return
             if line.strip() == "{":
                 raise DataError(f"{file}: an object is spread over lines; expected one object a line, or a JSON array")
-            yield number, _json_line(line)
+            yield number, _json_line(line, stream, file)
             break
         for number, line in lines:
             if line.strip():
-                yield number, _json_line(line)
+                yield number, _json_line(line, stream, file)
+            else:
+                _skip_rest(line, stream, file)
 
 
-def _json_line(line: str) -> object:
+def _skip_rest(line: str, stream: io.TextIOWrapper, file: Path) -> bool:
+    """Go on to the next line; whether this one is longer than a row may be. Nothing of it is kept.
+
+    Raises:
+        DataError: it does not end.
+    """
+    if len(line) < MOST_ROW or line.endswith("\n"):
+        return False
+    for _ in range(MOST_SKIPPED // MOST_ROW):
+        line = stream.readline(MOST_ROW)
+        if not line or line.endswith("\n"):
+            return True
+    raise DataError(f"{file}: a line of more than {MOST_SKIPPED:,} characters; expected one preference pair a line")
+
+
+def _json_line(line: str, stream: io.TextIOWrapper, file: Path) -> object:
+    if _skip_rest(line, stream, file):
+        return RowRefused("too-large", f"the line has more than {MOST_ROW:,} characters")
     try:
         line.encode()
-        return json.loads(line)
+        row = json.loads(line)
     except UnicodeEncodeError:
         return RowRefused("bad-unicode", "the line is not UTF-8")
     except (ValueError, RecursionError) as error:
         return RowRefused("broken-json", f"not JSON: {error}")
+    return _not_too_deep(row) if line.count("[") + line.count("{") > MOST_DEPTH else row
 
 
-def _json_array(text: str, file: Path) -> list[object]:
+def _json_array(line: str, number: int, stream: io.TextIOWrapper, file: Path) -> list[object]:
+    """The rows of an array that begins in a line, which is the number-th."""
+    text = line + stream.read(MOST_ARRAY)
+    if len(text) > MOST_ARRAY:
+        raise DataError(f"{file}: a JSON array of more than {MOST_ARRAY:,} characters; expected jsonl for so many rows")
     try:
-        return json.loads(text)
+        return [_not_too_deep(row) for row in json.loads("\n" * min(number - 1, MOST_ROW) + text)]
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: begins like a JSON array but is not one: {error}") from None
+
+
+def _not_too_deep(row: object) -> object:
+    """The row, or its refusal: processes cannot send each other what is nested as deeply as JSON may be."""
+    level, depth = [row], 0
+    while level and depth <= MOST_DEPTH:
+        level = [each for item in level for each in _within(item)]
+        depth += 1
+    return RowRefused("broken-json", f"nested more than {MOST_DEPTH} deep") if level else row
+
+
+def _within(item: object) -> Iterable[object]:
+    if isinstance(item, dict):
+        return item.values()
+    return item if isinstance(item, list) else ()
 
 
 def _parquet_rows(file: Path) -> Iterator[tuple[int, object]]:

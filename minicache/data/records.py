@@ -29,6 +29,11 @@ class Pair:
     file: str = ""
     line: int = 0
 
+    @property
+    def characters(self) -> int:
+        """Of both sides together."""
+        return sum(len(turn.content) for turns in (self.prompt * 2, self.chosen, self.rejected) for turn in turns)
+
     @classmethod
     def from_conversations(cls, chosen: list[Turn], rejected: list[Turn], file: str = "", line: int = 0) -> "Pair":
         """Split two whole conversations at the first turn in which they differ.

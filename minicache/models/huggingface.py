@@ -53,8 +53,8 @@ def _from_pretrained(cls: Any, source: str, trust_remote_code: bool, **options: 
     quiet()
     try:
         return cls.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        line = " ".join(str(error).split())
+    except Exception as error:  # of damaged files transformers raises anything
+        line = " ".join(str(error).split()) or type(error).__name__
         hint = " (add --trust-remote-code if you trust its authors)" if "trust_remote_code" in line else ""
         what = "transformers cannot load it" if path.exists() else "no such directory, and no hub id that can be loaded"
         raise ModelError(f"{path}: {what}: {line[:300]}{hint}") from error

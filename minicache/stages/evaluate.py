@@ -8,7 +8,7 @@ import torch
 
 from minicache.cache.reader import ReferenceCache
 from minicache.config import EvaluateConfig, Where
-from minicache.config_train import LossOptions, TrainConfig, fill, flat
+from minicache.config_train import LossOptions, TrainConfig, fill, flat, require_types
 from minicache.distributed import World
 from minicache.errors import CacheMismatch
 from minicache.evaluation import EvalSet, evaluate_policy, require_per_token, settle_layout
@@ -38,6 +38,7 @@ class EvaluateReport:
 def evaluate(config: EvaluateConfig, world: World, tracker: Tracker) -> EvaluateReport:
     """Score every pair of the cache with the policy. Raises MinicacheError of any kind."""
     facts = run_behind(config.policy)
+    require_types(TrainConfig, facts)
     names = ("loss", "logps", "beta")
     # what is asked for, else what the run was trained with, else the default of a run
     settings = {name: getattr(config, name) or facts.get(name, getattr(TrainConfig, name)) for name in names}

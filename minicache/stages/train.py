@@ -118,17 +118,19 @@ def _sizes(run: Run) -> dict[str, Any]:
 
 
 def _report(out: Path, facts: dict[str, Any]) -> TrainReport:
-    outcome = facts["outcome"]
-    noise = None if facts["init_from"] else facts["handshake"]
-    return TrainReport(
-        out,
-        out / "model",
-        outcome["model_step"],
-        noise,
-        outcome["stopped"],
-        Progress(**outcome["progress"]),
-        from_ln_2=facts["loss"] == "sigmoid" and not facts["sft_weight"] and not facts["wpo"],
-    )
+    try:
+        outcome = facts["outcome"]
+        return TrainReport(
+            out,
+            out / "model",
+            outcome["model_step"],
+            None if facts["init_from"] else facts["handshake"],
+            outcome["stopped"],
+            Progress(**outcome["progress"]),
+            from_ln_2=facts["loss"] == "sigmoid" and not facts["sft_weight"] and not facts["wpo"],
+        )
+    except (KeyError, TypeError) as error:
+        raise OutputError(f"{out}/run.json: not as `train` wrote it ({error}); its model is in {out}/model") from error
 
 
 def _budget(config: TrainConfig, scorer: Scorer, cached: CachedPairs, world: World) -> int:

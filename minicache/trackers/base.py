@@ -78,12 +78,13 @@ def _line(step: int, metrics: dict[str, float]) -> str:
 def points_before(step: int, file: Path) -> list[tuple[int, dict[str, float]]]:
     """The points of metrics.jsonl below `step`, none where there is no file; a kill may have torn the last line."""
     points = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+    for line in file.read_bytes().splitlines() if file.exists() else []:
         try:
             point = json.loads(line)
-        except ValueError:
+            at = point.pop("step")
+        except (ValueError, AttributeError, TypeError, LookupError, RecursionError):  # what a power loss leaves
             continue
-        if (at := point.pop("step")) < step:
+        if isinstance(at, int) and at < step:
             points.append((at, point))
     return points
 
