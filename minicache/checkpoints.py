@@ -54,6 +54,12 @@ class Saver:
         self.group = dist.new_group(backend="gloo") if background and world.size > 1 else None
         self.under_way: Future[None] | None = None
         _one_process_is_no_mistake()
+        if world.is_main:
+            for leftover in [
+                *(run / "checkpoints").glob(".step-*.gone"),
+                *(run / "checkpoints").glob(".step-*.saving"),
+            ]:
+                shutil.rmtree(leftover, ignore_errors=True)  # of a call that was killed
 
     def save(
         self,

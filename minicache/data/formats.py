@@ -36,7 +36,7 @@ ROLE_NAMES = {
 }
 MOST_ROW = 2**24  # characters of a line or a text: 8 times what a model of a million tokens reads
 MOST_SKIPPED = 2**32  # characters of a line that is passed over
-MOST_ARRAY = 2**30  # characters of a JSON array, which is in memory as a whole
+MOST_ARRAY = 2**29  # characters of a JSON array, which is in memory as a whole
 MOST_DEPTH = 100  # objects and lists within each other; a row of any format needs four
 BAD_BYTES = "surrogateescape"  # bytes that are no UTF-8 become lone surrogates: one line is refused, not the file
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")

@@ -109,7 +109,7 @@ def test_every_zarr_json(small: tuple[Path, Path], tmp_path: Path, commands: Com
             "inspect": orderly("inspect-cache", cache),
             "pair": orderly("inspect-cache", cache, "--pair", 0),
             "train": orderly("train", "--ref-cache", cache, "--out", tmp_path / "run"),
-            "merge": orderly("merge", cache, "--ref-cache", tmp_path / "merged"),
+            "merge": orderly("merge", cache, sound, "--ref-cache", tmp_path / "merged"),
             "stage one": stage_one(cache),
         }
         is_used = file.parent.name not in ("pairs", "ref", "ledger")
@@ -164,7 +164,7 @@ def test_every_entry_of_the_manifest_by_one_who_knows_how_to_sign_it(
             refused += orderly("inspect-cache", cache)[0]
             refused += orderly("inspect-cache", cache, "--json")[0]
             orderly("diff", cache, sound)
-            orderly("merge", cache, "--ref-cache", tmp_path / "merged")
+            orderly("merge", cache, sound, "--ref-cache", tmp_path / "merged")
             shutil.rmtree(tmp_path / "merged", ignore_errors=True)
     assert refused > 100
 
@@ -179,7 +179,8 @@ def test_the_list_of_refused_rows_is_no_part_of_it(
         cache = shutil.copytree(small[0], tmp_path / f"cache-{number}")
         (cache / "refused.jsonl").write_bytes(lines)
         orderly("inspect-cache", cache)
-        orderly("merge", cache, "--ref-cache", tmp_path / f"merged-{number}")
+        orderly("merge", small[0], cache, "--ref-cache", tmp_path / f"merged-{number}")
+        orderly("merge", cache, small[0], "--ref-cache", tmp_path / f"other-{number}")
         assert stage_one(cache)[0] == 0
         kept = {name: data for name, data in contents(cache).items() if name != "refused.jsonl"}
         assert kept == {name: data for name, data in contents(small[0]).items() if name != "refused.jsonl"}
