@@ -1,5 +1,6 @@
 # make demo   the whole job on a real model: about five minutes on two CPU cores, downloads aside
 # make test   all tests
+# make torture  kills, full disks, damage, clocks, bombs, each for real: about fifteen minutes; make fuzz  for SECONDS (120)
 # make bench  both stages beside a live-reference trainer and TRL, two models: about ten minutes on two CPU cores.
 #             BENCH="--pairs 32 --data pairs.jsonl" for other pairs; make bench-full for many, make bench-gpu on a GPU
 # Each sets up .venv by itself. PYTHON names the interpreter (3.11 or newer).
@@ -19,7 +20,7 @@ PROMPT ?= What should I pack for a beach day?
 BENCHMARK := $(BIN)/python -m benchmarks.bench
 FULL_DATA ?= ../shared/data/dpo_en_chat.jsonl
 
-.PHONY: demo test bench bench-full bench-gpu bench-growth format pictures clean
+.PHONY: demo test torture fuzz bench bench-full bench-gpu bench-growth format pictures clean
 
 $(VENV)/ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "minidpo needs Python 3.11 or newer: make PYTHON=python3.12 …"; exit 1; }
@@ -45,6 +46,14 @@ demo: $(VENV)/ready $(MODEL)
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n auto
+
+torture: $(VENV)/ready
+	EXAMPLES=1000 $(BIN)/python -m pytest -n auto tests/torture tests/test_hostile.py
+
+# Coverage-guided, of what reads data files and manifests. There is no atheris for some Pythons.
+fuzz: $(VENV)/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check 'atheris>=3.0'
+	$(BIN)/python -m tests.fuzz.fuzz -max_total_time=$(or $(SECONDS),120) -max_len=2000
 
 # TRL is only raced against: where it cannot be had, its rows are missing and say so.
 $(VENV)/bench: $(VENV)/ready

@@ -281,6 +281,7 @@ class _Intake:
 def source_of(line: str) -> int | None:
     """The file that a line of the listing is about; None for one that somebody else wrote."""
     try:
-        return json.loads(line)["source"]
-    except (ValueError, LookupError, TypeError):
+        source = json.loads(line)["source"]
+    except (ValueError, LookupError, TypeError, RecursionError):
         return None
+    return source if type(source) is int else None

@@ -161,11 +161,13 @@ def test_every_entry_of_the_manifest_by_one_who_knows_how_to_sign_it(
             signed = {**new, "identity_digest": digest_of(new.get("identity")), "digest": digest_of(new)}
             root["attributes"] = {"minicache": signed}
             (cache / "zarr.json").write_text(json.dumps(root))
-            refused += orderly("inspect-cache", cache)[0]
-            refused += orderly("inspect-cache", cache, "--json")[0]
-            orderly("diff", cache, sound)
-            orderly("merge", cache, sound, "--ref-cache", tmp_path / "merged")
-            shutil.rmtree(tmp_path / "merged", ignore_errors=True)
+            code, _ = orderly("inspect-cache", cache)
+            assert orderly("inspect-cache", cache, "--json")[0] == code
+            refused += code
+            if not code and value in (None, ""):  # what is no reason to refuse it
+                orderly("diff", cache, sound)
+                orderly("merge", cache, sound, "--ref-cache", tmp_path / "merged")
+                shutil.rmtree(tmp_path / "merged", ignore_errors=True)
     assert refused > 100
 
 
