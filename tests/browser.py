@@ -62,6 +62,7 @@ class Browser:
             if answer.get("id") == self.number:
                 assert "error" not in answer, answer
                 return answer["result"]
+            assert answer.get("method") != "Page.javascriptDialogOpening", "the page opened a dialog"
             self.heard.append(answer)
 
     def _next(self) -> dict[str, Any]:

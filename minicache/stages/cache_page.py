@@ -64,13 +64,6 @@ def cache_page(report: CacheReport) -> str:
 
 def _summary(report: CacheReport) -> Html:
     it = report.inspection
-    state = (
-        e("p", "Complete: training may use it.", class_="state good")
-        if it.complete
-        else e(
-            "p", "Not complete: training refuses it. Run the same precompute-ref again to go on.", class_="state bad"
-        )
-    )
     rows: list[tuple[str, Child]] = [
         ("pairs", f"{it.pairs:,}, of which {it.pairs_scored:,} scored"),
         ("blocks", f"{it.blocks_scored:,} of {it.blocks:,} finished"),
@@ -82,11 +75,21 @@ def _summary(report: CacheReport) -> Html:
         by = it.reference_prefers_chosen
         rows.append(("reference prefers chosen", f"{by['mean']:.1%} of pairs by mean logprob, {by['sum']:.1%} by sum"))
         rows.append(("mean margin", f"{it.reference_margin:+.4f} nats a token"))
-    return together(state, _problems(it), facts(rows))
+    return together(_state(report), _problems(it, report.suspects.damage), facts(rows))
 
 
-def _problems(it: Inspection) -> Html | None:
+def _state(report: CacheReport) -> Html:
+    again = "Run the same precompute-ref again to"
+    if report.suspects.damage:
+        return e("p", f"Damaged: training refuses it. {again} make the damaged blocks anew.", class_="state bad")
+    if not report.inspection.complete:
+        return e("p", f"Not complete: training refuses it. {again} go on.", class_="state bad")
+    return e("p", "Complete: training may use it.", class_="state good")
+
+
+def _problems(it: Inspection, damage: list[str]) -> Html | None:
     lines = [it.problem] if it.problem else []
+    lines += [problem for problem in damage if problem not in it.unfinished.values()]
     if it.unfinished:
         lines.append(f"blocks unfinished: {ranges(map(int, it.unfinished))}")
     if it.shards_missing:

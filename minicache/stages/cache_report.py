@@ -1,6 +1,6 @@
 """What the page of a cache shows, gathered: the inspection, who the reference prefers where, rows to look at, texts. No torch."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from minicache.cache.reader import ReferenceCache
 from minicache.config import InspectConfig
 from minicache.data.tokenizers import ChatTokenizer
-from minicache.errors import CacheError, MinicacheError
+from minicache.errors import CacheDamaged, CacheIncomplete, MinicacheError
 from minicache.inspection import Inspection, PairLine
 from minicache.pairs import CHOSEN, REJECTED
 from minicache.stages import suspects
@@ -23,7 +23,7 @@ from minicache.trackers import Tracker
 EXTREMES = 5  # pairs of a list
 LISTED = 50  # rows of a list of suspects
 TEXTS_OF_LIST, TEXTS = 8, 48  # pairs of one list of suspects, of all, whose text is on the page
-MOST_TOKENS = 400_000_000  # stored tokens that are looked at for suspects: about two minutes
+MOST_TOKENS = 1_000_000_000  # stored tokens that are looked at for suspects: a minute or two
 MOST_GROUPS = 30  # files in the table by source
 
 
@@ -48,12 +48,15 @@ class Suspect:
 
 @dataclass(frozen=True)
 class Suspects:
-    """Rows by rule. found: rule -> how many there are; rows: rule -> the first of them. unread: pairs not looked at, and why."""
+    """Rows by rule. found: rule -> how many there are; rows: rule -> the first of them.
 
-    found: dict[str, int] = field(default_factory=dict)
-    rows: dict[str, list[Suspect]] = field(default_factory=dict)
-    unread: int = 0
-    unread_because: str = ""
+    damage: of each block whose tokens or scores are not what was written, its problem. unread: pairs not looked at.
+    """
+
+    found: dict[str, int]
+    rows: dict[str, list[Suspect]]
+    damage: list[str]
+    unread: int
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,7 @@ def _by_longer(columns: Columns, margins: NDArray[np.float64]) -> list[Group]:
 def _find_suspects(
     cache: ReferenceCache, columns: Columns, without_pairs: dict[int, str], tracker: Tracker
 ) -> Suspects:
-    looked, rows, unread, why = _look(cache, [b for b in range(cache.blocks) if b not in without_pairs], tracker)
+    looked, rows, damage, unread = _look(cache, [b for b in range(cache.blocks) if b not in without_pairs], tracker)
     margins = _margins(columns)
     z = suspects.robust_z(margins)
 
@@ -187,7 +190,7 @@ def _find_suspects(
         ],
     }
     found = dict(zip(listed, (len(swapped), len(alike), len(twins), len(flipped)), strict=True))
-    return Suspects(found, listed, unread, why)
+    return Suspects(found, listed, damage, unread)
 
 
 def _tokens(count: int) -> str:
@@ -196,21 +199,23 @@ def _tokens(count: int) -> str:
 
 def _look(
     cache: ReferenceCache, blocks: list[int], tracker: Tracker
-) -> tuple[suspects.Looked, NDArray[np.int64], int, str]:
-    """What was seen; of which rows of the columns; how many pairs were not looked at, and why."""
-    parts, rows, unread, why = [suspects.Looked.none()], [np.zeros(0, np.int64)], 0, ""
-    first = tokens = 0
-    tracker.begin("looking at the pairs", sum(cache.block_size(block)[0] for block in blocks))
-    for block in blocks:
-        pairs, size = cache.block_size(block)
-        tokens += size
+) -> tuple[suspects.Looked, NDArray[np.int64], list[str], int]:
+    """What was seen; of which rows of the columns; what is damaged; how many pairs were not looked at."""
+    parts, rows, damage = [suspects.Looked.none()], [np.zeros(0, np.int64)], []
+    sizes = np.array([cache.block_size(block) for block in blocks], np.int64).reshape(-1, 2)
+    ends = sizes.cumsum(0)  # (blocks, 2) pairs and tokens up to the end of each
+    tracker.begin("looking at the pairs", int(sizes[:, 0].sum()))
+    for block, (pairs, tokens), (end, read) in zip(blocks, sizes.tolist(), ends.tolist(), strict=True):
+        if read > MOST_TOKENS:
+            break
         try:
-            if tokens > MOST_TOKENS:
-                raise CacheError(f"only the first {MOST_TOKENS:,} tokens of a cache are")
             parts.append(suspects.look(cache.pairs(block)))
-            rows.append(np.arange(first, first + pairs))
-        except CacheError as error:
-            unread, why = unread + pairs, why or str(error)
-        first += pairs
-        tracker.advance(pairs, size)
-    return suspects.Looked.join(parts), np.concatenate(rows), unread, why
+            rows.append(np.arange(end - pairs, end))
+            cache.ref(block)
+        except CacheDamaged as error:
+            damage.append(str(error))
+        except CacheIncomplete:  # the inspection tells of it
+            pass
+        tracker.advance(pairs, tokens)
+    looked = np.concatenate(rows)
+    return suspects.Looked.join(parts), looked, damage, int(sizes[:, 0].sum()) - len(looked)

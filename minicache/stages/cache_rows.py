@@ -2,7 +2,7 @@
 
 from minicache.inspection import PairLine
 from minicache.markup import Child, Html, e, facts, table, together
-from minicache.stages.cache_report import LISTED, CacheReport, Suspect
+from minicache.stages.cache_report import LISTED, MOST_TOKENS, CacheReport, Suspect, Suspects
 from minicache.stages.suspects import AGREEING, FEWEST, FLIPPED, NEARLY, SKETCH
 
 RULES = {  # rule -> heading, what it finds
@@ -31,7 +31,7 @@ def look_part(report: CacheReport) -> Html:
     found = report.suspects
     parts: list[Child] = []
     if found.unread:
-        parts.append(e("p", f"{found.unread:,} pairs were not compared: {found.unread_because}", class_="state bad"))
+        parts.append(e("p", f"{found.unread:,} pairs were not compared: {_why(found)}.", class_="state bad"))
     if not any(found.found.values()):
         parts.append(e("p", "None found by these rules:"))
         return together(parts, facts(RULES.values()))
@@ -45,6 +45,10 @@ def look_part(report: CacheReport) -> Html:
             if count > len(rows):
                 parts.append(e("p", f"The first {LISTED} of {count:,}.", class_="dim"))
     return together(parts)
+
+
+def _why(found: Suspects) -> str:
+    return "their blocks are damaged" if found.damage else f"only the first {MOST_TOKENS:,} tokens of a cache are"
 
 
 def _suspect_table(caption: str, rows: list[Suspect], report: CacheReport) -> Html:

@@ -112,8 +112,8 @@ def _state(known: dict[str, Any], last: int) -> Html:
     done, kept = outcome["progress"]["step"], outcome["model_step"]
     best = f" The saved model is the best one, after step {kept:,}." if kept != done else ""
     if outcome.get("stopped"):
-        return e("p", f"Stopped after {done:,}{steps} steps: {outcome['stopped']}.{best}", class_="state bad")
-    return e("p", f"Finished after {done:,}{steps} steps.{best}", class_="state good")
+        return e("p", f"Stopped after step {done:,}{steps}: {outcome['stopped']}.{best}", class_="state bad")
+    return e("p", f"Finished after step {done:,}{steps}.{best}", class_="state good")
 
 
 def _objective(known: dict[str, Any]) -> str:
