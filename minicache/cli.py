@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from minicache import __version__, screen
+from minicache.cli_diff import diff
 from minicache.cli_report import report
 from minicache.cli_train import train
 from minicache.command import (
@@ -73,6 +74,10 @@ def precompute_ref(
     think: Annotated[
         str, typer.Option(help="An empty think block that the template writes: 'keep' it or 'drop' it.")
     ] = PrecomputeConfig.think,
+    special_text: Annotated[
+        str,
+        typer.Option(help="<|im_end|> and its like, typed in a content: 'plain' text, 'refuse' the row, or 'allow'."),
+    ] = PrecomputeConfig.special_text,
     dtype: Annotated[str, typer.Option("--dtype", "--ref-dtype", help=DTYPE_HELP)] = PrecomputeConfig.dtype,
     block_pairs: Annotated[
         int | None, typer.Option(help="Pairs in a block, the unit of resuming. (Default: by model size.)")
@@ -219,9 +224,7 @@ def inspect_cache(
     verify: Annotated[bool, typer.Option("--verify", help="Re-read everything and check every digest.")] = False,
     model: Annotated[str | None, typer.Option(help="With --verify: also re-score a sample with this model.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw the histograms here: png, svg or pdf.")] = None,
-    html: Annotated[
-        Path | None, typer.Option(help="Also write a page here that shows all, over what is there.")
-    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write all this as a page here, over what is there.")] = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
@@ -272,6 +275,9 @@ def _verify(config: InspectConfig, as_json: bool) -> None:
         print_json(out, {"problems": problems, "rescored_difference": worst})
     if problems:
         raise typer.Exit(1)
+
+
+app.command()(diff)
 
 
 @app.callback(invoke_without_command=True)

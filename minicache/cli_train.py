@@ -49,9 +49,18 @@ def train(
     ctx: typer.Context,
     out: Annotated[Path, typer.Option(help="The run directory to make, or with --resume to go on with.")],
     ref_cache: Annotated[
-        str | None,
-        typer.Option(metavar="PATH", help="The reference cache. Needed unless --resume knows it from the run."),
+        list[str] | None,
+        typer.Option(
+            metavar="PATH[:WEIGHT]",
+            help="The reference cache, or several of one kind (a/:0.7 --ref-cache b/:0.3: their shares in an epoch). Needed unless "
+            "--resume knows it from the run.",
+        ),
     ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Train on the pairs of these preference files alone; the cache must hold them."),
+    ] = None,
+    format: Annotated[str, typer.Option(help="Of --data, as precompute-ref takes it.")] = TrainConfig.format,
     model: Annotated[
         str | None, typer.Option(help="Where the reference's weights are now. (Default: where stage one found them.)")
     ] = None,
@@ -187,5 +196,7 @@ def train(
             )
         if not ref_cache and not before:
             raise typer.BadParameter("missing; name the directory precompute-ref wrote", param_hint="--ref-cache")
+        if ref_cache and len(ref_cache) == 1:
+            given["ref_cache"] = ref_cache[0]
         config = fill(TrainConfig, {**before, **preset(recipe), **given})
         run_stage("train", config, nproc, screen.show_train)

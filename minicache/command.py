@@ -15,7 +15,8 @@ from rich.console import Console
 
 from minicache import screen
 from minicache.config_train import RECIPES
-from minicache.errors import MinicacheError, ProcessLost
+from minicache.errors import CacheMismatch, MinicacheError, ProcessLost
+from minicache.screen_diff import differences_table
 from minicache.signals import Interruptible
 from minicache.trackers import Silent
 
@@ -76,7 +77,9 @@ def run_stage(name: str, config: Any, nproc: int, show: Callable[[Console, Any],
 
 @contextmanager
 def errors_as_one_line(interrupted: str = "nothing was written") -> Iterator[None]:
-    """A user's error is one red line and exit code 1, an interruption 130; anything else is a bug and shows its traceback.
+    """A user's error is one red line (and a table, where identities differ) and exit code 1, an interruption 130.
+
+    Anything else is a bug and shows its traceback.
 
     interrupted: what a person should know then, unless the stage itself has more to say.
     """
@@ -87,6 +90,8 @@ def errors_as_one_line(interrupted: str = "nothing was written") -> Iterator[Non
         if int(os.environ.get("RANK", 0)) and not isinstance(error, ProcessLost):
             time.sleep(3)  # what every rank runs into, rank 0 tells: by now the launcher has ended this one
         screen.show_error(err, str(error))
+        if isinstance(error, CacheMismatch) and error.differences:
+            err.print(differences_table(error.differences, error.sides))
         raise typer.Exit(1) from error
     except KeyboardInterrupt as interruption:
         told = str(interruption) or interrupted

@@ -5,6 +5,7 @@ any file is opened or model loaded.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -17,6 +18,7 @@ LOSS_ON = ("response", "assistant")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 ON_BAD_ROW = ("skip", "fail")
 THINK = ("keep", "drop")
+SPECIAL_TEXT = ("plain", "refuse", "allow")
 LOGPS = ("mean", "sum")
 LAYOUTS = ("auto", "packed", "shared", "padded")
 PARALLEL = ("ddp", "fsdp", "hybrid")
@@ -35,6 +37,12 @@ def local_path(where: Where) -> Path | None:
     if parts.netloc not in ("", "localhost") or not parts.path:
         raise ConfigError(f"{where}: expected file:///a/path with three slashes, or just the path")
     return Path(unquote(parts.path))
+
+
+def different(places: Iterable[Where]) -> bool:
+    """Whether no two of them are one place."""
+    named = [(place, local_path(place)) for place in places]
+    return len({path.resolve() if path else str(url).rstrip("/") for url, path in named}) == len(named)
 
 
 def one_of(option: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
@@ -57,6 +65,7 @@ class PrecomputeConfig:
     """Stage one. `model` and `tokenizer` are a directory, a hub id or a file; sizes are in tokens or pairs.
 
     think: whether an empty think block that the chat template writes is kept or dropped.
+    special_text: what the text of a special token in a content is: plain text, a reason to refuse the row, or that token.
     shard: "K/N": score only every N-th block, from the K-th, as one of N independent jobs.
     """
 
@@ -70,6 +79,7 @@ class PrecomputeConfig:
     truncate: str = "right"
     loss_on: str = "response"
     think: str = "keep"
+    special_text: str = "plain"
     dtype: str = "auto"
     block_pairs: int | None = None
     layout: str = "auto"
@@ -88,6 +98,7 @@ class PrecomputeConfig:
         one_of("--truncate", self.truncate, TRUNCATE)
         one_of("--loss-on", self.loss_on, LOSS_ON)
         one_of("--think", self.think, THINK)
+        one_of("--special-text", self.special_text, SPECIAL_TEXT)
         one_of("--dtype", self.dtype, DTYPES)
         at_least("--block-pairs", self.block_pairs, 1)
         at_least("--tokens-per-batch", self.tokens_per_batch, 1)
@@ -162,8 +173,7 @@ class MergeConfig:
     ref_cache: Where
 
     def __post_init__(self) -> None:
-        paths = ((cache, local_path(cache)) for cache in self.caches)
-        if len({path.resolve() if path else str(url).rstrip("/") for url, path in paths}) < max(2, len(self.caches)):
+        if len(self.caches) < 2 or not different(self.caches):
             raise ConfigError(
                 f"merge: expected two different caches or more, got {', '.join(map(str, self.caches)) or 'none'}"
             )

@@ -1,11 +1,12 @@
 """Every option of stage two once, and the recipes: what MiniMind's own scripts had as defaults."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_origin
 
-from minicache.config import DTYPES, LAYOUTS, LOGPS, PARALLEL, Where, above_zero, at_least, one_of
+from minicache.config import DTYPES, FORMATS, LAYOUTS, LOGPS, PARALLEL, Where, above_zero, at_least, different, one_of
 from minicache.errors import ConfigError
 
 SCHEDULES = ("cosine", "linear", "constant", "minimind-2504", "minimind-2510", "minimind-3")
@@ -17,6 +18,8 @@ TRACKERS = ("wandb", "swanlab", "tensorboard", "trackio")
 MOVABLE = {
     "out",
     "ref_cache",
+    "data",
+    "format",
     "eval_cache",
     "model",
     "resume",
@@ -135,6 +138,8 @@ class ValidationOptions:
 class TrainConfig:
     """Stage two. `batch_size` is in pairs per optimizer step over all processes.
 
+    ref_cache: one or several; all with a weight behind a colon, the share in an epoch's pairs, or none. data: train on the pairs of
+    these preference files alone, read as `format`; the caches must hold them.
     warmup: below 1 a share of the steps, else a number of them. min_lr: share of `lr` that the schedule ends at.
     beta_end: beta changes linearly to this over the run. max_kl: nats a token; on_max_kl: what happens above.
     model: where the reference's weights lie now, if not where stage one found them. init_from: start from other weights.
@@ -144,8 +149,10 @@ class TrainConfig:
     a file that all processes map; None does so only where they do not fit in memory.
     """
 
-    ref_cache: Where
+    ref_cache: Where | tuple[Where, ...]
     out: Path
+    data: tuple[str, ...] = ()
+    format: str = "auto"
     model: str | None = None
     init_from: str | None = None
     resume: bool = False
@@ -185,6 +192,8 @@ class TrainConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        _check_caches(self.caches)
+        one_of("--format", self.format, FORMATS)
         one_of("--logps", self.logps, LOGPS)
         one_of("--dtype", self.dtype, DTYPES)
         one_of("--layout", self.layout, LAYOUTS)
@@ -208,6 +217,30 @@ class TrainConfig:
             raise ConfigError(
                 f"--warmup: expected a share of the steps below 1, or a number of steps, got {self.warmup}"
             )
+
+    @property
+    def caches(self) -> list[tuple[Where, float | None]]:
+        """Where each reference cache is, and its weight, if it has one."""
+        several = self.ref_cache if isinstance(self.ref_cache, tuple | list) else (self.ref_cache,)
+        return [split_weight(where) for where in several]
+
+
+def split_weight(where: Where) -> tuple[Where, float | None]:
+    """`a/:0.7` -> `a/` and 0.7; a path without a number behind its last colon as it is."""
+    path, _, number = str(where).rpartition(":")
+    if path and re.fullmatch(r"[0-9]*\.?[0-9]+(e-?[0-9]+)?", number):
+        return path, float(number)
+    return where, None
+
+
+def _check_caches(caches: list[tuple[Where, float | None]]) -> None:
+    weights = [weight for _, weight in caches]
+    if None in weights and any(weights):
+        raise ConfigError("--ref-cache: expected a weight for each cache (a/:0.7 b/:0.3) or for none, got some without")
+    if 0 in weights:
+        raise ConfigError("--ref-cache: a weight of 0 takes no pairs; expected one above 0, or leave the cache out")
+    if not different(where for where, _ in caches):
+        raise ConfigError("--ref-cache: one cache is named twice; expected different ones")
 
 
 # What the defaults of each generation's train_dpo.py were, of both stages (github.com/jingyaogong/minimind). AdamW's decay is
@@ -261,5 +294,11 @@ def flat(config: Any) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for item in fields(config):
         value = getattr(config, item.name)
-        values |= flat(value) if is_dataclass(value) else {item.name: str(value) if isinstance(value, Path) else value}
+        values |= flat(value) if is_dataclass(value) else {item.name: _plain(value)}
     return values
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, Path) else value

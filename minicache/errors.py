@@ -18,7 +18,17 @@
 The command line prints the message in red and exits with code 1. Anything that is not a `MinicacheError` is a bug.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+
+class Difference(NamedTuple):
+    """A field in which a cache is not what was expected. changes_values: of the logprobs, and not only of how they are stored."""
+
+    field: str
+    found: Any
+    expected: Any
+    changes_values: bool
 
 
 class MinicacheError(Exception):
@@ -58,7 +68,19 @@ class CacheNotFound(CacheError):
 
 
 class CacheMismatch(CacheError):
-    """The cache was made with other options, another model or another tokenizer."""
+    """The cache was made with other options, another model or another tokenizer.
+
+    differences: field by field, where they are fields of its identity. sides: what found and expected are called.
+    """
+
+    def __init__(
+        self, message: str, differences: Sequence[Difference] = (), sides: tuple[str, str] = ("found", "expected")
+    ) -> None:
+        super().__init__(message)
+        self.differences, self.sides = list(differences), sides
+
+    def __reduce__(self) -> tuple[type["CacheMismatch"], tuple[str], dict[str, Any]]:
+        return type(self), (str(self),), vars(self)  # it is sent between processes
 
 
 class CacheIncomplete(CacheError):

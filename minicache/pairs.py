@@ -112,6 +112,11 @@ class PairTable:
         return [self[int(index)] for index in indices]
 
     @cached_property
+    def keys(self) -> NDArray[np.void]:
+        """(N,) of 16 bytes each: the digests as values that can be sorted and looked up."""
+        return np.ascontiguousarray(self.digest, "<u8").view("V16").reshape(-1)
+
+    @cached_property
     def side_lengths(self) -> NDArray[np.int64]:
         """(N, 2) tokens in the whole chosen and the whole rejected sequence."""
         return (self.lengths[:, :1] + self.lengths[:, 1:]).astype(np.int64)

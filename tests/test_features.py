@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from minicache.batch import padded
 from minicache.cache.reader import ReferenceCache
 from minicache.config_train import LossOptions, TrainConfig, ValidationOptions
-from minicache.data.batching import global_batches
+from minicache.data.batching import Mixture, global_batches
 from minicache.errors import CacheMismatch
 from minicache.models import load_model
 from minicache.pairs import EncodedPair, PairTable
@@ -78,7 +78,9 @@ def plain_run(model_dir: Path, table: PairTable, loss_of: Plain) -> tuple[list[f
     policy.requires_grad_(True)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LR, weight_decay=0.0)
     losses, norms = [], []
-    for _, batch in zip(range(STEPS), global_batches(len(table), BATCH, seed=42), strict=False):
+    for _, batch in zip(
+        range(STEPS), global_batches(Mixture.of([np.arange(len(table))]), BATCH, seed=42), strict=False
+    ):
         pairs = [table[int(index)] for index in batch]
         total = sum(loss_of(plain_sides(policy, pair), plain_sides(reference, pair)) for pair in pairs) / len(batch)
         total.backward()
@@ -159,7 +161,7 @@ def test_ld_alpha_needs_a_cache_with_every_token(alike: Path, ref_cache: Path, t
 def test_metrics_of_the_first_step_are_plain_means(alike: Path, model_dir: Path, tmp_path: Path) -> None:
     run(alike, tmp_path / "run", max_steps=1)
     table, model = ReferenceCache(alike).load().table, load_model(str(model_dir)).model.double()
-    batch = next(global_batches(len(table), BATCH, seed=42))
+    batch = next(global_batches(Mixture.of([np.arange(len(table))]), BATCH, seed=42))
     sides = [plain_sides(model, table[int(index)]) for index in batch]
     for column, name in enumerate(("chosen", "rejected")):
         assert curve(tmp_path / "run", f"tokens/{name}") == np.mean([len(pair[column]["logp"]) for pair in sides])

@@ -12,14 +12,14 @@ LAYERS = [
     {"errors", "pairs", "inspection", "text"},
     {"config", "trackers", "disk", "signals", "markup"},
     {"config_train", "data", "cache", "screen", "launch", "runs", "charts"},
-    {"distributed", "models", "batch", "head", "attention", "screen_inspect", "speed", "plots"},
+    {"distributed", "models", "batch", "head", "attention", "screen_inspect", "screen_diff", "speed", "plots"},
     {"scoring"},
     {"losses", "optim", "checkpoints", "parallel"},
     {"metrics"},
     {"evaluation", "budget"},
     {"stages"},
     {"command"},
-    {"cli_train", "cli_report"},
+    {"cli_diff", "cli_report", "cli_train"},
     {"cli"},
     {"__main__"},
 ]
@@ -30,6 +30,7 @@ TORCH_FREE = [
     "trackers",
     "screen",
     "screen_inspect",
+    "screen_diff",
     "launch",
     "runs",
     "disk",
@@ -37,6 +38,7 @@ TORCH_FREE = [
     "cli",
     "stages.inspect",
     "stages.merge",
+    "stages.diff",
 ]
 TORCH_FREE += [f"data.{name}" for name in ("records", "formats", "tokenizers", "encode", "workers", "batching")]
 TORCH_FREE += ["plots", "stages.plot", "stages.compare_page", "stages.compare_prompts"]

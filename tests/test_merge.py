@@ -109,7 +109,7 @@ def test_the_other_way_round_files_and_their_refused_rows_are_renumbered(
 def test_caches_of_different_requests_are_refused_with_the_fields_named(
     apart: list[Path], ref_cache: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(CacheMismatch, match="per_token is True there, False here") as error:
+    with pytest.raises(CacheMismatch, match=r"per_token is False, .* True") as error:
         run(tmp_path / "merged", apart[0], ref_cache)
     assert "weights" not in str(error.value) and str(ref_cache) in str(error.value)
     assert not list(tmp_path.iterdir())

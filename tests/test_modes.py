@@ -13,7 +13,7 @@ from torch.nn.functional import logsigmoid
 
 from minicache.cache.reader import ReferenceCache
 from minicache.config_train import LoraOptions, TrainConfig
-from minicache.data.batching import global_batches
+from minicache.data.batching import Mixture, global_batches
 from minicache.errors import ConfigError, ModelError
 from minicache.models import balance, load_model
 from minicache.stages.train import TrainReport, train
@@ -67,7 +67,7 @@ def test_the_balance_loss_is_part_of_the_gradient(mixtures: dict[str, Path], tmp
     cache = mixtures["minimind2-2504-moe"]
     run(cache, tmp_path / "run", max_steps=1)
     table = ReferenceCache(cache).load().table
-    batch = next(global_batches(len(table), 4, seed=42))
+    batch = next(global_batches(Mixture.of([np.arange(len(table))]), 4, seed=42))
     norms, total_aux = {}, 0.0
     for with_aux in (True, False):
         model = load_model(ReferenceCache(cache).log.model).model.float().requires_grad_(True)

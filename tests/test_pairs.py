@@ -5,7 +5,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from minicache.data.batching import balance, by_length, global_batches, pairs_in, shares, training_steps
+from minicache.data.batching import Mixture, balance, by_length, global_batches, pairs_in, shares, training_steps
 from minicache.pairs import COUNTED_AT_ONCE, EncodedPair, PairTable, count_tokens
 
 
@@ -100,7 +100,7 @@ def test_balance_takes_every_item_once_and_evenly(shares: int) -> None:
 @pytest.mark.parametrize(("pairs", "batch_size"), [(10, 3), (10, 5), (10, 100), (1, 1)])
 def test_every_epoch_is_a_new_order_of_all_pairs_and_can_be_entered_anywhere(pairs: int, batch_size: int) -> None:
     steps = training_steps(pairs, batch_size, 3, None)
-    batches = list(islice(global_batches(pairs, batch_size, 5), steps))
+    batches = list(islice(global_batches(Mixture.of([np.arange(pairs)]), batch_size, 5), steps))
     per_epoch = steps // 3
     taken = [sum(map(len, batches[:count])) for count in range(steps + 1)]
     assert taken == [pairs_in(count, pairs, batch_size) for count in range(steps + 1)]
@@ -108,13 +108,13 @@ def test_every_epoch_is_a_new_order_of_all_pairs_and_can_be_entered_anywhere(pai
     assert all(sorted(epoch) == list(range(pairs)) for epoch in epochs)
     assert pairs == 1 or any(not np.array_equal(epochs[0], epoch) for epoch in epochs[1:])
     for start in range(steps):
-        later = islice(global_batches(pairs, batch_size, 5, first_step=start), steps - start)
+        later = islice(global_batches(Mixture.of([np.arange(pairs)]), batch_size, 5, first_step=start), steps - start)
         assert all(np.array_equal(a, b) for a, b in zip(batches[start:], later, strict=True))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 def test_ranks_share_a_batch_among_them_without_rest(size: int) -> None:
-    for batch in islice(global_batches(500, 64, 0), 8):
+    for batch in islice(global_batches(Mixture.of([np.arange(500)]), 64, 0), 8):
         pieces = shares(batch, LENGTHS, size)
         assert sorted(np.concatenate(pieces)) == sorted(batch)
     assert len(shares(np.array([3]), LENGTHS, 2)[1]) == 0

@@ -14,7 +14,7 @@ import torch
 from minicache.batch import padded
 from minicache.cache.reader import ReferenceCache
 from minicache.config_train import LossOptions, TrainConfig
-from minicache.data.batching import global_batches
+from minicache.data.batching import Mixture, global_batches
 from minicache.errors import CacheMismatch, ConfigError, HandshakeError, ModelError, OutputError
 from minicache.losses import LOSSES, Logps, sigmoid
 from minicache.models import fingerprint
@@ -85,7 +85,7 @@ def test_the_curve_equals_a_plain_training_loop(ref_cache: Path, tmp_path: Path,
     policy, reference = (AutoModelForCausalLM.from_pretrained(model_dir).eval() for _ in range(2))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0)
     losses = []
-    for step, batch in zip(range(10), global_batches(len(table), 8, seed=42), strict=False):
+    for step, batch in zip(range(10), global_batches(Mixture.of([np.arange(len(table))]), 8, seed=42), strict=False):
         optimizer.param_groups[0]["lr"] = learning_rate(step, 10, lr, "cosine", 0.1, 0.0)
         total = torch.zeros(())
         for index in batch:

@@ -1,10 +1,11 @@
 """A reference cache as a whole: what is missing in it, all of it in memory, everything re-read."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cached_property
 from mmap import mmap
 from typing import TypeVar
@@ -34,8 +35,73 @@ def _with_advice() -> Iterator[None]:
         raise CacheDamaged(f"{error}; run the same precompute-ref again to make the block anew") from error
 
 
-class ReferenceCache(CacheBlocks):
+class Contents(ABC):
+    """What can be decoded into flat columns: the pairs of a cache, or of several one after another."""
+
+    @property
+    @abstractmethod
+    def caches(self) -> list["ReferenceCache"]:
+        """In their order; of one identity."""
+
+    def load(self, buffer: Buffer | None = None) -> CachedPairs:
+        """All pairs and what the reference said of them, in memory or in `buffer`, every block checked.
+
+        Several blocks are read at once, each straight to its place: the most memory taken is the result and a few blocks.
+
+        buffer: of `decoded_bytes`, to hold the result.
+
+        Raises:
+            CacheIncomplete, CacheDamaged: naming the first block without a ledger row, else the first that does not fit its row.
+        """
+        blocks = [(cache, block) for cache in self.caches for block in range(cache.blocks)]
+        ends = self._sizes.cumsum(0)
+        cached = self.columns(buffer)
+        with _with_advice(), ThreadPoolExecutor(THREADS) as threads:
+            for _ in threads.map(_read_into, [cached] * len(blocks), blocks, ends):
+                pass
+        return cached
+
+    @cached_property
+    def _sizes(self) -> NDArray[np.int64]:
+        """(blocks, 2) pairs and stored tokens of each block of complete caches. Raises as `load`."""
+        return np.concatenate([cache.block_sizes() for cache in self.caches])
+
+    def _layout(self) -> tuple[dict[str, tuple[tuple[int, ...], str, int]], int]:
+        """Shape, dtype and first byte of each column, one after another as the fields of their tables; bytes of all."""
+        pairs, tokens = self._sizes.sum(0).tolist()
+        places, end = {}, 0
+        for group, table in (("pairs", PairTable), ("ref", RefBlock)):
+            for name in (f"{group}/{item.name}" for item in fields(table)):
+                if spec := self.caches[0].specs.get(name):
+                    shape = (tokens if len(spec.shape) == 1 else pairs, *spec.shape[1:])
+                    places[name] = shape, spec.dtype, end
+                    size = math.prod(shape) * np.dtype(spec.dtype).itemsize
+                    end += -(-size // ALIGNMENT) * ALIGNMENT
+        return places, end
+
+    @property
+    def decoded_bytes(self) -> int:
+        """What `load` takes. Raises as it, but for blocks that do not fit their ledger rows."""
+        return self._layout()[1]
+
+    def columns(self, buffer: Buffer | None = None) -> CachedPairs:
+        """What `load` has put, or is to put, into a buffer; without one, new columns for it."""
+        columns = {
+            name: np.empty(shape, dtype) if buffer is None else np.ndarray(shape, dtype, buffer, place)
+            for name, (shape, dtype, place) in self._layout()[0].items()
+        }
+        reference = [column for name, column in columns.items() if name.startswith("ref/")]
+        return CachedPairs(
+            PairTable(*(columns[f"pairs/{item.name}"] for item in fields(PairTable))), RefBlock(*reference)
+        )
+
+
+class ReferenceCache(CacheBlocks, Contents):
     """A cache on disk, open for reading."""
+
+    @property
+    def caches(self) -> list["ReferenceCache"]:
+        return [self]
 
     def unscored(self) -> list[int]:
         """Blocks whose scores are missing or damaged."""
@@ -59,66 +125,14 @@ class ReferenceCache(CacheBlocks):
         if self.blocks < self.log.blocks:
             raise CacheDamaged(f"{self.path}: {self.log.blocks} blocks were written, the arrays hold {self.blocks}")
 
-    def load(self, buffer: Buffer | None = None) -> CachedPairs:
-        """All pairs and what the reference said of them, in memory or in `buffer`, every block checked.
-
-        Several blocks are read at once, each straight to its place: the most memory taken is the result and a few blocks.
-
-        buffer: of `decoded_bytes`, to hold the result.
-
-        Raises:
-            CacheIncomplete, CacheDamaged: naming the first block without a ledger row, else the first that does not fit its row.
-        """
-        ends = self._sizes.cumsum(0)
-        cached = self.columns(buffer)
-        with _with_advice(), ThreadPoolExecutor(THREADS) as threads:
-            for _ in threads.map(self._read_into, [cached] * self.blocks, range(self.blocks), ends):
-                pass
-        return cached
-
-    @cached_property
-    def _sizes(self) -> NDArray[np.int64]:
-        """(blocks, 2) pairs and stored tokens of each block of a complete cache. Raises as `load`."""
+    def block_sizes(self) -> NDArray[np.int64]:
+        """(blocks, 2) pairs and stored tokens of each block of a complete cache. Raises as `load`, but reads the ledger alone."""
         self.check_complete()
         with _with_advice():
             sizes = np.array([self.block_size(block) for block in range(self.blocks)], np.int64)
         if (pairs := int(sizes[:, 0].sum())) != self.log.pairs:
             raise CacheDamaged(f"{self.path}: the manifest counts {self.log.pairs} pairs, the blocks hold {pairs}")
         return sizes
-
-    def _layout(self) -> tuple[dict[str, tuple[tuple[int, ...], str, int]], int]:
-        """Shape, dtype and first byte of each column, one after another as the fields of their tables; bytes of all."""
-        pairs, tokens = self._sizes.sum(0).tolist()
-        places, end = {}, 0
-        for group, table in (("pairs", PairTable), ("ref", RefBlock)):
-            for name in (f"{group}/{item.name}" for item in fields(table)):
-                if spec := self.specs.get(name):
-                    shape = (tokens if len(spec.shape) == 1 else pairs, *spec.shape[1:])
-                    places[name] = shape, spec.dtype, end
-                    size = math.prod(shape) * np.dtype(spec.dtype).itemsize
-                    end += -(-size // ALIGNMENT) * ALIGNMENT
-        return places, end
-
-    @property
-    def decoded_bytes(self) -> int:
-        """What `load` takes. Raises as it, but for blocks that do not fit their ledger rows."""
-        return self._layout()[1]
-
-    def columns(self, buffer: Buffer | None = None) -> CachedPairs:
-        """What `load` has put, or is to put, into a buffer; without one, new columns for it."""
-        columns = {
-            name: np.empty(shape, dtype) if buffer is None else np.ndarray(shape, dtype, buffer, place)
-            for name, (shape, dtype, place) in self._layout()[0].items()
-        }
-        reference = [column for name, column in columns.items() if name.startswith("ref/")]
-        return CachedPairs(
-            PairTable(*(columns[f"pairs/{item.name}"] for item in fields(PairTable))), RefBlock(*reference)
-        )
-
-    def _read_into(self, cached: CachedPairs, block: int, ends: NDArray[np.int64]) -> None:
-        """Read a block into its place. ends: how many pairs and tokens there are up to its end."""
-        _put(cached.table, self.pairs(block), ends)
-        _put(cached.reference, self.ref(block), ends)
 
     def verify(self) -> Iterator[tuple[str, CacheError]]:
         """Re-read everything: every chunk, every ledger digest, every pair's own digest. Yields (what, problem)."""
@@ -159,6 +173,38 @@ class ReferenceCache(CacheBlocks):
                 return self.pairs(block)[index - first], scores
             first += pairs
         raise CacheError(f"{self.path}: there is no pair {index}; the cache holds {first}, numbered from 0")
+
+
+class JoinedCaches(Contents):
+    """Several caches of one identity, their pairs one after another. A block may hold more pairs in one than in another."""
+
+    def __init__(self, caches: list[ReferenceCache]) -> None:
+        """Raises CacheMismatch: they were made for different requests."""
+        for other in caches[1:]:
+            require_same(caches[0], other, "be trained on", ("block_pairs",))
+        self._caches = caches
+
+    @property
+    def caches(self) -> list[ReferenceCache]:
+        return self._caches
+
+
+def require_same(first: ReferenceCache, other: ReferenceCache, what: str, but: tuple[str, ...] = ()) -> None:
+    """Raises CacheMismatch unless two caches are of one identity, `but` for some fields. what: they are to do together."""
+    wanted = replace(first.identity, **{name: getattr(other.identity, name) for name in but})
+    other.identity.require(
+        wanted,
+        f"{other.path}: cannot {what} with {first.path}",
+        (str(other.path), str(first.path)),
+        "Expected caches made by one model, tokenizer and options",
+    )
+
+
+def _read_into(cached: CachedPairs, place: tuple[ReferenceCache, int], ends: NDArray[np.int64]) -> None:
+    """Read a block into its place. ends: how many pairs and tokens there are up to its end."""
+    cache, block = place
+    _put(cached.table, cache.pairs(block), ends)
+    _put(cached.reference, cache.ref(block), ends)
 
 
 def _put(whole: Columns, part: Columns, ends: NDArray[np.int64]) -> None:

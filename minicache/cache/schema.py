@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from minicache.errors import CacheDamaged, CacheMismatch
+from minicache.errors import CacheDamaged, CacheMismatch, Difference
 from minicache.pairs import PairTable
 
 FORMAT_VERSION = 1
@@ -24,6 +24,9 @@ ATTRIBUTE = "minicache"
 # Largest difference of a pair's mean logprob, nats a token, that rounding explains. Batch shapes differ between the stages, and
 # with them the order of sums; float32 noise is around 1e-6, that of half precisions is of the size of their last bits.
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+
+# Fields of an identity that say how or what is stored; the others change values.
+STORAGE = ("format_version", "block_pairs", "per_token")
 
 
 def now() -> str:
@@ -36,7 +39,9 @@ class Identity:
     """Everything that changes a stored value or where it lies. Hashed; written once.
 
     weights: digest of the reference's weights. family: its architecture. tokenizer, template: digests. dtype: the
-    precision of the forward pass. block_pairs: pairs a block holds. per_token: whether each token's logprob is stored.
+    precision of the forward pass. block_pairs: pairs a block holds. per_token: whether each token's logprob is stored. A field
+    added since the format's first caches has the value that those were made with as its default, and is stored only if it
+    has another: so they stay what they are.
     """
 
     format_version: int
@@ -53,27 +58,39 @@ class Identity:
     attention: str
     block_pairs: int
     per_token: bool
+    special_text: str = "allow"
 
     @property
     def digest(self) -> str:
-        return digest_of(asdict(self))
+        return digest_of(self.stored)
+
+    @property
+    def stored(self) -> dict[str, Any]:
+        """As a manifest holds it."""
+        return {each.name: value for each in fields(self) if (value := getattr(self, each.name)) != each.default}
 
     @property
     def token_dtype(self) -> str:
         return "uint16" if self.vocabulary <= 65535 else "int32"
 
-    def require(self, wanted: "Identity", where: str) -> None:
-        """Raises CacheMismatch, naming each field that differs, unless the two are the same."""
-        differing = [f"{name} is {mine}, asked for {other}" for name, mine, other in self.differences(wanted)]
-        if differing:
-            raise CacheMismatch(
-                f"{where}: made for another request: {'; '.join(differing)}. Ask for the same, or name another --ref-cache"
-            )
+    def require(self, wanted: "Identity", problem: str, sides: tuple[str, str], advice: str) -> None:
+        """Raises CacheMismatch, naming each field that differs, unless the two are the same.
 
-    def differences(self, other: "Identity") -> list[tuple[str, Any, Any]]:
-        """Name, own value and the other's value of each field in which the two differ."""
-        values = [(item.name, getattr(self, item.name), getattr(other, item.name)) for item in fields(self)]
-        return [(name, mine, others) for name, mine, others in values if mine != others]
+        problem, advice: what the message begins and ends with. sides: what this identity and the wanted one are called.
+        """
+        if differences := self.differences(wanted):
+            fields = "; ".join(f"{name} is {mine}, {sides[1]} {theirs}" for name, mine, theirs, _ in differences)
+            raise CacheMismatch(f"{problem}: {fields}. {advice}", differences, sides)
+
+    def differences(self, other: "Identity") -> list[Difference]:
+        """Each field in which the two differ, those first that change values."""
+        values = [
+            Difference(item.name, getattr(self, item.name), getattr(other, item.name), item.name not in STORAGE)
+            for item in fields(self)
+        ]
+        return sorted(
+            (each for each in values if each.found != each.expected), key=lambda each: not each.changes_values
+        )
 
 
 @dataclass
@@ -117,7 +134,7 @@ class Manifest:
     log: Log
 
     def to_attributes(self) -> dict[str, Any]:
-        content = {"identity": asdict(self.identity), "log": asdict(self.log)}
+        content = {"identity": self.identity.stored, "log": asdict(self.log)}
         return {ATTRIBUTE: {**content, "identity_digest": self.identity.digest, "digest": digest_of(content)}}
 
     @classmethod

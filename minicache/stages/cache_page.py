@@ -22,6 +22,11 @@ LENGTHS = {
     "chosen_counted": "counted, chosen",
     "rejected_counted": "counted, rejected",
 }
+STATISTICS = (("min", 0), ("median", 1), ("mean", 1), ("p95", 0), ("max", 0))
+# fields of the identity that the manifest part puts into words; others it names as they are
+IN_WORDS = frozenset(
+    ["format_version", "weights", "family", "tokenizer", "template", "vocabulary", "max_length", "truncate", "loss_on", "think", "dtype", "attention", "block_pairs", "per_token"]
+)
 
 
 def write_cache_page(config: InspectConfig, tracker: Tracker) -> Path:
@@ -120,14 +125,11 @@ def _distribution(it: Inspection) -> Html | None:
         bars = [Bars("pairs", kinds, margins.pairs)]
         figures.append(histogram("Reference's margin, chosen − rejected", "nats a token", margins.edges, bars))
     rows: list[list[Child]] = [
-        [name, *(f"{it.lengths[part][key]:,.{places}f}" for key, places in _STATISTICS)]
+        [name, *(f"{it.lengths[part][key]:,.{places}f}" for key, places in STATISTICS)]
         for part, name in LENGTHS.items()
     ]
-    head = ["tokens", *(key for key, _ in _STATISTICS)]
+    head = ["tokens", *(key for key, _ in STATISTICS)]
     return together(e("div", figures, class_="charts"), table("Tokens of the sides and their parts", head, rows))
-
-
-_STATISTICS = (("min", 0), ("median", 1), ("mean", 1), ("p95", 0), ("max", 0))
 
 
 def _preference(report: CacheReport) -> Html | None:
@@ -204,6 +206,7 @@ def _manifest(it: Inspection) -> Html:
         ("each token's logprob", "kept" if identity["per_token"] else "not kept (--per-token)"),
         ("block", f"{identity['block_pairs']:,} pairs"),
         ("format", f"version {identity['format_version']}"),
+        *((name.replace("_", " "), str(value)) for name, value in identity.items() if name not in IN_WORDS),
         ("identity", it.identity_digest),
         ("made", f"{log['created']} with {versions}"),
     ]

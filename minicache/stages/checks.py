@@ -10,6 +10,7 @@ from minicache.data.batching import by_length, global_batches
 from minicache.errors import CacheMismatch, ConfigError
 from minicache.evaluation import check_reproduces, require_per_token, sample_differences
 from minicache.optim import require_optimizer
+from minicache.stages.pool import digest_of
 from minicache.stages.step import Run
 from minicache.trackers import Tracker
 
@@ -22,10 +23,16 @@ def check(run: Run, state: dict[str, Any] | None) -> None:
         CacheMismatch: the cache lacks what the loss needs, or is not the one that the run began with.
     """
     cache = run.cache
-    if state and (state["cache"], state["pairs"]) != (cache.identity.digest, len(run.cached.table)):
+    mine = {
+        "cache": cache.identity.digest,
+        "pairs": len(run.training),
+        "training": digest_of(run.training, run.cached.table),
+    }
+    if state and any(state[name] != value for name, value in mine.items()):
         raise CacheMismatch(
-            f"{cache.path}: {len(run.cached.table)} pairs, identity {cache.identity.digest}; this run began with {state['pairs']}, "
-            f"{state['cache']}. Expected the same cache: a run cannot change its pairs half-way"
+            f"{cache.path}: {mine['pairs']} pairs an epoch, their digest {mine['training']}, identity {mine['cache']}; "
+            f"this run began with {state['pairs']}, {state['training']}, {state['cache']}. Expected the same: a run cannot change "
+            "its pairs half-way"
         )
     if state and state["held_out"] != (run.held_out and run.held_out.digest):
         raise CacheMismatch(
@@ -68,8 +75,8 @@ def _check_whole(run: Run, name: str) -> None:
         raise ConfigError(
             f"--loss {name}: sorts over the whole batch, which {run.world.size} processes would split; use one"
         )
-    for batch in islice(global_batches(len(run.training), config.batch_size, config.seed), run.steps):
-        pieces = len(by_length(costs[run.training[batch]], run.budget, layout.pads))
+    for batch in islice(global_batches(run.training, config.batch_size, config.seed), run.steps):
+        pieces = len(by_length(costs[batch], run.budget, layout.pads))
         if pieces > 1:
             raise ConfigError(
                 f"--loss {name}: sorts over the whole batch, but {len(batch)} pairs make {pieces} micro-batches of "

@@ -9,7 +9,7 @@ from uuid import uuid4
 import torch
 
 from minicache.budget import free_bytes
-from minicache.cache.reader import ReferenceCache
+from minicache.cache.reader import Contents
 from minicache.cache.schema import CachedPairs
 from minicache.cache.scratch import ScratchFile, map_scratch, usual_directory
 from minicache.distributed import World
@@ -19,7 +19,7 @@ from minicache.trackers import Tracker
 MOST = 0.25  # of the machine's free memory for the copies of all its processes: the model is yet to come
 
 
-def load_pairs(cache: ReferenceCache, scratch: Path | None, world: World, tracker: Tracker) -> CachedPairs:
+def load_pairs(cache: Contents, scratch: Path | None, world: World, tracker: Tracker) -> CachedPairs:
     """All pairs, every block checked. To be called by all processes, each of which gets the same columns.
 
     scratch: decode into a file in this directory, which goes with the run. None: in memory where there is room for it.
@@ -33,11 +33,13 @@ def load_pairs(cache: ReferenceCache, scratch: Path | None, world: World, tracke
     if not (scratch or world.any(too_large)):
         return cache.load()
     directory = scratch or usual_directory()
-    tracker.note(f"{cache.path}: {size / 1e6:,.0f} MB of pairs are decoded into a file in {directory}, not into memory")
+    tracker.note(
+        f"{cache.caches[0].path}: {size / 1e6:,.0f} MB of pairs are decoded into a file in {directory}, not into memory"
+    )
     return _load_into(cache, directory, size, world)
 
 
-def _load_into(cache: ReferenceCache, directory: Path, size: int, world: World) -> CachedPairs:
+def _load_into(cache: Contents, directory: Path, size: int, world: World) -> CachedPairs:
     """The first process of each machine fills a file that the others see."""
     local = int(os.environ.get("LOCAL_RANK", 0)) if world.size > 1 else 0
     run = world.broadcast(uuid4().hex)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from minicache.cache.blocks import TOKENIZER
 from minicache.cache.places import Place, claimed, place_at
-from minicache.cache.reader import ReferenceCache
+from minicache.cache.reader import ReferenceCache, require_same
 from minicache.cache.repack import repack, select
 from minicache.cache.schema import TOLERANCE, CachedPairs, Log, Manifest, Source, now
 from minicache.cache.writer import CacheWriter
@@ -64,7 +64,7 @@ def merge(config: MergeConfig, tracker: Tracker) -> MergeReport:
     out.require_free(is_new=True)
     caches = [ReferenceCache(path) for path in config.caches]
     for cache in caches:
-        _require_same(caches[0], cache)
+        require_same(caches[0], cache, "be merged")
         cache.check_complete()
     tracker.begin("comparing", sum(cache.log.pairs for cache in caches))
     sources: list[Source] = []
@@ -76,14 +76,6 @@ def merge(config: MergeConfig, tracker: Tracker) -> MergeReport:
     blocks = _write(out, inputs, kept, log, tracker)
     given = [(cache.path, cache.log.pairs) for cache in caches]
     return MergeReport(out.where, given, log.pairs, blocks, sum(pairs for _, pairs in given) - log.pairs)
-
-
-def _require_same(first: ReferenceCache, other: ReferenceCache) -> None:
-    if differing := first.identity.differences(other.identity):
-        fields = "; ".join(f"{name} is {mine} there, {others} here" for name, mine, others in differing)
-        raise CacheMismatch(
-            f"{other.path}: cannot be merged with {first.path}: {fields}. Expected caches made by one model, tokenizer and options"
-        )
 
 
 def _join_sources(sources: list[Source], cache: ReferenceCache) -> NDArray[np.int64]:

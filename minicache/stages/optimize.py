@@ -17,6 +17,7 @@ from minicache.optim import make_optimizer
 from minicache.parallel import optimizer_tensors, set_optimizer_tensors, trainable, whole_weights
 from minicache.signals import StopFlag
 from minicache.speed import memory_gb, peak_flops
+from minicache.stages.pool import digest_of
 from minicache.stages.step import Progress, Run, Share, Training, beta_of, count_step, plan, take_step
 from minicache.trackers import Silent, Tracker
 
@@ -160,7 +161,8 @@ def _save(run: Run, training: Training) -> None:
         "means": sums.cpu(),
         "rng": torch.get_rng_state(),
         "cache": run.cache.identity.digest,
-        "pairs": len(run.cached.table),
+        "pairs": len(run.training),
+        "training": digest_of(run.training, run.cached.table),
         "held_out": run.held_out and run.held_out.digest,
     }
     model, tokenizer = run.scorer.model, run.cache.tokenizer_dir

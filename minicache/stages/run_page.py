@@ -154,8 +154,10 @@ def _change(curve: Curve, form: str) -> str:
 
 
 def _place(name: object, beside: Path) -> Child:
-    """A path; a link where a page of the cache, or of the run that the model is of, lies in it."""
-    text = name if isinstance(name, str) else json.dumps(name, ensure_ascii=False)
+    """A path, or several; a link where a page of the cache, or of the run that the model is of, lies in it."""
+    if isinstance(name, list):
+        return [e("div", _place(one, beside)) for one in name]
+    text = str(name)
     for folder in (Path(text), Path(text).parent):
         if folder.name and (folder / PAGE).is_file() and (folder == Path(text) or Path(text).name == "model"):
             target = os.path.relpath((folder / PAGE).resolve(), beside)

@@ -15,7 +15,7 @@ from minicache.cache.reader import ReferenceCache
 from minicache.cache.schema import CachedPairs
 from minicache.checkpoints import Saver
 from minicache.config_train import TrainConfig
-from minicache.data.batching import Indices, by_length, global_batches, shares
+from minicache.data.batching import Indices, Mixture, by_length, global_batches, shares
 from minicache.distributed import World
 from minicache.evaluation import EvalSet, pair_logps
 from minicache.losses import Objective
@@ -27,7 +27,7 @@ from minicache.speed import peak_flops, step_flops
 
 @dataclass(frozen=True)
 class Run:
-    """What every step needs. training: (n,) the pairs to train on. held_out: those to validate on.
+    """What every step needs. cache: the first, if the pairs are of several. training: those to train on. held_out: to validate on.
 
     steps: of the whole run. budget: token slots of a micro-batch.
     """
@@ -38,7 +38,7 @@ class Run:
     objective: Objective
     cache: ReferenceCache
     cached: CachedPairs
-    training: Indices
+    training: Mixture
     held_out: EvalSet | None
     steps: int
     budget: int
@@ -114,9 +114,8 @@ def plan(run: Run, first_step: int) -> Iterator[Share]:
     """The steps still to come, laid out in memory; a function of cache, seed and step alone."""
     config, table, world, scorer = run.config, run.cached.table, run.world, run.scorer
     costs = scorer.layout.costs(table.lengths)
-    order = global_batches(len(run.training), config.batch_size, config.seed, first_step)
-    for batch in islice(order, run.steps - first_step):
-        indices = run.training[batch]
+    order = global_batches(run.training, config.batch_size, config.seed, first_step)
+    for indices in islice(order, run.steps - first_step):
         by_rank = shares(indices, costs, world.size)
         mine = scorer.batches(table, by_rank[world.rank], run.budget)
         parts = [Part(chosen, made, world.size / len(indices)) for chosen, made in mine]

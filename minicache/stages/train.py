@@ -6,20 +6,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from minicache import checkpoints
 from minicache.budget import training_budget
-from minicache.cache.reader import ReferenceCache
+from minicache.cache.reader import JoinedCaches, ReferenceCache
 from minicache.cache.schema import CachedPairs
 from minicache.config_train import MOVABLE, TrainConfig, flat, option
-from minicache.data.batching import Indices, training_steps
+from minicache.data.batching import training_steps
 from minicache.disk import writing
 from minicache.distributed import World
 from minicache.errors import CacheMismatch, ConfigError, ModelError, OutputError
-from minicache.evaluation import EvalSet, require_per_token, settle_layout
+from minicache.evaluation import settle_layout
 from minicache.losses import Objective
 from minicache.models import LoadedModel, checkpoint_activations, load_model, save_model
 from minicache.models.load import lasting_name
@@ -30,6 +29,7 @@ from minicache.scoring import DTYPES, Scorer, decoder_of, resolve_dtype
 from minicache.stages.checks import check, handshake
 from minicache.stages.load import load_pairs
 from minicache.stages.optimize import Outcome, optimize
+from minicache.stages.pool import choose_pairs
 from minicache.stages.step import Progress, Run
 from minicache.trackers import Both, JsonLines, RunName, Tracker, open_trackers
 
@@ -66,9 +66,9 @@ def train(config: TrainConfig, world: World, tracker: Tracker) -> TrainReport:
     if "outcome" in facts:
         tracker.note(f"{config.out}: this run is finished; nothing to resume")
         return _report(config.out, facts)
-    cache = ReferenceCache(config.ref_cache)
-    cached = load_pairs(cache, config.scratch, world, tracker)
-    training, held_out = _split(config, cache, cached, world, tracker)
+    caches = JoinedCaches([ReferenceCache(where) for where, _ in config.caches])
+    cached, cache = load_pairs(caches, config.scratch, world, tracker), caches.caches[0]
+    training, held_out = choose_pairs(config, caches, cached, world, tracker)
     steps = training_steps(len(training), config.batch_size, config.epochs, config.max_steps)
     state = None if resume_at is None else checkpoints.load(config.out, resume_at)
     alone = not is_sharded(config.parallel, world)
@@ -161,37 +161,6 @@ def _resume_at(config: TrainConfig) -> int | None:
             )
     done = checkpoints.steps(config.out)
     return done[-1] if done else None
-
-
-def _split(
-    config: TrainConfig, cache: ReferenceCache, cached: CachedPairs, world: World, tracker: Tracker
-) -> tuple[Indices, EvalSet | None]:
-    """The pairs to train on and those to validate on, by their digests alone."""
-    options, everything = config.validation, np.arange(len(cached.table))
-    if options.eval_cache:
-        other = ReferenceCache(options.eval_cache)
-        for name in ("weights", "tokenizer", "template", "vocabulary"):
-            mine, its = getattr(cache.identity, name), getattr(other.identity, name)
-            if mine != its:
-                raise CacheMismatch(
-                    f"{other.path}: {name} {its}, but {cache.path} was made with {mine}; expected the same"
-                )
-        require_per_token(other, config.loss_options)
-        pairs = load_pairs(other, config.scratch, world, tracker)
-        both = int(np.isin(pairs.table.digest[:, 0], cached.table.digest[:, 0]).sum())
-        if both:
-            tracker.note(
-                f"{both:,} of the {len(pairs.table):,} pairs of {other.path} are trained on too: they judge kindly"
-            )
-        return everything, EvalSet(pairs, np.arange(len(pairs.table)))
-    if not options.holdout:
-        return everything, None
-    held = cached.table.digest[:, 0] < np.uint64(options.holdout * 2**64)
-    if held.all() or not held.any():
-        raise ConfigError(
-            f"--holdout {options.holdout}: of {len(held)} pairs {int(held.sum())} would be held out; expected some and not all"
-        )
-    return everything[~held], EvalSet(cached, everything[held])
 
 
 # --- the policy ---
