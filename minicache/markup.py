@@ -83,17 +83,25 @@ def facts(pairs: Iterable[tuple[str, Child]]) -> Html:
     return e("dl", [e("div", e("dt", name), e("dd", value)) for name, value in pairs])
 
 
-def page(title: str, body: Html, data: object = None) -> str:
-    """A whole page. data: what its script reads, as JSON.
+def page(title: str, about: str, parts: Iterable[tuple[str, str, Html | None]], data: object = None) -> str:
+    """A whole page. about: a line below its title. parts: name, heading, content, if any. data: what its script reads, as JSON.
 
     Its policy allows the page's own style and script, by their hashes, and nothing else: no network, no attribute that runs.
     """
     template = files("minicache.stages").joinpath(TEMPLATE).read_text(encoding="utf-8")
     hashes = {kind: _hash(template, kind) for kind in ("style", "script")}
     policy = f"default-src 'none'; script-src {hashes['script']}; style-src {hashes['style']}; base-uri 'none'; form-action 'none'"
-    parts = {"POLICY": policy, "TITLE": escaped(title), "BODY": body, "DATA": embedded(data)}
+    shown = [(name, heading, content) for name, heading, content in parts if content]
+    nav = e(
+        "nav", e("ul", [e("li", e("a", heading, href=f"#{name}")) for name, heading, _ in shown]), aria_label="Parts"
+    )
+    sections = [
+        e("section", e("h2", heading), content, id=name, aria_label=heading) for name, heading, content in shown
+    ]
+    body = together(e("header", e("h1", title), e("p", about, class_="dim"), nav), e("main", sections))
+    filled = {"POLICY": policy, "TITLE": escaped(title), "BODY": body, "DATA": embedded(data)}
     # in one pass: what a text says of {{DATA}} stays text
-    return re.sub(r"\{\{([A-Z]+)\}\}", lambda mark: parts[mark[1]], template)
+    return re.sub(r"\{\{([A-Z]+)\}\}", lambda mark: filled[mark[1]], template)
 
 
 def _hash(template: str, kind: str) -> str:

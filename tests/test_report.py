@@ -215,8 +215,10 @@ def test_markup_escapes_all_that_is_not_markup() -> None:
     built = e("p", NASTY, [Html("<b>x</b>"), None, 7], title=f'"{NASTY}', hidden=True, lang=None)
     (text,) = [data for data in Texts.of(built) if "img" in data]
     assert text == visible(NASTY) and "<img" not in built and "<b>x</b>7</p>" in built and "lang" not in built
-    made = page(NASTY, e("main", NASTY), {"said": NASTY})
-    assert Page(made).data == {"said": NASTY} and made.count("{{DATA}}") == 3
+    made = page(NASTY, NASTY, [("a", NASTY, e("p", NASTY)), ("b", "", None)], {"said": NASTY})
+    found = Page(made)
+    found.check()
+    assert found.data == {"said": NASTY} and "img" not in found.tags and found.tags.count("section") == 1
 
 
 class Texts(HTMLParser):

@@ -23,10 +23,6 @@ LENGTHS = {
     "rejected_counted": "counted, rejected",
 }
 STATISTICS = (("min", 0), ("median", 1), ("mean", 1), ("p95", 0), ("max", 0))
-# fields of the identity that the manifest part puts into words; others it names as they are
-IN_WORDS = frozenset(
-    ["format_version", "weights", "family", "tokenizer", "template", "vocabulary", "max_length", "truncate", "loss_on", "think", "dtype", "attention", "block_pairs", "per_token"]
-)
 
 
 def write_cache_page(config: InspectConfig, tracker: Tracker) -> Path:
@@ -47,7 +43,7 @@ def write_cache_page(config: InspectConfig, tracker: Tracker) -> Path:
 def cache_page(report: CacheReport) -> str:
     """The page's HTML."""
     it = report.inspection
-    sections = [
+    parts = [
         ("summary", "Summary", _summary(report)),
         ("look", "Rows to look at", look_part(report)),
         ("distribution", "Lengths and logprobs", _distribution(it)),
@@ -57,14 +53,7 @@ def cache_page(report: CacheReport) -> str:
         ("sources", "Files read", _sources(report)),
         ("manifest", "Manifest", _manifest(it)),
     ]
-    shown = [(name, heading, body) for name, heading, body in sections if body]
-    nav = e(
-        "nav", e("ul", [e("li", e("a", heading, href=f"#{name}")) for name, heading, _ in shown]), aria_label="Parts"
-    )
-    parts = [e("section", e("h2", heading), body, id=name, aria_label=heading) for name, heading, body in shown]
-    title = f"Reference cache {Path(it.path).name}"
-    header = e("header", e("h1", title), e("p", it.path, class_="dim"), nav)
-    return page(title, together(header, e("main", parts, id="main")), {"pairs": report.texts})
+    return page(f"Reference cache {Path(it.path).name}", it.path, parts, {"pairs": report.texts})
 
 
 def _summary(report: CacheReport) -> Html:
@@ -197,20 +186,18 @@ def _manifest(it: Inspection) -> Html:
     versions = ", ".join(f"{name} {version}" for name, version in log["versions"].items())
     plain: list[tuple[str, Child]] = [
         ("model", f"{log['model']} ({identity['family']})"),
-        ("weights", identity["weights"]),
-        ("tokenizer", f"{identity['tokenizer']}, {identity['vocabulary']:,} ids"),
-        ("chat template", identity["template"]),
         ("scored in", f"{identity['dtype']}, {identity['attention']} attention"),
         ("sides cut at", f"{identity['max_length']:,} tokens, truncated on the {identity['truncate']}"),
-        ("counted tokens", f"--loss-on {identity['loss_on']}; empty think blocks: {identity['think']}"),
+        ("counted tokens", f"--loss-on {identity['loss_on']}"),
         ("each token's logprob", "kept" if identity["per_token"] else "not kept (--per-token)"),
         ("block", f"{identity['block_pairs']:,} pairs"),
-        ("format", f"version {identity['format_version']}"),
-        *((name.replace("_", " "), str(value)) for name, value in identity.items() if name not in IN_WORDS),
         ("identity", it.identity_digest),
         ("made", f"{log['created']} with {versions}"),
     ]
-    says = (
-        "Two caches with the same identity hold the same values for the same pairs. What follows is what it depends on."
+    fields = table(
+        "Identity, field by field", ["field", "value"], [[name, str(value)] for name, value in identity.items()], 2
     )
-    return together(e("p", says, class_="dim"), facts(plain))
+    says = "What the values depend on: caches of one identity hold the same values for the same pairs."
+    return together(
+        facts(plain), e("details", e("summary", "Identity, field by field"), e("p", says, class_="dim"), fields)
+    )

@@ -51,21 +51,14 @@ def run_page(
     run: Path, known: dict[str, Any], logged: dict[str, Curve], answers: list[dict[str, Any]], beside: Path
 ) -> str:
     """The page's HTML. known: run.json. logged: metric -> steps and values. beside: the folder the page will lie in."""
-    sections = [
+    parts = [
         ("summary", "Summary", _summary(known, logged, beside)),
         ("curves", "Curves", _curves(known, logged)),
         ("held-out", "Held-out pairs", _held_out(known, logged)),
         ("answers", "Answers before and after", answers_part(run, answers)),
         ("options", "Options", _options(known)),
     ]
-    shown = [(name, heading, body) for name, heading, body in sections if body]
-    nav = e(
-        "nav", e("ul", [e("li", e("a", heading, href=f"#{name}")) for name, heading, _ in shown]), aria_label="Parts"
-    )
-    parts = [e("section", e("h2", heading), body, id=name, aria_label=heading) for name, heading, body in shown]
-    title = f"Training run {run.resolve().name}"
-    header = e("header", e("h1", title), e("p", str(run), class_="dim"), nav)
-    return page(title, together(header, e("main", parts, id="main")))
+    return page(f"Training run {run.resolve().name}", str(run), parts)
 
 
 # --- how it went ---
