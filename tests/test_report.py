@@ -288,6 +288,13 @@ def test_what_is_looked_at_ends_somewhere_and_the_page_says_where(
     assert "only the first 500 tokens of a cache are" in shown(odd_cache, tmp_path / "p.html").text
 
 
+def test_many_files_are_not_all_listed(odd_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("cache_report", "cache_page"):
+        monkeypatch.setattr(f"minicache.stages.{module}.MOST_FILES", 1)
+    found = shown(odd_cache, tmp_path / "p.html")
+    assert "The first 1 of 2 files" in found.text
+
+
 # --- charts ---
 
 

@@ -9,7 +9,7 @@ from minicache.config import InspectConfig
 from minicache.disk import check_writable, written_whole
 from minicache.inspection import Inspection
 from minicache.markup import Child, Html, e, facts, page, table, together
-from minicache.stages.cache_report import CacheReport, Group, gather
+from minicache.stages.cache_report import MOST_FILES, CacheReport, Group, gather
 from minicache.stages.cache_rows import extremes_part, look_part, texts_part
 from minicache.text import ranges
 from minicache.trackers import Tracker
@@ -145,7 +145,8 @@ def _group_table(heading: str, groups: list[Group]) -> Html:
 
 def _sources(report: CacheReport) -> Html:
     columns = ("rows", "kept", "duplicates", "truncated")
-    sources: list[dict[str, Any]] = report.inspection.log["sources"]
+    every: list[dict[str, Any]] = report.inspection.log["sources"]
+    sources = every[:MOST_FILES]
     rows: list[list[Child]] = [
         [
             of["name"],
@@ -156,20 +157,19 @@ def _sources(report: CacheReport) -> Html:
         for of in sources
     ]
     parts: list[Child] = [table("Files", ["file", *columns, "refused", "read to its end"], rows)]
+    if len(every) > len(sources):
+        says = f"The first {MOST_FILES} of {len(every):,} files, here and in the preferences; inspect-cache --json lists all."
+        parts.append(e("p", says, class_="dim"))
     reasons: list[list[Child]] = [
         [of["name"], reason, f"{count:,}"] for of in sources for reason, count in sorted(of["refused"].items())
     ]
     if reasons:
         parts.append(table("Refused rows by reason", ["file", "reason", "rows"], reasons, numbers_from=2))
-    listed = [row for row in map(_refusal, report.refusals) if row]
-    if listed:
-        some = table(
-            f"Refused rows, the first {len(listed)}", ["row", "reason", "what was wrong"], listed, numbers_from=3
-        )
-        where = f"All are listed in {report.inspection.refused_file}."
-        parts.append(
-            e("details", e("summary", f"Refused rows, the first {len(listed)}"), some, e("p", where, class_="dim"))
-        )
+    if listed := [row for row in map(_refusal, report.refusals) if row]:
+        title = f"Refused rows, the first {len(listed)}"
+        some = table(title, ["row", "reason", "what was wrong"], listed, numbers_from=3, captioned=False)
+        where = e("p", f"All are listed in {report.inspection.refused_file}.", class_="dim")
+        parts.append(e("details", e("summary", title), some, where))
     return together(parts)
 
 

@@ -24,7 +24,7 @@ EXTREMES = 5  # pairs of a list
 LISTED = 50  # rows of a list of suspects
 TEXTS_OF_LIST, TEXTS = 8, 48  # pairs of one list of suspects, of all, whose text is on the page
 MOST_TOKENS = 1_000_000_000  # stored tokens that are looked at for suspects: a minute or two
-MOST_GROUPS = 30  # files in the table by source
+MOST_FILES = 100  # files in the tables by file
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _group(name: str, columns: Columns, margins: NDArray[np.float64], those: NDA
 
 
 def _by_source(cache: ReferenceCache, columns: Columns, margins: NDArray[np.float64]) -> list[Group]:
-    names = [source.name for source in cache.log.sources][:MOST_GROUPS]
+    names = [source.name for source in cache.log.sources][:MOST_FILES]
     found = [_group(name, columns, margins, columns.source[:, 0] == file) for file, name in enumerate(names)]
     return [group for group in found if group]
 

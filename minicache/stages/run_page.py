@@ -127,9 +127,7 @@ def _handshake(known: dict[str, Any]) -> str:
 
 
 def _starts_at_ln2(known: dict[str, Any]) -> bool:
-    return known.get("loss") == "sigmoid" and not any(
-        known.get(name) for name in ("sft_weight", "wpo", "label_smoothing", "init_from")
-    )
+    return known.get("loss") == "sigmoid" and not any(known.get(name) for name in ("sft_weight", "wpo", "init_from"))
 
 
 def _first(known: dict[str, Any], logged: dict[str, Curve]) -> str:
@@ -213,7 +211,7 @@ def _options(known: dict[str, Any]) -> Html | None:
     """Those that are not the defaults first."""
     if not known:
         return None
-    usual = json.loads(json.dumps(flat(TrainConfig(ref_cache="", out=Path("run")))))
+    usual = flat(TrainConfig(ref_cache="", out=Path("run")))
     given = {name: value for name, value in known.items() if name in usual}
     changed = [_option(name, value) for name, value in given.items() if value != usual[name]]
     same = [_option(name, value) for name, value in given.items() if value == usual[name]]
