@@ -40,11 +40,14 @@ TORCH_FREE = [
     "stages.merge",
     "stages.diff",
 ]
-TORCH_FREE += [f"data.{name}" for name in ("records", "formats", "tokenizers", "encode", "workers", "batching")]
+TORCH_FREE += [
+    f"data.{name}" for name in ("records", "formats", "special", "tokenizers", "encode", "workers", "batching")
+]
 TORCH_FREE += ["plots", "stages.plot", "stages.compare_page", "stages.compare_prompts"]
 TORCH_FREE += ["stages.cache_page", "stages.run_page"]
 TORCH_FREE += [
-    f"cache.{name}" for name in ("schema", "reader", "writer", "claims", "places", "objects", "leases", "repack")
+    f"cache.{name}"
+    for name in ("schema", "reader", "writer", "claims", "places", "objects", "leases", "repack", "strict", "bounded")
 ]
 
 
