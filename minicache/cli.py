@@ -8,6 +8,7 @@ import typer
 
 from minicache import __version__, screen
 from minicache.cli_diff import diff
+from minicache.cli_sweep import sweep
 from minicache.cli_train import train
 from minicache.command import (
     DTYPE_HELP,
@@ -95,6 +96,7 @@ def precompute_ref(
 
 
 app.command()(train)
+app.command()(sweep)
 
 
 @app.command()

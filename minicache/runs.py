@@ -10,7 +10,11 @@ from minicache.errors import OutputError
 
 def run_facts(run: str | Path) -> dict[str, Any]:
     """What run.json says of a run directory; nothing for anything else."""
-    file = Path(run) / "run.json"
+    return read_json(Path(run) / "run.json")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """What a file says that this program wrote; nothing where there is none. Raises OutputError: it cannot be read."""
     try:
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except (OSError, ValueError) as error:
@@ -27,8 +31,13 @@ def run_behind(policy: str) -> dict[str, Any]:
 
 def write_facts(run: Path, facts: dict[str, Any]) -> None:
     """Raises OutputError: the disk is full or cannot be written; what was there stays."""
-    with written_whole(run / "run.json") as draft:
-        draft.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(run / "run.json", facts)
+
+
+def write_json(file: Path, facts: dict[str, Any]) -> None:
+    """Whole or not at all; paths as text. Raises OutputError: the disk is full or cannot be written; what was there stays."""
+    with written_whole(file) as draft:
+        draft.write_text(json.dumps(facts, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
 
 
 def policy_source(policy: str) -> str:

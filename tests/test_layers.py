@@ -9,10 +9,11 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "minicache"
 LAYERS = [
-    {"errors", "pairs", "inspection", "text"},
+    {"errors", "pairs", "inspection", "text", "sweeps"},
     {"config", "trackers", "disk", "signals"},
     {"config_train", "data", "cache", "screen", "launch", "runs"},
     {"distributed", "models", "batch", "head", "attention", "screen_inspect", "screen_diff", "speed", "plots"},
+    {"config_sweep", "screen_sweep", "plots_sweep"},
     {"scoring"},
     {"losses", "optim", "checkpoints", "parallel"},
     {"metrics"},
@@ -20,6 +21,7 @@ LAYERS = [
     {"stages"},
     {"command"},
     {"cli_diff", "cli_train"},
+    {"cli_sweep"},
     {"cli"},
     {"__main__"},
 ]
@@ -31,6 +33,9 @@ TORCH_FREE = [
     "screen",
     "screen_inspect",
     "screen_diff",
+    "config_sweep",
+    "screen_sweep",
+    "plots_sweep",
     "launch",
     "runs",
     "disk",
