@@ -75,11 +75,8 @@ demo/run/metrics.jsonl:
 commands: $(VENV)/ready
 	$(BIN)/python docs/reference.py
 
-$(VENV)/docs: $(VENV)/ready
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[docs]' && touch $@
-
 # -W: a link that leads nowhere, or a page without a way to it, fails
-docs: $(VENV)/docs commands
+docs: commands
 	$(BIN)/sphinx-build -W --keep-going --nitpicky --quiet --fresh-env docs site
 	@echo "open site/index.html"
 

@@ -32,10 +32,8 @@ from minicache.sweeps import RunResult, SweepReport
 from minicache.trackers import Tracker
 
 REPORT, PICTURE = "sweep.json", "sweep.png"
-TIMED_PAIRS, WARM_UP = (
-    32,
-    4,
-)  # to measure a forward pass by; scored before, so that nothing is compiled or allocated in it
+# To measure a forward pass by; and scored before that, so that nothing is compiled or allocated in it.
+TIMED_PAIRS, WARM_UP = 32, 4
 
 
 def sweep(config: SweepConfig, world: World, tracker: Tracker) -> SweepReport:
@@ -127,9 +125,8 @@ class _Kept:
         self._models: dict[str, LoadedModel] = {}
 
     def pairs(self, contents: Contents, scratch: Path | None, world: World, tracker: Tracker) -> CachedPairs:
-        key = tuple(
-            (str(cache.path), cache.log.pairs) for cache in contents.caches
-        )  # more pairs since: another decoding
+        # a cache that was added to since is decoded anew
+        key = tuple((str(cache.path), cache.log.pairs) for cache in contents.caches)
         if key not in self._pairs:
             self._pairs[key] = load_pairs(contents, scratch, world, tracker)
         return self._pairs[key]
