@@ -55,11 +55,11 @@ def _draw(axis: "Axes", done: list[RunResult], below: str, metric: str, kind: st
         mark = MARKS[number % len(MARKS)]  # hollow: runs that came out alike are all seen
         axis.plot(xs, ys, mark, fillstyle="none", label=_shown(value) if kind else None, **style)
     values = sorted({x for points in groups.values() for x, _ in points})
-    if below == "kl":
-        return
     if values[0] > 0 and values[-1] >= FAR * values[0]:
         axis.set_xscale("log")
-    axis.set_xticks(values, [format(value, "g") for value in values])
+        axis.xaxis.set_major_formatter("{x:g}")
+    if below != "kl":
+        axis.set_xticks(values, [format(value, "g") for value in values])
     axis.minorticks_off()
 
 
