@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from minicache.cache.blocks import CacheBlocks
+from minicache.cache.access import PairAccess
 from minicache.cache.schema import LEDGER_COLUMNS, CachedPairs, RefBlock
 from minicache.errors import CacheDamaged, CacheError, CacheIncomplete
 from minicache.pairs import EncodedPair, PairTable
@@ -96,7 +96,7 @@ class Contents(ABC):
         )
 
 
-class ReferenceCache(CacheBlocks, Contents):
+class ReferenceCache(Contents, PairAccess):
     """A cache on disk, open for reading."""
 
     @property
@@ -143,10 +143,12 @@ class ReferenceCache(CacheBlocks, Contents):
 
     def each_block(self) -> Iterator[CachedPairs]:
         """Block after block of a complete cache, each checked; one in memory at a time. Raises as `load`."""
-        for block in range(len(self.block_sizes())):
-            with _with_advice():
-                cached = CachedPairs(self.pairs(block), self.ref(block))
-            yield cached
+        yield from map(self.block, range(len(self.block_sizes())))
+
+    def block(self, block: int) -> CachedPairs:
+        """One block, checked. Raises as `load`."""
+        with _with_advice():
+            return CachedPairs(self.pairs(block), self.ref(block))
 
     def verify(self) -> Iterator[tuple[str, CacheError]]:
         """Re-read everything: every chunk, every ledger digest, every pair's own digest. Yields (what, problem)."""
