@@ -127,7 +127,6 @@ def make_case(options: argparse.Namespace, name: str) -> Case:
     table = PairTable.from_pairs(whole.take(np.arange(count) * len(whole) // count), "int32")
     model: Any = random_model(*SHAPES[name]) if name in SHAPES else load_model(name).model
     model = model.to(device, torch.float32).requires_grad_(True)
-    model.is_quantized = False  # transformers still says so of a .gguf's plain tensors, and its Trainer refuses them
     # another model's tokenizer: which ids they are does not matter to speed, that they exist does
     table = replace(table, tokens=table.tokens % model.get_input_embeddings().num_embeddings)
     budget = options.budget or int(options.micro_pairs * table.lengths.sum(1).mean())

@@ -73,6 +73,10 @@ def precompute_ref(
     think: Annotated[
         str, typer.Option(help="An empty think block that the template writes: 'keep' it or 'drop' it.")
     ] = PrecomputeConfig.think,
+    special_text: Annotated[
+        str,
+        typer.Option(help="<|im_end|> and its like, typed in a content: 'plain' text, 'refuse' the row, or 'allow'."),
+    ] = PrecomputeConfig.special_text,
     dtype: Annotated[str, typer.Option("--dtype", "--ref-dtype", help=DTYPE_HELP)] = PrecomputeConfig.dtype,
     block_pairs: Annotated[
         int | None, typer.Option(help="Pairs in a block, the unit of resuming. (Default: by model size.)")

@@ -88,6 +88,7 @@ def import_cache(
     truncate: Annotated[str | None, typer.Option(help="As of precompute-ref.")] = None,
     loss_on: Annotated[str | None, typer.Option(help="As of precompute-ref.")] = None,
     think: Annotated[str | None, typer.Option(help="As of precompute-ref.")] = None,
+    special_text: Annotated[str | None, typer.Option(help="As of precompute-ref.")] = None,
     block_pairs: Annotated[int | None, typer.Option(help="As of precompute-ref.")] = None,
     on_bad_row: Annotated[str | None, typer.Option(help="As of precompute-ref.")] = None,
     trust_remote_code: Trust = False,

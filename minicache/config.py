@@ -18,6 +18,7 @@ LOSS_ON = ("response", "assistant")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 ON_BAD_ROW = ("skip", "fail")
 THINK = ("keep", "drop")
+SPECIAL_TEXT = ("plain", "refuse", "allow")
 LOGPS = ("mean", "sum")
 LAYOUTS = ("auto", "packed", "shared", "padded")
 PARALLEL = ("ddp", "fsdp", "hybrid")
@@ -64,6 +65,7 @@ class PrecomputeConfig:
     """Stage one. `model` and `tokenizer` are a directory, a hub id or a file; sizes are in tokens or pairs.
 
     think: whether an empty think block that the chat template writes is kept or dropped.
+    special_text: what the text of a special token in a content is: plain text, a reason to refuse the row, or that token.
     shard: "K/N": score only every N-th block, from the K-th, as one of N independent jobs.
     """
 
@@ -77,6 +79,7 @@ class PrecomputeConfig:
     truncate: str = "right"
     loss_on: str = "response"
     think: str = "keep"
+    special_text: str = "plain"
     dtype: str = "auto"
     block_pairs: int | None = None
     layout: str = "auto"
@@ -95,6 +98,7 @@ class PrecomputeConfig:
         one_of("--truncate", self.truncate, TRUNCATE)
         one_of("--loss-on", self.loss_on, LOSS_ON)
         one_of("--think", self.think, THINK)
+        one_of("--special-text", self.special_text, SPECIAL_TEXT)
         one_of("--dtype", self.dtype, DTYPES)
         at_least("--block-pairs", self.block_pairs, 1)
         at_least("--tokens-per-batch", self.tokens_per_batch, 1)

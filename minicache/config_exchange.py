@@ -3,7 +3,20 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from minicache.config import DTYPES, FORMATS, LOGPS, LOSS_ON, NO_DIRECTORIES, THINK, TRUNCATE, Where, at_least, one_of
+from minicache.config import (
+    DTYPES,
+    FORMATS,
+    LOGPS,
+    LOSS_ON,
+    NO_DIRECTORIES,
+    ON_BAD_ROW,
+    SPECIAL_TEXT,
+    THINK,
+    TRUNCATE,
+    Where,
+    at_least,
+    one_of,
+)
 from minicache.errors import ConfigError
 
 FILES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -48,6 +61,7 @@ class ImportConfig:
     truncate: str | None = None
     loss_on: str | None = None
     think: str | None = None
+    special_text: str | None = None
     block_pairs: int | None = None
     on_bad_row: str | None = None
     trust_remote_code: bool = False
@@ -59,14 +73,16 @@ class ImportConfig:
         one_of("--truncate", self.truncate, (*TRUNCATE, None))
         one_of("--loss-on", self.loss_on, (*LOSS_ON, None))
         one_of("--think", self.think, (*THINK, None))
+        one_of("--special-text", self.special_text, (*SPECIAL_TEXT, None))
+        one_of("--on-bad-row", self.on_bad_row, (*ON_BAD_ROW, None))
         at_least("--max-length", self.max_length, 2)
         at_least("--block-pairs", self.block_pairs, 1)
 
     @property
     def of_encoding(self) -> dict[str, str | int | Path]:
         """The options given that say how rows become pairs, by name."""
-        names = ("tokenizer", "chat_template", "format", "max_length", "truncate", "loss_on", "think", "block_pairs")
-        given = {name: getattr(self, name) for name in (*names, "on_bad_row")}
+        names = ("tokenizer", "chat_template", "format", "max_length", "truncate", "loss_on", "think", "special_text")
+        given = {name: getattr(self, name) for name in (*names, "block_pairs", "on_bad_row")}
         return {name: value for name, value in given.items() if value is not None}
 
     def require_known(self) -> None:

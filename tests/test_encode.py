@@ -175,7 +175,8 @@ SAID = [
 @pytest.mark.parametrize("turns", SAID)
 def test_turns_are_told_apart_by_who_speaks_not_by_what_is_typed(chatml: ChatTokenizer, turns: tuple) -> None:
     pair = Pair(turns[:-1], turns[-1:], (Turn("assistant", "something else"),), "f", 1)
-    require_pieces(Encoder(chatml, 500, loss_on="assistant"), pair, 0, chatml_pieces(turns))
+    encoder = Encoder(chatml, 500, loss_on="assistant", special_text="allow")
+    require_pieces(encoder, pair, 0, chatml_pieces(turns))
 
 
 SHAPES = {  # template -> text before the conversation, what opens and what closes each role's turn

@@ -215,5 +215,6 @@ def test_a_gguf_goes_all_the_way_and_opens_as_a_plain_model(gguf_file: Path, dat
     opened = AutoModelForCausalLM.from_pretrained(report.model_dir)
     assert next(opened.parameters()).dtype == torch.float32
     original = load_model(str(gguf_file))
+    assert not original.model.is_quantized  # transformers' own trainers ask
     save_model(original.model, cache / "tokenizer", tmp_path / "again")
     assert load_model(str(tmp_path / "again")).fingerprint == original.fingerprint

@@ -39,7 +39,9 @@ class Identity:
     """Everything that changes a stored value or where it lies. Hashed; written once.
 
     weights: digest of the reference's weights. family: its architecture. tokenizer, template: digests. dtype: the
-    precision of the forward pass. block_pairs: pairs a block holds. per_token: whether each token's logprob is stored.
+    precision of the forward pass. block_pairs: pairs a block holds. per_token: whether each token's logprob is stored. A field
+    added since the format's first caches has the value that those were made with as its default, and is stored only if it
+    has another: so they stay what they are.
     """
 
     format_version: int
@@ -56,10 +58,16 @@ class Identity:
     attention: str
     block_pairs: int
     per_token: bool
+    special_text: str = "allow"
 
     @property
     def digest(self) -> str:
-        return digest_of(asdict(self))
+        return digest_of(self.stored)
+
+    @property
+    def stored(self) -> dict[str, Any]:
+        """As a manifest holds it."""
+        return {each.name: value for each in fields(self) if (value := getattr(self, each.name)) != each.default}
 
     @property
     def token_dtype(self) -> str:
@@ -126,7 +134,7 @@ class Manifest:
     log: Log
 
     def to_attributes(self) -> dict[str, Any]:
-        content = {"identity": asdict(self.identity), "log": asdict(self.log)}
+        content = {"identity": self.identity.stored, "log": asdict(self.log)}
         return {ATTRIBUTE: {**content, "identity_digest": self.identity.digest, "digest": digest_of(content)}}
 
     @classmethod

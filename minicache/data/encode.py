@@ -32,7 +32,8 @@ class Encoder:
     max_length: tokens a side may have. truncate: 'right' cuts the end of a side that is longer, 'left' the beginning of the
     prompt (as much on both sides) and then the end, 'refuse' refuses the row. loss_on: which tokens count, 'response'
     (all after the shared prompt turns) or 'assistant' (every assistant turn, its closing token included). think: 'drop' takes
-    out every empty think block; MiniMind's third generation does so by chance.
+    out every empty think block; MiniMind's third generation does so by chance. special_text: what an `<|im_end|>` in a content
+    is, 'plain' text, a reason to 'refuse' the row, or the special token itself ('allow').
     """
 
     tokenizer: ChatTokenizer
@@ -40,6 +41,7 @@ class Encoder:
     truncate: str = "right"
     loss_on: str = "response"
     think: str = "keep"
+    special_text: str = "plain"
 
     def encode_all(
         self, rows: Iterable[Pair | RowRefused], file: int
@@ -49,7 +51,7 @@ class Encoder:
         while chunk := list(islice(rows, CHUNK)):
             rendered = [row if isinstance(row, RowRefused) else _try(row, self._render, row) for row in chunk]
             texts = [text for item in rendered if not isinstance(item, RowRefused) for text, _, _ in item]
-            encoded = iter(self.tokenizer.encode(texts))
+            encoded = iter(self.tokenizer.encode(texts, hides=self.special_text != "allow"))
             for row, item in zip(chunk, rendered, strict=True):
                 if isinstance(item, RowRefused):
                     yield item
@@ -76,15 +78,24 @@ class Encoder:
     def _render(self, pair: Pair) -> list[tuple[str, list[Span], int]]:
         """Of each side: its text, the spans of characters that count, and where its own answer begins."""
         sides = []
+        prompt, special = self._hidden(pair.prompt), self.tokenizer.special_text
         for answer in (pair.chosen, pair.rejected):
-            text, earlier = self._text(pair.prompt + answer), 0
+            turns, earlier = prompt + self._hidden(answer), 0
+            text = self._text(turns)
+            if self.special_text != "allow" and special.is_in(text):
+                special.require_plain(text)
             if self.loss_on == "assistant":
-                spans = self._assistant_spans(text, pair.prompt + answer)
-                earlier = sum(turn.role == "assistant" for turn in pair.prompt)
+                spans = self._assistant_spans(text, turns)
+                earlier = sum(turn.role == "assistant" for turn in prompt)
             else:
-                spans = [(self._boundary(text, pair.prompt), len(text))]
+                spans = [(self._boundary(text, prompt), len(text))]
             sides.append((text, spans, spans[earlier][0]))
         return sides
+
+    def _hidden(self, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+        if self.special_text == "allow":
+            return turns
+        return self.tokenizer.special_text.hide(turns, refuse=self.special_text == "refuse")
 
     def _boundary(self, text: str, prompt: tuple[Turn, ...]) -> int:
         """Where the answer begins: as far as the whole text agrees with the prompt opened for an answer."""

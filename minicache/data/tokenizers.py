@@ -19,6 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer, processors
 
 from minicache.data.records import Turn
+from minicache.data.special import SpecialText
 from minicache.errors import ConfigError, ModelError, RowRefused
 from minicache.pairs import Ints
 
@@ -79,23 +80,31 @@ class ChatTokenizer:
             line = " ".join(str(error).split())[:300] or type(error).__name__
             raise RowRefused("template", f"the chat template refuses it: {line}") from error
 
-    def encode(self, texts: list[str]) -> list[tuple[Ints, Ints]]:
+    def encode(self, texts: list[str], hides: bool = False) -> list[tuple[Ints, Ints]]:
         """Of each text: ids (n,) int32 and the characters each token spans, (n, 2) begin and end.
+
+        hides: `special_text` has hidden something in them, which is encoded as the plain text it stands for.
 
         Raises:
             ModelError: the tokenizer has no token for some text, not even one for the unknown.
         """
+        hidden = [at for at, text in enumerate(texts) if hides and self.special_text.is_in(text)]
         try:
             encodings = self.backend.encode_batch(texts, add_special_tokens=False)
+            ids: list[Ints] = [np.array(encoding.ids, np.int32) for encoding in encodings]
+            for at, encoding in zip(hidden, self.special_text.encode([texts[at] for at in hidden]), strict=True):
+                encodings[at], ids[at] = encoding, self.special_text.ids(encoding)
         except Exception as error:  # the tokenizers library raises bare Exception
             raise ModelError(f"the tokenizer cannot encode the data: {error}") from error
-        return [
-            (np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int64).reshape(-1, 2))
-            for encoding in encodings
-        ]
+        offsets = (np.array(encoding.offsets, np.int64).reshape(-1, 2) for encoding in encodings)
+        return list(zip(ids, offsets, strict=True))
 
     def decode(self, ids: Ints) -> str:
         return self.backend.decode([int(token) for token in ids], skip_special_tokens=False)
+
+    @cached_property
+    def special_text(self) -> SpecialText:
+        return SpecialText(self.backend, set(self.special.values()))
 
     @cached_property
     def _compiled(self) -> jinja2.Template:

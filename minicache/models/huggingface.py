@@ -16,8 +16,10 @@ def load(source: str, trust_remote_code: bool) -> nn.Module:
     model = _from_pretrained(
         AutoModelForCausalLM, source, trust_remote_code, dtype="auto", attn_implementation=ATTENTION
     )
-    if Path(source).suffix == ".gguf":  # by now plain tensors; as a quantized model it could not be saved again
-        model.hf_quantizer = None
+    if (
+        Path(source).suffix == ".gguf"
+    ):  # by now plain tensors; as a quantized model it could not be saved or trained again
+        model.hf_quantizer, model.is_quantized = None, False
         vars(model.config).pop("quantization_config", None)
     return model
 

@@ -68,10 +68,12 @@ def _render(place: str, turns: tuple[Turn, ...], system: str | None, tokenizer: 
     if system and all(turn.role != "system" for turn in turns):
         turns = (Turn("system", system), *turns)
     try:
-        text = tokenizer.render(turns, open_answer=True)
+        text = tokenizer.render(tokenizer.special_text.hide(turns), open_answer=True)
+        if tokenizer.special_text.is_in(text):
+            tokenizer.special_text.require_plain(text)
     except RowRefused as refusal:
         raise DataError(f"{place}: {refusal}") from refusal
-    ((ids, _),) = tokenizer.encode([text])
+    ((ids, _),) = tokenizer.encode([text], hides=True)
     if not len(ids):
         raise DataError(f"{place}: gives no token; expected some text")
     one = len(turns) == 1

@@ -8,16 +8,17 @@ import copy
 import hashlib
 import json
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
 
 from minicache.cache.reader import ReferenceCache
-from minicache.cache.schema import Log, Source
+from minicache.cache.schema import Identity, Log, Source
 from minicache.cache.writer import CacheWriter
 from minicache.data.encode import Encoder
 from minicache.data.formats import read_rows
+from minicache.data.tokenizers import ChatTokenizer
 from minicache.data.workers import RowEncoder
 from minicache.errors import (
     CacheDamaged,
@@ -40,6 +41,12 @@ Refusal = dict[str, str | int]  # source (number of the file in the log), file, 
 def hash_files(files: tuple[str, ...]) -> dict[str, str]:
     """sha256 -> file, each content once."""
     return {_sha256(file): file for file in files}
+
+
+def encoder_of(identity: Identity, tokenizer: ChatTokenizer) -> Encoder:
+    """What makes pairs of rows just as those of a cache of this identity were made."""
+    names = (item.name for item in fields(Encoder) if item.name != "tokenizer")
+    return Encoder(tokenizer, **{name: getattr(identity, name) for name in names})
 
 
 def is_taken_in(cache: ReferenceCache, given: dict[str, str], format: str) -> bool:

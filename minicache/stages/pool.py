@@ -10,7 +10,6 @@ from minicache.cache.reader import JoinedCaches, ReferenceCache
 from minicache.cache.schema import CachedPairs
 from minicache.config_train import TrainConfig
 from minicache.data.batching import Indices, Mixture
-from minicache.data.encode import Encoder
 from minicache.data.formats import read_rows
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.data.workers import RowEncoder
@@ -18,6 +17,7 @@ from minicache.distributed import World
 from minicache.errors import CacheMismatch, ConfigError, RowRefused
 from minicache.evaluation import EvalSet, require_per_token
 from minicache.pairs import PairTable
+from minicache.stages.intake import encoder_of
 from minicache.stages.load import load_pairs
 from minicache.text import ranges
 from minicache.trackers import Tracker
@@ -81,14 +81,7 @@ def _parts(caches: JoinedCaches, table: PairTable, tracker: Tracker) -> list[Ind
 def _asked(config: TrainConfig, cache: ReferenceCache, table: PairTable, tracker: Tracker) -> Indices:
     """The pairs of the files, in their order, each once. Rows that stage one refused too are counted and left out."""
     tracker.begin(f"looking up the pairs of {', '.join(config.data)}", None)
-    identity = cache.identity
-    encoder = Encoder(
-        ChatTokenizer.load(cache.tokenizer_dir),
-        identity.max_length,
-        identity.truncate,
-        identity.loss_on,
-        identity.think,
-    )
+    encoder = encoder_of(cache.identity, ChatTokenizer.load(cache.tokenizer_dir))
     digests: list[bytes] = []
     places: list[tuple[int, int]] = []
     refused: Counter[str] = Counter()

@@ -20,7 +20,6 @@ from minicache.cache.reader import ReferenceCache
 from minicache.cache.schema import FORMAT_VERSION, Identity, Log, Manifest, now
 from minicache.cache.writer import CacheWriter
 from minicache.config import PrecomputeConfig, Where
-from minicache.data.encode import Encoder
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import (
     CacheDamaged,
@@ -34,7 +33,7 @@ from minicache.errors import (
 from minicache.models import LoadedModel, save_tokenizer
 from minicache.models.huggingface import ATTENTION
 from minicache.models.load import lasting_name
-from minicache.stages.intake import hash_files, is_taken_in, take_in
+from minicache.stages.intake import encoder_of, hash_files, is_taken_in, take_in
 from minicache.stages.tokenizer_files import fits, template_digest
 from minicache.trackers import Tracker
 
@@ -113,7 +112,7 @@ def _bring_in(request: _Request) -> None:
     _mend_tokenizer(cache, request.tokenizer_dir)
     if not is_new:
         request.tracker.note(f"{request.path} exists: going on with it")
-    encoder = Encoder(request.tokenizer, config.max_length, config.truncate, config.loss_on, config.think)
+    encoder = encoder_of(request.identity, request.tokenizer)
     try:
         take_in(cache, encoder, request.files, config.format, config.on_bad_row == "fail", request.tracker)
     except (OutputError, StoreError):
@@ -242,6 +241,7 @@ def _identity(
         attention=ATTENTION,
         block_pairs=config.block_pairs or _block_pairs(loaded, config.max_length, device),
         per_token=config.per_token,
+        special_text=config.special_text,
     )
 
 
