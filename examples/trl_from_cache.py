@@ -11,6 +11,7 @@ are a method each, and here they return the data set as it is: its columns alrea
 import argparse
 from typing import Any
 
+import torch
 from datasets import Dataset, load_dataset
 from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
@@ -58,6 +59,7 @@ if __name__ == "__main__":
     for name in ("--model", "--pairs", "--out"):
         parser.add_argument(name, required=True)
     arguments = parser.parse_args()
-    trainer = trainer_for(arguments.model, arguments.pairs, arguments.out, report_to="none")
+    gpu = torch.cuda.is_available()  # TRL's default is bfloat16, which it refuses elsewhere
+    trainer = trainer_for(arguments.model, arguments.pairs, arguments.out, report_to="none", bf16=gpu, use_cpu=not gpu)
     trainer.train()
     trainer.save_model()

@@ -65,6 +65,16 @@ def test_there_and_back_gives_the_same_store(cache: Path, tmp_path: Path, name: 
     assert not list(tmp_path.rglob(".*")), "no draft remains"
 
 
+def test_into_an_object_store_and_out_of_it(cache: Path, tmp_path: Path) -> None:
+    pytest.importorskip("obstore", reason="needs obstore: pip install '.[s3]'")
+    first = exported(cache, tmp_path / "first.jsonl")
+    place = "memory://exchange/cache"
+    import_cache(ImportConfig(str(first), place, identity=identity_of(cache)), Silent())
+    export_cache(ExportCacheConfig(place, tmp_path / "second.jsonl"), Silent())
+    assert first.read_bytes() == (tmp_path / "second.jsonl").read_bytes()
+    assert document_beside(first).read_bytes() == document_beside(tmp_path / "second.jsonl").read_bytes()
+
+
 def test_every_kind_holds_the_same_rows(cache: Path, tmp_path: Path) -> None:
     rows = [[row for _, row in read_table(str(exported(cache, tmp_path / name)))] for name in KINDS]
     assert all(each == rows[0] for each in rows[1:]) and len(rows[0]) == 19
