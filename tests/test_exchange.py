@@ -261,6 +261,8 @@ def test_a_table_of_another_program_has_no_document(tmp_path: Path, data_file: P
         imported(data_file, tmp_path / "back")
     with pytest.raises(DataError, match="no such file"):
         imported(tmp_path / "gone.jsonl", tmp_path / "back")
+    with pytest.raises(DataError, match="is a directory"):
+        imported(tmp_path, tmp_path / "back")
 
 
 def test_a_place_that_is_taken_is_told_first(cache: Path, tmp_path: Path) -> None:

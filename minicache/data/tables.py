@@ -92,7 +92,7 @@ def read_document(file: str) -> dict[str, Any] | None:
     path = Path(file)
     text: str | bytes | None = None
     try:
-        if path.is_dir() and (path / STATE_FILE).is_file():
+        if (path / ARROW_FILE).is_file():
             arrow = _pyarrow(path)
             with arrow.memory_map(str(path / ARROW_FILE)) as source:
                 text = (arrow.ipc.open_stream(source).schema.metadata or {}).get(KEY)
@@ -111,7 +111,7 @@ def read_document(file: str) -> dict[str, Any] | None:
 def read_table(file: str) -> Iterator[tuple[int, Any]]:
     """(row number or line from 1, row) of what `table_at` wrote. Raises DataError as `read_rows`."""
     path = Path(file)
-    if not path.is_dir():
+    if not (path / ARROW_FILE).is_file():
         yield from read_rows(file)
         return
     arrow, number = _pyarrow(path), 0
