@@ -46,7 +46,7 @@ class ScoredPair:
 
 
 class PairAccess(CacheBlocks):
-    """The part of a reference cache that hands out single pairs. Of a cache that is not complete, everything here raises."""
+    """The part of a reference cache that hands out single pairs. Of a cache that is not complete, what is asked for raises."""
 
     @classmethod
     def open(cls, where: Where) -> Self:
