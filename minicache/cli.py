@@ -9,6 +9,7 @@ import typer
 from minicache import __version__, screen
 from minicache.cli_diff import diff
 from minicache.cli_exchange import export, import_cache
+from minicache.cli_report import report
 from minicache.cli_train import train
 from minicache.command import (
     DTYPE_HELP,
@@ -99,6 +100,7 @@ def precompute_ref(
 
 
 app.command()(train)
+app.command()(report)
 
 
 @app.command()
@@ -208,6 +210,7 @@ def inspect_cache(
     verify: Annotated[bool, typer.Option("--verify", help="Re-read everything and check every digest.")] = False,
     model: Annotated[str | None, typer.Option(help="With --verify: also re-score a sample with this model.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw the histograms here: png, svg or pdf.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write all this as a page here, over what is there.")] = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
@@ -232,6 +235,16 @@ def inspect_cache(
             if config.plot:
                 draw_inspection(inspection, config.plot)
                 screen.show_file(err if as_json else out, config.plot)
+            if config.html:
+                _write_page(config, as_json)
+
+
+def _write_page(config: InspectConfig, as_json: bool) -> None:
+    from minicache.stages.cache_page import write_cache_page
+
+    with screen.Screen(err) as tracker:
+        file = write_cache_page(config, tracker)
+    screen.show_file(err if as_json else out, file)
 
 
 def _verify(config: InspectConfig, as_json: bool) -> None:

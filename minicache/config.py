@@ -143,17 +143,22 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """Looking at a cache. `pair` is a position in it, from 0; `model` is only used to verify; `plot` is a picture to draw."""
+    """Looking at a cache. `pair` is a position in it, from 0; `model` is only used to verify; `plot` is a picture to draw,
+    `html` a page to write.
+    """
 
     ref_cache: Where
     pair: int | None = None
     verify: bool = False
     model: str | None = None
     plot: Path | None = None
+    html: Path | None = None
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         at_least("--pair", self.pair, 0)
+        if self.html and (self.verify or self.pair is not None):
+            raise ConfigError("--html: shows the whole cache; expected it without --pair and --verify")
         if self.plot and (self.verify or self.pair is not None):
             raise ConfigError("--plot: draws the whole cache; expected it without --pair and --verify")
         if self.model and not self.verify:
@@ -248,6 +253,15 @@ class ExportConfig:
             raise ConfigError("--tokenizer: a .pth file holds none; expected it with a directory as --out only")
         if self.out.suffix == ".pth" and self.dtype == "bfloat16":
             raise ConfigError("--dtype bfloat16: MiniMind's files are in float16 or float32; choose one of these")
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """A run as a page. out: None is report.html in the run. answers: of `compare --jsonl`; None: those in the run, if any."""
+
+    run: Path
+    out: Path | None = None
+    answers: Path | None = None
 
 
 @dataclass(frozen=True)

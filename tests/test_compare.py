@@ -19,9 +19,10 @@ from minicache.data.formats import read_rows, to_pair, to_prompt
 from minicache.data.records import Turn
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import CacheMismatch, ConfigError, DataError, MinicacheError, ModelError, OutputError, RowRefused
+from minicache.markup import embedded
 from minicache.models import load_model
 from minicache.stages.compare import compare
-from minicache.stages.compare_page import Answers, embedded, page, page_data, policy_sides
+from minicache.stages.compare_page import Answers, page, page_data, policy_sides
 from minicache.stages.compare_prompts import prompt_ids, read_prompts
 from minicache.trackers import Silent
 from tests.conftest import WORDS, one_process, precompute_into, tiny_llama, write_jsonl

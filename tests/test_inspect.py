@@ -17,7 +17,8 @@ from minicache.data.tokenizers import ChatTokenizer
 from minicache.inspection import Inspection
 from minicache.pairs import EncodedPair, PairTable
 from minicache.screen_inspect import show_inspection, show_pair, show_problems
-from minicache.stages.inspect import _extreme, inspect_cache, inspect_pair, verify_cache
+from minicache.stages.columns import extreme
+from minicache.stages.inspect import inspect_cache, inspect_pair, verify_cache
 from minicache.text import visible
 from tests.conftest import make_rows, precompute_into, write_jsonl
 
@@ -216,7 +217,7 @@ def test_the_extremes_are_those_of_sorting() -> None:
         values = random.integers(0, 4, size).astype(np.float32)  # many are equal
         values[random.random(size) < 0.2] = np.nan
         order = np.argsort(values, kind="stable")
-        assert _extreme(values, 3).tolist() == order[~np.isnan(values[order])][:3].tolist()
+        assert extreme(values, 3).tolist() == order[~np.isnan(values[order])][:3].tolist()
 
 
 def test_counted_tokens_are_the_same_before_and_after_scoring(made: Path) -> None:

@@ -10,8 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "minicache"
 LAYERS = [
     {"errors", "pairs", "inspection", "text"},
-    {"config", "trackers", "disk", "signals"},
-    {"config_train", "config_exchange", "data", "cache", "screen", "launch", "runs"},
+    {"config", "trackers", "disk", "signals", "markup"},
+    {"config_train", "config_exchange", "data", "cache", "screen", "launch", "runs", "charts"},
     {"distributed", "models", "batch", "head", "attention", "screen_inspect", "screen_diff", "speed", "plots"},
     {"scoring"},
     {"losses", "optim", "checkpoints", "parallel"},
@@ -19,7 +19,7 @@ LAYERS = [
     {"evaluation", "budget"},
     {"stages"},
     {"command"},
-    {"cli_diff", "cli_exchange", "cli_train"},
+    {"cli_diff", "cli_exchange", "cli_report", "cli_train"},
     {"cli"},
     {"__main__"},
 ]
@@ -47,6 +47,7 @@ TORCH_FREE += [
     f"data.{name}" for name in ("records", "formats", "tokenizers", "encode", "workers", "batching", "tables")
 ]
 TORCH_FREE += ["plots", "stages.plot", "stages.compare_page", "stages.compare_prompts"]
+TORCH_FREE += ["stages.cache_page", "stages.run_page"]
 TORCH_FREE += [
     f"cache.{name}"
     for name in ("schema", "reader", "writer", "claims", "places", "objects", "leases", "repack", "drafts")

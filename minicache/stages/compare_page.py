@@ -8,6 +8,7 @@ from hashlib import blake2b
 from importlib.resources import files
 from typing import Any
 
+from minicache.markup import embedded
 from minicache.text import visible
 
 TEMPLATE = "compare_page.html"
@@ -71,11 +72,3 @@ def _item(answer: Answers, policy_side: str) -> dict[str, Any]:
 
 def _shown(text: str) -> str:
     return visible(text.replace("\r\n", "\n"))
-
-
-def embedded(data: object) -> str:
-    """JSON that is safe inside a <script> element: nothing in it can end the element or open a comment."""
-    text = json.dumps(data, ensure_ascii=False)
-    for sign in "<>&\u2028\u2029":
-        text = text.replace(sign, f"\\u{ord(sign):04x}")
-    return text

@@ -5,43 +5,21 @@ Tokens are not read, unless one pair is asked for or everything is to be verifie
 
 import math
 from collections import Counter
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict
 
 import numpy as np
-from numpy.typing import NDArray
 
 from minicache.cache.reader import ReferenceCache
 from minicache.config import InspectConfig
 from minicache.data.tokenizers import ChatTokenizer
-from minicache.errors import CacheDamaged, CacheError, CacheIncomplete
-from minicache.inspection import Histogram, Inspection, MarginHistogram, PairLine, PairView, Segment
+from minicache.errors import CacheError
+from minicache.inspection import Histogram, Inspection, MarginHistogram, PairView, Segment
 from minicache.pairs import CHOSEN, REJECTED, EncodedPair, PairTable
+from minicache.stages.columns import READ, Columns, extreme, pair_lines, read_columns
 from minicache.stages.intake import REFUSED_FILE
 
 BINS = 16
 SIDES = ("chosen", "rejected")
-# In this order: what the ledger tells of, the others have had before.
-READ = ("ledger/ref", "ledger/pairs", "pairs/lengths", "pairs/source", "ref/logp_mean", "ref/token_count")
-
-
-@dataclass
-class _Columns:
-    """A number or a few for each pair; what stays in memory of a cache of a million."""
-
-    index: NDArray[np.int64]  # (N,) position in the cache, -1 where it cannot be told
-    lengths: NDArray[np.int32]  # (N, 3)
-    counted: NDArray[np.int32]  # (N, 2)
-    source: NDArray[np.int64]  # (N, 2)
-    logp_mean: NDArray[np.float32]  # (N, 2), NaN where not scored
-
-    @cached_property
-    def sides(self) -> NDArray[np.int32]:
-        return self.lengths[:, :1] + self.lengths[:, 1:]
-
-    @cached_property
-    def scored(self) -> NDArray[np.bool_]:
-        return np.isfinite(self.logp_mean[:, CHOSEN]) & np.isfinite(self.logp_mean[:, REJECTED])
 
 
 def inspect_cache(config: InspectConfig) -> Inspection:
@@ -55,7 +33,7 @@ def inspect_cache(config: InspectConfig) -> Inspection:
     """
     cache = ReferenceCache(config.ref_cache)
     cache.hold(READ)
-    columns, without_pairs, unscored = _read_columns(cache)
+    columns, without_pairs, unscored = read_columns(cache)
     problem = _problem(cache, None if without_pairs else len(columns.lengths))
     unfinished = dict(sorted({**without_pairs, **unscored}.items()))
     scored = columns.logp_mean[columns.scored]
@@ -91,10 +69,10 @@ def inspect_cache(config: InspectConfig) -> Inspection:
         refused_rows=refused.total(),
         refused_file=str(cache.place.locate(REFUSED_FILE)) if cache.place.has(REFUSED_FILE) else None,
         truncated=sum(source.truncated for source in sources),
-        longest=_lines(cache, columns, _extreme(-columns.sides.max(1, initial=0), 5)),
-        highest_margin=_lines(cache, columns, _extreme(-margins, 3)),
-        lowest_margin=_lines(cache, columns, _extreme(margins, 3)),
-        lowest_logp=_lines(cache, columns, _extreme(columns.logp_mean.min(1, initial=np.inf), 3)),
+        longest=pair_lines(cache, columns, extreme(-columns.sides.max(1, initial=0), 5)),
+        highest_margin=pair_lines(cache, columns, extreme(-margins, 3)),
+        lowest_margin=pair_lines(cache, columns, extreme(margins, 3)),
+        lowest_logp=pair_lines(cache, columns, extreme(columns.logp_mean.min(1, initial=np.inf), 3)),
     )
 
 
@@ -111,8 +89,8 @@ def inspect_pair(config: InspectConfig) -> PairView:
     pair, logp_mean = cache.pair(config.pair)
     table = PairTable.from_pairs([pair], cache.identity.token_dtype)
     scores = np.full((1, 2), np.nan, np.float32) if logp_mean is None else logp_mean[None]
-    columns = _Columns(np.array([config.pair]), table.lengths, table.token_counts, table.source, scores)
-    (line,) = _lines(cache, columns, np.array([0]))
+    columns = Columns(np.array([config.pair]), table.lengths, table.token_counts, table.source, scores)
+    (line,) = pair_lines(cache, columns, np.array([0]))
     segments = [_segments(tokenizer, pair, side) for side in (CHOSEN, REJECTED)]
     return PairView(line, table.token_counts[0].tolist(), segments)
 
@@ -126,42 +104,6 @@ def _segments(tokenizer: ChatTokenizer, pair: EncodedPair, side: int) -> list[Se
     return [Segment(tokenizer.decode(ids[a:b]), bool(mask[a]), bool(shared[a])) for a, b in parts]
 
 
-def _read_columns(cache: ReferenceCache) -> tuple[_Columns, dict[int, str], dict[int, str]]:
-    """The blocks' columns; which blocks have no pairs and which of the others no scores, and why."""
-    parts: list[tuple[np.ndarray, ...]] = [
-        (np.zeros(0, np.int64), np.zeros((0, 3), np.int32), *(np.zeros((0, 2), kind) for kind in ("i4", "i8", "f4")))
-    ]
-    without_pairs: dict[int, str] = {}
-    unscored: dict[int, str] = {}
-    first: int | None = 0  # position in the cache of the block's first pair, as `ReferenceCache.pair` counts
-    for block in range(cache.blocks):
-        start, first = first, None  # behind a lost ledger row nobody can count on
-        try:
-            size, _ = cache.block_size(block)
-            first = None if start is None else start + size
-            index = np.full(size, -1) if start is None else np.arange(start, start + size)
-            lengths, source = cache.outline(block)
-            counted, logp_mean, why = _scores(cache, block, lengths)
-        except (CacheIncomplete, CacheDamaged) as error:
-            without_pairs[block] = str(error)
-            continue
-        if why:
-            unscored[block] = why
-        parts.append((index, lengths, counted, source, logp_mean))
-    for block in range(cache.blocks, cache.log.blocks):
-        without_pairs[block] = f"{cache.path}: block {block} was written, but the arrays end before it"
-    return _Columns(*(np.concatenate(part) for part in zip(*parts, strict=True))), without_pairs, unscored
-
-
-def _scores(cache: ReferenceCache, block: int, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, str | None]:
-    """Counted tokens (n, 2), mean logprobs (n, 2), NaN where there are none, and why there are none."""
-    try:
-        scores = cache.ref(block, whole=False)
-    except (CacheIncomplete, CacheDamaged) as error:
-        return cache.counted(block, lengths), np.full((len(lengths), 2), np.nan, np.float32), str(error)
-    return scores.token_count, scores.logp_mean, None
-
-
 def _problem(cache: ReferenceCache, pairs: int | None) -> str | None:
     """What keeps the cache as a whole from being complete. pairs: how many there are, None if blocks are known to lack."""
     try:
@@ -173,7 +115,7 @@ def _problem(cache: ReferenceCache, pairs: int | None) -> str | None:
     return None
 
 
-def _length_statistics(columns: _Columns) -> dict[str, dict[str, float]]:
+def _length_statistics(columns: Columns) -> dict[str, dict[str, float]]:
     values = {"prefix": columns.lengths[:, 0]}
     for side, name in enumerate(SIDES):
         values[name] = columns.sides[:, side]
@@ -217,32 +159,9 @@ def _margin_histogram(margins: np.ndarray) -> MarginHistogram | None:
     return MarginHistogram(edges[first : last + 1].tolist(), counts[first:last].tolist())
 
 
-def _preference(columns: _Columns) -> dict[str, float] | None:
+def _preference(columns: Columns) -> dict[str, float] | None:
     if not columns.scored.any():
         return None
     mean = columns.logp_mean[columns.scored]
     total = mean * columns.counted[columns.scored]
     return {name: float((logps[:, 0] > logps[:, 1]).mean()) for name, logps in (("mean", mean), ("sum", total))}
-
-
-def _extreme(values: np.ndarray, most: int) -> np.ndarray:
-    """Indices of the smallest values that are numbers, the first of equal ones first."""
-    numbers = np.flatnonzero(np.isfinite(values))
-    if len(numbers) > most:  # to sort a million takes longer than to find those worth sorting
-        numbers = numbers[values[numbers] <= np.partition(values[numbers], most)[most]]
-    return numbers[np.argsort(values[numbers], kind="stable")[:most]]
-
-
-def _lines(cache: ReferenceCache, columns: _Columns, indices: np.ndarray) -> list[PairLine]:
-    names = [source.name for source in cache.log.sources]
-    lines = []
-    for index in indices.tolist():
-        file, line = columns.source[index].tolist()
-        logps = columns.logp_mean[index].tolist() if columns.scored[index] else None
-        name = names[file] if 0 <= file < len(names) else "?"
-        margin = logps[CHOSEN] - logps[REJECTED] if logps else None
-        position = int(columns.index[index])
-        lines.append(
-            PairLine(position if position >= 0 else None, name, line, columns.lengths[index].tolist(), logps, margin)
-        )
-    return lines

@@ -1,0 +1,113 @@
+"""Pairs of a cache as text: token by token where each has its logprob, in runs where only the mean is known."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from minicache.cache.reader import ReferenceCache
+from minicache.data.tokenizers import ChatTokenizer
+from minicache.errors import CacheError
+from minicache.pairs import CHOSEN, REJECTED, EncodedPair, Ints
+from minicache.text import visible
+
+SHARED_SHOWN, OWN_SHOWN = 300, 600  # tokens: the end of the shared beginning, the beginning of each side's rest
+
+# A run of text that does not count; [text] that does, [text, logprob] of one token that does; a number of tokens left out.
+Piece = str | list[Any] | int
+
+
+def pair_texts(cache: ReferenceCache, tokenizer: ChatTokenizer, indices: list[int]) -> dict[int, list[list[Piece]]]:
+    """Pair -> pieces of the shared beginning, of chosen's rest, of rejected's rest. A pair that cannot be read is left out."""
+    texts = {}
+    for block, first, wanted in _by_block(cache, sorted(indices)):
+        try:
+            table = cache.pairs(block)
+        except CacheError:
+            continue
+        logps = _token_logps(cache, block)
+        for index in wanted:
+            start, stop = table.offsets[index - first : index - first + 2]
+            own = logps[start:stop] if logps is not None else None
+            texts[index] = _pieces(table[index - first], own, tokenizer)
+    return texts
+
+
+def _by_block(cache: ReferenceCache, indices: list[int]) -> Iterator[tuple[int, int, list[int]]]:
+    """Block, its first pair, which of its pairs are asked for."""
+    first = 0
+    for block in range(cache.blocks):
+        try:
+            pairs, _ = cache.block_size(block)
+        except CacheError:  # nobody can count on behind it
+            return
+        if wanted := [index for index in indices if first <= index < first + pairs]:
+            yield block, first, wanted
+        first += pairs
+
+
+def _token_logps(cache: ReferenceCache, block: int) -> np.ndarray | None:
+    """(T,) of the block's tokens, None where the cache has none."""
+    try:
+        return cache.ref(block).token_logps
+    except CacheError:
+        return None
+
+
+def _pieces(pair: EncodedPair, logps: np.ndarray | None, tokenizer: ChatTokenizer) -> list[list[Piece]]:
+    """logps: (n,) of all the pair's tokens, NaN where one does not count."""
+    prefix, chosen, _ = pair.lengths
+    values = np.full(len(pair.tokens), np.nan, np.float32) if logps is None else logps
+    sides = [np.arange(prefix + chosen), np.r_[0:prefix, prefix + chosen : len(pair.tokens)]]
+    skipped = max(0, prefix - SHARED_SHOWN)
+    parts: list[list[Piece]] = [[skipped] if skipped else []]
+    places = sides[CHOSEN]
+    parts[0] += _run(pair, places, (skipped, prefix), values, tokenizer)
+    for side in (CHOSEN, REJECTED):
+        places = sides[side]
+        stop = min(len(places), prefix + OWN_SHOWN)
+        part = _run(pair, places, (prefix, stop), values, tokenizer)
+        parts.append(part + ([len(places) - stop] if stop < len(places) else []))
+    return parts
+
+
+def _run(
+    pair: EncodedPair, places: Ints, span: tuple[int, int], logps: np.ndarray, tokenizer: ChatTokenizer
+) -> list[Piece]:
+    """Pieces of the tokens from span[0] to span[1] of the side that lies at `places`."""
+    ids, mask, values = pair.tokens[places], pair.loss_mask[places], logps[places]
+    pieces: list[Piece] = []
+    for start, stop, text in _texts(tokenizer, ids, span):
+        if not mask[start]:
+            if pieces and isinstance(pieces[-1], str):
+                pieces[-1] += text
+            else:
+                pieces.append(text)
+        elif np.isfinite(values[start:stop]).all():
+            pieces.append([text, round(float(values[start:stop].sum()), 3)])
+        elif pieces and isinstance(pieces[-1], list):
+            pieces[-1][0] += text
+        else:
+            pieces.append([text])
+    return [visible(piece) if isinstance(piece, str) else _shown(piece) for piece in pieces]
+
+
+def _shown(piece: Piece) -> Piece:
+    return [visible(piece[0]), *piece[1:]] if isinstance(piece, list) else piece
+
+
+def _texts(tokenizer: ChatTokenizer, ids: Ints, span: tuple[int, int]) -> Iterator[tuple[int, int, str]]:
+    """Where each stretch of tokens begins and ends that makes whole characters, and its text.
+
+    Text is what decoding with the stretch before it adds: a decoder may drop the space before the very first word.
+    """
+    begin = start = span[0]
+    for stop in range(span[0] + 1, span[1] + 1):
+        before = tokenizer.decode(ids[begin:start]) if start > begin else ""
+        text = tokenizer.decode(ids[begin:stop])
+        if (
+            text.endswith("\ufffd") and stop < span[1] and stop - start < 8
+        ):  # the rest of the character is still to come
+            continue
+        yield start, stop, text[len(before) :]
+        begin, start = start, stop
