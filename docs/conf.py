@@ -16,7 +16,7 @@ smartquotes = False  # they would bend the quotes of options
 
 NAV = {
     "Tutorials": ["minimind", "minimind.zh", "trl"],
-    "Guides": ["data", "training", "howto", "compare", "report", "sweep", "cluster", "trackers"],
+    "Guides": ["data", "training", "howto", "compare", "report", "sweep", "exchange", "cluster", "trackers"],
     "Reference": ["commands", "api", "cache-format"],
 }
 

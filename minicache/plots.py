@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from minicache.disk import written_whole
 from minicache.errors import ConfigError, DataError
+from minicache.runs import starts_at_ln_2
 from minicache.text import visible
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def _draw_panel(axis: "Axes", panel: Panel, runs: list[RunCurves], smooth: float
     kinds = {run.facts.get("logps", "mean") for run in runs}
     logps = LOGPS_UNITS.get(kinds.pop(), "nats") if len(kinds) == 1 else "nats: runs of mean and of sum"
     frame(axis, panel.title, "step", panel.unit.format(logps=logps))
-    level = math.log(2) if panel.title == "loss" and all(map(_starts_at_ln2, runs)) else panel.level
+    level = math.log(2) if panel.title == "loss" and all(starts_at_ln_2(run.facts) for run in runs) else panel.level
     if level is not None:
         axis.axhline(level, color="#9a9a9a", linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
     for number, run in enumerate(runs):
@@ -123,11 +124,6 @@ def _draw_panel(axis: "Axes", panel: Panel, runs: list[RunCurves], smooth: float
     axis.yaxis.set_major_formatter("{x:.3g}")  # no offset above the axis: each number stands for itself
     if panel.unit == "share of pairs":
         axis.set_ylim(-0.04, 1.04)
-
-
-def _starts_at_ln2(run: RunCurves) -> bool:
-    options = run.facts.get("loss_options") or {}
-    return run.facts.get("loss") == "sigmoid" and not options.get("sft_weight")
 
 
 def _color(number: int, metric: str, runs: int) -> str:

@@ -1,6 +1,7 @@
 """A run directory: `run.json` with every option as used, and where its model lies. No torch."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,3 +56,8 @@ def policy_source(policy: str) -> str:
             f"{policy}: this run has no model yet; go on with it by `minidpo train --resume`, or name one of its checkpoints/"
         )
     return policy
+
+
+def starts_at_ln_2(facts: Mapping[str, Any]) -> bool:
+    """Whether a run's loss is ln 2 where policy and reference agree: the sigmoid loss with nothing beside it."""
+    return facts.get("loss") == "sigmoid" and not facts.get("sft_weight") and not facts.get("wpo")

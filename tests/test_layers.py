@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "minicache"
 LAYERS = [
     {"errors", "pairs", "inspection", "text", "sweeps"},
     {"config", "trackers", "disk", "signals", "markup"},
-    {"config_train", "data", "cache", "screen", "launch", "runs", "charts"},
+    {"config_train", "config_exchange", "data", "cache", "screen", "launch", "runs", "charts"},
     {"distributed", "models", "batch", "head", "attention", "screen_inspect", "screen_diff", "speed", "plots"},
     {"config_sweep", "screen_sweep", "plots_sweep"},
     {"scoring"},
@@ -20,7 +20,7 @@ LAYERS = [
     {"evaluation", "budget"},
     {"stages"},
     {"command"},
-    {"cli_diff", "cli_report", "cli_train"},
+    {"cli_diff", "cli_exchange", "cli_report", "cli_train"},
     {"cli_sweep"},
     {"cli"},
     {"__main__"},
@@ -44,12 +44,18 @@ TORCH_FREE = [
     "stages.inspect",
     "stages.merge",
     "stages.diff",
+    "stages.export_cache",
+    "stages.import_cache",
+    "config_exchange",
 ]
-TORCH_FREE += [f"data.{name}" for name in ("records", "formats", "tokenizers", "encode", "workers", "batching")]
+TORCH_FREE += [
+    f"data.{name}" for name in ("records", "formats", "tokenizers", "encode", "workers", "batching", "tables")
+]
 TORCH_FREE += ["plots", "stages.plot", "stages.compare_page", "stages.compare_prompts"]
 TORCH_FREE += ["stages.cache_page", "stages.run_page"]
 TORCH_FREE += [
-    f"cache.{name}" for name in ("schema", "reader", "writer", "claims", "places", "objects", "leases", "repack")
+    f"cache.{name}"
+    for name in ("schema", "reader", "writer", "claims", "places", "objects", "leases", "repack", "drafts")
 ]
 
 

@@ -222,3 +222,12 @@ def test_a_picture_that_cannot_be_is_refused(cli, ref_cache: Path, tmp_path: Pat
         code, _, stderr = cli("inspect-cache", ref_cache, *arguments)
         assert code == 1 and said in " ".join(stderr.split())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", [{"sft_weight": 1.0}, {"wpo": True}, {"loss": "ipo"}])
+def test_ln_2_is_drawn_only_for_losses_that_begin_there(option: dict, tmp_path: Path) -> None:
+    pictures = []
+    for name, facts in (("plain", {}), ("other", option)):
+        plot(PlotConfig((make_run(tmp_path / name / "run", **facts),), tmp_path / f"{name}.svg"))
+        pictures.append((tmp_path / f"{name}.svg").read_text().count("stroke-dasharray"))
+    assert pictures[0] == pictures[1] + 1

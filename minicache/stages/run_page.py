@@ -13,7 +13,7 @@ from minicache.config_train import TrainConfig, flat, option
 from minicache.disk import check_writable, written_whole
 from minicache.markup import Child, Html, e, facts, page, table, together
 from minicache.plots import EVAL, LOGPS_UNITS, PANELS, Curve
-from minicache.runs import run_facts
+from minicache.runs import run_facts, starts_at_ln_2
 from minicache.stages.plot import METRICS, read_curves
 from minicache.stages.run_answers import answers_part, read_answers
 
@@ -127,7 +127,7 @@ def _handshake(known: dict[str, Any]) -> str:
 
 
 def _starts_at_ln2(known: dict[str, Any]) -> bool:
-    return known.get("loss") == "sigmoid" and not any(known.get(name) for name in ("sft_weight", "wpo", "init_from"))
+    return starts_at_ln_2(known) and not known.get("init_from")
 
 
 def _first(known: dict[str, Any], logged: dict[str, Curve]) -> str:

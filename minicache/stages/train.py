@@ -24,7 +24,7 @@ from minicache.models import LoadedModel, checkpoint_activations, load_model, sa
 from minicache.models.load import lasting_name
 from minicache.models.lora import add_lora, with_adapter
 from minicache.parallel import is_sharded, spread, whole_weights
-from minicache.runs import run_facts, write_facts
+from minicache.runs import run_facts, starts_at_ln_2, write_facts
 from minicache.scoring import DTYPES, Scorer, decoder_of, resolve_dtype
 from minicache.stages.checks import check, handshake
 from minicache.stages.load import Sources
@@ -131,7 +131,7 @@ def _report(out: Path, facts: dict[str, Any]) -> TrainReport:
         noise,
         outcome["stopped"],
         Progress(**outcome["progress"]),
-        from_ln_2=facts["loss"] == "sigmoid" and not facts["sft_weight"] and not facts["wpo"],
+        from_ln_2=starts_at_ln_2(facts),
     )
 
 
