@@ -1,6 +1,7 @@
 # make demo   the whole job on a real model: about five minutes on two CPU cores, downloads aside
 # make test   all tests
 # make torture  kills, full disks, damage, clocks, bombs, each for real: about fifteen minutes; make fuzz  for SECONDS (120)
+# make docs   the documentation as a site, in site/
 # make bench  both stages beside a live-reference trainer and TRL, two models: about ten minutes on two CPU cores.
 #             BENCH="--pairs 32 --data pairs.jsonl" for other pairs; make bench-full for many, make bench-gpu on a GPU
 # Each sets up .venv by itself. PYTHON names the interpreter (3.11 or newer).
@@ -20,7 +21,7 @@ PROMPT ?= What should I pack for a beach day?
 BENCHMARK := $(BIN)/python -m benchmarks.bench
 FULL_DATA ?= ../shared/data/dpo_en_chat.jsonl
 
-.PHONY: demo test torture fuzz bench bench-full bench-gpu bench-growth format pictures clean
+.PHONY: demo test torture fuzz bench bench-full bench-gpu bench-growth format pictures commands docs clean
 
 $(VENV)/ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "minidpo needs Python 3.11 or newer: make PYTHON=python3.12 …"; exit 1; }
@@ -80,9 +81,17 @@ pictures: demo/run/metrics.jsonl
 demo/run/metrics.jsonl:
 	$(MAKE) demo
 
+commands: $(VENV)/ready
+	$(BIN)/python docs/reference.py
+
+# -W: a link that leads nowhere, or a page without a way to it, fails
+docs: commands
+	$(BIN)/sphinx-build -W --keep-going --nitpicky --quiet --fresh-env docs site
+	@echo "open site/index.html"
+
 format: $(VENV)/ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info
+	rm -rf $(VENV) demo build site *.egg-info

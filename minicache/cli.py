@@ -8,7 +8,9 @@ import typer
 
 from minicache import __version__, screen
 from minicache.cli_diff import diff
+from minicache.cli_exchange import export, import_cache
 from minicache.cli_report import report
+from minicache.cli_sweep import sweep
 from minicache.cli_train import train
 from minicache.command import (
     DTYPE_HELP,
@@ -31,7 +33,6 @@ from minicache.command import (
 from minicache.config import (
     CompareConfig,
     EvaluateConfig,
-    ExportConfig,
     InspectConfig,
     MergeConfig,
     PlotConfig,
@@ -100,6 +101,7 @@ def precompute_ref(
 
 
 app.command()(train)
+app.command()(sweep)
 app.command()(report)
 
 
@@ -163,22 +165,8 @@ def compare(
             screen.show_file(out, file)
 
 
-@app.command()
-def export(
-    policy: Annotated[
-        str, typer.Option(help="A run directory, one of its checkpoints, a model directory, hub id or file.")
-    ],
-    to: Annotated[Path, typer.Option("--out", help="A directory to make, or a .pth file (of a MiniMind model).")],
-    dtype: Annotated[
-        str, typer.Option(help="auto (as it is stored; a .pth in float16), float32, float16 or bfloat16.")
-    ] = ExportConfig.dtype,
-    tokenizer: Annotated[str | None, typer.Option(help="Where the tokenizer is, if not with the model.")] = None,
-    trust_remote_code: Trust = False,
-) -> None:
-    """Write a policy as a Hugging Face directory, adapters merged, or as a MiniMind .pth under its own keys."""
-    with errors_as_one_line():
-        config = ExportConfig(policy, to, dtype, tokenizer, trust_remote_code)
-        run_stage("export", config, 1, screen.show_export)
+app.command()(export)
+app.command("import-cache")(import_cache)
 
 
 @app.command()

@@ -51,6 +51,15 @@ def one_of(option: str, value: str | None, allowed: tuple[str | None, ...]) -> N
         raise ConfigError(f"{option}: expected one of {', '.join(filter(None, allowed))}, got {value!r}")
 
 
+def split_share(shard: str | None) -> tuple[int, int]:
+    """K and N of "K/N": a job's number, from 1, and how many there are; (1, 1) without one. Raises ConfigError: nonsense."""
+    parts = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", shard if shard is not None else "1/1")
+    number, of = (int(parts[1]), int(parts[2])) if parts else (0, 0)
+    if not 1 <= number <= of:
+        raise ConfigError(f"--shard: expected K/N with K from 1 to N, as 3/64, got {shard!r}")
+    return number, of
+
+
 def at_least(option: str, value: float | None, least: float) -> None:
     if value is not None and not value >= least:
         raise ConfigError(f"{option}: expected {least} or more, got {value}")
@@ -113,15 +122,11 @@ class PrecomputeConfig:
         one_of("--layout", self.layout, LAYOUTS)
         one_of("--parallel", self.parallel, PARALLEL)
         one_of("--on-bad-row", self.on_bad_row, ON_BAD_ROW)
-        number, of = self.share
-        if not 1 <= number <= of:
-            raise ConfigError(f"--shard: expected K/N with K from 1 to N, as 3/64, got {self.shard!r}")
+        split_share(self.shard)
 
     @property
     def share(self) -> tuple[int, int]:
-        """K and N of `shard`: this job's number, from 1, and how many there are; (1, 1) without one, (0, 0) of nonsense."""
-        parts = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", self.shard if self.shard is not None else "1/1")
-        return (int(parts[1]), int(parts[2])) if parts else (0, 0)
+        return split_share(self.shard)
 
 
 @dataclass(frozen=True)

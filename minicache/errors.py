@@ -10,6 +10,7 @@
     │   ├── CacheIncomplete     some of its blocks are not scored yet
     │   └── CacheDamaged        bytes on disk are not the bytes that were written
     ├── ModelError              a model or tokenizer cannot be loaded or used
+    │   └── RunDiverged         a training run's numbers are no longer finite
     ├── HandshakeError          the model does not reproduce the cached logprobs
     ├── ProcessLost             another process of the run has died
     ├── StoreError              an object store cannot be reached, or refuses
@@ -93,6 +94,10 @@ class CacheDamaged(CacheError):
 
 class ModelError(MinicacheError):
     """A model or tokenizer cannot be loaded or used."""
+
+
+class RunDiverged(ModelError):
+    """A training run's loss or gradient is no longer finite."""
 
 
 class HandshakeError(MinicacheError):

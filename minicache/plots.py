@@ -94,7 +94,7 @@ def draw_runs(runs: list[RunCurves], file: Path, smooth: float = 0.0) -> None:
         )
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
-    with _picture(file, (4.1 * columns, 2.9 * rows + 0.7)) as figure:
+    with picture(file, (4.1 * columns, 2.9 * rows + 0.7)) as figure:
         axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
         for panel, axis in zip(panels, axes, strict=False):
             _draw_panel(axis, panel, runs, smooth)
@@ -106,7 +106,7 @@ def draw_runs(runs: list[RunCurves], file: Path, smooth: float = 0.0) -> None:
 def _draw_panel(axis: "Axes", panel: Panel, runs: list[RunCurves], smooth: float) -> None:
     kinds = {run.facts.get("logps", "mean") for run in runs}
     logps = LOGPS_UNITS.get(kinds.pop(), "nats") if len(kinds) == 1 else "nats: runs of mean and of sum"
-    _frame(axis, panel.title, "step", panel.unit.format(logps=logps))
+    frame(axis, panel.title, "step", panel.unit.format(logps=logps))
     level = math.log(2) if panel.title == "loss" and all(starts_at_ln_2(run.facts) for run in runs) else panel.level
     if level is not None:
         axis.axhline(level, color="#9a9a9a", linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
@@ -200,12 +200,12 @@ def draw_inspection(inspection: "Inspection", file: Path) -> None:
     found = [item for item in histograms if item[1]]
     if not found:
         raise ConfigError(f"--plot: {inspection.path} holds no pairs that can be drawn yet; run precompute-ref again")
-    with _picture(file, (5 * len(found), 3.9)) as figure:
+    with picture(file, (5 * len(found), 3.9)) as figure:
         from matplotlib.ticker import MaxNLocator
 
         axes = figure.subplots(1, len(found), squeeze=False).flatten().tolist()
         for axis, (title, histogram, unit, draw) in zip(axes, found, strict=True):
-            _frame(axis, title, unit, "pairs")
+            frame(axis, title, unit, "pairs")
             axis.yaxis.set_major_locator(MaxNLocator(6, integer=True))
             draw(axis, histogram)
         figure.suptitle(
@@ -233,7 +233,7 @@ def _draw_sides(axis: "Axes", histogram: "Histogram") -> None:
 # --- what every picture shares ---
 
 
-def _frame(axis: "Axes", title: str, below: str, beside: str) -> None:
+def frame(axis: "Axes", title: str, below: str, beside: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axis.set_title(title, loc="left", fontsize=11, color=INK)
@@ -248,7 +248,7 @@ def _frame(axis: "Axes", title: str, below: str, beside: str) -> None:
 
 
 @contextmanager
-def _picture(file: Path, inches: tuple[float, float]) -> Iterator["Figure"]:
+def picture(file: Path, inches: tuple[float, float]) -> Iterator["Figure"]:
     """A figure to draw on; written whole when the block ends, the same bytes for the same numbers."""
     check_picture(file)
     import warnings

@@ -18,15 +18,21 @@ def run_facts(run: str | Path) -> dict[str, Any]:
         OutputError: it cannot be read, or is not what `train` writes.
     """
     file = Path(run) / "run.json"
+    facts = read_json(file)
+    for name, kind in FOUND.items():
+        if name in facts and type(facts[name]) is not kind:
+            raise OutputError(f"{file}: {name!r} is {str(facts[name])[:40]!r}, which `train` never writes there")
+    return facts
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """What a file says that this program wrote; nothing where there is none. Raises OutputError: it cannot be read."""
     try:
         facts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except (OSError, ValueError, RecursionError) as error:
         raise OutputError(f"{file}: cannot be read: {error}") from error
     if not isinstance(facts, dict):
-        raise OutputError(f"{file}: expected an object with the run's options, got {str(facts)[:40]!r}")
-    for name, kind in FOUND.items():
-        if name in facts and type(facts[name]) is not kind:
-            raise OutputError(f"{file}: {name!r} is {str(facts[name])[:40]!r}, which `train` never writes there")
+        raise OutputError(f"{file}: expected a JSON object, got {str(facts)[:40]!r}")
     return facts
 
 
@@ -42,8 +48,13 @@ def write_facts(run: Path, facts: dict[str, Any]) -> None:
     """Raises OutputError: the disk is full or cannot be written; what was there stays."""
     for leftover in _drafts(run):  # of calls that were killed
         leftover.unlink(missing_ok=True)
-    with written_whole(run / "run.json") as draft:
-        draft.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(run / "run.json", facts)
+
+
+def write_json(file: Path, facts: dict[str, Any]) -> None:
+    """Whole or not at all; paths as text. Raises OutputError: the disk is full or cannot be written; what was there stays."""
+    with written_whole(file) as draft:
+        draft.write_text(json.dumps(facts, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
 
 
 def is_unused(run: Path) -> bool:

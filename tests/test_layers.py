@@ -9,17 +9,19 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "minicache"
 LAYERS = [
-    {"errors", "pairs", "inspection", "text"},
+    {"errors", "pairs", "inspection", "text", "sweeps"},
     {"config", "trackers", "disk", "signals", "markup"},
-    {"config_train", "data", "cache", "screen", "launch", "runs", "charts"},
+    {"config_train", "config_exchange", "data", "cache", "screen", "launch", "runs", "charts"},
     {"distributed", "models", "batch", "head", "attention", "screen_inspect", "screen_diff", "speed", "plots"},
+    {"config_sweep", "screen_sweep", "plots_sweep"},
     {"scoring"},
     {"losses", "optim", "checkpoints", "parallel"},
     {"metrics"},
     {"evaluation", "budget"},
     {"stages"},
     {"command"},
-    {"cli_diff", "cli_report", "cli_train"},
+    {"cli_diff", "cli_exchange", "cli_report", "cli_train"},
+    {"cli_sweep"},
     {"cli"},
     {"__main__"},
 ]
@@ -31,6 +33,9 @@ TORCH_FREE = [
     "screen",
     "screen_inspect",
     "screen_diff",
+    "config_sweep",
+    "screen_sweep",
+    "plots_sweep",
     "launch",
     "runs",
     "disk",
@@ -39,15 +44,31 @@ TORCH_FREE = [
     "stages.inspect",
     "stages.merge",
     "stages.diff",
+    "stages.export_cache",
+    "stages.import_cache",
+    "config_exchange",
 ]
 TORCH_FREE += [
-    f"data.{name}" for name in ("records", "formats", "special", "tokenizers", "encode", "workers", "batching")
+    f"data.{name}"
+    for name in ("records", "formats", "special", "tokenizers", "encode", "workers", "batching", "tables")
 ]
 TORCH_FREE += ["plots", "stages.plot", "stages.compare_page", "stages.compare_prompts"]
 TORCH_FREE += ["stages.cache_page", "stages.run_page"]
 TORCH_FREE += [
     f"cache.{name}"
-    for name in ("schema", "reader", "writer", "claims", "places", "objects", "leases", "repack", "strict", "bounded")
+    for name in (
+        "schema",
+        "reader",
+        "writer",
+        "claims",
+        "places",
+        "objects",
+        "leases",
+        "repack",
+        "strict",
+        "bounded",
+        "drafts",
+    )
 ]
 
 

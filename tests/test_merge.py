@@ -193,7 +193,7 @@ def test_killed_it_leaves_no_cache_and_repeated_it_makes_one(model_dir: Path, tm
         )
         os.kill(process.pid, signal.SIGSTOP)
         assert process.is_alive() and not (tmp_path / "merged").exists()
-        with pytest.raises(OutputError, match="another merge is writing it"):
+        with pytest.raises(OutputError, match="another process is merging it"):
             run(tmp_path / "merged", *parts)
         os.kill(process.pid, signal.SIGKILL)
         process.join()

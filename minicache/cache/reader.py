@@ -13,8 +13,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from minicache.cache.blocks import CacheBlocks
-from minicache.cache.schema import CachedPairs, RefBlock
+from minicache.cache.access import PairAccess
+from minicache.cache.schema import LEDGER_COLUMNS, CachedPairs, RefBlock
 from minicache.errors import CacheDamaged, CacheError, CacheIncomplete
 from minicache.pairs import EncodedPair, PairTable
 
@@ -96,7 +96,7 @@ class Contents(ABC):
         )
 
 
-class ReferenceCache(CacheBlocks, Contents):
+class ReferenceCache(Contents, PairAccess):
     """A cache on disk, open for reading."""
 
     @property
@@ -133,6 +133,22 @@ class ReferenceCache(CacheBlocks, Contents):
         if (pairs := int(sizes[:, 0].sum())) != self.log.pairs:
             raise CacheDamaged(f"{self.path}: the manifest counts {self.log.pairs} pairs, the blocks hold {pairs}")
         return sizes
+
+    def ledgers(self) -> NDArray[np.int64]:
+        """(blocks, 2, 5) the rows of both ledgers, of pairs and of scores, of a complete cache. Raises as `load`."""
+        blocks = range(len(self.block_sizes()))
+        with _with_advice():
+            rows = [self._ledger_row(f"ledger/{what}", block) for block in blocks for what in ("pairs", "ref")]
+        return np.array(rows, np.int64).reshape(-1, 2, len(LEDGER_COLUMNS))
+
+    def each_block(self) -> Iterator[CachedPairs]:
+        """Block after block of a complete cache, each checked; one in memory at a time. Raises as `load`."""
+        yield from map(self.block, range(len(self.block_sizes())))
+
+    def block(self, block: int) -> CachedPairs:
+        """One block, checked. Raises as `load`."""
+        with _with_advice():
+            return CachedPairs(self.pairs(block), self.ref(block))
 
     def verify(self) -> Iterator[tuple[str, CacheError]]:
         """Re-read everything: every chunk, every ledger digest, every pair's own digest. Yields (what, problem)."""

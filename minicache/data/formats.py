@@ -244,7 +244,7 @@ def read_rows(path: str) -> Iterator[tuple[int, object]]:
             raise DataError(f"{path}: is a directory; give the files in it, for example {path.rstrip('/')}/*.jsonl")
         if file.stat().st_size == 0:
             raise DataError(f"{path}: the file is empty; expected one preference pair a line")
-        for item in _parquet_rows(file) if _is_parquet(file) else _json_rows(file):
+        for item in _parquet_rows(file) if is_parquet(file) else _json_rows(file):
             rows += 1
             yield item
     except (OSError, EOFError, zlib.error, zstd.ZstdError) as error:
@@ -253,7 +253,7 @@ def read_rows(path: str) -> Iterator[tuple[int, object]]:
         raise DataError(f"{path}: the file holds no rows; expected one preference pair a line")
 
 
-def _is_parquet(file: Path) -> bool:
+def is_parquet(file: Path) -> bool:
     with file.open("rb") as stream:
         return stream.read(4) == b"PAR1"
 

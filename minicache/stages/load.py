@@ -1,8 +1,9 @@
 """A cache's pairs, for every process of a run: in its own memory, or in one scratch file for all of a machine."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
@@ -14,6 +15,7 @@ from minicache.cache.schema import CachedPairs
 from minicache.cache.scratch import ScratchFile, map_scratch, usual_directory
 from minicache.distributed import World
 from minicache.errors import MinicacheError
+from minicache.models import LoadedModel, load_model
 from minicache.trackers import Tracker
 
 MOST = 0.25  # of the machine's free memory for the copies of all its processes: the model is yet to come
@@ -69,3 +71,11 @@ def _in_all(world: World) -> Iterator[None]:
         problem = error
     if problems := [each for each in world.gather(problem) if each]:
         raise problem or problems[0]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where a run's pairs and model come from: from disk, unless somebody has read them before and hands them in."""
+
+    pairs: Callable[[Contents, Path | None, World, Tracker], CachedPairs] = load_pairs
+    model: Callable[[str, bool], LoadedModel] = load_model

@@ -1,19 +1,16 @@
 """Caches made apart with one identity -> one cache, as if made in one go. No torch; a few blocks in memory at a time."""
 
 import json
-import secrets
-import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from glob import escape
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from minicache.cache.blocks import TOKENIZER
+from minicache.cache.drafts import drafted
 from minicache.cache.places import Place, claimed, place_at
 from minicache.cache.reader import ReferenceCache, require_same
 from minicache.cache.repack import repack, select
@@ -21,7 +18,7 @@ from minicache.cache.schema import TOLERANCE, CachedPairs, Log, Manifest, Source
 from minicache.cache.writer import CacheWriter
 from minicache.config import MergeConfig, Where
 from minicache.data.tokenizers import copy_tokenizer
-from minicache.errors import CacheDamaged, CacheIncomplete, CacheMismatch, OutputError
+from minicache.errors import CacheDamaged, CacheIncomplete, CacheMismatch
 from minicache.stages.intake import REFUSED_FILE, source_of
 from minicache.trackers import Tracker
 
@@ -179,13 +176,10 @@ def _write(out: Place, inputs: list[_Input], kept: list[NDArray[np.bool_]], log:
     first = inputs[0].cache
     if not first.tokenizer_dir.is_dir():
         raise CacheDamaged(f"{first.place.locate(TOKENIZER)}: is missing; run its precompute-ref again, then merge")
-    _remove_leftovers(out)
-    draft = out.home.with_name(f".{out.home.name}.merging-{secrets.token_hex(4)}")
-    with ExitStack() as stack:
-        stack.callback(shutil.rmtree, draft, ignore_errors=True)
+    with drafted(out, "merging") as (draft, claims):
         empty = Manifest(first.identity, replace(log, sources=[], blocks=0, pairs=0))
         cache = CacheWriter.create(draft, empty, lambda tokenizer: copy_tokenizer(first.tokenizer_dir, tokenizer))
-        stack.enter_context(claimed(draft))
+        claims.enter_context(claimed(draft))
         for block, (table, scores) in enumerate(repack(_kept_parts(inputs, kept), first.identity.block_pairs)):
             cache.grow(block + 1)
             cache.write_pairs(block, table)
@@ -194,19 +188,7 @@ def _write(out: Place, inputs: list[_Input], kept: list[NDArray[np.bool_]], log:
         _write_refusals(draft, inputs)
         cache.manifest = replace(cache.manifest, log=replace(log, blocks=cache.blocks))
         cache.write_log()
-        out.publish(draft)
     return cache.blocks
-
-
-def _remove_leftovers(out: Place) -> None:
-    """Of merges into this place that were killed."""
-    name = escape(out.home.name)
-    for leftover in [found for begun in (".", "..") for found in out.home.parent.glob(f"{begun}{name}.merging-*")]:
-        try:
-            with claimed(leftover):
-                shutil.rmtree(leftover, ignore_errors=True)
-        except OutputError as error:
-            raise OutputError(f"{out}: another merge is writing it; wait for its end") from error
 
 
 def _kept_parts(inputs: list[_Input], kept: list[NDArray[np.bool_]]) -> Iterator[CachedPairs]:

@@ -9,7 +9,7 @@ import torch
 
 from minicache import checkpoints
 from minicache.data.batching import ahead, pairs_in
-from minicache.errors import ModelError
+from minicache.errors import ModelError, RunDiverged
 from minicache.evaluation import evaluate_policy
 from minicache.metrics import Means
 from minicache.models import save_model
@@ -40,7 +40,8 @@ def optimize(run: Run, resumed: dict[str, Any] | None, tracker: Tracker) -> Outc
     """All optimizer steps, from the first or from where the checkpoint `resumed` was made.
 
     Raises:
-        ModelError: the run has diverged. KeyboardInterrupt: on a signal, after a checkpoint was saved.
+        RunDiverged: the loss is no longer finite. ModelError: a step does not fit in memory.
+        KeyboardInterrupt: on a signal, after a checkpoint was saved.
     """
     training = _begin(run, resumed)
     config, progress, stopped = run.config, training.progress, None
@@ -225,7 +226,7 @@ def _check_finite(step: int, metrics: dict[str, float], scaler: torch.amp.GradSc
     if scaler.is_enabled() and not math.isfinite(metrics["grad_norm"]) and metrics["grad_scale"] >= 1:
         del metrics["grad_norm"]
     if not all(math.isfinite(metrics.get(name, 0.0)) for name in ("loss", "grad_norm")):
-        raise ModelError(
+        raise RunDiverged(
             f"step {step}: loss {metrics['loss']}, gradient norm {metrics.get('grad_norm', math.nan)}: the run has diverged; "
             "expected finite numbers. Try a lower --lr or --beta; no model was saved"
         )

@@ -82,7 +82,7 @@ def _no_run(run: Path) -> str:
     if not run.is_dir():
         return f"{run}: no such run; expected a directory that `minidpo train --out` made"
     if inside := sorted(file.parent.name for file in run.glob(f"*/{METRICS}")):
-        return f"{run}: holds runs and is none itself; name those to draw: {run / inside[0]} …, or {run}/*"
+        return f"{run}: holds runs and is none itself; name those to draw: {run / inside[0]} …, or {run}/*/"
     return f"{run}: no {METRICS} in it; expected a directory that `minidpo train --out` made"
 
 

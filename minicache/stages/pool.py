@@ -18,7 +18,7 @@ from minicache.errors import CacheMismatch, ConfigError, RowRefused
 from minicache.evaluation import EvalSet, require_per_token
 from minicache.pairs import PairTable
 from minicache.stages.intake import encoder_of
-from minicache.stages.load import load_pairs
+from minicache.stages.load import Sources
 from minicache.text import ranges
 from minicache.trackers import Tracker
 
@@ -26,7 +26,12 @@ LISTED = 20  # runs of lines that an error names
 
 
 def choose_pairs(
-    config: TrainConfig, caches: JoinedCaches, cached: CachedPairs, world: World, tracker: Tracker
+    config: TrainConfig,
+    caches: JoinedCaches,
+    cached: CachedPairs,
+    world: World,
+    tracker: Tracker,
+    sources: Sources,
 ) -> tuple[Mixture, EvalSet | None]:
     """What of these pairs to train on, and what to validate on: by the pairs' digests, the files and the weights alone.
 
@@ -38,7 +43,12 @@ def choose_pairs(
     if config.data:
         asked = world.broadcast(_asked(config, caches.caches[0], cached.table, tracker) if world.is_main else None)
         parts = [asked[np.isin(asked, part)] for part in parts]  # in the order of the files
-    held_out = _held_out(config, caches.caches[0], cached, np.concatenate(parts), world, tracker)
+    pairs = np.concatenate(parts)
+    if config.validation.eval_cache:
+        trained = cached.table.keys[pairs]
+        held_out: EvalSet | None = _of_other(config, caches.caches[0], trained, world, tracker, sources)
+    else:
+        held_out = _held_out(config.validation.holdout, cached, pairs)
     if config.validation.holdout:
         assert held_out
         parts = [part[~np.isin(part, held_out.indices)] for part in parts]
@@ -129,26 +139,22 @@ def _raise_missing(config: TrainConfig, places: np.ndarray, cache: ReferenceCach
 # --- validation ---
 
 
-def _held_out(
-    config: TrainConfig, cache: ReferenceCache, cached: CachedPairs, asked: Indices, world: World, tracker: Tracker
-) -> EvalSet | None:
-    """The pairs to validate on, of another cache or of those asked for."""
-    options = config.validation
-    if options.eval_cache:
-        return _of_other(config, cache, cached.table.keys[asked], world, tracker)
-    if not options.holdout:
+def _held_out(share: float, cached: CachedPairs, asked: Indices) -> EvalSet | None:
+    """The pairs to validate on, of those asked for."""
+    if not share:
         return None
-    held = asked[cached.table.digest[asked, 0] < np.uint64(options.holdout * 2**64)]
+    held = asked[cached.table.digest[asked, 0] < np.uint64(share * 2**64)]
     if len(held) in (0, len(asked)):
         raise ConfigError(
-            f"--holdout {options.holdout}: of {len(asked)} pairs {len(held)} would be held out; expected some and not all"
+            f"--holdout {share}: of {len(asked)} pairs {len(held)} would be held out; expected some and not all"
         )
     return EvalSet(cached, held)
 
 
 def _of_other(
-    config: TrainConfig, cache: ReferenceCache, trained: np.ndarray, world: World, tracker: Tracker
+    config: TrainConfig, cache: ReferenceCache, trained: np.ndarray, world: World, tracker: Tracker, sources: Sources
 ) -> EvalSet:
+    """All pairs of the cache to validate on. trained: (n,) keys of those that the run may train on."""
     assert config.validation.eval_cache
     other = ReferenceCache(config.validation.eval_cache)
     for name in ("weights", "tokenizer", "template", "vocabulary"):
@@ -156,7 +162,7 @@ def _of_other(
         if mine != its:
             raise CacheMismatch(f"{other.path}: {name} {its}, but {cache.path} was made with {mine}; expected the same")
     require_per_token(other, config.loss_options)
-    pairs = load_pairs(other, config.scratch, world, tracker)
+    pairs = sources.pairs(other, config.scratch, world, tracker)
     if both := int(np.isin(pairs.table.keys, trained).sum()):
         tracker.note(
             f"{both:,} of the {len(pairs.table):,} pairs of {other.path} are trained on too: they judge kindly"

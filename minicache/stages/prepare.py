@@ -17,7 +17,7 @@ from minicache.cache.blocks import TOKENIZER
 from minicache.cache.claims import CLAIM_FILE, SHARD_CLAIMS, Claim
 from minicache.cache.places import POLL_SECONDS, ROOT, Place, claimed, place_at, taken
 from minicache.cache.reader import ReferenceCache
-from minicache.cache.schema import FORMAT_VERSION, Identity, Log, Manifest, digest_of, now
+from minicache.cache.schema import FORMAT_VERSION, Identity, Log, Manifest, now
 from minicache.cache.writer import CacheWriter
 from minicache.config import PrecomputeConfig, Where
 from minicache.data.tokenizers import ChatTokenizer
@@ -34,6 +34,7 @@ from minicache.models import LoadedModel, save_tokenizer
 from minicache.models.huggingface import ATTENTION
 from minicache.models.load import lasting_name
 from minicache.stages.intake import encoder_of, hash_files, is_taken_in, take_in
+from minicache.stages.tokenizer_files import fits, template_digest
 from minicache.trackers import Tracker
 
 BLOCK_SECONDS = 60  # what a kill may cost
@@ -215,16 +216,11 @@ def _tokenizer(config: PrecomputeConfig, directory: Path) -> ChatTokenizer:
 def _mend_tokenizer(cache: CacheWriter, sound: Path) -> None:
     """Put the tokenizer's files into the cache again if those there are missing or damaged."""
     try:
-        tokenizer = ChatTokenizer.load(cache.tokenizer_dir)
-        intact = (tokenizer.digest, _template_digest(tokenizer)) == (cache.identity.tokenizer, cache.identity.template)
+        intact = fits(cache.tokenizer_dir, cache.identity)
     except (MinicacheError, ValueError):
         intact = False
     if not intact:
         cache.place.put_folder(TOKENIZER, sound)
-
-
-def _template_digest(tokenizer: ChatTokenizer) -> str:
-    return digest_of([tokenizer.template, tokenizer.special])
 
 
 def _identity(
@@ -235,7 +231,7 @@ def _identity(
         weights=loaded.fingerprint,
         family=loaded.family,
         tokenizer=tokenizer.digest,
-        template=_template_digest(tokenizer),
+        template=template_digest(tokenizer),
         vocabulary=loaded.vocabulary,
         max_length=config.max_length,
         truncate=config.truncate,

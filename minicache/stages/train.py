@@ -27,11 +27,13 @@ from minicache.parallel import is_sharded, spread, whole_weights
 from minicache.runs import is_unused, run_facts, starts_at_ln_2, write_facts
 from minicache.scoring import DTYPES, Scorer, decoder_of, resolve_dtype
 from minicache.stages.checks import check, handshake
-from minicache.stages.load import load_pairs
+from minicache.stages.load import Sources
 from minicache.stages.optimize import Outcome, optimize
 from minicache.stages.pool import choose_pairs
 from minicache.stages.step import Progress, Run
 from minicache.trackers import Both, JsonLines, RunName, Tracker, open_trackers
+
+FROM_DISK = Sources()
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,10 @@ class TrainReport:
     from_ln_2: bool
 
 
-def train(config: TrainConfig, world: World, tracker: Tracker) -> TrainReport:
+def train(config: TrainConfig, world: World, tracker: Tracker, sources: Sources = FROM_DISK) -> TrainReport:
     """Train a policy against cached reference logprobs and save it as a Hugging Face directory, or as an adapter.
+
+    sources: who reads pairs and model; the model is this run's own, to be changed.
 
     Raises:
         MinicacheError: any of its kinds; the run directory is not made before everything about the request is known to fit.
@@ -67,12 +71,12 @@ def train(config: TrainConfig, world: World, tracker: Tracker) -> TrainReport:
         tracker.note(f"{config.out}: this run is finished; nothing to resume")
         return _report(config.out, facts)
     caches = JoinedCaches([ReferenceCache(where) for where, _ in config.caches])
-    cached, cache = load_pairs(caches, config.scratch, world, tracker), caches.caches[0]
-    training, held_out = choose_pairs(config, caches, cached, world, tracker)
+    cached, cache = sources.pairs(caches, config.scratch, world, tracker), caches.caches[0]
+    training, held_out = choose_pairs(config, caches, cached, world, tracker, sources)
     steps = training_steps(len(training), config.batch_size, config.epochs, config.max_steps)
     state = None if resume_at is None else checkpoints.load(config.out, resume_at)
-    alone = not is_sharded(config.parallel, world)
-    policy, source, stored = _policy(config, cache, resume_at, tracker) if world.is_main or alone else (None, "", "")
+    mine = world.is_main or not is_sharded(config.parallel, world)
+    policy, source, stored = _policy(config, cache, resume_at, tracker, sources) if mine else (None, "", "")
     scorer = spread(policy, config.dtype, config.parallel, world)
     del policy
     settle_layout(scorer, cached.table, config.layout, world.device, tracker)
@@ -169,13 +173,13 @@ def _resume_at(config: TrainConfig) -> int | None:
 
 
 def _policy(
-    config: TrainConfig, cache: ReferenceCache, resume_at: int | None, tracker: Tracker
+    config: TrainConfig, cache: ReferenceCache, resume_at: int | None, tracker: Tracker, sources: Sources
 ) -> tuple[nn.Module, str, str]:
     """The model to train, float32; what it started from; the precision its weights were stored in."""
     place = None if resume_at is None else checkpoints.place(config.out, resume_at) / "model"
     if place and not config.lora.lora_rank:
         return load_model(str(place), config.trust_remote_code).model.requires_grad_(True), "", ""
-    loaded = _load(config, cache, tracker)
+    loaded = _load(config, cache, tracker, sources)
     base, stored = loaded.model, str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
     source = lasting_name(loaded.source)
     if not config.lora.lora_rank:
@@ -186,11 +190,11 @@ def _policy(
     return adapted, source, stored
 
 
-def _load(config: TrainConfig, cache: ReferenceCache, tracker: Tracker) -> LoadedModel:
+def _load(config: TrainConfig, cache: ReferenceCache, tracker: Tracker, sources: Sources) -> LoadedModel:
     source = config.init_from or config.model or cache.log.model
     tracker.begin(f"loading {source}", None)
     try:
-        loaded = load_model(source, config.trust_remote_code)
+        loaded = sources.model(source, config.trust_remote_code)
     except ModelError as error:
         if config.init_from or config.model:
             raise

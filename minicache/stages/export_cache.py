@@ -1,0 +1,63 @@
+"""A reference cache as a table that other programs train from, complete enough to become the same cache again. No torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minicache.cache.blocks import TOKENIZER
+from minicache.cache.reader import ReferenceCache
+from minicache.config_exchange import ExportCacheConfig
+from minicache.data.tables import table_at
+from minicache.data.tokenizers import ChatTokenizer
+from minicache.errors import CacheDamaged
+from minicache.stages.rows import PER_TOKEN, TYPES, to_columns
+from minicache.stages.tokenizer_files import pack, require_fit
+from minicache.trackers import Tracker
+
+VERSION = 1  # of the document that travels with a table
+
+
+@dataclass(frozen=True)
+class ExportCacheReport:
+    """out: what was written. identity: digest of what the values are, to be named at import. odd: pairs with another mask than
+    a program assumes that has none: all of the answers, nothing else."""
+
+    out: Path
+    pairs: int
+    identity: str
+    odd: int
+
+
+def export_cache(config: ExportCacheConfig, tracker: Tracker) -> ExportCacheReport:
+    """Write every pair with its text, its sums, and all that it is rebuilt from; a block in memory at a time.
+
+    Raises:
+        CacheError: the cache is missing, damaged or not complete. OutputError: the table cannot be written.
+    """
+    cache = ReferenceCache(config.ref_cache)
+    cache.check_complete()
+    if not (cache.tokenizer_dir / "tokenizer.json").is_file():
+        raise CacheDamaged(f"{cache.place.locate(TOKENIZER)}: is missing; run its precompute-ref again, then export")
+    require_fit(cache.tokenizer_dir, cache.identity, str(cache.path))
+    tokenizer, types = ChatTokenizer.load(cache.tokenizer_dir), dict(TYPES)
+    if cache.identity.per_token:
+        types |= PER_TOKEN
+    odd = 0
+    tracker.begin(f"writing {config.out}", cache.log.pairs)
+    with table_at(config.out, types, _document(cache)) as write:
+        for cached in cache.each_block():
+            columns, others = to_columns(cached, tokenizer, cache.log.sources)
+            write(columns)
+            odd += others
+            tracker.advance(len(cached.table), len(cached.table.tokens))
+    return ExportCacheReport(config.out, cache.log.pairs, cache.identity.digest, odd)
+
+
+def _document(cache: ReferenceCache) -> dict[str, Any]:
+    """What the table is: the cache's manifest, its ledger block by block, its tokenizer."""
+    return {
+        "export": VERSION,
+        **cache.manifest.to_attributes(),
+        "ledger": cache.ledgers().tolist(),
+        "tokenizer": pack(cache.tokenizer_dir),
+    }
