@@ -148,10 +148,10 @@ from minicache.stages.load import load_pairs
 from minicache.trackers import Silent
 from tests.conftest import one_process
 class Dies(ReferenceCache):
-    def _read_into(self, cached, block, ends):
-        super()._read_into(cached, block, ends)
-        if block == 2:
+    def ref(self, block):
+        if block == 2:  # its pairs are in the file already
             os.kill(os.getpid(), signal.SIGKILL)
+        return super().ref(block)
 load_pairs(Dies(Path(sys.argv[1])), Path(sys.argv[2]), one_process(), Silent())
 """
 
