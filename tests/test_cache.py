@@ -14,9 +14,9 @@ import pytest
 from zarr.storage import LocalStore
 
 from minicache.cache import places, schema
-from minicache.cache.places import claimed
 from minicache.cache.reader import ReferenceCache
 from minicache.cache.schema import FORMAT_VERSION, Identity, Log, Manifest, RefBlock, Source, array_specs
+from minicache.cache.where import claimed
 from minicache.cache.writer import CacheWriter
 from minicache.errors import (
     CacheDamaged,

@@ -62,6 +62,7 @@ TORCH_FREE += [
         "writer",
         "claims",
         "places",
+        "where",
         "objects",
         "leases",
         "repack",

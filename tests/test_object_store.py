@@ -26,9 +26,9 @@ import pytest
 from minicache.cache import leases, objects, places
 from minicache.cache.claims import CLAIM_FILE
 from minicache.cache.objects import bucket_at
-from minicache.cache.places import claimed, place_at
 from minicache.cache.reader import ReferenceCache
 from minicache.cache.schema import Log, Manifest
+from minicache.cache.where import claimed, place_at
 from minicache.cache.writer import CacheWriter
 from minicache.config import MergeConfig, local_path
 from minicache.errors import CacheNotFound, ConfigError, OutputError, StoreError
@@ -247,7 +247,7 @@ def test_a_killed_run_holds_up_the_next_for_a_while_only(url: str, monkeypatch: 
     monkeypatch.setattr(leases, "LEASE_SECONDS", 2.0)
     build(url)
     code = (
-        "import sys, time; from minicache.cache import leases; from minicache.cache.places import claimed\n"
+        "import sys, time; from minicache.cache import leases; from minicache.cache.where import claimed\n"
         "leases.LEASE_SECONDS = 2.0\n"
         "with claimed(sys.argv[1]): print('held', flush=True); time.sleep(100)"
     )

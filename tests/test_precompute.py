@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from minicache.cache.places import claimed
 from minicache.cache.reader import ReferenceCache
+from minicache.cache.where import claimed
 from minicache.config import PrecomputeConfig
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import CacheDamaged, CacheMismatch, DataError, HandshakeError, ModelError, OutputError

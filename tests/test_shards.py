@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from minicache.cache.claims import CLAIM_FILE, FileClaim
-from minicache.cache.places import claimed
 from minicache.cache.reader import ReferenceCache
+from minicache.cache.where import claimed
 from minicache.config import InspectConfig, PrecomputeConfig
 from minicache.errors import CacheMismatch, ConfigError, DataError, OutputError
 from minicache.stages import prepare

@@ -12,7 +12,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from minicache.cache.places import ROOT, place_at
+from minicache.cache.places import ROOT
 from minicache.cache.schema import (
     LEDGER_COLUMNS,
     ArraySpec,
@@ -25,6 +25,7 @@ from minicache.cache.schema import (
     pairs_row,
     ref_row,
 )
+from minicache.cache.where import place_at
 from minicache.config import Where
 from minicache.errors import CacheDamaged, CacheIncomplete
 from minicache.pairs import PairTable, count_tokens

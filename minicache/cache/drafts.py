@@ -7,7 +7,8 @@ from contextlib import ExitStack, contextmanager
 from glob import escape
 from pathlib import Path
 
-from minicache.cache.places import Place, claimed
+from minicache.cache.places import Place
+from minicache.cache.where import claimed
 from minicache.errors import OutputError
 
 

@@ -2,20 +2,19 @@
 
 import os
 import shutil
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from glob import escape
 from pathlib import Path
 
 from zarr.abc.store import Store
 
 from minicache.cache.bounded import BoundedStore
-from minicache.cache.claims import CLAIM_FILE, SHARD_CLAIMS, Claim, FileClaim
-from minicache.config import Where, local_path
+from minicache.cache.claims import SHARD_CLAIMS, Claim, FileClaim
+from minicache.config import Where
 from minicache.disk import flush_to_disk, with_folders, writing
-from minicache.errors import CacheNotFound, ConfigError, OutputError
+from minicache.errors import CacheNotFound, OutputError
 
 ROOT = "zarr.json"  # the file that makes a cache of what lies there: comes last, goes first
 POLL_SECONDS = 1.0  # between two looks whether whoever claims a cache is still alive
@@ -217,24 +216,6 @@ class Directory(Place):
         flush_to_disk(with_folders(files) if folders else files)
 
 
-def place_at(where: Where) -> Place:
-    """The place that a user means.
-
-    Raises:
-        ConfigError: it is a URL, and the library for object stores is missing or does not know its kind.
-    """
-    path = local_path(where)
-    if path is not None:
-        return Directory(path)
-    try:
-        from minicache.cache.objects import bucket_at
-    except ModuleNotFoundError as error:
-        if error.name != "obstore":
-            raise
-        raise ConfigError(f"{where}: object stores need another library; pip install 'minicache[s3]'") from error
-    return bucket_at(str(where).rstrip("/"))
-
-
 def draft_of(place: Path) -> Path:
     """A name of its own beside `place`: zarr's threads may still be writing into that of an attempt that failed."""
     return place.with_name(f".{place.name}.creating-{os.urandom(4).hex()}")
@@ -244,28 +225,3 @@ def remove_drafts(place: Path) -> None:
     """Of attempts that were killed. One that another process is at just now cannot come to anything any more."""
     for leftover in place.parent.glob(f".{escape(place.name)}.creating-*"):
         shutil.rmtree(leftover, ignore_errors=True)
-
-
-def taken(claim: Claim) -> bool:
-    """Take it alone, waiting as long as nobody can tell whether who has it is still alive. Whether it is ours now."""
-    while not claim.take(alone=True):
-        if claim.is_alive:
-            return False
-        time.sleep(POLL_SECONDS)
-    return True
-
-
-@contextmanager
-def claimed(where: Where) -> Iterator[None]:
-    """Hold off other runs from the cache there; for one process of a run.
-
-    Raises:
-        OutputError: another run writes into this cache.
-    """
-    claim = place_at(where).claim(CLAIM_FILE)
-    try:
-        if not taken(claim):
-            raise OutputError(f"{where}: another precompute-ref is writing into this cache; wait for its end")
-        yield
-    finally:
-        claim.release()

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from minicache.cache.drafts import drafted
-from minicache.cache.places import claimed, place_at
 from minicache.cache.schema import ATTRIBUTE, LEDGER_COLUMNS, CachedPairs, Manifest, pairs_row, ref_row
+from minicache.cache.where import claimed, place_at
 from minicache.cache.writer import CacheWriter
 from minicache.config import Where
 from minicache.config_exchange import ImportConfig

@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 
 from minicache.cache.drafts import drafted
-from minicache.cache.places import place_at
 from minicache.cache.schema import Manifest, RefBlock
+from minicache.cache.where import place_at
 from minicache.cache.writer import CacheWriter
 from minicache.config import PrecomputeConfig
 from minicache.config_exchange import BLOCK_PAIRS, ImportConfig

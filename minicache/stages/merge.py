@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 
 from minicache.cache.blocks import TOKENIZER
 from minicache.cache.drafts import drafted
-from minicache.cache.places import Place, claimed, place_at
+from minicache.cache.places import Place
 from minicache.cache.reader import ReferenceCache, require_same
 from minicache.cache.repack import repack, select
 from minicache.cache.schema import TOLERANCE, CachedPairs, Log, Manifest, Source, now
+from minicache.cache.where import claimed, place_at
 from minicache.cache.writer import CacheWriter
 from minicache.config import MergeConfig, Where
 from minicache.data.tokenizers import copy_tokenizer

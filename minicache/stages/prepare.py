@@ -15,9 +15,10 @@ import torch
 from minicache import __version__
 from minicache.cache.blocks import TOKENIZER
 from minicache.cache.claims import CLAIM_FILE, SHARD_CLAIMS, Claim
-from minicache.cache.places import POLL_SECONDS, ROOT, Place, claimed, place_at, taken
+from minicache.cache.places import POLL_SECONDS, ROOT, Place
 from minicache.cache.reader import ReferenceCache
 from minicache.cache.schema import FORMAT_VERSION, Identity, Log, Manifest, now
+from minicache.cache.where import claimed, place_at, taken
 from minicache.cache.writer import CacheWriter
 from minicache.config import PrecomputeConfig, Where
 from minicache.data.tokenizers import ChatTokenizer
