@@ -184,6 +184,10 @@ def test_the_whole_story_on_s3(
     found = json.loads(stdout)
     assert code == 0 and found["complete"] and found["path"] == url and found["bytes_on_disk"] > 1000
     assert cli("inspect-cache", url, "--verify")[0] == 0 and cli("inspect-cache", url, "--pair", 3)[0] == 0
+    assert cli("inspect-cache", url, "--html", tmp_path / "page.html")[0] == 0
+    assert url in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert cli("export", "--ref-cache", url, "--out", tmp_path / "pairs.jsonl")[0] == 0
+    assert len((tmp_path / "pairs.jsonl").read_text(encoding="utf-8").splitlines()) == len(ReferenceCache(url))
     for cache, run in ((url, "a"), (ref_cache, "b")):
         options = ("--out", tmp_path / run, "--max-steps", 3, "--batch-size", 4, "--eval-cache", cache)
         code, _, stderr = cli("train", "--ref-cache", cache, *options)
