@@ -236,6 +236,14 @@ def split_weight(where: Where) -> tuple[Where, float | None]:
 
 def _check_caches(caches: list[tuple[Where, float | None]]) -> None:
     weights = [weight for _, weight in caches]
+    for where, weight in caches:
+        path, _, rest = str(where).rpartition(":")
+        if weight is None and path and re.fullmatch(r"-[0-9.e-]+|nan|inf", rest):
+            raise ConfigError(f"--ref-cache {where}: expected a weight above 0, got {rest}")
+    if len(caches) == 1 and weights[0] is not None:
+        raise ConfigError(
+            "--ref-cache: a weight is a share beside other caches; expected several, or one without a weight"
+        )
     if None in weights and any(weights):
         raise ConfigError("--ref-cache: expected a weight for each cache (a/:0.7 b/:0.3) or for none, got some without")
     if 0 in weights:

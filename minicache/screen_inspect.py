@@ -56,7 +56,7 @@ def show_inspection(console: Console, it: "Inspection") -> None:
         if lines:
             console.print(_pair_table(title, lines, narrow))
     if it.unfinished:
-        console.print(Text(f"blocks unfinished: {ranges(map(int, it.unfinished))}", style="bold yellow"))
+        console.print(Text(f"unfinished: block {ranges(map(int, it.unfinished))}", style="bold yellow"))
     if it.shards_missing:
         missing = f"shards missing: {ranges(it.shards_missing)} of {it.shards}"
         console.print(Text(f"{missing} (precompute-ref --shard K/{it.shards})", style="bold yellow"))

@@ -51,9 +51,11 @@ def test_by_digest(ref_cache: Path) -> None:
     for absent in (bytes(16), b"\xff" * 16, "00" * 16):
         assert cache.find(absent) is None and absent not in cache
     assert 7 not in cache
-    for wrong in (b"short", "no hex"):
-        with pytest.raises(ValueError):
+    for wrong in (b"short", "no hex", None):
+        with pytest.raises(ValueError, match="expected a digest"):
             cache.find(wrong)
+    with pytest.raises(TypeError, match="expected a position"):
+        cache[1:3]
 
 
 def test_everything_at_once(ref_cache: Path) -> None:

@@ -67,6 +67,12 @@ def test_sums_become_what_stage_one_would_have_stored(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "foreign.jsonl"]
 
 
+def test_sums_taken_for_means_are_found_out(scored: tuple[Path, Rows], tmp_path: Path, model_dir: Path) -> None:
+    with pytest.raises(DataError, match=r"nats a token; a uniform guess over 400 .*--logps sum"):
+        bring_in(scored[1], tmp_path, model_dir, logps="mean")
+    assert [path.name for path in tmp_path.iterdir()] == ["foreign.jsonl"]
+
+
 def test_means_and_other_names(scored: tuple[Path, Rows], tmp_path: Path, model_dir: Path) -> None:
     """As open-instruct keeps them for its length-normalised loss, and older TRL."""
     cache, rows = scored

@@ -122,7 +122,7 @@ def test_each_scores_its_own_blocks_and_tells_what_is_missing(
     found = inspect_cache(InspectConfig(cache))
     assert found.shards == 3 and found.shards_missing == [1, 3] and list(found.unfinished) == ["0", "2", "3"]
     code, stdout, _ = cli("inspect-cache", cache)
-    assert "blocks unfinished: 0, 2-3" in stdout and "shards missing: 1, 3 of 3" in stdout
+    assert "unfinished: block 0, 2-3" in stdout and "shards missing: 1, 3 of 3" in stdout
     code, stdout, _ = cli("inspect-cache", cache, "--json")
     assert json.loads(stdout)["shards_missing"] == [1, 3] and json.loads(stdout)["shards"] == 3
     again = run(cache, model_dir, data_file, shard="2/3", **options)

@@ -3,6 +3,7 @@
 Every way reads whole blocks and checks them. The last block stays in memory, so pairs that lie together are read once.
 """
 
+import re
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -82,6 +83,8 @@ class PairAccess(CacheBlocks):
         Raises:
             IndexError: there is none. CacheError: its block cannot be read.
         """
+        if not isinstance(index, int | np.integer):
+            raise TypeError(f"expected a position, a whole number, got {index!r}")
         place = index + len(self) if index < 0 else index
         if not 0 <= place < len(self):
             raise IndexError(f"{self.path}: there is no pair {index}; the cache holds {len(self)}, numbered from 0")
@@ -108,8 +111,10 @@ class PairAccess(CacheBlocks):
         Raises:
             ValueError: it is no such digest. CacheError: the cache cannot be read.
         """
-        raw = bytes.fromhex(digest) if isinstance(digest, str) else digest
-        if len(raw) != 16:
+        raw = digest
+        if isinstance(digest, str):
+            raw = bytes.fromhex(digest) if re.fullmatch("[0-9a-fA-F]{32}", digest) else b""
+        if not isinstance(raw, bytes) or len(raw) != 16:
             raise ValueError(f"expected a digest of 16 bytes or 32 hex digits, got {digest!r}")
         wanted = np.frombuffer(raw, "V16")
         keys, order = self._keys

@@ -125,6 +125,8 @@ class Directory(Place):
         except OSError as error:
             raise CacheNotFound(f"{path}: cannot be looked into: {error.strerror}") from error
         if not is_directory:
+            if path.exists():
+                raise CacheNotFound(f"{path}: is a file, no cache; `minidpo import-cache` reads what `export` wrote")
             raise CacheNotFound(
                 f"{path}: no such directory; `minidpo precompute-ref --ref-cache {path} …` makes a cache"
             )

@@ -85,7 +85,7 @@ def _problems(it: Inspection, damage: list[str]) -> Html | None:
     lines = [it.problem] if it.problem else []
     lines += [problem for problem in damage if problem not in it.unfinished.values()]
     if it.unfinished:
-        lines.append(f"blocks unfinished: {ranges(map(int, it.unfinished))}")
+        lines.append(f"unfinished: block {ranges(map(int, it.unfinished))}")
     if it.shards_missing:
         lines.append(
             f"shards missing: {ranges(it.shards_missing)} of {it.shards} (precompute-ref --shard K/{it.shards})"

@@ -66,6 +66,7 @@ def import_foreign(config: ImportConfig, tracker: Tracker) -> Manifest:
                 _check_tokens(row, table[index], table.token_counts[index], request, where)
             if config.logps == "sum":
                 values /= table.token_counts
+            _require_likely(values, cache.identity.vocabulary, config)
             cache.write_ref(block, RefBlock(values.astype(np.float32), table.token_counts))
             tracker.advance(len(table), len(table.tokens))
     return cache.manifest
@@ -98,6 +99,16 @@ def _logps(row: dict[str, Any], names: tuple[str, str], where: str) -> list[floa
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not -math.inf < value <= ROUNDING:
             raise DataError(f"{where}: {name}: expected a logprob, a finite number of at most 0, got {value!r}"[:400])
     return [float(value) for value in values if value is not None]
+
+
+def _require_likely(means: NDArray[np.float64], vocabulary: int, config: ImportConfig) -> None:
+    """means: (n, 2) nats a token. A model that knew nothing would have -ln(vocabulary)."""
+    typical, least = float(np.median(means)), -2 * math.log(vocabulary)
+    if typical < least:
+        raise DataError(
+            f"{config.file}: typically {typical:.3g} nats a token; a uniform guess over {vocabulary:,} tokens has "
+            f"{-math.log(vocabulary):.3g}. Expected means if --logps {config.logps} is right; are the columns sums (--logps sum)?"
+        )
 
 
 def _check_tokens(

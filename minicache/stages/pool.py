@@ -51,6 +51,7 @@ def choose_pairs(
         held_out = _held_out(config.validation.holdout, cached, pairs)
     if config.validation.holdout:
         assert held_out
+        tracker.note(f"{len(held_out.indices):,} of {len(pairs):,} pairs are held out, chosen by their digests")
         parts = [part[~np.isin(part, held_out.indices)] for part in parts]
     weights = [weight for _, weight in config.caches if weight is not None]
     filled = [part for part in parts if len(part)]
