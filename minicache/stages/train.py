@@ -163,7 +163,7 @@ def _resume_at(config: TrainConfig) -> int | None:
     for name, value in flat(config).items():
         if name not in MOVABLE and value != facts.get(name):
             raise ConfigError(
-                f"{option(name)}: the run in {config.out} was started with {facts.get(name)}, asked for {value}; a resumed run "
+                f"{config.out}: {option(name)}: this run was started with {facts.get(name)}, asked for {value}; a resumed run "
                 "keeps its options: ask for the same, or name another --out"
             )
     done = checkpoints.steps(config.out)
