@@ -30,8 +30,6 @@ Where = Path | str  # of a reference cache: a directory, or the URL of a place i
 
 def local_path(where: Where) -> Path | None:
     """The directory that it names, by path or as `file:///path`; None if it lies in an object store."""
-    if where == "":
-        raise ConfigError("expected the path of a cache, got an empty one (a shell variable that is not set?)")
     if isinstance(where, Path) or "://" not in where:
         return Path(where)
     parts = urlsplit(where)

@@ -339,7 +339,7 @@ def test_what_is_no_cache_is_said_to_be_none(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for name, message in (
         ("absent", "no such directory"),
-        ("file", "no such directory"),
+        ("file", "is a file, no cache"),
         ("empty", "no reference cache"),
     ):
         with pytest.raises(CacheNotFound, match=message):

@@ -10,7 +10,7 @@ import pytest
 from minicache.cache.reader import ReferenceCache
 from minicache.cache.schema import RefBlock
 from minicache.cache.writer import CacheWriter
-from minicache.errors import CacheNotFound
+from minicache.errors import CacheNotFound, ConfigError
 from minicache.stages.diff import diff
 from tests.conftest import make_rows, precompute_into, tiny_llama, write_jsonl
 
@@ -81,3 +81,5 @@ def test_what_cannot_be_read_is_left_out_and_told(ref_cache: Path, tmp_path: Pat
     assert "blocks not looked at" in shown
     with pytest.raises(CacheNotFound):
         diff(ref_cache, tmp_path / "nothing")
+    with pytest.raises(ConfigError, match="an empty one"):
+        diff(ref_cache, "")

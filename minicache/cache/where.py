@@ -14,8 +14,10 @@ def place_at(where: Where) -> Place:
     """The place that a user means.
 
     Raises:
-        ConfigError: it is a URL, and the library for object stores is missing or does not know its kind.
+        ConfigError: it is empty, or a URL, and the library for object stores is missing or does not know its kind.
     """
+    if where == "":
+        raise ConfigError("expected the path of a cache, got an empty one (a shell variable that is not set?)")
     path = local_path(where)
     if path is not None:
         return Directory(path)
