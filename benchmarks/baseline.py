@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from benchmarks.case import BETA, Case, Optimizer, micro_batches, twin
-from minicache.data.batching import Indices
+from minicache.scoring.batching import Indices
 
 
 class LiveReference:

@@ -11,16 +11,17 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from minicache.config_train import LossOptions
-from minicache.data.batching import Indices
 from minicache.data.encode import Encoder
-from minicache.data.formats import read_rows, to_pair
+from minicache.data.files import read_rows
+from minicache.data.formats import to_pair
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import ConfigError, RowRefused
-from minicache.losses import Objective
 from minicache.models import load_model
 from minicache.models.load import save_tokenizer
+from minicache.options.train import LossOptions
 from minicache.pairs import EncodedPair, PairTable
+from minicache.scoring.batching import Indices
+from minicache.training.losses import Objective
 
 OURS, LIVE, TRL, TRL_PRECOMPUTED = "minicache", "live reference", "TRL", "TRL, precomputed"
 BETA, LR, MAX_NORM = 0.1, 1e-6, 1.0

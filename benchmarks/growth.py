@@ -23,7 +23,8 @@ from minicache.cache.reader import ReferenceCache
 from minicache.cache.schema import FORMAT_VERSION, CachedPairs, Identity, Log, Manifest, RefBlock, Source
 from minicache.cache.writer import CacheWriter
 from minicache.data.encode import Encoder
-from minicache.data.formats import read_rows, to_pair
+from minicache.data.files import read_rows
+from minicache.data.formats import to_pair
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import RowRefused
 from minicache.pairs import EncodedPair, PairTable
@@ -213,12 +214,13 @@ def feed(cache: ReferenceCache, cached: CachedPairs, layout: str, size: int, sec
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from minicache.config_train import TrainConfig
-    from minicache.data.batching import ahead
-    from minicache.distributed import World
-    from minicache.losses import Objective
-    from minicache.scoring import Scorer
-    from minicache.stages.step import Run, plan
+    from minicache.options.train import TrainConfig
+    from minicache.processes.world import World
+    from minicache.scoring.batching import ahead
+    from minicache.scoring.scorer import Scorer
+    from minicache.training.losses import Objective
+    from minicache.training.state import Run
+    from minicache.training.step import plan
 
     model = LlamaForCausalLM(
         LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)

@@ -31,7 +31,7 @@ from minicache.cache.writer import CacheWriter
 from minicache.data import workers
 from minicache.data.encode import Encoder
 from minicache.data.tokenizers import ChatTokenizer
-from minicache.stages.intake import hash_files, take_in
+from minicache.intake.blocks import hash_files, take_in
 from minicache.trackers import Silent
 
 FEEDING_SECONDS = 8.0
@@ -173,9 +173,8 @@ def training(options: argparse.Namespace, scratch: Path | None) -> dict[str, flo
     import torch
     from transformers import LlamaForCausalLM  # noqa: F401  # with what `feed` imports, before memory is measured
 
-    from minicache.distributed import World
-    from minicache.stages import step  # noqa: F401
-    from minicache.stages.load import load_pairs
+    from minicache.processes.world import World
+    from minicache.scoring.loading import load_pairs
 
     cache, world, started = (
         ReferenceCache(options.work / "cache"),

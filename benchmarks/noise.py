@@ -20,11 +20,12 @@ from benchmarks.measure import machine
 from benchmarks.results import RESULTS, write_results
 from benchmarks.tables import short_name
 from minicache.errors import MinicacheError
-from minicache.evaluation import score_table, settle_layout
-from minicache.losses import Logps
 from minicache.models.huggingface import quiet
-from minicache.scoring import Scorer
+from minicache.scoring.layout import settle_layout
+from minicache.scoring.scorer import Scorer
+from minicache.scoring.tables import score_table
 from minicache.trackers import Silent
+from minicache.training.losses import Logps
 
 COLUMNS = ["stage one", "stage two", "mean |difference|", "largest", "loss at step 0 - ln 2", "accuracy at step 0"]
 PAIRS_ALONE = 1  # no two pairs fit: each is a batch of its own

@@ -4,10 +4,12 @@ import numpy as np
 
 from benchmarks.case import Case, Optimizer, twin
 from minicache.cache.schema import CachedPairs, RefBlock
-from minicache.data.batching import Indices
-from minicache.evaluation import pair_logps, score_table, settle_layout
-from minicache.scoring import Scorer
+from minicache.scoring.batching import Indices
+from minicache.scoring.layout import settle_layout
+from minicache.scoring.scorer import Scorer
+from minicache.scoring.tables import score_table
 from minicache.trackers import Silent
+from minicache.training.validation import pair_logps
 
 
 class Ours:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from benchmarks.case import BETA, LR, Case, Optimizer, micro_batches, twin
-from minicache.data.batching import Indices
 from minicache.errors import ConfigError
+from minicache.scoring.batching import Indices
 
 
 class Trl:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from minicache.config import InspectConfig
-from minicache.screen import metrics_table
-from minicache.screen_inspect import show_inspection, show_pair
-from minicache.stages.inspect import inspect_cache, inspect_pair
+from minicache.options.others import InspectConfig
+from minicache.reports.contents import inspect_cache, inspect_pair
+from minicache.screen.inspect import show_inspection, show_pair
+from minicache.screen.live import metrics_table
 
 DEMO, DOCS = Path("demo"), Path(__file__).parent
 

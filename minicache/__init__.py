@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from minicache.cache.access import ScoredPair as ScoredPair
-    from minicache.cache.reader import ReferenceCache as ReferenceCache
-    from minicache.pairs import EncodedPair as EncodedPair
+    from minicache.cache.access import ScoredPair
+    from minicache.cache.reader import ReferenceCache
+    from minicache.pairs import EncodedPair
 
 __version__ = "0.1.0"
 __all__ = ["EncodedPair", "ReferenceCache", "ScoredPair"]

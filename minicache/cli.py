@@ -6,13 +6,11 @@ from typing import Annotated
 
 import typer
 
-from minicache import __version__, screen
-from minicache.cli_diff import diff
-from minicache.cli_exchange import export, import_cache
-from minicache.cli_report import report
-from minicache.cli_sweep import sweep
-from minicache.cli_train import train
-from minicache.command import (
+from minicache import __version__
+from minicache.commands.diff import diff
+from minicache.commands.exchange import export, import_cache
+from minicache.commands.report import report
+from minicache.commands.running import (
     DTYPE_HELP,
     LAYOUT_HELP,
     PARALLEL_HELP,
@@ -30,16 +28,14 @@ from minicache.command import (
     print_json,
     run_stage,
 )
-from minicache.config import (
-    CompareConfig,
-    EvaluateConfig,
-    InspectConfig,
-    MergeConfig,
-    PlotConfig,
-    PrecomputeConfig,
-)
-from minicache.config_train import fill
-from minicache.config_train import recipe as preset
+from minicache.commands.sweep import sweep
+from minicache.commands.train import train
+from minicache.options.dictionaries import fill
+from minicache.options.others import CompareConfig, EvaluateConfig, InspectConfig, MergeConfig, PlotConfig
+from minicache.options.recipes import recipe as preset
+from minicache.options.stage_one import PrecomputeConfig
+from minicache.screen.live import Screen
+from minicache.screen.results import show_answers, show_evaluate, show_file, show_merge, show_precompute, show_verify
 
 app = typer.Typer(
     help="Offline DPO in two stages: run the frozen reference once, then train the policy alone.",
@@ -97,7 +93,7 @@ def precompute_ref(
     """Stage one: run the frozen reference over all pairs, once. Repeat the command to resume, or with more data to append."""
     with errors_as_one_line("stage one goes on from its last finished block when run again"):
         config = fill(PrecomputeConfig, {**preset(recipe), **given_by_user(ctx)})
-        run_stage("precompute", config, nproc, screen.show_precompute)
+        run_stage("precompute", config, nproc, show_precompute)
 
 
 app.command()(train)
@@ -123,7 +119,7 @@ def evaluate(
     given = locals()
     with errors_as_one_line():
         config = fill(EvaluateConfig, given)
-        run_stage("evaluate", config, nproc, print_json if as_json else screen.show_evaluate)
+        run_stage("evaluate", config, nproc, print_json if as_json else show_evaluate)
 
 
 @app.command()
@@ -160,9 +156,9 @@ def compare(
     given = locals()
     with errors_as_one_line():
         config = fill(CompareConfig, given)
-        run_stage("compare", config, 1, print_json if as_json else screen.show_answers)
+        run_stage("compare", config, 1, print_json if as_json else show_answers)
         for file in filter(None, () if as_json else (jsonl, html)):
-            screen.show_file(out, file)
+            show_file(out, file)
 
 
 app.command()(export)
@@ -182,7 +178,7 @@ def plot(
     from minicache.stages.plot import plot as draw
 
     with errors_as_one_line():
-        screen.show_file(out, draw(PlotConfig(tuple(runs), out_file, smooth)))
+        show_file(out, draw(PlotConfig(tuple(runs), out_file, smooth)))
 
 
 @app.command()
@@ -200,9 +196,9 @@ def merge(
 
     with errors_as_one_line():
         config = MergeConfig(tuple(caches), ref_cache)
-        with screen.Screen(err) as tracker:
+        with Screen(err) as tracker:
             report = stage.merge(config, tracker)
-        screen.show_merge(out, report)
+        show_merge(out, report)
 
 
 @app.command("inspect-cache")
@@ -217,8 +213,9 @@ def inspect_cache(
     as_json: Json = False,
 ) -> None:
     """What is in a reference cache: manifest, completeness, lengths, logprobs, extremes. Needs no torch."""
-    from minicache import screen_inspect
-    from minicache.plots import check_picture, draw_inspection
+    from minicache.pictures.cache import draw_inspection
+    from minicache.pictures.frame import check_picture
+    from minicache.screen import inspect as screen_inspect
     from minicache.stages import inspect as stage
 
     given = locals()
@@ -236,21 +233,21 @@ def inspect_cache(
             print_json(out, inspection) if as_json else screen_inspect.show_inspection(out, inspection)
             if config.plot:
                 draw_inspection(inspection, config.plot)
-                screen.show_file(err if as_json else out, config.plot)
+                show_file(err if as_json else out, config.plot)
             if config.html:
                 _write_page(config, as_json)
 
 
 def _write_page(config: InspectConfig, as_json: bool) -> None:
-    from minicache.stages.cache_page import write_cache_page
+    from minicache.stages.inspect import write_cache_page
 
-    with screen.Screen(err) as tracker:
+    with Screen(err) as tracker:
         file = write_cache_page(config, tracker)
-    screen.show_file(err if as_json else out, file)
+    show_file(err if as_json else out, file)
 
 
 def _verify(config: InspectConfig, as_json: bool) -> None:
-    from minicache import screen_inspect
+    from minicache.screen import inspect as screen_inspect
     from minicache.stages import inspect as stage
 
     problems = stage.verify_cache(config)
@@ -258,7 +255,7 @@ def _verify(config: InspectConfig, as_json: bool) -> None:
         screen_inspect.show_problems(out, str(config.ref_cache), problems)
     worst = None
     if config.model and not problems:
-        worst = run_stage("verify", config, 1, None if as_json else screen.show_verify)
+        worst = run_stage("inspect.verify_model", config, 1, None if as_json else show_verify)
     if as_json:
         print_json(out, {"problems": problems, "rescored_difference": worst})
     if problems:

@@ -1,10 +1,12 @@
 """Writing to disk: one line for whatever fails, and making sure that what is written is there after a power loss."""
 
 import errno
+import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from minicache.errors import OutputError
 
@@ -63,3 +65,20 @@ def written_whole(file: Path) -> Iterator[Path]:
             draft.replace(file)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """What a file says that this program wrote; nothing where there is none. Raises OutputError: it cannot be read."""
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise OutputError(f"{file}: cannot be read: {error}") from error
+    if not isinstance(facts, dict):
+        raise OutputError(f"{file}: expected a JSON object, got {str(facts)[:40]!r}")
+    return facts
+
+
+def write_json(file: Path, facts: dict[str, Any]) -> None:
+    """Whole or not at all; paths as text. Raises OutputError: the disk is full or cannot be written; what was there stays."""
+    with written_whole(file) as draft:
+        draft.write_text(json.dumps(facts, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")

@@ -143,7 +143,7 @@ def ref_cache(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, data_fi
 
 
 def precompute_into(path: Path | str, model: Path, *data: Path, **options) -> Any:
-    from minicache.config import PrecomputeConfig
+    from minicache.options.stage_one import PrecomputeConfig
     from minicache.stages.precompute import precompute
     from minicache.trackers import Silent
 
@@ -155,7 +155,7 @@ def precompute_into(path: Path | str, model: Path, *data: Path, **options) -> An
 def one_process():
     import torch
 
-    from minicache.distributed import World
+    from minicache.processes.world import World
 
     return World(0, 1, torch.device("cpu"))
 

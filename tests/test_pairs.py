@@ -5,8 +5,9 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from minicache.data.batching import Mixture, balance, by_length, global_batches, pairs_in, shares, training_steps
 from minicache.pairs import COUNTED_AT_ONCE, EncodedPair, PairTable, count_tokens
+from minicache.scoring.batching import balance, by_length
+from minicache.training.order import Mixture, global_batches, pairs_in, shares, training_steps
 
 
 def random_sides(random: np.random.Generator) -> list[np.ndarray]:

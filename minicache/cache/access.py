@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from minicache.cache.blocks import CacheBlocks
 from minicache.cache.schema import CachedPairs
-from minicache.config import Where
 from minicache.errors import CacheError
+from minicache.options.where import Where
 from minicache.pairs import EncodedPair
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from minicache.cache.places import ROOT
+from minicache.cache.places.opening import place_at
+from minicache.cache.places.place import ROOT
 from minicache.cache.schema import (
     LEDGER_COLUMNS,
     ArraySpec,
@@ -25,9 +26,8 @@ from minicache.cache.schema import (
     pairs_row,
     ref_row,
 )
-from minicache.cache.where import place_at
-from minicache.config import Where
 from minicache.errors import CacheDamaged, CacheIncomplete
+from minicache.options.where import Where
 from minicache.pairs import PairTable, count_tokens
 
 # What zarr raises on bytes that are not what was written: checksum, decompression, size, metadata; OSError is the disk itself.
@@ -44,8 +44,6 @@ UNREADABLE = (
 )
 MOST_BLOCKS = 2**24  # more is no cache, but metadata that makes its readers count for ever
 MOST_HELD = 2**32  # bytes
-
-
 TOKENIZER = "tokenizer"
 
 

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from minicache.cache.strict import read_as
-from minicache.config import LOSS_ON, MOST_BLOCK_PAIRS, MOST_LENGTH, SPECIAL_TEXT, THINK, TRUNCATE
 from minicache.errors import CacheDamaged, CacheMismatch, Difference
+from minicache.options.choices import LOSS_ON, MOST_BLOCK_PAIRS, MOST_LENGTH, SPECIAL_TEXT, THINK, TRUNCATE
 from minicache.pairs import PairTable
+from minicache.strict import read_as
 
 FORMAT_VERSION = 1
 MAX_CHUNK = 2**20
@@ -26,7 +26,6 @@ ATTRIBUTE = "minicache"
 # Largest difference of a pair's mean logprob, nats a token, that rounding explains. Batch shapes differ between the stages, and
 # with them the order of sums; float32 noise is around 1e-6, that of half precisions is of the size of their last bits.
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
-
 POSSIBLE: dict[str, range | tuple[str, ...]] = {
     "vocabulary": range(1, 2**31),
     "max_length": range(2, MOST_LENGTH + 1),
@@ -37,7 +36,6 @@ POSSIBLE: dict[str, range | tuple[str, ...]] = {
     "special_text": SPECIAL_TEXT,
     "dtype": tuple(TOLERANCE),
 }
-
 # Fields of an identity that say how or what is stored; the others change values.
 STORAGE = ("format_version", "block_pairs", "per_token")
 

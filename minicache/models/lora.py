@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from minicache.config_train import LoraOptions
 from minicache.errors import ConfigError, ModelError
+from minicache.options.train import LoraOptions
 
 ADAPTER, BASE = "adapter_config.json", "base.json"
 

@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 
-from minicache.config import CompareConfig
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.disk import check_writable, written_whole
-from minicache.distributed import World
 from minicache.errors import ConfigError, ModelError
+from minicache.intake.prompts import Prompt, read_prompts
 from minicache.models import load_model
+from minicache.options.others import CompareConfig
+from minicache.pages.compare import Answers, page
 from minicache.pairs import Ints
-from minicache.runs import policy_source, run_behind
-from minicache.stages.compare_page import Answers, page
-from minicache.stages.compare_prompts import Prompt, read_prompts
+from minicache.processes.world import World
 from minicache.trackers import Tracker
+from minicache.training.run_directory import policy_source, run_behind
 
 
 @dataclass(frozen=True)

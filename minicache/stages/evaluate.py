@@ -7,17 +7,20 @@ import numpy as np
 import torch
 
 from minicache.cache.reader import ReferenceCache
-from minicache.config import EvaluateConfig, Where
-from minicache.config_train import LossOptions, TrainConfig, fill, flat, require_types
-from minicache.distributed import World
 from minicache.errors import CacheMismatch
-from minicache.evaluation import EvalSet, evaluate_policy, require_per_token, settle_layout
-from minicache.losses import Objective
 from minicache.models import load_model
-from minicache.runs import policy_source, run_behind
-from minicache.scoring import Scorer, resolve_dtype
-from minicache.stages.load import load_pairs
+from minicache.options.dictionaries import fill, flat, require_types
+from minicache.options.others import EvaluateConfig
+from minicache.options.train import LossOptions, TrainConfig
+from minicache.options.where import Where
+from minicache.processes.world import World
+from minicache.scoring.layout import settle_layout
+from minicache.scoring.loading import load_pairs
+from minicache.scoring.scorer import Scorer, resolve_dtype
 from minicache.trackers import Tracker
+from minicache.training.losses import Objective
+from minicache.training.run_directory import policy_source, run_behind
+from minicache.training.validation import EvalSet, evaluate_policy, require_per_token
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from minicache.config import ExportConfig
 from minicache.disk import check_writable
-from minicache.distributed import World
 from minicache.errors import OutputError
 from minicache.models import load_model, save_model, save_pth, save_tokenizer
-from minicache.runs import policy_source
-from minicache.scoring import DTYPES
+from minicache.options.exchange import ExportConfig
+from minicache.processes.world import World
+from minicache.scoring.scorer import DTYPES
 from minicache.trackers import Tracker
+from minicache.training.run_directory import policy_source
 
 
 @dataclass(frozen=True)

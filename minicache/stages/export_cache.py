@@ -2,19 +2,17 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from minicache.cache.blocks import TOKENIZER
 from minicache.cache.reader import ReferenceCache
-from minicache.config_exchange import ExportCacheConfig
-from minicache.data.tables import table_at
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import CacheDamaged
-from minicache.stages.rows import PER_TOKEN, TYPES, to_columns
-from minicache.stages.tokenizer_files import pack, require_fit
+from minicache.exchange.exported import document_of
+from minicache.exchange.rows import PER_TOKEN, TYPES, to_columns
+from minicache.exchange.tables import table_at
+from minicache.intake.tokenizer_files import require_fit
+from minicache.options.exchange import ExportCacheConfig
 from minicache.trackers import Tracker
-
-VERSION = 1  # of the document that travels with a table
 
 
 @dataclass(frozen=True)
@@ -44,20 +42,10 @@ def export_cache(config: ExportCacheConfig, tracker: Tracker) -> ExportCacheRepo
         types |= PER_TOKEN
     odd = 0
     tracker.begin(f"writing {config.out}", cache.log.pairs)
-    with table_at(config.out, types, _document(cache)) as write:
+    with table_at(config.out, types, document_of(cache)) as write:
         for cached in cache.each_block():
             columns, others = to_columns(cached, tokenizer, cache.log.sources)
             write(columns)
             odd += others
             tracker.advance(len(cached.table), len(cached.table.tokens))
     return ExportCacheReport(config.out, cache.log.pairs, cache.identity.digest, odd)
-
-
-def _document(cache: ReferenceCache) -> dict[str, Any]:
-    """What the table is: the cache's manifest, its ledger block by block, its tokenizer."""
-    return {
-        "export": VERSION,
-        **cache.manifest.to_attributes(),
-        "ledger": cache.ledgers().tolist(),
-        "tokenizer": pack(cache.tokenizer_dir),
-    }

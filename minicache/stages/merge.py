@@ -1,26 +1,15 @@
 """Caches made apart with one identity -> one cache, as if made in one go. No torch; a few blocks in memory at a time."""
 
-import json
-from collections.abc import Iterator
-from copy import deepcopy
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from minicache.cache.blocks import TOKENIZER
-from minicache.cache.drafts import drafted
-from minicache.cache.places import Place
+from minicache.cache.places.opening import place_at
 from minicache.cache.reader import ReferenceCache, require_same
-from minicache.cache.repack import repack, select
-from minicache.cache.schema import TOLERANCE, CachedPairs, Log, Manifest, Source, now
-from minicache.cache.where import claimed, place_at
-from minicache.cache.writer import CacheWriter
-from minicache.config import MergeConfig, Where
-from minicache.data.tokenizers import copy_tokenizer
-from minicache.errors import CacheDamaged, CacheIncomplete, CacheMismatch
-from minicache.stages.intake import REFUSED_FILE, source_of
+from minicache.cache.schema import Source, now
+from minicache.intake.merging import choose_pairs, count_pairs, join_sources, read_input, write_merged
+from minicache.options.others import MergeConfig
+from minicache.options.where import Where
 from minicache.trackers import Tracker
 
 
@@ -33,21 +22,6 @@ class MergeReport:
     pairs: int
     blocks: int
     twice: int
-
-
-@dataclass(frozen=True)
-class _Input:
-    """A cache to merge, and what stays in memory of its N pairs.
-
-    numbers: new number of each of its files. files: (N,) new number of the pair's file. digests: (N, 2) uint64.
-    means: (N, 2) float32, nats a token.
-    """
-
-    cache: ReferenceCache
-    numbers: NDArray[np.int64]
-    files: NDArray[np.int64]
-    digests: NDArray[np.uint64]
-    means: NDArray[np.float32]
 
 
 def merge(config: MergeConfig, tracker: Tracker) -> MergeReport:
@@ -67,154 +41,11 @@ def merge(config: MergeConfig, tracker: Tracker) -> MergeReport:
         cache.check_complete()
     tracker.begin("comparing", sum(cache.log.pairs for cache in caches))
     sources: list[Source] = []
-    inputs = [_read(cache, _join_sources(sources, cache), tracker) for cache in caches]
-    kept = _choose(inputs)
-    _count(sources, inputs, kept)
+    inputs = [read_input(cache, join_sources(sources, cache), tracker) for cache in caches]
+    kept = choose_pairs(inputs)
+    count_pairs(sources, inputs, kept)
     log = replace(caches[0].log, created=now(), sources=sources, pairs=int(sum(map(np.sum, kept))), shards=0)
     tracker.begin("writing", log.pairs)
-    blocks = _write(out, inputs, kept, log, tracker)
+    blocks = write_merged(out, inputs, kept, log, tracker)
     given = [(cache.path, cache.log.pairs) for cache in caches]
     return MergeReport(out.where, given, log.pairs, blocks, sum(pairs for _, pairs in given) - log.pairs)
-
-
-def _join_sources(sources: list[Source], cache: ReferenceCache) -> NDArray[np.int64]:
-    """Add the cache's files to the list, those of one content once; returns the number there of each."""
-    known = {source.sha256: number for number, source in enumerate(sources)}
-    numbers = []
-    for source in cache.log.sources:
-        number = known.setdefault(source.sha256, len(sources))
-        if number == len(sources):
-            sources.append(deepcopy(source))
-        elif sources[number].format != source.format:
-            raise CacheMismatch(
-                f"{cache.path}: {source.name} was read with --format {source.format}, in another of the caches with "
-                f"{sources[number].format}; expected one format a file"
-            )
-        numbers.append(number)
-    return np.array(numbers, np.int64)
-
-
-# --- which pairs to keep ---
-
-
-def _blocks(cache: ReferenceCache) -> Iterator[CachedPairs]:
-    """Every block, checked; raises as `load`."""
-    for block in range(cache.blocks):
-        try:
-            yield CachedPairs(cache.pairs(block), cache.ref(block))
-        except (CacheIncomplete, CacheDamaged) as error:
-            raise type(error)(f"{error}; run its precompute-ref again, then merge") from error
-
-
-def _read(cache: ReferenceCache, numbers: NDArray[np.int64], tracker: Tracker) -> _Input:
-    files, digests, means = [], [], []
-    for table, scores in _blocks(cache):
-        files.append(numbers[table.source[:, 0]])
-        digests.append(table.digest)
-        means.append(scores.logp_mean)
-        tracker.advance(len(table), 0)
-    if (found := sum(map(len, files))) != cache.log.pairs:
-        raise CacheDamaged(f"{cache.path}: the manifest counts {cache.log.pairs} pairs, the blocks hold {found}")
-    return _Input(cache, numbers, np.concatenate(files), np.concatenate(digests), np.concatenate(means))
-
-
-def _choose(inputs: list[_Input]) -> list[NDArray[np.bool_]]:
-    """For each cache, (N,) which of its pairs no earlier one has. Raises CacheMismatch if two disagree about a pair."""
-    digests = np.concatenate([given.digests for given in inputs])
-    order = np.lexsort(digests.T)  # stable: of equal ones the first stays first
-    is_new = np.append(True, (digests[order][1:] != digests[order][:-1]).any(1))
-    original = np.empty(len(order), np.int64)  # the first pair with the same digest
-    original[order] = order[is_new][np.cumsum(is_new) - 1]
-    _require_agreement(inputs, original)
-    bounds = np.cumsum([len(given.files) for given in inputs])
-    return np.split(original == np.arange(len(original)), bounds[:-1])
-
-
-def _require_agreement(inputs: list[_Input], original: NDArray[np.int64]) -> None:
-    tolerance = TOLERANCE[inputs[0].cache.identity.dtype]
-    means = np.concatenate([given.means for given in inputs])
-    differences = np.abs(means - means[original]).max(1)
-    if not len(bad := np.flatnonzero(differences > tolerance)):
-        return
-    ends = np.cumsum([len(given.files) for given in inputs])
-    names = []
-    for index in (bad[0], original[bad[0]]):
-        which = int(np.searchsorted(ends, index, side="right"))
-        names.append(f"pair {index - ends[which] + len(inputs[which].files)} of {inputs[which].cache.path}")
-    raise CacheMismatch(
-        f"{names[0]} is {names[1]}, but their reference logprobs differ by {differences[bad[0]]:.2g} nats a token, as do those "
-        f"of {len(bad)} pairs by more than {tolerance:g}. Expected the same values; precompute one of the caches anew"
-    )
-
-
-def _count(sources: list[Source], inputs: list[_Input], kept: list[NDArray[np.bool_]]) -> None:
-    """Set the files' counts to what the new cache keeps of them. `truncated` stays: nobody knows which pairs those were.
-
-    Raises:
-        CacheMismatch: one file gave other pairs in one cache than in another.
-    """
-    total = np.zeros(len(sources), np.int64)
-    met: set[int] = set()
-    for given, is_kept in zip(inputs, kept, strict=True):
-        own = np.bincount(given.files[is_kept], minlength=len(sources))
-        if differing := met & set(np.flatnonzero(own).tolist()):
-            raise CacheMismatch(
-                f"{given.cache.path}: {sources[min(differing)].name} gave other pairs there than in the caches before it "
-                "(by another version of a library?); precompute one of them anew"
-            )
-        met |= set(given.numbers.tolist())
-        total += own
-    for source, pairs in zip(sources, total.tolist(), strict=True):
-        source.duplicates += source.kept - pairs
-        source.kept = pairs
-
-
-# --- writing ---
-
-
-def _write(out: Place, inputs: list[_Input], kept: list[NDArray[np.bool_]], log: Log, tracker: Tracker) -> int:
-    """Make the new cache under another name, and give it its own when all is there. Returns its number of blocks."""
-    first = inputs[0].cache
-    if not first.tokenizer_dir.is_dir():
-        raise CacheDamaged(f"{first.place.locate(TOKENIZER)}: is missing; run its precompute-ref again, then merge")
-    with drafted(out, "merging") as (draft, claims):
-        empty = Manifest(first.identity, replace(log, sources=[], blocks=0, pairs=0))
-        cache = CacheWriter.create(draft, empty, lambda tokenizer: copy_tokenizer(first.tokenizer_dir, tokenizer))
-        claims.enter_context(claimed(draft))
-        for block, (table, scores) in enumerate(repack(_kept_parts(inputs, kept), first.identity.block_pairs)):
-            cache.grow(block + 1)
-            cache.write_pairs(block, table)
-            cache.write_ref(block, scores)
-            tracker.advance(len(table), len(table.tokens))
-        _write_refusals(draft, inputs)
-        cache.manifest = replace(cache.manifest, log=replace(log, blocks=cache.blocks))
-        cache.write_log()
-    return cache.blocks
-
-
-def _kept_parts(inputs: list[_Input], kept: list[NDArray[np.bool_]]) -> Iterator[CachedPairs]:
-    """What is kept of each block, under the new number of its file."""
-    for given, all_kept in zip(inputs, kept, strict=True):
-        start = 0
-        for cached in _blocks(given.cache):
-            stop = start + len(cached.table)
-            is_kept, start = all_kept[start:stop], stop
-            if is_kept.any():
-                part = cached if is_kept.all() else select(cached, is_kept)
-                file, line = part.table.source.T
-                source = np.stack([given.numbers[file], line], axis=1)
-                yield CachedPairs(replace(part.table, source=source), part.reference)
-
-
-def _write_refusals(draft: Path, inputs: list[_Input]) -> None:
-    """refused.jsonl: of each file the rows that the first cache that has it lists, under its new number."""
-    lines: list[str] = []
-    met: set[int] = set()
-    for given in inputs:
-        text = (given.cache.place.read(REFUSED_FILE) or b"").decode(errors="replace")
-        numbers: dict[int | None, int] = dict(enumerate(given.numbers.tolist()))
-        for line in text.splitlines():
-            if (number := numbers.get(source_of(line), -1)) not in (-1, *met):
-                lines.append(json.dumps({**json.loads(line), "source": number}, ensure_ascii=False) + "\n")
-        met |= set(numbers.values())
-    place_at(draft).write(REFUSED_FILE, "".join(lines).encode(errors="backslashreplace"))

@@ -10,26 +10,27 @@ from typing import Any
 import numpy as np
 import torch
 
-from minicache.cache.claims import FileClaim
+from minicache.cache.places.claims import FileClaim
 from minicache.cache.reader import Contents, JoinedCaches, ReferenceCache
 from minicache.cache.schema import CachedPairs
-from minicache.config_sweep import SweepConfig, SweepRun
-from minicache.config_train import TrainConfig
-from minicache.data.batching import pairs_in
-from minicache.disk import writing
-from minicache.distributed import World
+from minicache.disk import read_json, write_json, writing
 from minicache.errors import ConfigError, RunDiverged
-from minicache.evaluation import score_table, settle_layout
-from minicache.losses import Objective
 from minicache.models import LoadedModel, load_model
-from minicache.parallel import is_sharded, spread
-from minicache.plots_sweep import draw_sweep
-from minicache.runs import read_json, run_facts, write_facts, write_json
-from minicache.scoring import resolve_dtype
-from minicache.stages.load import Sources, load_pairs
+from minicache.options.sweep import SweepConfig, SweepRun
+from minicache.options.train import TrainConfig
+from minicache.pictures.sweep import draw_sweep
+from minicache.processes.world import World
+from minicache.reports.sweep import RunResult, SweepReport
+from minicache.scoring.layout import settle_layout
+from minicache.scoring.loading import Sources, load_pairs
+from minicache.scoring.scorer import resolve_dtype
+from minicache.scoring.spread import is_sharded, spread
+from minicache.scoring.tables import score_table
 from minicache.stages.train import train
-from minicache.sweeps import RunResult, SweepReport
 from minicache.trackers import Tracker
+from minicache.training.losses import Objective
+from minicache.training.order import pairs_in
+from minicache.training.run_directory import run_facts, write_facts
 
 REPORT, PICTURE = "sweep.json", "sweep.png"
 # To measure a forward pass by; and scored before that, so that nothing is compiled or allocated in it.

@@ -1,37 +1,34 @@
 """Stage two: a reference cache -> a trained policy. Only the policy is in memory."""
 
 import os
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from minicache import checkpoints
-from minicache.budget import training_budget
 from minicache.cache.reader import JoinedCaches, ReferenceCache
 from minicache.cache.schema import CachedPairs
-from minicache.config_train import MOVABLE, TrainConfig, flat, option
-from minicache.data.batching import training_steps
-from minicache.disk import writing
-from minicache.distributed import World
-from minicache.errors import CacheMismatch, ConfigError, ModelError, OutputError
-from minicache.evaluation import settle_layout
-from minicache.losses import Objective
-from minicache.models import LoadedModel, checkpoint_activations, load_model, save_model
-from minicache.models.load import lasting_name
-from minicache.models.lora import add_lora, with_adapter
-from minicache.parallel import is_sharded, spread, whole_weights
-from minicache.runs import is_unused, run_facts, starts_at_ln_2, write_facts
-from minicache.scoring import DTYPES, Scorer, decoder_of, resolve_dtype
-from minicache.stages.checks import check, handshake
-from minicache.stages.load import Sources
-from minicache.stages.optimize import Outcome, optimize
-from minicache.stages.pool import choose_pairs
-from minicache.stages.step import Progress, Run
-from minicache.trackers import Both, JsonLines, RunName, Tracker, open_trackers
+from minicache.errors import OutputError
+from minicache.models import checkpoint_activations
+from minicache.options.dictionaries import flat
+from minicache.options.train import TrainConfig
+from minicache.processes.world import World
+from minicache.scoring.budget import training_budget
+from minicache.scoring.layout import settle_layout
+from minicache.scoring.loading import Sources
+from minicache.scoring.scorer import Scorer, decoder_of, resolve_dtype
+from minicache.scoring.spread import is_sharded, spread
+from minicache.trackers import Both, Tracker
+from minicache.training import checkpoints
+from minicache.training.checks import check, handshake
+from minicache.training.loop import optimize
+from minicache.training.losses import Objective
+from minicache.training.order import training_steps
+from minicache.training.policy import load_policy
+from minicache.training.pool import choose_pairs
+from minicache.training.resuming import resume_at
+from minicache.training.run_directory import run_facts, starts_at_ln_2, write_facts
+from minicache.training.saving import open_run, save_dtype, save_policy
+from minicache.training.state import Progress, Run
 
 FROM_DISK = Sources()
 
@@ -65,7 +62,7 @@ def train(config: TrainConfig, world: World, tracker: Tracker, sources: Sources 
     """
     config = replace(config, dtype=resolve_dtype(config.dtype, world.device))
     objective = Objective.parse(config.loss, config.logps, config.beta, config.loss_options)
-    resume_at = world.broadcast(_resume_at(config) if world.is_main else None)
+    resumed = world.broadcast(resume_at(config) if world.is_main else None)
     facts = run_facts(config.out)
     if "outcome" in facts:
         tracker.note(f"{config.out}: this run is finished; nothing to resume")
@@ -74,9 +71,9 @@ def train(config: TrainConfig, world: World, tracker: Tracker, sources: Sources 
     cached, cache = sources.pairs(caches, config.scratch, world, tracker), caches.caches[0]
     training, held_out = choose_pairs(config, caches, cached, world, tracker, sources)
     steps = training_steps(len(training), config.batch_size, config.epochs, config.max_steps)
-    state = None if resume_at is None else checkpoints.load(config.out, resume_at)
+    state = None if resumed is None else checkpoints.load(config.out, resumed)
     mine = world.is_main or not is_sharded(config.parallel, world)
-    policy, source, stored = _policy(config, cache, resume_at, tracker, sources) if mine else (None, "", "")
+    policy, source, stored = load_policy(config, cache, resumed, tracker, sources) if mine else (None, "", "")
     scorer = spread(policy, config.dtype, config.parallel, world)
     del policy
     settle_layout(scorer, cached.table, config.layout, world.device, tracker)
@@ -92,11 +89,11 @@ def train(config: TrainConfig, world: World, tracker: Tracker, sources: Sources 
         decoder_of(scorer.model).compile(
             dynamic=True
         )  # not the head: its number of positions is another in every batch
-    with _trackers(run, facts, resume_at, tracker) if world.is_main else Both() as both:
+    with open_run(run, facts, resumed, tracker) if world.is_main else Both() as both:
         both.start("training", facts)
         outcome = optimize(run, state, both)
         tracker.begin("saving the policy", None)
-        _save(run, outcome, _save_dtype(config, facts))
+        save_policy(run, outcome, save_dtype(config, facts))
         if world.is_main:
             facts["outcome"] = {
                 "model_step": outcome.model_step,
@@ -141,131 +138,3 @@ def _budget(config: TrainConfig, scorer: Scorer, cached: CachedPairs, world: Wor
     """Token slots of a micro-batch that fit in memory: rank 0's finding, so that all lay out alike."""
     checkpointing, local = config.activation_checkpointing, int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
     return world.broadcast(training_budget(scorer, cached.table, config.optimizer, checkpointing, world.device, local))
-
-
-# --- before anything is loaded ---
-
-
-def _resume_at(config: TrainConfig) -> int | None:
-    """The step of the checkpoint to go on from; None to begin.
-
-    Raises:
-        OutputError: there is a run or something else at --out already. ConfigError: the run there was started with other options.
-    """
-    facts = run_facts(config.out)
-    if not facts and config.out.exists() and not is_unused(config.out):
-        raise OutputError(f"{config.out}: exists already, and is no run; name another --out or remove it")
-    if not facts:
-        return None
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, with the same command
-    if not config.resume and not restarted:
-        raise OutputError(f"{config.out}: exists already; --resume goes on with it, or name another --out")
-    for name, value in flat(config).items():
-        if name not in MOVABLE and value != facts.get(name):
-            raise ConfigError(
-                f"{config.out}: {option(name)}: this run was started with {facts.get(name)}, asked for {value}; a resumed run "
-                "keeps its options: ask for the same, or name another --out"
-            )
-    done = checkpoints.steps(config.out)
-    return done[-1] if done else None
-
-
-# --- the policy ---
-
-
-def _policy(
-    config: TrainConfig, cache: ReferenceCache, resume_at: int | None, tracker: Tracker, sources: Sources
-) -> tuple[nn.Module, str, str]:
-    """The model to train, float32; what it started from; the precision its weights were stored in."""
-    place = None if resume_at is None else checkpoints.place(config.out, resume_at) / "model"
-    if place and not config.lora.lora_rank:
-        return load_model(str(place), config.trust_remote_code).model.requires_grad_(True), "", ""
-    loaded = _load(config, cache, tracker, sources)
-    base, stored = loaded.model, str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
-    source = lasting_name(loaded.source)
-    if not config.lora.lora_rank:
-        return base.to(torch.float32).requires_grad_(True), source, stored
-    weights = loaded.fingerprint  # before the base is made float32
-    adapted = with_adapter(base, place) if place else add_lora(base.to(torch.float32), source, config.lora, config.seed)
-    adapted.base_fingerprint = weights
-    return adapted, source, stored
-
-
-def _load(config: TrainConfig, cache: ReferenceCache, tracker: Tracker, sources: Sources) -> LoadedModel:
-    source = config.init_from or config.model or cache.log.model
-    tracker.begin(f"loading {source}", None)
-    try:
-        loaded = sources.model(source, config.trust_remote_code)
-    except ModelError as error:
-        if config.init_from or config.model:
-            raise
-        raise ModelError(f"{error} (where stage one found it; --model says where the same weights are now)") from error
-    if loaded.vocabulary != cache.identity.vocabulary:
-        raise CacheMismatch(
-            f"{source}: vocabulary of {loaded.vocabulary}; {cache.path} was made with one of {cache.identity.vocabulary}"
-        )
-    if config.init_from is None and loaded.fingerprint != cache.identity.weights:
-        raise CacheMismatch(
-            f"{source}: weights digest {loaded.fingerprint}, but {cache.path} was made with {cache.identity.weights}. "
-            "Point --model at the weights stage one used, run precompute-ref with these into another cache, "
-            "or start from these on purpose with --init-from"
-        )
-    return loaded
-
-
-# --- the run directory; rank 0 alone ---
-
-
-def _trackers(run: Run, facts: dict[str, Any], resume_at: int | None, tracker: Tracker) -> Both:
-    """Make the run directory with run.json and metrics.jsonl, and open what else is to hear of it.
-
-    Raises:
-        OutputError: it cannot be written, or the disk has no room for what the run will leave: better known now than at the end.
-        ConfigError: a tracking library is missing.
-    """
-    out, config = run.config.out, run.config
-    libraries = open_trackers(config.tracker, RunName(out, "minicache", out.resolve().name, resume_at), tracker.note)
-    trained = sum(parameter.numel() for parameter in run.scorer.model.parameters() if parameter.requires_grad)
-    kept = config.keep_last + 2 if config.save_every and config.save_every < run.steps else 0
-    needed = trained * (DTYPES[_save_dtype(config, facts)].itemsize + 12 * (kept + bool(run.held_out)))
-    with writing(out):
-        made = not out.exists()
-        out.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(out).free
-        if free < needed:
-            if made:
-                out.rmdir()
-            raise OutputError(
-                f"{out}: the policy{' and its checkpoints' if kept else ''} will take {needed / 1e6:,.1f} MB, the disk has "
-                f"{free / 1e6:,.1f} MB left"
-            )
-        if resume_at is None:
-            write_facts(out, facts)
-        return Both(tracker, JsonLines(out / "metrics.jsonl", resume_at), *libraries)
-
-
-def _save_dtype(config: TrainConfig, facts: dict[str, Any]) -> str:
-    return facts["stored_dtype"] if config.save_dtype == "auto" else config.save_dtype
-
-
-def _save(run: Run, outcome: Outcome, dtype: str) -> None:
-    """The policy, or the best of its checkpoints, in this precision; adapters stay float32."""
-    config, out, model = run.config, run.config.out, run.scorer.model
-    best, draft = checkpoints.place(out, outcome.model_step) / "model", out / ".model.saving"
-    is_last = outcome.model_step == outcome.progress.step
-    weights = whole_weights(model) if is_last and run.scorer.lockstep else None  # all processes take part
-    if not run.world.is_main:
-        return
-    with writing(out):  # of a call that was killed before it could say that the run is finished
-        shutil.rmtree(out / "model", ignore_errors=True)
-        shutil.rmtree(draft, ignore_errors=True)
-    if config.lora.lora_rank and not is_last:
-        with writing(out):
-            shutil.copytree(best, draft)
-            draft.replace(out / "model")
-        return
-    model = model if is_last else load_model(str(best), config.trust_remote_code).model
-    if not config.lora.lora_rank:
-        model = model.to(DTYPES[dtype])
-        weights = weights and {name: tensor.to(DTYPES[dtype]) for name, tensor in weights.items()}
-    save_model(model, run.cache.tokenizer_dir, out / "model", weights)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from minicache.data.formats import MOST_ARRAY, zstd
-from tests.test_hostile import read_in_memory_of
+from minicache.data.files import MOST_ARRAY
+from minicache.data.formats import zstd
+from tests.data.test_hostile import read_in_memory_of
 
 MILLION, TIMES = 2**20, 1200
 BOMBS = {  # 1.2 GB: what it begins with, is filled with and ends in; megabytes to read it in; what becomes of it

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.stores import assert_same_store
-from tests.test_crash import FORKS, Job, finished, fork, job, kill_all, run_here
-from tests.test_resume import assert_same_run
+from tests.helpers.stores import assert_same_store
+from tests.stages.test_crash import FORKS, Job, finished, fork, job, kill_all, run_here
+from tests.training.test_resume import assert_same_run
 
 __all__ = ["job"]  # a fixture
 MOST_STARTS = 200

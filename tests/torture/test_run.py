@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_cache import DAMAGE
-from tests.test_resume import SETTINGS, assert_same_run, killed_at
-from tests.test_resume import run as train_run
+from tests.cache.test_cache import DAMAGE
 from tests.torture.conftest import Orderly
+from tests.training.test_resume import SETTINGS, assert_same_run, killed_at
+from tests.training.test_resume import run as train_run
 
 FACTS = [b"", b"{", b"null", b"[]", b'"x"', b"{}", b"\xff\xfe{}", bytes(100), b"[" * 100_000, b'{"loss": 3}']
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from minicache.cache.schema import digest_of
-from tests.stores import assert_same_store, chunk_files, contents
-from tests.test_cache import DAMAGE
+from tests.cache.test_cache import DAMAGE
+from tests.helpers.stores import assert_same_store, chunk_files, contents
 from tests.torture.conftest import Orderly
 
 Commands = tuple[Callable[..., tuple[int, str, str]], Orderly, Callable[..., tuple[int, str]]]

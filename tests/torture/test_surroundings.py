@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from tests.conftest import make_rows, tiny_llama, write_jsonl
-from tests.stores import assert_same_store, contents
-from tests.test_precompute import small_disk
-from tests.test_resume import assert_same_run
+from tests.helpers.stores import assert_same_store, contents
+from tests.stages.test_precompute import small_disk
 from tests.torture.conftest import BLOCK, Orderly
 from tests.torture.test_run import flags, whole
+from tests.training.test_resume import assert_same_run
 
 __all__ = ["small_disk", "whole"]  # fixtures
 

@@ -1,0 +1,251 @@
+"""A cache in an object store: s3://, gs://, az:// and memory://, by the library obstore. Credentials come from the environment.
+
+A PUT of one object is atomic, so a chunk is there whole or not at all; nothing is ever renamed. The object that makes a cache of
+what lies there is written last. Requests that fail for a passing reason are repeated by the library (see RETRIES).
+"""
+
+import atexit
+import re
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from functools import cache
+from hashlib import blake2b
+from pathlib import Path
+from tempfile import gettempdir, mkdtemp
+from typing import TYPE_CHECKING, Any
+
+import obstore
+from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
+from obstore.store import MemoryStore, from_url
+from zarr.abc.store import ByteRequest, Store
+from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.storage import ObjectStore
+
+from minicache.cache.places.claims import CLAIM_FILE, Claim
+from minicache.cache.places.leases import Lease
+from minicache.cache.places.place import POLL_SECONDS, ROOT, Place
+from minicache.errors import CacheNotFound, ConfigError, OutputError, StoreError
+
+if TYPE_CHECKING:
+    from obstore.store import RetryConfig
+
+RETRIES: "RetryConfig" = {"max_retries": 10, "retry_timeout": timedelta(minutes=3)}
+HASTY: "RetryConfig" = {"max_retries": 3, "retry_timeout": timedelta(seconds=15)}  # of claims: worth nothing if late
+OURS = {"pairs", "ref", "ledger", "tokenizer", "refused.jsonl", CLAIM_FILE}  # what may lie there without a ROOT
+
+
+class Bucket(Place):
+    """A place in an object store.
+
+    objects: the store, names in it relative to the place; claims: the same, less patient.
+    taken_over: by a run that had not heard of this one for a while.
+    """
+
+    def __init__(self, url: str, objects: Any, claims: Any) -> None:
+        self.where = self.url = url
+        self.objects, self.claims, self.taken_over = objects, claims, False
+        self.home = Path(gettempdir()) / f"minidpo-{blake2b(url.encode(), digest_size=8).hexdigest()}"
+
+    def locate(self, name: str) -> str:
+        return f"{self.url}/{name}"
+
+    # --- the whole ---
+
+    def require_cache(self) -> None:
+        if self.has(ROOT):
+            return
+        with self.told():
+            next(iter(obstore.list(self.objects)), None)  # a bucket that is not there is another matter
+        raise CacheNotFound(
+            f"{self}: no reference cache there; `minidpo precompute-ref --ref-cache {self} …` makes one"
+        )
+
+    def require_free(self, is_new: bool = False) -> None:
+        """What a creation left that was killed is free to write over."""
+        if self.has(ROOT):
+            raise OutputError(f"{self}: holds a reference cache; name another --ref-cache or remove it")
+        for name in self._names():
+            if name.split("/")[0] not in OURS:
+                raise OutputError(f"{self}: holds other objects ({name}); name another --ref-cache")
+
+    def publish(self, draft: Path) -> None:
+        claim = self.claim(CLAIM_FILE)
+        try:
+            while not claim.take(alone=True):
+                self.require_free()
+                time.sleep(POLL_SECONDS)
+            self.require_free()
+            self._delete(name for name in self._names() if name != CLAIM_FILE)
+            names = sorted(str(file.relative_to(draft)) for file in draft.rglob("*") if file.is_file())
+            for name in names:
+                if name not in (ROOT, CLAIM_FILE):
+                    self.write(name, (draft / name).read_bytes())
+            self.write(ROOT, (draft / ROOT).read_bytes())
+        finally:
+            claim.release()
+
+    def remove(self) -> None:
+        self._delete([ROOT])
+        self._delete(name for name in self._names() if name != CLAIM_FILE)
+
+    def store(self, read_only: bool) -> Store:
+        return _Chunks(self, read_only)
+
+    def claim(self, name: str) -> Claim:
+        return Lease(self, name)
+
+    def total_bytes(self) -> int:
+        with self.told():
+            return sum(item["size"] for items in obstore.list(self.objects) for item in items)
+
+    def remove_leftovers(self) -> None:
+        """Nothing is ever half-written."""
+
+    def remove_partial(self, folders: Iterable[str]) -> None:
+        """Nothing is ever half-written."""
+
+    # --- single files ---
+
+    def has(self, name: str) -> bool:
+        with suppress(FileNotFoundError):
+            self.size(name)
+            return True
+        return False
+
+    def size(self, name: str) -> int:
+        with self.told(missing_is_error=False):
+            return obstore.head(self.objects, name)["size"]
+
+    def read(self, name: str) -> bytes | None:
+        with suppress(FileNotFoundError), self.told(missing_is_error=False):
+            return bytes(obstore.get(self.objects, name).bytes())
+        return None
+
+    def write(self, name: str, content: bytes) -> None:
+        self.require_held()
+        with self.told():
+            obstore.put(self.objects, name, content)
+
+    def folder(self, name: str) -> Path:
+        copy = Path(mkdtemp(prefix="minidpo-"))
+        atexit.register(shutil.rmtree, copy, ignore_errors=True)
+        for found in list(self._names(f"{name}/")):
+            file = copy / found
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(self.read(found) or b"")
+        return copy / name
+
+    def put_folder(self, name: str, content: Path) -> None:
+        self._delete(self._names(f"{name}/"))
+        for file in (file for file in content.rglob("*") if file.is_file()):
+            self.write(f"{name}/{file.relative_to(content)}", file.read_bytes())
+
+    def flush(self, names: Iterable[str], folders: bool = True) -> None:
+        """What was put is there."""
+
+    def _names(self, prefix: str = "") -> Iterator[str]:
+        with self.told():
+            for items in obstore.list(self.objects, prefix):
+                yield from (item["path"] for item in items)
+
+    def _delete(self, names: Iterable[str]) -> None:
+        self.require_held()
+        with self.told():
+            for name in list(names):
+                with suppress(FileNotFoundError):
+                    obstore.delete(self.objects, name)
+
+    # --- what can go wrong ---
+
+    def require_held(self) -> None:
+        """Raises StoreError: another run has taken this one for dead and writes now."""
+        if self.taken_over:
+            raise StoreError(
+                f"{self}: another run went on with this cache, having seen nothing of this one for a while; "
+                "wait for its end, then run the same command again"
+            )
+
+    @contextmanager
+    def told(self, missing_is_error: bool = True) -> Iterator[None]:
+        """Turn what the library raises into one line. missing_is_error: what cannot be missing but with the whole bucket."""
+        try:
+            yield
+        except FileNotFoundError as error:
+            if not missing_is_error:
+                raise
+            raise self._no_bucket() from error
+        except (PermissionDeniedError, UnauthenticatedError) as error:
+            raise StoreError(f"{self}: access was refused; check the credentials: {_first_line(error)}") from error
+        except BaseError as error:
+            if "NoSuchBucket" in str(error):  # listing what is not there
+                raise self._no_bucket() from error
+            if re.search(
+                r"/latest/api/token|169\.254\.169\.254", str(error)
+            ):  # the last resort: the machine's own role
+                raise StoreError(
+                    f"{self}: found no credentials; expected them in the environment, as AWS_ACCESS_KEY_ID and "
+                    "AWS_SECRET_ACCESS_KEY, or from a role of this machine"
+                ) from error
+            raise StoreError(
+                f"{self}: the object store cannot be reached or refuses; check network, credentials and URL, "
+                f"then run the same command again: {_first_line(error)}"
+            ) from error
+
+    def _no_bucket(self) -> StoreError:
+        return StoreError(f"{self}: there is no such bucket; make it first, or check the URL")
+
+
+class _Chunks(ObjectStore):
+    """A place as zarr sees it; errors as one line."""
+
+    def __init__(self, place: Bucket, read_only: bool = False) -> None:
+        super().__init__(place.objects, read_only=read_only)
+        self.place = place
+
+    def with_read_only(self, read_only: bool = False) -> "_Chunks":
+        return _Chunks(self.place, read_only)
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        with self.place.told():
+            return await super().get(key, prototype, byte_range)
+
+    async def exists(self, key: str) -> bool:
+        with self.place.told():
+            return await super().exists(key)
+
+    async def set(self, key: str, value: Buffer) -> None:
+        self.place.require_held()
+        with self.place.told():
+            await super().set(key, value)
+
+    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        self.place.require_held()
+        with self.place.told():
+            await super().set_if_not_exists(key, value)
+
+    async def delete(self, key: str) -> None:
+        self.place.require_held()
+        with self.place.told():
+            await super().delete(key)
+
+
+@cache  # one a URL: whether it was taken over, all must know; and what lies in memory, lies there once
+def bucket_at(url: str) -> Bucket:
+    """Raises ConfigError: the URL is of no kind that the library knows, or not complete."""
+    if url.startswith("memory://"):
+        memory = MemoryStore()
+        return Bucket(url, memory, memory)
+    try:
+        return Bucket(url, from_url(url, retry_config=RETRIES), from_url(url, retry_config=HASTY))
+    except (BaseError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{url}: expected s3://bucket/name, gs://bucket/name, az://container/name or a path: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).split("<?xml")[0].strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__

@@ -1,0 +1,140 @@
+"""A cache in a directory."""
+
+import os
+import shutil
+from collections.abc import Iterable
+from contextlib import suppress
+from glob import escape
+from pathlib import Path
+
+from zarr.abc.store import Store
+
+from minicache.cache.places.bounded import BoundedStore
+from minicache.cache.places.claims import SHARD_CLAIMS, Claim, FileClaim
+from minicache.cache.places.place import ROOT, Place
+from minicache.disk import flush_to_disk, with_folders, writing
+from minicache.errors import CacheNotFound, OutputError
+
+
+class Directory(Place):
+    """On a disk of this machine or one that it has mounted."""
+
+    def __init__(self, path: Path) -> None:
+        self.where = self.path = path
+
+    @property
+    def home(self) -> Path:  # type: ignore[override]
+        return self.path.resolve()  # what a link leads to
+
+    def locate(self, name: str) -> Path:
+        return self.path / name
+
+    def require_cache(self) -> None:
+        path = self.path
+        try:
+            is_directory, is_cache = path.is_dir(), (path / ROOT).is_file()
+        except OSError as error:
+            raise CacheNotFound(f"{path}: cannot be looked into: {error.strerror}") from error
+        if not is_directory:
+            if path.exists():
+                raise CacheNotFound(f"{path}: is a file, no cache; `minidpo import-cache` reads what `export` wrote")
+            raise CacheNotFound(
+                f"{path}: no such directory; `minidpo precompute-ref --ref-cache {path} …` makes a cache"
+            )
+        if not is_cache:
+            raise CacheNotFound(
+                f"{path}: no reference cache (it has no {ROOT}); name the directory precompute-ref wrote"
+            )
+
+    def require_free(self, is_new: bool = False) -> None:
+        path = self.path
+        if is_new and os.path.lexists(path):
+            raise OutputError(f"{path}: exists; expected the name of a cache to make; name another or remove it")
+        if path.exists() and (not path.is_dir() or any(path.iterdir()) or path.samefile(Path.cwd())):
+            raise OutputError(f"{path}: exists and is no reference cache; name another --ref-cache or remove it")
+
+    def publish(self, draft: Path) -> None:
+        with writing(self):
+            flush_to_disk(draft.rglob("*"))
+            place = self.home
+            draft.replace(place)
+            try:
+                flush_to_disk([place.parent])
+            except OSError:  # or it would be there, though this call failed
+                place.replace(draft)
+                raise
+
+    def remove(self) -> None:
+        place = self.home
+        dead = draft_of(place)
+        try:
+            place.replace(dead)
+        except OSError:  # its folder cannot be written to
+            dead = place
+        shutil.rmtree(dead, ignore_errors=True)
+
+    def store(self, read_only: bool) -> Store:
+        return BoundedStore(self.path, read_only=read_only)
+
+    def claim(self, name: str) -> Claim:
+        return FileClaim(self.path / name)
+
+    def total_bytes(self) -> int:
+        total = 0
+        for file in self.path.rglob("*"):
+            with suppress(OSError):  # one that a running stage one renames or removes meanwhile
+                total += file.stat().st_size if file.is_file() else 0
+        return total
+
+    def remove_leftovers(self) -> None:
+        self._unlink([*self.path.rglob("*.partial"), *self.path.glob(f"{SHARD_CLAIMS}*")])
+        remove_drafts(self.home)
+
+    def remove_partial(self, folders: Iterable[str]) -> None:
+        self._unlink([leftover for folder in folders for leftover in (self.path / folder).rglob("*.partial")])
+
+    def _unlink(self, files: list[Path]) -> None:
+        with writing(self):
+            for file in files:
+                file.unlink(missing_ok=True)
+
+    def has(self, name: str) -> bool:
+        return (self.path / name).is_file()
+
+    def size(self, name: str) -> int:
+        return (self.path / name).stat().st_size
+
+    def read(self, name: str) -> bytes | None:
+        return (self.path / name).read_bytes() if self.has(name) else None
+
+    def write(self, name: str, content: bytes) -> None:
+        file = self.path / name
+        with writing(file):
+            draft = file.with_suffix(".tmp")
+            draft.write_bytes(content)
+            flush_to_disk([draft])
+            draft.replace(file)
+
+    def folder(self, name: str) -> Path:
+        return self.path / name
+
+    def put_folder(self, name: str, content: Path) -> None:
+        with writing(self.path / name):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+            shutil.copytree(content, self.path / name)
+
+    def flush(self, names: Iterable[str], folders: bool = True) -> None:
+        files = [self.path / name for name in names]
+        files = [file for file in files if file.exists()]  # a chunk of nothing but fill values is not stored
+        flush_to_disk(with_folders(files) if folders else files)
+
+
+def draft_of(place: Path) -> Path:
+    """A name of its own beside `place`: zarr's threads may still be writing into that of an attempt that failed."""
+    return place.with_name(f".{place.name}.creating-{os.urandom(4).hex()}")
+
+
+def remove_drafts(place: Path) -> None:
+    """Of attempts that were killed. One that another process is at just now cannot come to anything any more."""
+    for leftover in place.parent.glob(f".{escape(place.name)}.creating-*"):
+        shutil.rmtree(leftover, ignore_errors=True)

@@ -1,0 +1,56 @@
+"""From the path or URL that a user gives to the place of a cache, and to holding it alone."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from minicache.cache.places.claims import CLAIM_FILE, Claim
+from minicache.cache.places.directory import Directory
+from minicache.cache.places.place import POLL_SECONDS, Place
+from minicache.errors import ConfigError, OutputError
+from minicache.options.where import Where, local_path
+
+
+def place_at(where: Where) -> Place:
+    """The place that a user means.
+
+    Raises:
+        ConfigError: it is empty, or a URL, and the library for object stores is missing or does not know its kind.
+    """
+    if where == "":
+        raise ConfigError("expected the path of a cache, got an empty one (a shell variable that is not set?)")
+    path = local_path(where)
+    if path is not None:
+        return Directory(path)
+    try:
+        from minicache.cache.places.bucket import bucket_at
+    except ModuleNotFoundError as error:
+        if error.name != "obstore":
+            raise
+        raise ConfigError(f"{where}: object stores need another library; pip install 'minicache[s3]'") from error
+    return bucket_at(str(where).rstrip("/"))
+
+
+def taken(claim: Claim) -> bool:
+    """Take it alone, waiting as long as nobody can tell whether who has it is still alive. Whether it is ours now."""
+    while not claim.take(alone=True):
+        if claim.is_alive:
+            return False
+        time.sleep(POLL_SECONDS)
+    return True
+
+
+@contextmanager
+def claimed(where: Where) -> Iterator[None]:
+    """Hold off other runs from the cache there; for one process of a run.
+
+    Raises:
+        OutputError: another run writes into this cache.
+    """
+    claim = place_at(where).claim(CLAIM_FILE)
+    try:
+        if not taken(claim):
+            raise OutputError(f"{where}: another precompute-ref is writing into this cache; wait for its end")
+        yield
+    finally:
+        claim.release()

@@ -1,0 +1,15 @@
+"""refused.jsonl: the rows that stage one could not use, beside the pairs."""
+
+import json
+
+REFUSED_FILE = "refused.jsonl"
+Refusal = dict[str, str | int]  # source (number of the file in the log), file, line, reason, message
+
+
+def source_of(line: str) -> int | None:
+    """The file that a line of the listing is about; None for one that somebody else wrote."""
+    try:
+        source = json.loads(line)["source"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return source if type(source) is int else None

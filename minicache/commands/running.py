@@ -1,0 +1,123 @@
+"""What every command needs: the consoles, running a stage in as many processes as asked, errors as one line."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from importlib import import_module
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from minicache.errors import CacheMismatch, MinicacheError, ProcessLost
+from minicache.options.recipes import RECIPES
+from minicache.processes.signals import Interruptible
+from minicache.screen.diff import differences_table
+from minicache.screen.live import Screen
+from minicache.screen.results import show_error
+from minicache.trackers import Silent
+
+out, err = Console(), Console(stderr=True)  # reports; progress and errors
+RefCache = Annotated[
+    str,
+    typer.Option(
+        "--ref-cache", metavar="PATH", help="The reference cache: a directory, or s3://bucket/name, gs://…, az://…"
+    ),
+]
+NPROC_HELP = "Processes on this machine, as torchrun would start them."
+Nproc = Annotated[int, typer.Option(min=1, help=NPROC_HELP)]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Recipe = Annotated[
+    str | None,
+    typer.Option(help=f"Defaults of MiniMind's scripts, for both stages: {', '.join(RECIPES)}. Other options win."),
+]
+TokensPerBatch = Annotated[
+    int | None,
+    typer.Option(help="Token slots of one forward pass. (Default: many, and half as many where they don't fit.)"),
+]
+SCRATCH_HELP = (
+    "Decode the pairs into a file here, for all processes. (Default: $TMPDIR or /var/tmp if memory is too small.)"
+)
+PARALLEL_HELP = "Of several processes: ddp (a copy each), fsdp (in shards), hybrid (shards in a node, a copy each)."
+LAYOUT_HELP = "auto, or how pairs lie in memory: packed (no padding), shared (prefix once), padded (two rows)."
+DTYPE_HELP = "auto (bfloat16 on CUDA, else float32), bfloat16, float16 or float32."
+
+
+def given_by_user(ctx: typer.Context) -> dict[str, Any]:
+    """What the user wrote on the command line, without any default."""
+    sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
+    return {name: ctx.params[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+
+
+def run_stage(name: str, config: Any, nproc: int, show: Callable[[Console, Any], object] | None) -> Any:
+    """Run the stage `name`, a function in a module of that name, in as many processes as asked, and show its report."""
+    if nproc > 1 and "WORLD_SIZE" not in os.environ:
+        from minicache.processes.launch import launch
+
+        raise typer.Exit(launch(nproc, sys.argv[1:]))
+    os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' own bars; ours are the ones to watch
+    screen_ = Screen(err)
+    screen_.begin("starting", None)
+    from minicache.processes.world import join_world, leave_world
+
+    module, _, function = name.partition(".")
+    stage = getattr(import_module(f"minicache.stages.{module}"), function or module)
+    world = join_world()
+    with screen_ if world.is_main else Silent() as tracker:
+        report = stage(config, world, tracker)
+    if world.is_main and show:
+        show(out, report)
+    leave_world()
+    return report
+
+
+@contextmanager
+def errors_as_one_line(interrupted: str = "nothing was written") -> Iterator[None]:
+    """A user's error is one red line (and a table, where identities differ) and exit code 1, an interruption 130.
+
+    Anything else is a bug and shows its traceback.
+
+    interrupted: what a person should know then, unless the stage itself has more to say.
+    """
+    try:
+        with Interruptible(), _peers():
+            yield
+    except MinicacheError as error:
+        if int(os.environ.get("RANK", 0)) and not isinstance(error, ProcessLost):
+            time.sleep(3)  # what every rank runs into, rank 0 tells: by now the launcher has ended this one
+        show_error(err, str(error))
+        if isinstance(error, CacheMismatch) and error.differences:
+            err.print(differences_table(error.differences, error.sides))
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt as interruption:
+        told = str(interruption) or interrupted
+        if not int(os.environ.get("RANK", 0)):  # all ranks were: one tells
+            err.print(f"interrupted; {told}", style="yellow")
+        raise typer.Exit(130) from None
+
+
+@contextmanager
+def _peers() -> Iterator[None]:
+    """What the processes' network says when one of them has died, as an error that says so. By name: torch stays unimported."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        if not (type(error).__name__.startswith("Dist") or "gloo" in text):
+            raise
+        raise ProcessLost(
+            f"process {os.environ.get('RANK', 0)}: another process of this run has ended or cannot be reached; what was saved "
+            f"stays, and the same command goes on with it (train: with --resume). The network said: {text[:200]}"
+        ) from error
+
+
+def print_json(console: Console, report: Any) -> None:
+    def plain(value: Any) -> Any:
+        return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
+
+    console.out(json.dumps(report, indent=2, ensure_ascii=False, default=plain), highlight=False)

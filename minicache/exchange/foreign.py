@@ -1,0 +1,138 @@
+"""Another program's rows with the reference's logprobs -> a cache: encoded as `precompute-ref` does it, not scored again."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from minicache.cache.places.drafts import drafted
+from minicache.cache.places.opening import place_at
+from minicache.cache.schema import Manifest, RefBlock
+from minicache.cache.writer import CacheWriter
+from minicache.data.files import read_rows
+from minicache.errors import DataError
+from minicache.intake.prepare import prepare
+from minicache.models import load_model
+from minicache.options.exchange import BLOCK_PAIRS, ImportConfig
+from minicache.options.stage_one import PrecomputeConfig
+from minicache.pairs import CHOSEN, REJECTED, EncodedPair
+from minicache.trackers import Tracker
+
+# What other programs call chosen's and rejected's: TRL; older TRL; open-instruct's cache, put into columns.
+LOGPS = (
+    ("ref_chosen_logps", "ref_rejected_logps"),
+    ("reference_chosen_logps", "reference_rejected_logps"),
+    ("chosen_logps", "rejected_logps"),
+)
+COUNTS = ("chosen_token_count", "rejected_token_count")
+# Of each side, columns of ids that make up the whole of it: TRL's, open-instruct's.
+IDS = (
+    (("prompt_ids", "chosen_ids"), ("prompt_ids", "rejected_ids")),
+    (("chosen_input_ids",), ("rejected_input_ids",)),
+)
+ROUNDING = 1e-3  # nats, of a sum that is 0 but for rounding
+ADVICE = (
+    "The logprobs are of other tokens: expected the model, template and options (--max-length, …) they were made with"
+)
+
+
+def import_foreign(config: ImportConfig, tracker: Tracker) -> Manifest:
+    """Take in the rows as stage one does, and store the file's logprobs instead of scoring.
+
+    Raises:
+        DataError: a row lacks a logprob, has one that cannot be, or was scored as other tokens. MinicacheError: as `precompute`.
+    """
+    assert config.model and config.logps and config.dtype
+    names = _names(config.file)
+    tracker.begin(f"loading {config.model}", None)
+    loaded = load_model(config.model, config.trust_remote_code)
+    options: dict[str, Any] = {"block_pairs": BLOCK_PAIRS, **config.of_encoding, "dtype": config.dtype}
+    with drafted(place_at(config.ref_cache), "importing") as (draft, claims):
+        request = PrecomputeConfig(
+            config.model, (config.file,), draft, trust_remote_code=config.trust_remote_code, **options
+        )
+        prepare(request, loaded, config.dtype, torch.device("cpu"), tracker, claims)
+        cache = CacheWriter(draft)
+        tracker.begin("taking over the logprobs", cache.log.pairs)
+        rows = read_rows(config.file)
+        for block in range(cache.blocks):
+            table = cache.pairs(block)
+            values = np.full((len(table), 2), np.nan)  # float64, as the file holds them
+            for index, row, where in _rows_of(rows, table.source[:, 1], config.file):
+                values[index] = _logps(row, names, where)
+                _check_tokens(row, table[index], table.token_counts[index], request, where)
+            if config.logps == "sum":
+                values /= table.token_counts
+            _require_likely(values, cache.identity.vocabulary, config)
+            cache.write_ref(block, RefBlock(values.astype(np.float32), table.token_counts))
+            tracker.advance(len(table), len(table.tokens))
+    return cache.manifest
+
+
+def _names(file: str) -> tuple[str, str]:
+    """The columns that hold the logprobs, by the first row."""
+    _, row = next(read_rows(file))
+    found = [pair for pair in LOGPS if isinstance(row, dict) and (pair[0] in row or pair[1] in row)]
+    if len(found) != 1:
+        known = "; ".join(f"{chosen}, {rejected}" for chosen, rejected in LOGPS)
+        got = "none of them" if not found else f"several: {', '.join(chosen for chosen, _ in found)}"
+        raise DataError(f"{file}: expected the reference's logprobs in one pair of columns ({known}), got {got}")
+    return found[0]
+
+
+def _rows_of(
+    rows: Iterator[tuple[int, object]], lines: NDArray[np.int64], file: str
+) -> Iterator[tuple[int, dict[str, Any], str]]:
+    """Of each pair of a block, in order: its position, its row, file and line. Pairs lie in the order of the file's lines."""
+    for index, line in enumerate(lines.tolist()):
+        row = next(row for number, row in rows if number == line)
+        assert isinstance(row, dict)
+        yield index, row, f"{file}:{line}"
+
+
+def _logps(row: dict[str, Any], names: tuple[str, str], where: str) -> list[float]:
+    values = [row.get(name) for name in names]
+    for name, value in zip(names, values, strict=True):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not -math.inf < value <= ROUNDING:
+            raise DataError(f"{where}: {name}: expected a logprob, a finite number of at most 0, got {value!r}"[:400])
+    return [float(value) for value in values if value is not None]
+
+
+def _require_likely(means: NDArray[np.float64], vocabulary: int, config: ImportConfig) -> None:
+    """means: (n, 2) nats a token. A model that knew nothing would have -ln(vocabulary)."""
+    typical, least = float(np.median(means)), -2 * math.log(vocabulary)
+    if typical < least:
+        raise DataError(
+            f"{config.file}: typically {typical:.3g} nats a token; a uniform guess over {vocabulary:,} tokens has "
+            f"{-math.log(vocabulary):.3g}. Expected means if --logps {config.logps} is right; are the columns sums (--logps sum)?"
+        )
+
+
+def _check_tokens(
+    row: dict[str, Any], pair: EncodedPair, counts: NDArray[np.int32], request: PrecomputeConfig, where: str
+) -> None:
+    """Where the row says how many tokens were scored, or which, it must be ours."""
+    said = [row.get(name) for name in COUNTS]
+    if any(count is not None and count != ours for count, ours in zip(said, counts.tolist(), strict=True)):
+        raise DataError(
+            f"{where}: {', '.join(COUNTS)} are {said[0]}, {said[1]}; with these options it is {counts[CHOSEN]}, "
+            f"{counts[REJECTED]} that count. {ADVICE}"
+        )
+    for columns in IDS:
+        for side, names in enumerate(columns):
+            if not all(isinstance(row.get(name), list) for name in names):
+                continue
+            theirs = [token for name in names for token in row[name]]
+            if len(theirs) > request.max_length and request.truncate == "left":
+                continue  # what is left of them is not known
+            theirs, ours = theirs[: request.max_length], pair.side(side)[0].tolist()
+            if theirs != ours:
+                pairs = enumerate(zip(theirs, ours, strict=False))
+                at = next((i for i, (a, b) in pairs if a != b), min(len(theirs), len(ours)))
+                raise DataError(
+                    f"{where}: {' and '.join(names)} hold {len(theirs)} tokens, with these options it is {len(ours)}, and they "
+                    f"differ from token {at} on. {ADVICE}"
+                )

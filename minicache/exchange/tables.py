@@ -1,0 +1,209 @@
+"""Tables of named columns in files that other programs read: parquet, jsonl, a directory of Hugging Face `datasets`.
+
+A table is written and read in parts, so memory stays flat. A document of JSON that says what the table is travels with it: in
+parquet and in the directory inside the schema's metadata, beside a jsonl file as FILE.minicache.json.
+"""
+
+import gzip
+import io
+import json
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minicache.data.files import is_parquet, read_rows, zstd
+from minicache.disk import check_writable, flush_to_disk, writing, written_whole
+from minicache.errors import ConfigError, DataError, OutputError
+
+KEY = b"minicache"
+ARROW_FILE, STATE_FILE = "data-00000-of-00001.arrow", "state.json"
+READ_AT_ONCE = 256  # rows
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """A column of lists, one a row: values (V,) of all, offsets (rows + 1,) where each begins; the last one is V."""
+
+    values: NDArray[np.generic]
+    offsets: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, lists: list[NDArray[Any]]) -> "Ragged":
+        return cls(np.concatenate(lists), np.cumsum([0, *map(len, lists)]))
+
+    def tolist(self) -> list[list[Any]]:
+        bounds = self.offsets.tolist()
+        return [self.values[a:b].tolist() for a, b in pairwise(bounds)]
+
+
+Columns = dict[str, list[str] | NDArray[Any] | Ragged]
+Write = Callable[[Columns], None]
+Row = dict[str, Any]
+
+
+@contextmanager
+def table_at(out: Path, types: dict[str, str], document: dict[str, Any]) -> Iterator[Write]:
+    """What to give the parts of a table to, one after another; when the block ends well, all of it lies at `out`, else nothing.
+
+    out: its name tells the kind. types: of each column, an arrow type's name, or "list<…>" of one.
+
+    Raises:
+        OutputError: something lies there, or the disk refuses. ConfigError: pyarrow is not there.
+    """
+    if out.exists():
+        raise OutputError(f"{out}: exists already; name another --out or remove it")
+    if ".jsonl" in out.suffixes:
+        with written_whole(out) as draft:
+            with writing(out), _text_writer(out, draft) as stream:
+                yield lambda part: stream.writelines(_lines(part))
+            with written_whole(document_beside(out)) as beside:
+                beside.write_text(json.dumps(document), encoding="utf-8")
+            flush_to_disk([draft])
+        return
+    arrow = _pyarrow(out)
+    schema = arrow.schema({name: _type(arrow, kind) for name, kind in types.items()})
+    schema = schema.with_metadata({KEY: json.dumps(document)})
+    if out.suffix == ".parquet":
+        with written_whole(out) as draft:
+            with arrow.parquet.ParquetWriter(draft, schema, compression="zstd") as writer:
+                yield lambda part: writer.write_batch(_batch(arrow, schema, part))
+            flush_to_disk([draft])
+        return
+    with _directory(out) as draft:
+        with arrow.ipc.new_stream(draft / ARROW_FILE, schema) as writer:
+            yield lambda part: writer.write_batch(_batch(arrow, schema, part))
+        _describe(draft)
+
+
+def read_document(file: str) -> dict[str, Any] | None:
+    """What was said of the table when it was written; None of one that nothing was said of.
+
+    Raises:
+        DataError: it is there and cannot be read.
+    """
+    path = Path(file)
+    text: str | bytes | None = None
+    try:
+        if (path / ARROW_FILE).is_file():
+            arrow = _pyarrow(path)
+            with arrow.memory_map(str(path / ARROW_FILE)) as source:
+                text = (arrow.ipc.open_stream(source).schema.metadata or {}).get(KEY)
+        elif path.is_file() and is_parquet(path):
+            text = (_pyarrow(path).parquet.read_schema(path).metadata or {}).get(KEY)
+        elif document_beside(path).is_file():
+            text = document_beside(path).read_bytes()
+        document = None if text is None else json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:  # pyarrow's own are kinds of these
+        raise DataError(f"{file}: what it says of itself cannot be read: {' '.join(str(error).split())}") from None
+    if document is not None and not isinstance(document, dict):
+        raise DataError(f"{file}: what it says of itself is no JSON object")
+    return document
+
+
+def read_table(file: str) -> Iterator[tuple[int, Any]]:
+    """(row number or line from 1, row) of what `table_at` wrote. Raises DataError as `read_rows`."""
+    path = Path(file)
+    if not (path / ARROW_FILE).is_file():
+        yield from read_rows(file)
+        return
+    arrow, number = _pyarrow(path), 0
+    try:
+        with arrow.memory_map(str(path / ARROW_FILE)) as source:
+            for batch in arrow.ipc.open_stream(source):
+                for start in range(0, len(batch), READ_AT_ONCE):
+                    for row in batch.slice(start, READ_AT_ONCE).to_pylist():
+                        number += 1
+                        yield number, row
+    except (OSError, ValueError) as error:
+        line = " ".join(str(error).split())
+        raise DataError(f"{file}/{ARROW_FILE}: cannot be read after {number} rows: {line}") from None
+
+
+def document_beside(file: Path) -> Path:
+    return file.with_name(f"{file.name}.minicache.json")
+
+
+def _pyarrow(file: Path) -> Any:
+    try:
+        import pyarrow
+        import pyarrow.ipc
+        import pyarrow.parquet
+    except ImportError:
+        raise ConfigError(f"{file}: needs pyarrow: pip install 'minicache[parquet]'; a .jsonl file does not") from None
+    return pyarrow
+
+
+def _type(arrow: Any, kind: str) -> Any:
+    inner = kind.removeprefix("list<").removesuffix(">")
+    scalar = arrow.type_for_alias(inner)
+    return scalar if inner == kind else arrow.list_(scalar)
+
+
+def _batch(arrow: Any, schema: Any, part: Columns) -> Any:
+    arrays = []
+    for field in schema:
+        column = part[field.name]
+        if isinstance(column, Ragged):
+            values = arrow.array(column.values, field.type.value_type)
+            arrays.append(arrow.ListArray.from_arrays(arrow.array(column.offsets, arrow.int32()), values))
+        else:
+            arrays.append(arrow.array(column, field.type))
+    return arrow.record_batch(arrays, schema=schema)
+
+
+@contextmanager
+def _text_writer(out: Path, draft: Path) -> Iterator[io.TextIOWrapper]:
+    """A text stream, compressed as the name says; without a date inside, so that the same table gives the same bytes."""
+    with draft.open("wb") as raw:
+        stream: Any = raw
+        if out.suffix == ".gz":
+            stream = gzip.GzipFile("", "wb", 6, raw, 0)
+        elif out.suffix == ".zst":
+            stream = zstd.ZstdFile(raw, "wb")
+        with io.TextIOWrapper(stream, "utf-8", newline="\n") as text:
+            yield text
+
+
+def _lines(part: Columns) -> Iterator[str]:
+    columns = [column if isinstance(column, list) else column.tolist() for column in part.values()]
+    for values in zip(*columns, strict=True):
+        row = dict(zip(part, values, strict=True))
+        yield json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+
+
+@contextmanager
+def _directory(out: Path) -> Iterator[Path]:
+    """A draft beside `out` that takes its place when the block ends well, and is gone when it does not."""
+    check_writable(out)
+    draft = out.with_name(f".{out.name}.{secrets.token_hex(4)}.draft")
+    try:
+        with writing(out):
+            draft.mkdir()
+            yield draft
+            flush_to_disk(draft.iterdir())
+            draft.replace(out)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _describe(directory: Path) -> None:
+    """The two small files without which `datasets.load_from_disk` does not open an arrow file."""
+    state: dict[str, Any] = {
+        "_data_files": [{"filename": ARROW_FILE}],
+        "_fingerprint": secrets.token_hex(8),
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
+    }
+    (directory / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+    (directory / "dataset_info.json").write_text(json.dumps({"citation": "", "description": ""}), encoding="utf-8")

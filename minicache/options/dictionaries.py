@@ -1,0 +1,73 @@
+"""Configs and flat dictionaries: the parameters of a command, run.json."""
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_origin
+
+from minicache.errors import ConfigError
+
+Config = TypeVar("Config")
+
+
+def option(name: str) -> str:
+    """A field's name as a person types it."""
+    return f"--{name.replace('_', '-')}"
+
+
+# --- configs and flat dictionaries: a command's parameters, run.json ---
+
+
+def fill(config: type[Config], given: Mapping[str, Any]) -> Config:
+    """A config from values by name; groups of options are filled from the same names. What is missing keeps its default."""
+    require_types(config, given)
+    values = {}
+    for item in fields(config):  # type: ignore[arg-type]
+        if is_dataclass(item.type):
+            values[item.name] = fill(item.type, given)  # type: ignore[arg-type]
+        elif item.name in given:
+            values[item.name] = _typed(item.type, given[item.name])
+    return config(**values)
+
+
+def _typed(kind: Any, value: Any) -> Any:
+    if get_origin(kind) is tuple:
+        return tuple(value or ())
+    return Path(value) if value is not None and kind in (Path, Path | None) else value
+
+
+def require_types(config: type, given: Mapping[str, Any]) -> None:
+    """Raises ConfigError: a value is of a type that the option by its name never has. Other names are passed over."""
+    for item in fields(config):
+        if isinstance(item.type, type) and is_dataclass(item.type):
+            require_types(item.type, given)
+        elif item.name in given and not _fits(item.type, given[item.name]):
+            raise ConfigError(
+                f"{option(item.name)}: expected another kind of value, got {str(given[item.name])[:40]!r}"
+            )
+
+
+def _fits(kind: Any, value: object) -> bool:
+    if isinstance(kind, UnionType):
+        return any(_fits(one, value) for one in get_args(kind))
+    if get_origin(kind) is tuple:
+        return isinstance(value, list | tuple | None) and all(_fits(get_args(kind)[0], each) for each in value or ())
+    if kind in (int, float):
+        return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+    return value is None if kind is NoneType else isinstance(value, str | Path if kind is Path else kind)
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """The opposite of `fill`, as JSON holds it."""
+    values: dict[str, Any] = {}
+    for item in fields(config):
+        value = getattr(config, item.name)
+        values |= flat(value) if is_dataclass(value) else {item.name: _plain(value)}
+    return values
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, Path) else value

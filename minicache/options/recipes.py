@@ -1,0 +1,30 @@
+"""Recipes: the defaults of MiniMind's own scripts, for both stages."""
+
+from typing import Any
+
+from minicache.options.checks import one_of
+
+# What the defaults of each generation's train_dpo.py were, of both stages (github.com/jingyaogong/minimind). AdamW's decay is
+# torch's default there.
+_MINIMIND: dict[str, Any] = {
+    "loss_on": "assistant",
+    "max_length": 1024,
+    "epochs": 1.0,
+    "batch_size": 4,
+    "lr": 4e-8,
+    "warmup": 0.0,
+    "weight_decay": 0.01,
+    "max_grad_norm": 1.0,
+}
+RECIPES: dict[str, dict[str, Any]] = {
+    "minimind-2504": {**_MINIMIND, "logps": "mean", "beta": 0.1, "schedule": "minimind-2504",
+                      "lr": 1e-8, "batch_size": 8, "epochs": 2.0},
+    "minimind-2510": {**_MINIMIND, "logps": "mean", "beta": 0.1, "schedule": "minimind-2510"},
+    "minimind-3": {**_MINIMIND, "logps": "sum", "beta": 0.15, "schedule": "minimind-3", "think": "drop"},
+}  # fmt: skip
+
+
+def recipe(name: str | None) -> dict[str, Any]:
+    """Options by name, of both stages. Raises ConfigError: there is no such recipe."""
+    one_of("--recipe", name, (*RECIPES, None))
+    return RECIPES[name] if name else {}

@@ -1,0 +1,36 @@
+"""Where a reference cache lies: a directory or a URL, with a weight behind it where several are mixed."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from minicache.errors import ConfigError
+
+Where = Path | str  # of a reference cache: a directory, or the URL of a place in an object store
+
+
+def local_path(where: Where) -> Path | None:
+    """The directory that it names, by path or as `file:///path`; None if it lies in an object store."""
+    if isinstance(where, Path) or "://" not in where:
+        return Path(where)
+    parts = urlsplit(where)
+    if parts.scheme != "file":
+        return None
+    if parts.netloc not in ("", "localhost") or not parts.path:
+        raise ConfigError(f"{where}: expected file:///a/path with three slashes, or just the path")
+    return Path(unquote(parts.path))
+
+
+def different(places: Iterable[Where]) -> bool:
+    """Whether no two of them are one place."""
+    named = [(place, local_path(place)) for place in places]
+    return len({path.resolve() if path else str(url).rstrip("/") for url, path in named}) == len(named)
+
+
+def split_weight(where: Where) -> tuple[Where, float | None]:
+    """`a/:0.7` -> `a/` and 0.7; a path without a number behind its last colon as it is."""
+    path, _, number = str(where).rpartition(":")
+    if path and re.fullmatch(r"[0-9]*\.?[0-9]+(e-?[0-9]+)?", number):
+        return path, float(number)
+    return where, None

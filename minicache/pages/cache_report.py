@@ -1,0 +1,221 @@
+"""What the page of a cache shows, gathered: the inspection, who the reference prefers where, rows to look at, texts. No torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minicache.cache.reader import ReferenceCache
+from minicache.cache.refusals import REFUSED_FILE
+from minicache.data.tokenizers import ChatTokenizer
+from minicache.errors import CacheDamaged, CacheIncomplete, MinicacheError
+from minicache.options.others import InspectConfig
+from minicache.pairs import CHOSEN, REJECTED
+from minicache.reports import suspects
+from minicache.reports.columns import READ, Columns, extreme, pair_lines, read_columns
+from minicache.reports.contents import inspect_cache
+from minicache.reports.inspection import Inspection, PairLine
+from minicache.reports.pair_text import Piece, pair_texts
+from minicache.trackers import Tracker
+
+EXTREMES = 5  # pairs of a list
+LISTED = 50  # rows of a list of suspects
+TEXTS_OF_LIST, TEXTS = 8, 48  # pairs of one list of suspects, of all, whose text is on the page
+MOST_TOKENS = 1_000_000_000  # stored tokens that are looked at for suspects: a minute or two
+MOST_FILES = 100  # files in the tables by file
+
+
+@dataclass(frozen=True)
+class Group:
+    """Scored pairs of one kind. by_mean, by_sum: share in which the reference prefers chosen; margin: nats a token, mean."""
+
+    name: str
+    pairs: int
+    by_mean: float
+    by_sum: float
+    margin: float
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A row to look at, or two that belong together; note: what was found, in words."""
+
+    lines: list[PairLine]
+    note: str
+
+
+@dataclass(frozen=True)
+class Suspects:
+    """Rows by rule. found: rule -> how many there are; rows: rule -> the first of them.
+
+    damage: of each block whose tokens or scores are not what was written, its problem. unread: pairs not looked at.
+    """
+
+    found: dict[str, int]
+    rows: dict[str, list[Suspect]]
+    damage: list[str]
+    unread: int
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """groups: heading -> groups. extremes: heading -> pairs. texts: pair -> pieces; no_texts: why there are none."""
+
+    inspection: Inspection
+    groups: dict[str, list[Group]]
+    extremes: dict[str, list[PairLine]]
+    suspects: Suspects
+    texts: dict[int, list[list[Piece]]]
+    no_texts: str
+    refusals: list[str]
+
+    def short_name(self, source: str) -> str:
+        """A file without its folders, unless another of the cache is called the same."""
+        names = [Path(of["name"]).name for of in self.inspection.log["sources"]]
+        name = Path(source).name
+        return name if names.count(name) == 1 else source
+
+
+def gather(config: InspectConfig, tracker: Tracker) -> CacheReport:
+    """Read the cache, complete or not, damaged or not.
+
+    Raises:
+        CacheNotFound, CacheMismatch, CacheDamaged: only if the manifest or an array's metadata cannot be read.
+    """
+    inspection = inspect_cache(config)
+    cache = ReferenceCache(config.ref_cache)
+    cache.hold(READ)
+    columns, without_pairs, _ = read_columns(cache)
+    margins = _margins(columns)
+    extremes = {
+        "Reference prefers chosen most": pair_lines(cache, columns, extreme(-margins, EXTREMES)),
+        "Reference prefers rejected most": pair_lines(cache, columns, extreme(margins, EXTREMES)),
+        "Least likely answers": pair_lines(cache, columns, extreme(columns.logp_mean.min(1, initial=np.inf), EXTREMES)),
+        "Longest pairs": pair_lines(cache, columns, extreme(-columns.sides.max(1, initial=0), EXTREMES)),
+    }
+    found = _find_suspects(cache, columns, without_pairs, tracker)
+    listed = [line for lines in extremes.values() for line in lines]
+    listed += [line for rows in found.rows.values() for row in rows[:TEXTS_OF_LIST] for line in row.lines]
+    texts, no_texts = _texts(cache, listed)
+    refusals = (cache.place.read(REFUSED_FILE) or b"").decode(errors="replace").splitlines()[:LISTED]
+    groups = {
+        "file": _by_source(cache, columns, margins),
+        "longer answer": _by_length(columns, margins),
+        "which answer is longer": _by_longer(columns, margins),
+    }
+    return CacheReport(inspection, groups, extremes, found, texts, no_texts, refusals)
+
+
+def _margins(columns: Columns) -> NDArray[np.float64]:
+    """(N,) nats a token, NaN where not scored."""
+    mean = columns.logp_mean.astype(np.float64)
+    return np.where(columns.scored, mean[:, CHOSEN] - mean[:, REJECTED], np.nan)
+
+
+def _texts(cache: ReferenceCache, lines: list[PairLine]) -> tuple[dict[int, list[list[Piece]]], str]:
+    wanted = list(dict.fromkeys(line.index for line in lines if line.index is not None))[:TEXTS]
+    try:
+        return pair_texts(cache, ChatTokenizer.load(cache.tokenizer_dir), wanted), ""
+    except MinicacheError as error:
+        return {}, str(error)
+
+
+# --- whom the reference prefers, where ---
+
+
+def _group(name: str, columns: Columns, margins: NDArray[np.float64], those: NDArray[np.bool_]) -> Group | None:
+    those = those & columns.scored
+    if not those.any():
+        return None
+    total = columns.logp_mean[those] * columns.counted[those]
+    by_sum = float((total[:, CHOSEN] > total[:, REJECTED]).mean())
+    return Group(name, int(those.sum()), float((margins[those] > 0).mean()), by_sum, float(margins[those].mean()))
+
+
+def _by_source(cache: ReferenceCache, columns: Columns, margins: NDArray[np.float64]) -> list[Group]:
+    names = [source.name for source in cache.log.sources][:MOST_FILES]
+    found = [_group(name, columns, margins, columns.source[:, 0] == file) for file, name in enumerate(names)]
+    return [group for group in found if group]
+
+
+def _by_length(columns: Columns, margins: NDArray[np.float64]) -> list[Group]:
+    """By the counted tokens of the longer answer, in powers of two."""
+    longer = columns.counted.max(1, initial=1)
+    found, low = [], 1
+    for high in (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 2**31):
+        name = f"{low:,} to {high:,} tokens" if high < 2**31 else f"{low:,} tokens and more"
+        found.append(_group(name, columns, margins, (longer >= low) & (longer <= high)))
+        low = high + 1
+    return [group for group in found if group]
+
+
+def _by_longer(columns: Columns, margins: NDArray[np.float64]) -> list[Group]:
+    more = columns.counted[:, CHOSEN] - columns.counted[:, REJECTED]
+    kinds = {"chosen": more > 0, "rejected": more < 0, "neither": more == 0}
+    found = [_group(name, columns, margins, those) for name, those in kinds.items()]
+    return [group for group in found if group]
+
+
+# --- rows to look at ---
+
+
+def _find_suspects(
+    cache: ReferenceCache, columns: Columns, without_pairs: dict[int, str], tracker: Tracker
+) -> Suspects:
+    looked, rows, damage, unread = _look(cache, [b for b in range(cache.blocks) if b not in without_pairs], tracker)
+    margins = _margins(columns)
+    z = suspects.robust_z(margins)
+
+    def of(places: Any, note: str) -> Suspect:
+        return Suspect(pair_lines(cache, columns, np.atleast_1d(places)), note)
+
+    swapped = rows[suspects.contradicting(looked.sides)]
+    alike = suspects.nearly_identical(looked.differing, columns.counted[rows])
+    twins = suspects.near_duplicates(looked.sketch)
+    flipped = suspects.perhaps_flipped(margins)
+    counted = columns.counted[rows].max(1, initial=0)
+    listed = {
+        "contradicting": [of(both, "the same two answers, the other way round") for both in swapped[:LISTED]],
+        "nearly-identical": [
+            of(rows[at], f"{_tokens(looked.differing[at])} of {counted[at]:,} differ") for at in alike[:LISTED]
+        ],
+        "near-duplicates": [
+            of(rows[[one, other]], f"{score} of {suspects.SKETCH} hashes agree") for one, other, score in twins[:LISTED]
+        ],
+        "perhaps-flipped": [
+            of(row, f"margin {margins[row]:+.2f}, {-z[row]:.1f} robust standard deviations below the median")
+            for row in flipped[:LISTED]
+        ],
+    }
+    found = dict(zip(listed, (len(swapped), len(alike), len(twins), len(flipped)), strict=True))
+    return Suspects(found, listed, damage, unread)
+
+
+def _tokens(count: int) -> str:
+    return "1 token" if count == 1 else f"{count:,} tokens"
+
+
+def _look(
+    cache: ReferenceCache, blocks: list[int], tracker: Tracker
+) -> tuple[suspects.Looked, NDArray[np.int64], list[str], int]:
+    """What was seen; of which rows of the columns; what is damaged; how many pairs were not looked at."""
+    parts, rows, damage = [suspects.Looked.none()], [np.zeros(0, np.int64)], []
+    sizes = np.array([cache.block_size(block) for block in blocks], np.int64).reshape(-1, 2)
+    ends = sizes.cumsum(0)  # (blocks, 2) pairs and tokens up to the end of each
+    tracker.begin("looking at the pairs", int(sizes[:, 0].sum()))
+    for block, (pairs, tokens), (end, read) in zip(blocks, sizes.tolist(), ends.tolist(), strict=True):
+        if read > MOST_TOKENS:
+            break
+        try:
+            parts.append(suspects.look(cache.pairs(block)))
+            rows.append(np.arange(end - pairs, end))
+            cache.ref(block)
+        except CacheDamaged as error:
+            damage.append(str(error))
+        except CacheIncomplete:  # the inspection tells of it
+            pass
+        tracker.advance(pairs, tokens)
+    looked = np.concatenate(rows)
+    return suspects.Looked.join(parts), looked, damage, int(sizes[:, 0].sum()) - len(looked)

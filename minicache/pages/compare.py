@@ -1,0 +1,74 @@
+"""Answers as one self-contained page on which a person votes without knowing who said what. No torch, no network."""
+
+import base64
+import json
+import random
+from dataclasses import dataclass
+from hashlib import blake2b
+from importlib.resources import files
+from typing import Any
+
+from minicache.pages.markup import embedded
+from minicache.text import visible
+
+TEMPLATE = "compare.html"
+MARK = "{{DATA}}"
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What both say to one prompt. messages: its turns, [] for a prompt of a cache; *_cut: --max-new-tokens ended it."""
+
+    prompt: str
+    messages: list[dict[str, str]]
+    reference: str
+    policy: str
+    reference_cut: bool
+    policy_cut: bool
+
+
+def page(answers: list[Answers], names: dict[str, str], settings: dict[str, Any], seed: int) -> str:
+    """The page's HTML. names: of `reference` and `policy`, seen only once revealed. seed: of who is A."""
+    data = page_data(answers, names, settings, seed)
+    template = files("minicache.pages").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    assert template.count(MARK) == 1, template.count(MARK)
+    return template.replace(MARK, embedded(data))
+
+
+def page_data(answers: list[Answers], names: dict[str, str], settings: dict[str, Any], seed: int) -> dict[str, Any]:
+    """What the page's script reads.
+
+    items: prompt, a, b, and whether each was cut. key: base64 of JSON: the names, and a letter an item: which one is the
+    policy's. It keeps an eye on the source from seeing it by accident; it is no secret. digest: votes are kept under it.
+    """
+    sides = policy_sides(len(answers), seed)
+    items = [_item(answer, side) for answer, side in zip(answers, sides, strict=True)]
+    sealed = {**{name: visible(text) for name, text in names.items()}, "sides": sides}
+    key = base64.b64encode(json.dumps(sealed, ensure_ascii=False).encode()).decode()
+    data = {"items": items, "settings": settings, "key": key}
+    content = json.dumps(data, sort_keys=True).encode()
+    return {**data, "digest": blake2b(content, digest_size=16).hexdigest()}
+
+
+def policy_sides(count: int, seed: int) -> str:
+    """Of each item, "a" or "b": where the policy stands. As often here as there, in an order the seed gives."""
+    sides = [*"ab"] * ((count + 1) // 2)
+    random.Random(seed).shuffle(sides)  # of an odd number one more than needed: which one goes is drawn too
+    return "".join(sides[:count])
+
+
+def _item(answer: Answers, policy_side: str) -> dict[str, Any]:
+    turns = answer.messages or [{"role": "", "content": answer.prompt}]
+    sides = {"policy": (answer.policy, answer.policy_cut), "reference": (answer.reference, answer.reference_cut)}
+    a, b = ("policy", "reference") if policy_side == "a" else ("reference", "policy")
+    return {
+        "prompt": [{"role": turn["role"], "content": _shown(turn["content"])} for turn in turns],
+        "a": _shown(sides[a][0]),
+        "b": _shown(sides[b][0]),
+        "a_cut": sides[a][1],
+        "b_cut": sides[b][1],
+    }
+
+
+def _shown(text: str) -> str:
+    return visible(text.replace("\r\n", "\n"))

@@ -1,0 +1,86 @@
+"""The look that all pictures share: axes, colours, fonts, files."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minicache.disk import written_whole
+from minicache.errors import ConfigError
+from minicache.text import visible
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+SUFFIXES = (".png", ".svg", ".pdf")
+CHOSEN, REJECTED, NEUTRAL, HELD_OUT = "#1b7f79", "#d1603d", "#3b5b92", "#c98a00"
+RUNS = ("#3b5b92", "#d1603d", "#1b7f79", "#8a5aa8", "#b8860b", "#5b8c3a", "#c2477f", "#5f6b7a")
+CHINESE = (
+    "Noto Sans CJK SC",
+    "Noto Sans SC",
+    "PingFang SC",
+    "Microsoft YaHei",
+    "WenQuanYi Zen Hei",
+)  # what may be there
+GRID, INK = "#e3e3e3", "#33373d"
+
+
+def check_picture(file: Path) -> None:
+    """Raises ConfigError: the file's name ends in no kind of picture we draw, or matplotlib is missing."""
+    if file.suffix.lower() not in SUFFIXES:
+        raise ConfigError(f"{file}: expected a name ending in {', '.join(SUFFIXES)}, got {file.suffix or 'no ending'}")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ConfigError(f"{file}: drawing needs matplotlib: pip install 'minicache[plot]'") from None
+
+
+# --- what every picture shares ---
+
+
+def frame(axis: "Axes", title: str, below: str, beside: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_title(title, loc="left", fontsize=11, color=INK)
+    axis.set_xlabel(below, fontsize=9, color=INK)
+    axis.set_ylabel(beside, fontsize=9, color=INK)
+    axis.grid(color=GRID, linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=9, colors=INK)
+    if below in ("step", "tokens"):
+        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+
+
+@contextmanager
+def picture(file: Path, inches: tuple[float, float]) -> Iterator["Figure"]:
+    """A figure to draw on; written whole when the block ends, the same bytes for the same numbers."""
+    check_picture(file)
+    import warnings
+
+    import matplotlib
+    from matplotlib import font_manager
+    from matplotlib.figure import Figure
+
+    kind = file.suffix.lower()[1:]
+    installed = set(font_manager.get_font_names())
+    options: Any = {
+        "font.family": ["DejaVu Sans", *(name for name in CHINESE if name in installed)],
+        "text.parse_math": False,
+        "svg.hashsalt": "minicache",
+    }
+    dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+    with matplotlib.rc_context(options), warnings.catch_warnings(), written_whole(file) as draft:
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # a box in a run's name is no reason to stop
+        figure = Figure(figsize=inches, layout="constrained", facecolor="white")
+        yield figure
+        figure.savefig(draft, format=kind, dpi=150, metadata=dates.get(kind))
+
+
+def label(text: str) -> str:
+    """A name as matplotlib takes it: what begins with an underscore it would leave out of a legend."""
+    shown = visible(text).replace("\n", "␊")
+    shown = shown if len(shown) <= 60 else f"…{shown[-59:]}"
+    return f" {shown}" if shown.startswith("_") else shown

@@ -1,0 +1,93 @@
+"""A number or a few for each pair of a cache, complete or not; which pairs stand out; where each came from. No torch."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minicache.cache.reader import ReferenceCache
+from minicache.errors import CacheDamaged, CacheIncomplete
+from minicache.pairs import CHOSEN, REJECTED
+from minicache.reports.inspection import PairLine
+
+# In this order: what the ledger tells of, the others have had before.
+READ = ("ledger/ref", "ledger/pairs", "pairs/lengths", "pairs/source", "ref/logp_mean", "ref/token_count")
+
+
+@dataclass
+class Columns:
+    """A number or a few for each pair; what stays in memory of a cache of a million."""
+
+    index: NDArray[np.int64]  # (N,) position in the cache, -1 where it cannot be told
+    lengths: NDArray[np.int32]  # (N, 3)
+    counted: NDArray[np.int32]  # (N, 2)
+    source: NDArray[np.int64]  # (N, 2)
+    logp_mean: NDArray[np.float32]  # (N, 2), NaN where not scored
+
+    @cached_property
+    def sides(self) -> NDArray[np.int32]:
+        return self.lengths[:, :1] + self.lengths[:, 1:]
+
+    @cached_property
+    def scored(self) -> NDArray[np.bool_]:
+        return np.isfinite(self.logp_mean[:, CHOSEN]) & np.isfinite(self.logp_mean[:, REJECTED])
+
+
+def read_columns(cache: ReferenceCache) -> tuple[Columns, dict[int, str], dict[int, str]]:
+    """The blocks' columns; which blocks have no pairs and which of the others no scores, and why."""
+    parts: list[tuple[np.ndarray, ...]] = [
+        (np.zeros(0, np.int64), np.zeros((0, 3), np.int32), *(np.zeros((0, 2), kind) for kind in ("i4", "i8", "f4")))
+    ]
+    without_pairs: dict[int, str] = {}
+    unscored: dict[int, str] = {}
+    first: int | None = 0  # position in the cache of the block's first pair, as `ReferenceCache.pair` counts
+    for block in range(cache.blocks):
+        start, first = first, None  # behind a lost ledger row nobody can count on
+        try:
+            size, _ = cache.block_size(block)
+            first = None if start is None else start + size
+            index = np.full(size, -1) if start is None else np.arange(start, start + size)
+            lengths, source = cache.outline(block)
+            counted, logp_mean, why = _scores(cache, block, lengths)
+        except (CacheIncomplete, CacheDamaged) as error:
+            without_pairs[block] = str(error)
+            continue
+        if why:
+            unscored[block] = why
+        parts.append((index, lengths, counted, source, logp_mean))
+    for block in range(cache.blocks, cache.log.blocks):
+        without_pairs[block] = f"{cache.path}: block {block} was written, but the arrays end before it"
+    return Columns(*(np.concatenate(part) for part in zip(*parts, strict=True))), without_pairs, unscored
+
+
+def _scores(cache: ReferenceCache, block: int, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, str | None]:
+    """Counted tokens (n, 2), mean logprobs (n, 2), NaN where there are none, and why there are none."""
+    try:
+        scores = cache.ref(block, whole=False)
+    except (CacheIncomplete, CacheDamaged) as error:
+        return cache.counted(block, lengths), np.full((len(lengths), 2), np.nan, np.float32), str(error)
+    return scores.token_count, scores.logp_mean, None
+
+
+def extreme(values: np.ndarray, most: int) -> np.ndarray:
+    """Indices of the smallest values that are numbers, the first of equal ones first."""
+    numbers = np.flatnonzero(np.isfinite(values))
+    if len(numbers) > most:  # to sort a million takes longer than to find those worth sorting
+        numbers = numbers[values[numbers] <= np.partition(values[numbers], most)[most]]
+    return numbers[np.argsort(values[numbers], kind="stable")[:most]]
+
+
+def pair_lines(cache: ReferenceCache, columns: Columns, indices: np.ndarray) -> list[PairLine]:
+    names = [source.name for source in cache.log.sources]
+    lines = []
+    for index in indices.tolist():
+        file, line = columns.source[index].tolist()
+        logps = columns.logp_mean[index].tolist() if columns.scored[index] else None
+        name = names[file] if 0 <= file < len(names) else "?"
+        margin = logps[CHOSEN] - logps[REJECTED] if logps else None
+        position = int(columns.index[index])
+        lines.append(
+            PairLine(position if position >= 0 else None, name, line, columns.lengths[index].tolist(), logps, margin)
+        )
+    return lines

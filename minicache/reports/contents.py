@@ -1,0 +1,107 @@
+"""What is in a reference cache, as plain numbers: complete or not, damaged or not. No torch.
+
+Tokens are not read, unless one pair is asked for.
+"""
+
+from collections import Counter
+from dataclasses import asdict
+
+import numpy as np
+
+from minicache.cache.reader import ReferenceCache
+from minicache.cache.refusals import REFUSED_FILE
+from minicache.data.tokenizers import ChatTokenizer
+from minicache.errors import CacheError
+from minicache.options.others import InspectConfig
+from minicache.pairs import CHOSEN, REJECTED, EncodedPair, PairTable
+from minicache.reports.columns import READ, Columns, extreme, pair_lines, read_columns
+from minicache.reports.inspection import Inspection, PairView, Segment
+from minicache.reports.statistics import histogram, length_statistics, margin_histogram, preference
+
+
+def inspect_cache(config: InspectConfig) -> Inspection:
+    """Read the ledger, lengths, sources and scores of every block; a missing or damaged one is reported, not raised.
+
+    Tokens, masks and digests must be there, but are not read; damage inside them is found by `verify_cache`, and by all that
+    loads them. Only the masks of pairs without scores are read, to count.
+
+    Raises:
+        CacheNotFound, CacheMismatch, CacheDamaged: only if the manifest or an array's metadata cannot be read.
+    """
+    cache = ReferenceCache(config.ref_cache)
+    cache.hold(READ)
+    columns, without_pairs, unscored = read_columns(cache)
+    problem = _problem(cache, None if without_pairs else len(columns.lengths))
+    unfinished = dict(sorted({**without_pairs, **unscored}.items()))
+    scored = columns.logp_mean[columns.scored]
+    margins = np.where(columns.scored, columns.logp_mean[:, CHOSEN] - columns.logp_mean[:, REJECTED], np.nan)
+    sources = cache.log.sources
+    refused = sum((Counter(source.refused) for source in sources), Counter())
+    blocks = max(cache.blocks, cache.log.blocks)
+    return Inspection(
+        path=str(cache.path),
+        identity=asdict(cache.identity),
+        identity_digest=cache.identity.digest,
+        log=asdict(cache.log),
+        complete=not unfinished and problem is None,
+        problem=problem,
+        blocks=blocks,
+        blocks_with_pairs=blocks - len(without_pairs),
+        blocks_scored=blocks - len(unfinished),
+        unfinished={str(block): why for block, why in unfinished.items()},
+        shards=cache.log.shards or None,
+        shards_missing=sorted({block % cache.log.shards + 1 for block in unfinished}) if cache.log.shards else [],
+        pairs=len(columns.lengths),
+        pairs_scored=len(scored),
+        tokens=int(columns.lengths.sum()),
+        counted=[int(total) for total in columns.counted.sum(0)],
+        bytes_on_disk=cache.place.total_bytes(),
+        lengths=length_statistics(columns) if len(columns.lengths) else {},
+        length_histogram=histogram(columns.sides, integers=True),
+        logp_histogram=histogram(scored),
+        margin_histogram=margin_histogram(margins[columns.scored]),
+        reference_prefers_chosen=preference(columns),
+        reference_margin=float(np.nanmean(margins)) if len(scored) else None,
+        refused=dict(refused),
+        refused_rows=refused.total(),
+        refused_file=str(cache.place.locate(REFUSED_FILE)) if cache.place.has(REFUSED_FILE) else None,
+        truncated=sum(source.truncated for source in sources),
+        longest=pair_lines(cache, columns, extreme(-columns.sides.max(1, initial=0), 5)),
+        highest_margin=pair_lines(cache, columns, extreme(-margins, 3)),
+        lowest_margin=pair_lines(cache, columns, extreme(margins, 3)),
+        lowest_logp=pair_lines(cache, columns, extreme(columns.logp_mean.min(1, initial=np.inf), 3)),
+    )
+
+
+def inspect_pair(config: InspectConfig) -> PairView:
+    """One pair of the cache, decoded with the tokenizer that lies in it. Raises CacheError."""
+    assert config.pair is not None
+    cache = ReferenceCache(config.ref_cache)
+    tokenizer = ChatTokenizer.load(cache.tokenizer_dir)
+    pair, logp_mean = cache.pair(config.pair)
+    table = PairTable.from_pairs([pair], cache.identity.token_dtype)
+    scores = np.full((1, 2), np.nan, np.float32) if logp_mean is None else logp_mean[None]
+    columns = Columns(np.array([config.pair]), table.lengths, table.token_counts, table.source, scores)
+    (line,) = pair_lines(cache, columns, np.array([0]))
+    segments = [_segments(tokenizer, pair, side) for side in (CHOSEN, REJECTED)]
+    return PairView(line, table.token_counts[0].tolist(), segments)
+
+
+def _segments(tokenizer: ChatTokenizer, pair: EncodedPair, side: int) -> list[Segment]:
+    """One whole side in runs of tokens of one kind: a character of several tokens is decoded from all of them."""
+    ids, mask = pair.side(side)
+    shared = np.arange(len(ids)) < pair.lengths[0]
+    starts = np.flatnonzero(np.r_[True, (mask[1:] != mask[:-1]) | (shared[1:] != shared[:-1])])
+    parts = zip(starts, [*starts[1:], len(ids)], strict=True)
+    return [Segment(tokenizer.decode(ids[a:b]), bool(mask[a]), bool(shared[a])) for a, b in parts]
+
+
+def _problem(cache: ReferenceCache, pairs: int | None) -> str | None:
+    """What keeps the cache as a whole from being complete. pairs: how many there are, None if blocks are known to lack."""
+    try:
+        cache.check_complete()
+    except CacheError as error:
+        return str(error)
+    if pairs is not None and pairs != cache.log.pairs:
+        return f"{cache.path}: the manifest counts {cache.log.pairs} pairs, the blocks hold {pairs}"
+    return None

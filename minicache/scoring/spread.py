@@ -1,0 +1,107 @@
+"""A model over several processes: a copy for each (DDP), or one in shards (FSDP2), which no process ever holds whole twice.
+
+Source: Zhao et al. 2023, PyTorch FSDP, arXiv:2304.11277; `torch.distributed.fsdp.fully_shard`.
+"""
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from minicache.errors import ConfigError
+from minicache.models import layers_of
+from minicache.models.lora import adapt
+from minicache.processes.world import World
+from minicache.scoring.scorer import DTYPES, Scorer, own_head
+
+
+def is_sharded(parallel: str, world: World) -> bool:
+    return parallel != "ddp" and world.size > 1
+
+
+def spread(model: nn.Module | None, dtype: str, parallel: str, world: World) -> Scorer:
+    """The scorer of a model, float32, on each process's device: the whole model, or this process's shard of it.
+
+    model: on rank 0; of shards the others need none.
+
+    Raises:
+        ConfigError: the model cannot be sharded, or the processes cannot be grouped as asked.
+    """
+    if not is_sharded(parallel, world):
+        assert model is not None
+        return Scorer(model.to(world.device, torch.float32), dtype)
+    mesh = _mesh(parallel, world)
+    plan = world.broadcast(_describe(model.to(torch.float32)) if model is not None else None)
+    skeleton = _skeleton(plan)
+    layers = layers_of(skeleton)
+    if not layers:
+        raise ConfigError(
+            f"--parallel {parallel}: this model's code marks no layers to cut it at; expected --parallel ddp"
+        )
+    scorer = Scorer(skeleton, dtype, head_is_own=plan["head_is_own"])
+    scorer.lockstep = world
+    # Layers are gathered in the precision they compute in. What flows between them stays float32, as under autocast alone.
+    half = MixedPrecisionPolicy(
+        param_dtype=DTYPES[dtype] if dtype != "float32" else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=half)
+    # embeddings and head are let go after each forward too: what runs between steps must meet the shards, not the whole
+    whole = MixedPrecisionPolicy(cast_forward_inputs=False)
+    fully_shard(scorer, mesh=mesh, mp_policy=whole, reshard_after_forward=True)
+    scorer.to_empty(device=world.device)
+    _fill(skeleton, model, world)
+    return scorer
+
+
+def _mesh(parallel: str, world: World) -> DeviceMesh:
+    if parallel == "fsdp":
+        return init_device_mesh(world.device.type, (world.size,))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+    if world.size % local:
+        raise ConfigError(
+            f"--parallel hybrid: expected as many processes on every node, got {world.size} in all, {local} here"
+        )
+    return init_device_mesh(world.device.type, (world.size // local, local), mesh_dim_names=("nodes", "shards"))
+
+
+def _describe(model: nn.Module) -> dict[str, Any]:
+    """What the other ranks need to know to build the same modules without weights."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return {
+        "class": type(base),
+        "config": base.config,
+        "adapter": model.peft_config["default"] if base is not model else None,  # type: ignore[index]
+        "base_fingerprint": getattr(model, "base_fingerprint", None),
+        "head_is_own": own_head(model) is not None,
+        "trained": [name for name, parameter in model.named_parameters() if parameter.requires_grad],
+    }
+
+
+def _skeleton(plan: dict[str, Any]) -> nn.Module:
+    """The same modules on the device `meta`: shapes and names, no memory."""
+    with torch.device("meta"):
+        model: nn.Module = plan["class"](plan["config"]).to(torch.float32)
+        if adapter := plan["adapter"]:
+            model = adapt(model, adapter, adapter.base_model_name_or_path)
+            model.base_fingerprint = plan["base_fingerprint"]
+    trained = set(plan["trained"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+    return model
+
+
+def _fill(skeleton: nn.Module, model: nn.Module | None, world: World) -> None:
+    """Rank 0's weights and buffers into everyone's shards, a tensor at a time."""
+    whole = {} if model is None else model.state_dict()
+    set_model_state_dict(skeleton, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    mine = {} if model is None else dict(model.named_buffers())
+    for name, buffer in skeleton.named_buffers():  # also those that no state dict holds, like rotary frequencies
+        if name in mine:
+            buffer.copy_(mine[name])
+        dist.broadcast(buffer, src=0)

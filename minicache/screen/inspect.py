@@ -1,0 +1,237 @@
+"""What `inspect-cache` prints. rich only."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.columns import Columns
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from minicache.screen.results import sources_table
+from minicache.text import ranges, visible
+
+if TYPE_CHECKING:
+    from minicache.reports.inspection import Histogram, Inspection, PairLine, PairView, Segment
+
+BAR = " ▏▎▍▌▋▊▉█"
+BAR_WIDTH = 14
+PARTS = {
+    "prefix": "shared beginning",
+    "chosen": "chosen",
+    "rejected": "rejected",
+    "chosen_counted": "counted, chosen",
+    "rejected_counted": "counted, rejected",
+}
+SHOWN_PROBLEMS = 20
+NARROW = 70  # columns: below, tables keep only what one acts on
+
+
+def show_inspection(console: Console, it: "Inspection") -> None:
+    """The whole report, top to bottom: what it is, how complete, what was read, how it is distributed, what stands out."""
+    narrow = console.width < NARROW
+    console.print(Panel(_header(it), title=Text(visible(it.path)), title_align="left", border_style="cyan"))
+    console.print(_sources_list(it.log["sources"]) if narrow else sources_table(it.log["sources"]))
+    console.print(_figures(it))
+    if it.lengths:
+        console.print(_lengths(it.lengths))
+    histograms = [
+        _histogram(f"{title}: chosen │ rejected", histogram, form)
+        for title, histogram, form in (
+            ("tokens", it.length_histogram, ",.0f"),
+            ("nats a token", it.logp_histogram, ".2f"),
+        )
+        if histogram
+    ]
+    console.print(Columns(histograms, padding=(0, 3)))
+    for title, lines in (
+        ("longest pairs", it.longest),
+        ("reference prefers chosen most", it.highest_margin),
+        ("reference prefers rejected most", it.lowest_margin),
+        ("least likely answers", it.lowest_logp),
+    ):
+        if lines:
+            console.print(_pair_table(title, lines, narrow))
+    if it.unfinished:
+        console.print(Text(f"unfinished: block {ranges(map(int, it.unfinished))}", style="bold yellow"))
+    if it.shards_missing:
+        missing = f"shards missing: {ranges(it.shards_missing)} of {it.shards}"
+        console.print(Text(f"{missing} (precompute-ref --shard K/{it.shards})", style="bold yellow"))
+    problems = [
+        *([it.problem] if it.problem else []),
+        *(f"block {block}: {why}" for block, why in it.unfinished.items()),
+    ]
+    for problem in problems[:SHOWN_PROBLEMS]:
+        console.print(Text(visible(problem), style="yellow"))
+    if len(problems) > SHOWN_PROBLEMS:
+        console.print(Text(f"… and {len(problems) - SHOWN_PROBLEMS:,} more; --json lists all", style="yellow"))
+
+
+def show_pair(console: Console, view: "PairView") -> None:
+    """One pair: shared text dim, counted tokens coloured and underlined, whatever is neither plain."""
+    prefix, chosen, rejected = view.line.lengths
+    console.print(Text(f"pair {view.line.index}, {visible(view.line.source)} line {view.line.line}", style="bold"))
+    console.print(
+        Text.assemble("shared ", (f"{prefix} tokens", "bold"), "; ", ("counted tokens", "underline"), " are underlined")
+    )
+    shared = [segment for segment in view.segments[0] if segment.shared]
+    if shared:
+        console.print(
+            Panel(_text(shared, "yellow"), title="shared by both sides", title_align="left", border_style="dim")
+        )
+    for side, name, colour in ((0, "chosen", "green"), (1, "rejected", "red")):
+        title = f"{name}: {(chosen, rejected)[side]} tokens of its own, {view.token_count[side]} counted"
+        if view.line.logp_mean:
+            title += f", reference {view.line.logp_mean[side]:.4f} nats a token"
+        own = [segment for segment in view.segments[side] if not segment.shared]
+        console.print(Panel(_text(own, colour), title=title, title_align="left", border_style=colour))
+    if view.line.margin is not None:
+        console.print(Text(f"reference margin {view.line.margin:+.4f} nats a token"))
+
+
+def show_problems(console: Console, path: str, problems: Sequence[str]) -> None:
+    """The outcome of --verify."""
+    if not problems:
+        console.print(
+            Text.assemble(
+                ("✓", "bold green"), f" {visible(path)}: every chunk, ledger row and pair digest is as written"
+            )
+        )
+    for problem in problems:
+        console.print(Text(f"✗ {visible(problem)}", style="red"), soft_wrap=True)
+
+
+def _header(it: "Inspection") -> Group:
+    identity = it.identity
+    done = it.blocks_scored / max(1, it.blocks)  # of blocks: how many pairs an unwritten one will hold nobody knows
+    bar = "█" * int(30 * done) + "░" * (30 - int(30 * done))
+    state = ("complete", "bold green") if it.complete else ("NOT COMPLETE", "bold yellow")
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    rows = {
+        "model": f"{_near(it.log['model'])} ({identity['family']}, weights {identity['weights'][:12]}…)",
+        "scored in": f"{identity['dtype']}, {identity['attention']} attention",
+        "pairs cut at": f"{identity['max_length']:,} tokens a side, truncate {identity['truncate']}",
+        "counted": f"loss on {identity['loss_on']}",
+        "identity": it.identity_digest,
+        "made": f"{it.log['created']} with "
+        + ", ".join(f"{name} {version}" for name, version in it.log["versions"].items()),
+    }
+    for name, value in rows.items():
+        table.add_row(name, Text(visible(value)))
+    line = Text.assemble(f"{bar} {int(100 * done)}%  ", state, f"  {it.blocks_scored} of {it.blocks} blocks")
+    return Group(table, line)
+
+
+def _near(path: str) -> str:
+    """As seen from here, if it lies below."""
+    return str(Path(path).relative_to(Path.cwd())) if Path(path).is_relative_to(Path.cwd()) else path
+
+
+def _figures(it: "Inspection") -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
+    rows = [
+        ("pairs", f"{it.pairs:,}, scored {it.pairs_scored:,}"),
+        (
+            "tokens",
+            f"{it.tokens:,} stored (shared beginnings once), {it.counted[0]:,} counted in chosen, {it.counted[1]:,} in rejected",
+        ),
+        ("on disk", f"{it.bytes_on_disk / 1e6:,.2f} MB"),
+    ]
+    if it.reference_prefers_chosen:
+        by = it.reference_prefers_chosen
+        rows.append(("reference prefers chosen", f"{by['mean']:.1%} of pairs by mean, {by['sum']:.1%} by sum"))
+        rows.append(("reference margin", f"{it.reference_margin:+.4f} nats a token on average"))
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(it.refused.items()))
+    refused = f" ({reasons})" if reasons else ""
+    listed = f"; listed in {visible(it.refused_file)}" if it.refused_rows and it.refused_file else ""
+    rows.append(("rows", f"{it.truncated:,} truncated, {it.refused_rows:,} refused{refused}{listed}"))
+    for name, value in rows:
+        table.add_row(name, Text(value))
+    return table
+
+
+def _lengths(lengths: Mapping[str, Mapping[str, float]]) -> Table:
+    """Tokens of the sides and their parts, a row each."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("tokens", style="dim")
+    for heading in ("min", "median", "mean", "p95", "max"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for part, name in PARTS.items():
+        of = lengths[part]
+        middle = (f"{of[key]:,.1f}" for key in ("median", "mean"))
+        table.add_row(name, f"{of['min']:,}", *middle, f"{of['p95']:,.0f}", f"{of['max']:,}")
+    return table
+
+
+def _sources_list(sources: Sequence[Mapping[str, Any]]) -> Text:
+    """What was read of each file, as sentences: the table's six columns need more room than a narrow terminal has."""
+    text = Text()
+    for source in sources:
+        text.append(visible(source["name"]) + "\n", style="bold")
+        numbers = ", ".join(f"{source[key]:,} {key}" for key in ("rows", "kept", "duplicates", "truncated"))
+        text.append(f"  {numbers}, {sum(source['refused'].values()):,} refused\n")
+    return text
+
+
+def _histogram(title: str, histogram: "Histogram", form: str) -> Table:
+    """Two bars a bin: chosen grows to the left of the middle, rejected to the right."""
+    table = Table(
+        box=None, title=title, title_justify="left", title_style="bold", pad_edge=False, padding=0, show_header=False
+    )
+    table.add_column(justify="right", style="dim")
+    table.add_column(justify="right", style="green")
+    table.add_column()
+    table.add_column(style="red")
+    most = max(*histogram.chosen, *histogram.rejected, 1)
+    bins = zip(histogram.edges, histogram.chosen, histogram.rejected, strict=False)
+    for edge, chosen, rejected in bins:
+        left = "█" * round(BAR_WIDTH * chosen / most) or ("·" if chosen else "")
+        table.add_row(
+            f"{edge + (0.5 if form == ',.0f' else 0):{form}} ",
+            left,
+            "│",
+            _bar(rejected / most) or ("·" if rejected else ""),
+        )
+    return table
+
+
+def _bar(share: float) -> str:
+    eighths = round(8 * BAR_WIDTH * share)
+    return "█" * (eighths // 8) + BAR[eighths % 8].strip()
+
+
+def _pair_table(title: str, lines: Sequence["PairLine"], narrow: bool) -> Table:
+    """A row a pair. The file gives way where room is short; the pair's number, which `--pair` takes, never does."""
+    table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", padding=(0, 1, 0, 0))
+    if not narrow:
+        table.add_column("file", overflow="ellipsis", header_style="dim")
+        table.add_column("line", justify="right", no_wrap=True, header_style="dim")
+    wide = ("pair", "shared", "chosen", "rejected", "chosen\nnats", "rejected\nnats", "margin")
+    headings = ("pair", "chosen", "rejected", "margin") if narrow else wide
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True, header_style="dim")
+    for line in lines:
+        shared, *own = (f"{n:,}" for n in line.lengths)
+        logps = [f"{logp:.3f}" for logp in line.logp_mean] if line.logp_mean else ["–", "–"]
+        index = f"{line.index:,}" if line.index is not None else "–"
+        margin = f"{line.margin:+.3f}" if line.margin is not None else "–"
+        if narrow:
+            table.add_row(index, *own, margin)
+        else:
+            name = Text(visible(Path(line.source).name))
+            table.add_row(name, f"{line.line:,}", index, shared, *own, *logps, margin)
+    return table
+
+
+def _text(segments: Sequence["Segment"], colour: str) -> Text:
+    text = Text()
+    for segment in segments:
+        text.append(visible(segment.text), style=f"{colour} underline" if segment.counted else "dim")
+    return text

@@ -1,0 +1,161 @@
+"""What each command prints at its end. rich only; no torch."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from minicache.screen.live import duration, metrics_table
+from minicache.text import ranges, visible
+
+if TYPE_CHECKING:
+    from minicache.pages.compare import Answers
+    from minicache.stages.evaluate import EvaluateReport
+    from minicache.stages.export import ExportReport
+    from minicache.stages.merge import MergeReport
+    from minicache.stages.precompute import PrecomputeReport
+    from minicache.stages.train import TrainReport
+
+
+# --- reports, one function a stage ---
+
+
+def show_error(console: Console, message: str) -> None:
+    """One red line."""
+    console.print(Text(visible(f"error: {' '.join(message.split())}"), style="bold red"), soft_wrap=True)
+
+
+def show_precompute(console: Console, report: "PrecomputeReport") -> None:
+    console.print(sources_table([asdict(source) for source in report.sources]))
+    scored = f"{report.scored:,} scored now" if report.scored else "nothing left to score"
+    console.print(
+        f"[bold green]✓[/] {report.pairs:,} pairs in [bold]{escape(str(report.ref_cache))}[/], {scored}",
+        highlight=False,
+    )
+    if report.shard:
+        console.print(Text(_shard_lines(report)), highlight=False)
+    if any(source.refused for source in report.sources):
+        console.print(f"  refused rows, line by line: {escape(str(report.refused_file))}", highlight=False)
+
+
+def _shard_lines(report: "PrecomputeReport") -> str:
+    mine = f"blocks {ranges(report.scored_blocks)}" if report.scored_blocks else "no block: none of its blocks was left"
+    missing = f"not complete: {len(report.missing):,} of {report.blocks:,} blocks are missing: {ranges(report.missing)}"
+    state = missing if report.missing else f"complete: all {report.blocks:,} blocks are scored"
+    return f"  shard {report.shard} scored {mine}\n  the cache is {state}"
+
+
+def show_merge(console: Console, report: "MergeReport") -> None:
+    for path, pairs in report.given:
+        console.print(Text(f"  {pairs:,} pairs of {visible(str(path))}"))
+    console.print(
+        f"[bold green]✓[/] {report.pairs:,} pairs, {report.blocks:,} blocks in [bold]{escape(visible(str(report.ref_cache)))}[/]; "
+        f"{report.twice:,} pairs were in more than one cache and are kept once",
+        highlight=False,
+    )
+
+
+def sources_table(sources: Iterable[Mapping[str, Any]]) -> Table:
+    """What was read of each file: kept, duplicate, truncated, refused by reason."""
+    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    table.add_column("file", overflow="fold")
+    for heading in ("rows", "kept", "duplicate", "truncated", "refused"):
+        table.add_column(heading, justify="right")
+    for source in sources:
+        refused = ", ".join(f"{count:,} {reason}" for reason, count in sorted(source["refused"].items())) or "0"
+        numbers = (f"{source[name]:,}" for name in ("rows", "kept", "duplicates", "truncated"))
+        table.add_row(Text(visible(source["name"])), *numbers, Text(refused))
+    return table
+
+
+def show_train(console: Console, report: "TrainReport") -> None:
+    progress = report.progress
+    first, last = progress.first, progress.last
+    console.print(metrics_table([(0, first), (progress.last_step, last)]))
+    known = report.noise is not None and report.from_ln_2
+    start = f" (step 0 was {abs(first['loss'] - math.log(2)):.1g} from ln 2)" if known else ""
+    if report.stopped:
+        console.print(Text(f"ended early: {report.stopped}", style="yellow"))
+    if progress.validation:
+        held = progress.validation
+        console.print(
+            f"  best validation after {report.model_step:,} steps: loss {held['loss']:.4f}, "
+            f"accuracy {held['rewards/accuracy']:.1%}, kl {held['kl']:.3g}",
+            highlight=False,
+        )
+    console.print(
+        f"[bold green]✓[/] {progress.step:,} steps in {duration(progress.total_seconds)}: loss {first['loss']:.4f} → "
+        f"{last['loss']:.4f}{start}; policy in [bold]{escape(str(report.model_dir))}[/]",
+        highlight=False,
+    )
+
+
+def show_evaluate(console: Console, report: "EvaluateReport") -> None:
+    metrics = report.metrics
+    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    asked = report.settings
+    table.add_column(
+        f"{report.pairs:,} pairs of {report.ref_cache}, {asked['loss']} loss, {asked['logps']}, beta {asked['beta']:g}"
+    )
+    table.add_column("reference", justify="right")
+    table.add_column("policy", justify="right")
+    plain = asked["loss"] == "sigmoid" and not asked["sft_weight"] and not asked["wpo"]  # ln 2 where nothing has moved
+    rows = [
+        (
+            "prefers chosen (its own logprobs)",
+            f"{metrics['accuracy/reference']:.1%}",
+            f"{metrics['accuracy/policy']:.1%}",
+        ),
+        ("implicit reward prefers chosen", "–", f"{metrics['rewards/accuracy']:.1%}"),
+        ("reward margin", "0", f"{metrics['rewards/margin']:+.4f}"),
+        ("loss", "0.6931" if plain else "–", f"{metrics['loss']:.4f}"),
+        ("moved from the reference (KL, nats a token)", "0", f"{metrics['kl']:.3g}"),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    if report.same_weights:
+        console.print("The policy has the reference's own weights.", style="dim")
+
+
+def show_answers(console: Console, answers: Sequence["Answers"]) -> None:
+    for number, item in enumerate(answers, start=1):
+        prompt = f"{number}/{len(answers)}  {item.prompt}" if len(answers) > 1 else item.prompt
+        title = Text(visible(prompt))
+        table = Table(
+            box=SIMPLE_HEAD, header_style="bold", pad_edge=False, title=title, title_justify="left", expand=True
+        )
+        table.add_column("reference", ratio=1)
+        table.add_column("policy", ratio=1)
+        table.add_row(_answer(item.reference, item.reference_cut), _answer(item.policy, item.policy_cut))
+        console.print(table)
+
+
+def _answer(text: str, cut: bool) -> Text:
+    """cut: the longest length allowed ended it."""
+    shown = Text(visible(text)) if text else Text("(no answer)", style="dim")
+    return shown.append(" … (cut)", style="dim") if cut else shown
+
+
+def show_file(console: Console, file: Path) -> None:
+    console.print(f"[bold green]✓[/] [bold]{escape(visible(str(file)))}[/]", highlight=False, soft_wrap=True)
+
+
+def show_export(console: Console, report: "ExportReport") -> None:
+    size = f"{report.parameters / 1e6:,.1f} million parameters in {report.dtype}"
+    console.print(
+        f"[bold green]✓[/] {size}; load it as [bold]{escape(report.name)}[/]", highlight=False, soft_wrap=True
+    )
+
+
+def show_verify(console: Console, worst: float) -> None:
+    console.print(
+        f"[bold green]✓[/] the model reproduces the sample re-scored, within {worst:.1g} nats a token", highlight=False
+    )

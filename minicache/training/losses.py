@@ -1,0 +1,285 @@
+"""Preference losses: pure functions of what policy and reference think of a pair. LOSSES names them.
+
+Each takes a `Logps` and returns (B,), one number a pair; a step's loss is their mean. Where the literature and TRL
+(`trl/trainer/dpo_trainer.py`, 1.16) differ in a convention, TRL's is used and said.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import logsigmoid, softplus
+
+from minicache.errors import ConfigError
+from minicache.options.train import LossOptions
+
+
+@dataclass(frozen=True)
+class Logps:
+    """Logprobs of B pairs; column 0 is chosen, column 1 rejected.
+
+    policy, reference: (B, 2) float32, nats: sums over the counted tokens, or means if `averaged`.
+    token_count: (B, 2) float32.
+    alignment: (B, 2) float32, nats a token; see `PairScores`. Only WPO asks for it.
+    chosen_sum: (B,) float32, nats: chosen's sum with every token whole, where the two above weigh tokens (LD-DPO).
+    """
+
+    policy: torch.Tensor
+    reference: torch.Tensor
+    token_count: torch.Tensor
+    averaged: bool
+    alignment: torch.Tensor | None = None
+    chosen_sum: torch.Tensor | None = None
+
+    @property
+    def ratios(self) -> torch.Tensor:
+        """log pi(y|x) - log pi_ref(y|x), (B, 2); beta times it is DPO's implicit reward (arXiv:2305.18290, eq. 5)."""
+        return self.policy - self.reference
+
+    def per_token(self, values: torch.Tensor) -> torch.Tensor:
+        """(B, 2) sums as means; means as they are."""
+        return values if self.averaged else values / self.token_count
+
+
+Loss = Callable[[Logps, float, LossOptions], torch.Tensor]
+
+
+# --- f-divergences: what takes the place of the log ratio (Wang et al. 2023, Beyond Reverse KL, arXiv:2309.16240, table 1) ---
+
+
+def _alpha(ratios: torch.Tensor, alpha: float) -> torch.Tensor:
+    """f'(t) = (t^(alpha-1) - 1) / (alpha - 1), in TRL's sign and with its guard against overflow; log t at alpha = 1."""
+    if abs(alpha - 1) < 1e-6:
+        return ratios
+    return torch.expm1((ratios * (alpha - 1)).clamp(max=80.0)) / (alpha - 1)
+
+
+DIVERGENCES: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
+    "reverse_kl": lambda ratios, alpha: ratios,  # f'(t) = log t + 1; constants cancel
+    "forward_kl": lambda ratios, alpha: -torch.expm1(-ratios),  # f'(t) = 1 - 1/t
+    "js": lambda ratios, alpha: torch.log(torch.tensor(2.0)) - softplus(-ratios),  # f'(t) = log(2t / (1 + t))
+    "alpha": _alpha,
+}
+
+
+def _scores(logps: Logps, options: LossOptions) -> torch.Tensor:
+    """(B, 2) f'(ratio)."""
+    return DIVERGENCES[options.f_divergence](logps.ratios, options.f_alpha)
+
+
+def _delta(logps: Logps, options: LossOptions) -> torch.Tensor:
+    """(B,) chosen minus rejected score: beta times it is what a sigmoid judges."""
+    scores = _scores(logps, options)
+    return scores[:, 0] - scores[:, 1]
+
+
+def _smoothed(logits: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """(B,) cross entropy against labels that are flipped with probability `smoothing`."""
+    return -(1 - smoothing) * logsigmoid(logits) - smoothing * logsigmoid(-logits)
+
+
+# --- losses on the difference of the two sides ---
+
+
+def sigmoid(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
+    """-log sigmoid(beta * delta): ln 2 where policy and reference agree.
+
+    Source: Rafailov et al. 2023, Direct Preference Optimization, arXiv:2305.18290, eq. 7. With label smoothing it is
+    conservative DPO: Mitchell 2023, A note on DPO with noisy preferences, eq. 3.
+    """
+    return _smoothed(beta * _delta(logps, options), options.label_smoothing)
+
+
+def robust(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
+    """DPO unbiased under labels flipped with probability `label_smoothing`.
+
+    Source: Chowdhury et al. 2024, Provably Robust DPO, arXiv:2403.00409, eq. 12.
+    """
+    logits, flips = beta * _delta(logps, options), options.label_smoothing
+    return (-(1 - flips) * logsigmoid(logits) + flips * logsigmoid(-logits)) / (1 - 2 * flips)
+
+
+def hinge(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
+    """max(0, 1 - beta * delta). Source: Zhao et al. 2023, SLiC-HF, arXiv:2305.10425; Liu et al. 2023, RSO, arXiv:2309.06657."""
+    return torch.relu(1 - beta * _delta(logps, options))
+
+
+def ipo(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
+    """(delta a token - 1 / (2 beta))^2. Means a token whatever --logps says, as TRL has it with the authors' agreement.
+
+    Source: Azar et al. 2023, A General Theoretical Paradigm, arXiv:2310.12036, eq. 17.
+    """
+    scores = logps.per_token(_scores(logps, options))
+    return (scores[:, 0] - scores[:, 1] - 1 / (2 * beta)) ** 2
+
+
+def exo_pair(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
+    """KL from the policy's preference to the (smoothed) label. Source: Ji et al. 2024, EXO, arXiv:2402.00856, eq. 16.
+
+    Needs label_smoothing above 0: the label's logarithm is taken.
+    """
+    logits, epsilon = beta * _delta(logps, options), torch.tensor(options.label_smoothing, dtype=logps.policy.dtype)
+    won = torch.sigmoid(logits) * (logsigmoid(logits) - torch.log1p(-epsilon))
+    return won + torch.sigmoid(-logits) * (logsigmoid(-logits) - torch.log(epsilon))
+
+
+def discopop(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
+    """Logistic and exponential loss, blended by the log ratio. Source: Lu et al. 2024, DiscoPOP, arXiv:2406.08414, eq. 5."""
+    logits = beta * _delta(logps, options)
+    blend = torch.sigmoid(logits / options.discopop_tau)
+    exponential = torch.exp(logsigmoid(logits / options.discopop_tau) - logits)  # blend * exp(-logits), without inf * 0
+    return -logsigmoid(logits) * (1 - blend) + exponential
+
+
+def sigmoid_norm(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
+    """Sigmoid of means a token whatever --logps says. Source: Lambert et al. 2024, Tülu 3, arXiv:2411.15124, eq. 6."""
+    scores = logps.per_token(_scores(logps, options))
+    return -logsigmoid(beta * (scores[:, 0] - scores[:, 1]))
+
+
+def simpo(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
+    """-log sigmoid(beta * (mean chosen - mean rejected logprob) - gamma). Uses no reference: the cached values play no part.
+
+    Source: Meng et al. 2024, SimPO, arXiv:2405.14734, eq. 6.
+    """
+    means = logps.per_token(logps.policy)
+    return -logsigmoid(beta * (means[:, 0] - means[:, 1]) - options.simpo_gamma)
+
+
+# --- losses on each side by itself ---
+
+
+def nca_pair(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
+    """Source: Chen et al. 2024, Noise Contrastive Alignment, arXiv:2402.05369, eq. 11 for two answers."""
+    chosen, rejected = (beta * logps.ratios).unbind(1)
+    return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
+
+
+def bco_pair(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
+    """Binary classification of each side. Source: Jung et al. 2024, BCO, arXiv:2404.04656, eq. 7, without reward shift, as TRL."""
+    chosen, rejected = (beta * logps.ratios).unbind(1)
+    return -logsigmoid(chosen) - logsigmoid(-rejected)
+
+
+def sppo_hard(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
+    """Source: Wu et al. 2024, SPPO, arXiv:2405.00675, eq. 4.7 with win probabilities 1 and 0."""
+    chosen, rejected = logps.ratios.unbind(1)
+    return (chosen - 0.5 / beta) ** 2 + (rejected + 0.5 / beta) ** 2
+
+
+def apo_zero(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
+    """Raise chosen, lower rejected: for answers better than the model's own.
+
+    Source: D'Oosterlinck et al. 2024, Anchored Preference Optimization, arXiv:2408.06266, eq. 7.
+    """
+    chosen, rejected = (beta * logps.ratios).unbind(1)
+    return torch.sigmoid(-chosen) + torch.sigmoid(rejected)
+
+
+def apo_down(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
+    """Lower both, rejected more: for answers worse than the model's own. Source: as apo_zero, eq. 8."""
+    chosen, rejected = (beta * logps.ratios).unbind(1)
+    return torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen)
+
+
+# --- losses that sort over the batch ---
+
+
+def aot(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
+    """The policy's log odds against the reference's, both sorted. Source: Melnyk et al. 2024, AOT, arXiv:2406.05882, paired."""
+    policy, reference = (values[:, 0] - values[:, 1] for values in (logps.policy, logps.reference))
+    return _smoothed(beta * (policy.sort().values - reference.sort().values), options.label_smoothing)
+
+
+def aot_unpaired(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
+    """Chosen ratios against rejected ratios, each sorted. Source: as aot, unpaired."""
+    chosen, rejected = logps.ratios.unbind(1)
+    return _smoothed(beta * (chosen.sort().values - rejected.sort().values), options.label_smoothing)
+
+
+LOSSES: dict[str, Loss] = {
+    function.__name__: function
+    for function in (
+        sigmoid, robust, hinge, ipo, exo_pair, nca_pair, bco_pair, sppo_hard, apo_zero, apo_down, discopop, sigmoid_norm,
+        simpo, aot, aot_unpaired,
+    )
+}  # fmt: skip
+OVER_THE_BATCH = {"aot", "aot_unpaired"}
+
+
+def parse_loss(text: str) -> dict[str, float]:
+    """`sigmoid`, or several with weights: `sigmoid:0.8,bco_pair:0.2`. A loss without a weight has 1.
+
+    Raises:
+        ConfigError: an unknown name, a weight that is no number above 0, or a name twice.
+    """
+    weights: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, weight = (piece.strip() for piece in part.partition(":"))
+        if name not in LOSSES:
+            raise ConfigError(
+                f"--loss: expected {', '.join(LOSSES)}, or several like sigmoid:0.8,hinge:0.2; got {name!r}"
+            )
+        if name in weights:
+            raise ConfigError(f"--loss: {name} is named twice; give it one weight")
+        try:
+            weights[name] = float(weight or 1)
+        except ValueError:
+            raise ConfigError(f"--loss: the weight of {name} must be a number, got {weight!r}") from None
+        if not 0 < weights[name] < float("inf"):
+            raise ConfigError(f"--loss: the weight of {name} must be above 0, got {weight}")
+    return weights
+
+
+def wpo_weights(alignment: torch.Tensor) -> torch.Tensor:
+    """(B, 2) -> (B,): both answers' mean likelihood under the policy, each token's relative to one drawn from it.
+
+    Source: Zhou et al. 2024, WPO, arXiv:2406.11827, eq. 2 with the sampled alignment of section 3.2, as TRL.
+    """
+    return alignment.detach().sum(1).exp()
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a run minimises: weighted losses on mean or summed logprobs, and an SFT term if asked for."""
+
+    losses: Mapping[str, float]
+    kind: str
+    beta: float
+    options: LossOptions
+
+    @classmethod
+    def parse(cls, loss: str, kind: str, beta: float, options: LossOptions) -> "Objective":
+        """Raises ConfigError: an unknown loss, or one that these options do not suit."""
+        losses = parse_loss(loss)
+        if "exo_pair" in losses and options.label_smoothing == 0:
+            raise ConfigError("--loss exo_pair: needs --label-smoothing above 0 (TRL's old default: 0.001), got 0")
+        objective = cls(losses, kind, beta, options)
+        if options.wpo and objective.over_the_batch:
+            raise ConfigError(
+                f"--wpo: weights single pairs, which --loss {objective.over_the_batch} sorts apart; use one"
+            )
+        return objective
+
+    @property
+    def over_the_batch(self) -> str | None:
+        """A loss among these that sorts over the whole batch, so that the batch cannot be split."""
+        return next((name for name in self.losses if name in OVER_THE_BATCH), None)
+
+    def __call__(self, logps: Logps, chosen_tokens: float) -> torch.Tensor:
+        """(B,) loss of each pair. chosen_tokens: mean number of counted tokens of chosen answers over the whole step.
+
+        The SFT term is the mean over all chosen tokens of the step, as in TRL; with the preference loss it is RPO
+        (Pang et al. 2024, Iterative Reasoning Preference Optimization, arXiv:2404.19733, eq. 1).
+        """
+        parts = [weight * LOSSES[name](logps, self.beta, self.options) for name, weight in self.losses.items()]
+        total = torch.stack(parts).sum(0)
+        if self.options.wpo:
+            assert logps.alignment is not None
+            total = total * wpo_weights(logps.alignment)
+        if self.options.sft_weight:
+            chosen = logps.chosen_sum
+            if chosen is None:
+                chosen = logps.policy[:, 0] * (logps.token_count[:, 0] if logps.averaged else 1)
+            total = total - self.options.sft_weight * chosen / chosen_tokens
+        return total

@@ -1,0 +1,56 @@
+"""The model that a run trains."""
+
+import torch
+from torch import nn
+
+from minicache.cache.reader import ReferenceCache
+from minicache.errors import CacheMismatch, ModelError
+from minicache.models import LoadedModel, load_model
+from minicache.models.load import lasting_name
+from minicache.models.lora import add_lora, with_adapter
+from minicache.options.train import TrainConfig
+from minicache.scoring.loading import Sources
+from minicache.trackers import Tracker
+from minicache.training import checkpoints
+
+# --- the policy ---
+
+
+def load_policy(
+    config: TrainConfig, cache: ReferenceCache, resume_at: int | None, tracker: Tracker, sources: Sources
+) -> tuple[nn.Module, str, str]:
+    """The model to train, float32; what it started from; the precision its weights were stored in."""
+    place = None if resume_at is None else checkpoints.place(config.out, resume_at) / "model"
+    if place and not config.lora.lora_rank:
+        return load_model(str(place), config.trust_remote_code).model.requires_grad_(True), "", ""
+    loaded = _load(config, cache, tracker, sources)
+    base, stored = loaded.model, str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
+    source = lasting_name(loaded.source)
+    if not config.lora.lora_rank:
+        return base.to(torch.float32).requires_grad_(True), source, stored
+    weights = loaded.fingerprint  # before the base is made float32
+    adapted = with_adapter(base, place) if place else add_lora(base.to(torch.float32), source, config.lora, config.seed)
+    adapted.base_fingerprint = weights
+    return adapted, source, stored
+
+
+def _load(config: TrainConfig, cache: ReferenceCache, tracker: Tracker, sources: Sources) -> LoadedModel:
+    source = config.init_from or config.model or cache.log.model
+    tracker.begin(f"loading {source}", None)
+    try:
+        loaded = sources.model(source, config.trust_remote_code)
+    except ModelError as error:
+        if config.init_from or config.model:
+            raise
+        raise ModelError(f"{error} (where stage one found it; --model says where the same weights are now)") from error
+    if loaded.vocabulary != cache.identity.vocabulary:
+        raise CacheMismatch(
+            f"{source}: vocabulary of {loaded.vocabulary}; {cache.path} was made with one of {cache.identity.vocabulary}"
+        )
+    if config.init_from is None and loaded.fingerprint != cache.identity.weights:
+        raise CacheMismatch(
+            f"{source}: weights digest {loaded.fingerprint}, but {cache.path} was made with {cache.identity.weights}. "
+            "Point --model at the weights stage one used, run precompute-ref with these into another cache, "
+            "or start from these on purpose with --init-from"
+        )
+    return loaded

@@ -1,0 +1,172 @@
+"""Which of the cached pairs a run trains on, and on which it is validated; no torch but for the copies in memory."""
+
+from collections import Counter
+from contextlib import closing
+from hashlib import blake2b
+
+import numpy as np
+
+from minicache.cache.reader import JoinedCaches, ReferenceCache
+from minicache.cache.schema import CachedPairs
+from minicache.data.files import read_rows
+from minicache.data.tokenizers import ChatTokenizer
+from minicache.data.workers import RowEncoder
+from minicache.errors import CacheMismatch, ConfigError, RowRefused
+from minicache.intake.blocks import encoder_of
+from minicache.options.train import TrainConfig
+from minicache.pairs import PairTable
+from minicache.processes.world import World
+from minicache.scoring.batching import Indices
+from minicache.scoring.loading import Sources
+from minicache.text import ranges
+from minicache.trackers import Tracker
+from minicache.training.order import Mixture
+from minicache.training.validation import EvalSet, require_per_token
+
+LISTED = 20  # runs of lines that an error names
+
+
+def choose_pairs(
+    config: TrainConfig,
+    caches: JoinedCaches,
+    cached: CachedPairs,
+    world: World,
+    tracker: Tracker,
+    sources: Sources,
+) -> tuple[Mixture, EvalSet | None]:
+    """What of these pairs to train on, and what to validate on: by the pairs' digests, the files and the weights alone.
+
+    Raises:
+        CacheMismatch: a pair of --data is in none of the caches. ConfigError: a cache or a side of --holdout has no pair left.
+        DataError: a file of --data cannot be read.
+    """
+    parts = _parts(caches, cached.table, tracker)
+    if config.data:
+        asked = world.broadcast(_asked(config, caches.caches[0], cached.table, tracker) if world.is_main else None)
+        parts = [asked[np.isin(asked, part)] for part in parts]  # in the order of the files
+    pairs = np.concatenate(parts)
+    if config.validation.eval_cache:
+        trained = cached.table.keys[pairs]
+        held_out: EvalSet | None = _of_other(config, caches.caches[0], trained, world, tracker, sources)
+    else:
+        held_out = _held_out(config.validation.holdout, cached, pairs)
+    if config.validation.holdout:
+        assert held_out
+        tracker.note(f"{len(held_out.indices):,} of {len(pairs):,} pairs are held out, chosen by their digests")
+        parts = [part[~np.isin(part, held_out.indices)] for part in parts]
+    weights = [weight for _, weight in config.caches if weight is not None]
+    filled = [part for part in parts if len(part)]
+    if weights and len(filled) < len(parts):
+        empty = next(cache.path for cache, part in zip(caches.caches, parts, strict=True) if not len(part))
+        raise ConfigError(f"--ref-cache {empty}: has no pair left to train on, and so no share; leave it out")
+    mixture = Mixture.of(filled, weights or None)
+    if weights:
+        portions = zip(caches.caches, mixture.parts, mixture.taken, strict=True)
+        listed = ", ".join(f"{taken:,} of {len(part):,} pairs of {cache.path}" for cache, part, taken in portions)
+        tracker.note(f"an epoch takes {listed}")
+    return mixture, held_out
+
+
+def digest_of(mixture: Mixture, table: PairTable) -> str:
+    """Of which pairs these are, in which order, and how many of them an epoch takes."""
+    state = blake2b(repr(mixture.taken).encode(), digest_size=16)
+    for part in mixture.parts:
+        state.update(table.keys[part].tobytes())
+    return state.hexdigest()
+
+
+def _parts(caches: JoinedCaches, table: PairTable, tracker: Tracker) -> list[Indices]:
+    """The pairs of each cache; one that several have belongs to the first."""
+    ends = np.cumsum([cache.log.pairs for cache in caches.caches])
+    parts = np.split(np.arange(len(table)), ends[:-1])
+    if len(parts) == 1:
+        return parts
+    first = np.unique(table.keys, return_index=True)[1]
+    if again := len(table) - len(first):
+        tracker.note(f"{again:,} pairs are in more than one cache: each is taken from the first that has it")
+    return [np.intersect1d(part, first) for part in parts]
+
+
+# --- --data: the pairs of some files ---
+
+
+def _asked(config: TrainConfig, cache: ReferenceCache, table: PairTable, tracker: Tracker) -> Indices:
+    """The pairs of the files, in their order, each once. Rows that stage one refused too are counted and left out."""
+    tracker.begin(f"looking up the pairs of {', '.join(config.data)}", None)
+    encoder = encoder_of(cache.identity, ChatTokenizer.load(cache.tokenizer_dir))
+    digests: list[bytes] = []
+    places: list[tuple[int, int]] = []
+    refused: Counter[str] = Counter()
+    for number, file in enumerate(config.data):
+        with closing(RowEncoder(encoder, file, config.format, number).encode_by_all_cores(read_rows(file))) as rows:
+            for item in rows:
+                if isinstance(item, RowRefused):
+                    refused[item.reason] += 1
+                else:
+                    digests.append(item[0].digest)
+                    places.append(item[0].source)
+    keys, first = np.unique(np.frombuffer(b"".join(digests), "V16"), return_index=True)
+    _, in_keys, in_table = np.intersect1d(keys, table.keys, return_indices=True)
+    if len(in_keys) < len(keys):
+        _raise_missing(config, np.array(places)[np.sort(np.delete(first, in_keys))], cache)
+    if not len(keys):
+        raise ConfigError(
+            f"--data {', '.join(config.data)}: none of {refused.total()} rows is a pair; {_reasons(refused)}"
+        )
+    left_out = [f"{len(digests) - len(keys):,} repeat another"] if len(digests) > len(keys) else []
+    left_out += [f"{refused.total():,} cannot be used ({_reasons(refused)})"] if refused else []
+    if left_out:
+        tracker.note(f"--data: {len(keys):,} pairs; of the other rows {' and '.join(left_out)}")
+    return in_table[np.argsort(first[in_keys])]
+
+
+def _reasons(refused: Counter[str]) -> str:
+    return ", ".join(f"{count:,} {reason}" for reason, count in refused.most_common())
+
+
+def _raise_missing(config: TrainConfig, places: np.ndarray, cache: ReferenceCache) -> None:
+    """places: (n, 2) number of the file and line of each pair that no cache has."""
+    listed = []
+    for number, file in enumerate(config.data):
+        lines = ranges(places[places[:, 0] == number, 1].tolist()).split(", ")
+        if lines != [""]:
+            more = f" and {len(lines) - LISTED:,} stretches more" if len(lines) > LISTED else ""
+            listed.append(f"{file} line {', '.join(lines[:LISTED])}{more}")
+    raise CacheMismatch(
+        f"{len(places):,} pairs of --data are not in the cache ({'; '.join(listed)}). Expected pairs that stage one has scored: "
+        f"precompute-ref with this --data and --ref-cache {cache.path} adds them"
+    )
+
+
+# --- validation ---
+
+
+def _held_out(share: float, cached: CachedPairs, asked: Indices) -> EvalSet | None:
+    """The pairs to validate on, of those asked for."""
+    if not share:
+        return None
+    held = asked[cached.table.digest[asked, 0] < np.uint64(share * 2**64)]
+    if len(held) in (0, len(asked)):
+        raise ConfigError(
+            f"--holdout {share}: of {len(asked)} pairs {len(held)} would be held out; expected some and not all"
+        )
+    return EvalSet(cached, held)
+
+
+def _of_other(
+    config: TrainConfig, cache: ReferenceCache, trained: np.ndarray, world: World, tracker: Tracker, sources: Sources
+) -> EvalSet:
+    """All pairs of the cache to validate on. trained: (n,) keys of those that the run may train on."""
+    assert config.validation.eval_cache
+    other = ReferenceCache(config.validation.eval_cache)
+    for name in ("weights", "tokenizer", "template", "vocabulary"):
+        mine, its = getattr(cache.identity, name), getattr(other.identity, name)
+        if mine != its:
+            raise CacheMismatch(f"{other.path}: {name} {its}, but {cache.path} was made with {mine}; expected the same")
+    require_per_token(other, config.loss_options)
+    pairs = sources.pairs(other, config.scratch, world, tracker)
+    if both := int(np.isin(pairs.table.keys, trained).sum()):
+        tracker.note(
+            f"{both:,} of the {len(pairs.table):,} pairs of {other.path} are trained on too: they judge kindly"
+        )
+    return EvalSet(pairs, np.arange(len(pairs.table)))

@@ -1,0 +1,67 @@
+"""What a step costs and what the device could do: memory, useful FLOPs, model FLOP utilisation."""
+
+import resource
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import Parameter
+
+from minicache.pairs import PairTable
+from minicache.scoring.batching import Indices
+
+# Dense bfloat16 matrix rate with float32 accumulation, FLOP/s, from the makers' data sheets. By a part of the device's name.
+PEAKS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "H800": 989e12,
+    "L40S": 362e12,
+    "RTX 5090": 209.5e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_flops(device: torch.device, dtype: str) -> float | None:
+    """FLOP/s of the device in half precision; None where it is not known."""
+    if device.type != "cuda" or dtype == "float32":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
+
+
+def memory_gb(device: torch.device) -> float:
+    """Most memory taken so far, GB: of the GPU, or of the process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def step_flops(model: nn.Module, table: PairTable, indices: Indices) -> float:
+    """FLOPs that forward and backward of these pairs need: both sides whole, no padding, nothing recomputed.
+
+    Of a weight matrix 2 a token forward and 4 backward (2 if it is frozen); the head on counted tokens only; attention on half
+    of the square. Source: Chowdhery et al. 2022, PaLM, arXiv:2204.02311, appendix B.
+    """
+    config: Any = model.config
+    lengths = table.side_lengths[indices]
+    tokens, counted = float(lengths.sum()), float(table.token_counts[indices].sum())
+    tables = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)  # type: ignore[operator]
+    body = sum(_flops(parameter, config) for parameter in model.parameters() if not any(parameter is t for t in tables))
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    attention = 6.0 * config.num_hidden_layers * width * float((lengths.astype(float) ** 2).sum())
+    return body * tokens + _flops(tables[1], config) * counted + attention
+
+
+def _flops(weight: Parameter, config: object) -> float:
+    """Of one token. Of stacked experts (E, rows, columns) only those that a token goes to."""
+    if weight.ndim < 2:
+        return 0.0
+    used = getattr(config, "num_experts_per_tok", weight.shape[0]) / weight.shape[0] if weight.ndim == 3 else 1.0
+    return weight.numel() * used * (6.0 if weight.requires_grad else 4.0)

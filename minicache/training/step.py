@@ -1,0 +1,109 @@
+"""One optimizer step: the pairs it takes, their gradients over micro-batches and processes, the update."""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from minicache.scoring.batch import Batch
+from minicache.scoring.batching import Indices, by_length
+from minicache.training.losses import Objective
+from minicache.training.optim import beta_at, learning_rate
+from minicache.training.order import global_batches, shares
+from minicache.training.speed import peak_flops, step_flops
+from minicache.training.state import Run, Training
+from minicache.training.validation import pair_logps
+
+
+def beta_of(run: Run, step: int) -> float:
+    return beta_at(step, run.steps, run.config.beta, run.config.beta_end)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A micro-batch. weight: of the sum of its losses: over the *global* number of pairs, times the number of processes because
+    DDP and FSDP average. 0: a process without pairs of its own only takes part.
+    """
+
+    indices: Indices
+    batch: Batch
+    weight: float
+
+
+@dataclass(frozen=True)
+class Share:
+    """A rank's part of one global batch. indices: (n,) of the whole batch. parts: the micro-batches of this rank."""
+
+    indices: Indices
+    parts: list[Part]
+
+
+def plan(run: Run, first_step: int) -> Iterator[Share]:
+    """The steps still to come, laid out in memory; a function of cache, seed and step alone."""
+    config, table, world, scorer = run.config, run.cached.table, run.world, run.scorer
+    costs = scorer.layout.costs(table.lengths)
+    order = global_batches(run.training, config.batch_size, config.seed, first_step)
+    for indices in islice(order, run.steps - first_step):
+        by_rank = shares(indices, costs, world.size)
+        mine = scorer.batches(table, by_rank[world.rank], run.budget)
+        parts = [Part(chosen, made, world.size / len(indices)) for chosen, made in mine]
+        least = 1  # DDP waits for everyone once a step; shards in every forward pass
+        if scorer.lockstep:
+            least = max(len(by_length(costs[each], run.budget, scorer.layout.pads)) for each in by_rank)
+        if len(parts) < least:
+            shortest = indices[[costs[indices].argmin()]]
+            parts += [Part(shortest, scorer.layout.make(table, shortest), 0.0)] * (least - len(parts))
+        yield Share(indices, parts)
+
+
+def take_step(run: Run, training: Training, mine: Share) -> torch.Tensor:
+    """One optimizer step; returns the gradient's norm before clipping, a tensor, so that nothing waits for it."""
+    config, optimizer, scaler, step = run.config, training.optimizer, training.scaler, training.progress.step
+    lr = learning_rate(step, run.steps, config.lr, config.schedule, config.warmup, config.min_lr)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    _accumulate(run, training, replace(run.objective, beta=beta_of(run, step)), mine)
+    scaler.unscale_(optimizer)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def _accumulate(run: Run, training: Training, objective: Objective, mine: Share) -> None:
+    """Gradients of the mean loss over one global batch; each rank adds those of its share."""
+    world, forward, last = run.world, training.forward, len(mine.parts)
+    chosen_tokens = float(run.cached.table.token_counts[mine.indices, 0].mean())
+    for number, part in enumerate(mine.parts, start=1):
+        inputs = part.batch.to(world.device)
+        # shards are reduced every time: to wait would keep whole gradients
+        later = isinstance(forward, DistributedDataParallel) and number < last
+        with forward.no_sync() if later else nullcontext():  # type: ignore[operator]
+            scores = forward(inputs, distribution=True)
+            logps = pair_logps(scores, inputs, run.cached, part.indices, objective)
+            losses = objective(logps, chosen_tokens)
+            total = losses if scores.balance is None else losses + scores.balance
+            training.scaler.scale(total.sum() * part.weight).backward()
+        if part.weight:
+            training.means.add(losses, logps, objective.beta, scores)
+
+
+def count_step(run: Run, training: Training, indices: Indices, seconds: float) -> int:
+    """Keep account of a step on these pairs; returns the tokens it read."""
+    progress, table = training.progress, run.cached.table
+    tokens = int(table.side_lengths[indices].sum())
+    progress.step += 1
+    progress.seconds += seconds
+    progress.total_seconds += seconds
+    progress.tokens += tokens
+    progress.total_tokens += tokens
+    if peak_flops(run.world.device, run.config.dtype):
+        progress.flops += step_flops(run.scorer.model, table, indices)
+    return tokens

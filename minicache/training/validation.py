@@ -1,0 +1,91 @@
+"""Metrics of a policy over held-out pairs, and its logprobs beside the reference's."""
+
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import numpy as np
+import torch
+
+from minicache.cache.reader import ReferenceCache
+from minicache.cache.schema import CachedPairs
+from minicache.errors import CacheMismatch, ConfigError
+from minicache.options.train import LossOptions
+from minicache.processes.world import World
+from minicache.scoring.batch import Batch
+from minicache.scoring.batching import Indices
+from minicache.scoring.scorer import PairScores, Scorer
+from minicache.scoring.tables import score_table
+from minicache.trackers import Tracker
+from minicache.training.losses import Logps, Objective
+from minicache.training.metrics import Means
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """Pairs of a cache to evaluate on. indices: (n,) into the cache's pairs."""
+
+    cached: CachedPairs
+    indices: Indices
+
+    @property
+    def digest(self) -> str:
+        """Of which pairs these are, in any order."""
+        digests = np.sort(self.cached.table.digest[self.indices, 0])
+        return blake2b(digests.astype("<u8").tobytes(), digest_size=16).hexdigest()
+
+
+def require_per_token(cache: ReferenceCache, options: LossOptions) -> None:
+    """Raises CacheMismatch: the loss weighs single tokens, and the cache does not hold what the reference said of each."""
+    if options.ld_alpha is not None and not cache.identity.per_token:
+        raise CacheMismatch(
+            f"--ld-alpha: needs each token's reference logprob, which {cache.path} does not hold; run precompute-ref with "
+            "--per-token into another cache"
+        )
+
+
+def evaluate_policy(
+    scorer: Scorer, pairs: EvalSet, objective: Objective, budget: int | None, world: World, tracker: Tracker
+) -> dict[str, float]:
+    """Mean metrics (see metrics.py) of a policy over these pairs, shared among the processes. budget: see `score_table`.
+
+    Raises:
+        ConfigError: the loss sorts over a batch, and a data set is no batch.
+    """
+    if name := objective.over_the_batch:
+        raise ConfigError(
+            f"--loss {name}: sorts over a training batch, so it says nothing of a data set; try --loss sigmoid"
+        )
+    table = pairs.cached.table
+    means, chosen_tokens = Means(world.device), float(table.token_counts[pairs.indices, 0].mean())
+    mine = pairs.indices[world.rank :: world.size]
+    for indices, batch, scores in score_table(scorer, table, mine, budget, world.device, distribution=True):
+        logps = pair_logps(scores, batch, pairs.cached, indices, objective)
+        means.add(objective(logps, chosen_tokens), logps, objective.beta, scores)
+        tracker.advance(len(indices) * world.size, int(table.side_lengths[indices].sum()) * world.size)
+    return means.reduce(world)
+
+
+def pair_logps(scores: PairScores, batch: Batch, cached: CachedPairs, indices: Indices, objective: Objective) -> Logps:
+    """Policy's and reference's logprobs of a batch side by side, as means or as sums (mean x tokens): the same for both."""
+    counts, averaged = scores.token_count, objective.kind == "mean"
+    if objective.options.ld_alpha is not None:
+        tokens = torch.from_numpy(cached.token_logps(indices)).to(counts.device)[batch.places]
+        weights = _ld_weights(batch, counts, objective.options.ld_alpha)
+        both = (scores.token_logps, tokens)
+        policy, reference = (batch.sum_members(values[batch.members] * weights) for values in both)
+        divisor = counts if averaged else torch.ones_like(counts)
+        whole = scores.logp_sum[:, 0]
+        return Logps(policy / divisor, reference / divisor, counts, averaged, scores.alignment, whole)
+    reference = torch.from_numpy(cached.reference.logp_mean[indices]).to(counts.device)
+    if averaged:
+        return Logps(scores.logp_mean, reference, counts, averaged, scores.alignment)
+    return Logps(scores.logp_sum, reference * counts, counts, averaged, scores.alignment)
+
+
+def _ld_weights(batch: Batch, counts: torch.Tensor, alpha: float) -> torch.Tensor:
+    """(M,) 1 for a token within the length of the shorter answer, `alpha` beyond.
+
+    Source: Liu et al. 2024, Length Desensitization in DPO, arXiv:2409.06411, eq. 9, with counted tokens as the length, as TRL.
+    """
+    shared = counts.min(1).values.repeat_interleave(2)[batch.owners]
+    return torch.where(batch.ranks() < shared, 1.0, alpha)

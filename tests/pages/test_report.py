@@ -1,0 +1,402 @@
+"""Pages of a cache and of a run: what they find, what they show, and that no text ever becomes markup."""
+
+import json
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from minicache.cache.reader import ReferenceCache
+from minicache.data.tokenizers import ChatTokenizer
+from minicache.errors import ConfigError, DataError
+from minicache.options.others import InspectConfig, ReportConfig
+from minicache.pages.cache_report import EXTREMES, gather
+from minicache.pages.charts import Bars, Line, curves, histogram, thinned
+from minicache.pages.markup import Html, e, page
+from minicache.reports import suspects
+from minicache.reports.pair_text import OWN_SHOWN, pair_texts
+from minicache.stages.inspect import write_cache_page
+from minicache.stages.report import write_run_page
+from minicache.text import visible
+from minicache.trackers import Silent
+from tests.conftest import WORDS, make_rows, precompute_into, write_jsonl
+from tests.helpers.pages import Page
+from tests.pictures.test_plot import make_run
+
+NASTY = "</script><img src=x onerror=alert(1)> {{DATA}} {{BODY}} & <!-- \x1b[31m שלום 👍🏽"
+
+
+def row(prompt: str, chosen: str, rejected: str) -> dict:
+    def side(text: str) -> list[dict]:
+        return [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
+
+    return {"chosen": side(chosen), "rejected": side(rejected)}
+
+
+LONG = " ".join(WORDS * 4)
+ODD_ROWS = [
+    row("why", "the cat sat", "on a mat"),
+    row("why", "on a mat", "the cat sat"),
+    row("why not", f"{LONG} cat", f"{LONG} mat"),
+    row("then", f"{LONG} it rained", "today " * 12),
+    row("and then", f"{LONG} it rained", "today " * 12),
+    row(NASTY, NASTY, f"{NASTY} no"),
+    row("a long one", "word " * 700, "cat"),
+    row("same", "same", "same"),
+]
+
+
+@pytest.fixture(scope="module")
+def odd_cache(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
+    """20 plain rows and some that something is wrong with, each token's logprob kept; two files."""
+    folder = tmp_path_factory.mktemp("odd")
+    plain = write_jsonl(folder / "plain.jsonl", make_rows(20))
+    return precompute_into(
+        folder / "cache", model_dir, plain, write_jsonl(folder / "odd.jsonl", ODD_ROWS), per_token=True
+    )
+
+
+@pytest.fixture(scope="module")
+def odd_page(odd_cache: Path) -> Path:
+    return write_cache_page(InspectConfig(odd_cache, html=odd_cache.parent / "cache.html"), Silent())
+
+
+def shown(cache: Path, to: Path) -> Page:
+    return Page(write_cache_page(InspectConfig(cache, html=to), Silent()).read_text(encoding="utf-8"))
+
+
+# --- rows to look at ---
+
+
+def test_sides_hash_alike_if_they_are_the_same_tokens_however_they_are_stored(odd_cache: Path) -> None:
+    table = ReferenceCache(odd_cache).load().table
+    hashes = suspects.look(table).sides
+    sides = [[tuple(table[index].side(side)[0].tolist()) for side in (0, 1)] for index in range(len(table))]
+    of = {tokens: hashes[index, side] for index, both in enumerate(sides) for side, tokens in enumerate(both)}
+    assert len({*of.values()}) == len(of) < 2 * len(table)
+    assert all(
+        of[tokens] == hashes[index, side] for index, both in enumerate(sides) for side, tokens in enumerate(both)
+    )
+
+
+def test_differing_tokens_are_those_between_common_beginning_and_end(odd_cache: Path) -> None:
+    table = ReferenceCache(odd_cache).load().table
+    for index, found in enumerate(suspects.look(table).differing.tolist()):
+        prefix, *lengths = table[index].lengths
+        one, other = (table[index].side(side)[0][prefix:][::-1] for side in (0, 1))
+        alike = 0
+        while alike < min(lengths) and one[alike] == other[alike]:
+            alike += 1
+        assert found == max(lengths) - alike
+
+
+def test_a_block_is_looked_at_as_its_parts_are(odd_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = ReferenceCache(odd_cache).load().table
+    whole = suspects.look(table)
+    monkeypatch.setattr(suspects, "AT_ONCE", 5)
+    parts = suspects.look(table)
+    for name in ("sides", "differing", "sketch"):
+        assert np.array_equal(getattr(whole, name), getattr(parts, name))
+
+
+def test_agreeing_hashes_estimate_how_much_two_answers_share() -> None:
+    """The sketch's agreement is the shingles' Jaccard similarity, within what 16 hashes can tell."""
+    random = np.random.default_rng(0)
+    similar, agreement = [], []
+    for share in (0.0, 0.3, 0.6, 0.9, 1.0):
+        for _ in range(40):
+            one = random.integers(0, 5000, 200)
+            other = np.where(np.arange(200) < 200 * share, one, random.integers(5000, 9000, 200))
+            sketch = suspects.look(table_of([one, other])).sketch
+            sets = [{tuple(ids[at : at + 4]) for at in range(197)} for ids in (one, other)]
+            similar.append(len(sets[0] & sets[1]) / len(sets[0] | sets[1]))
+            agreement.append((sketch[0] == sketch[1]).mean())
+    means = np.array([similar, agreement]).reshape(2, 5, 40).mean(2)
+    assert np.abs(means[0] - means[1]).max() < 0.06 and means[1, -1] == 1 and means[1, 0] == 0
+
+
+def table_of(answers: list[np.ndarray]):
+    """Pairs of one prompt token, an answer that counts, and a rejected token that does not."""
+    from minicache.pairs import EncodedPair, PairTable
+
+    def pair(ids: np.ndarray) -> EncodedPair:
+        mask = np.r_[0, np.ones(len(ids)), 0]
+        return EncodedPair(np.r_[1, ids, 2], mask.astype(np.uint8), (1, len(ids), 1))
+
+    return PairTable.from_pairs([pair(ids) for ids in answers], "int32")
+
+
+def test_an_extreme_margin_is_one_far_from_the_others_in_their_own_measure() -> None:
+    margins = np.random.default_rng(0).uniform(0.1, 0.5, 1000)
+    margins[[7, 8, 9, 10]] = [-2, np.nan, 2, -0.4]
+    assert suspects.perhaps_flipped(margins).tolist() == [7, 10]
+    assert suspects.perhaps_flipped(margins * 1000).tolist() == [7, 10]
+    assert not len(suspects.perhaps_flipped(margins + 10))  # below the others, but no preference for rejected
+    assert not len(suspects.perhaps_flipped(np.r_[np.zeros(9), -5])) and not len(suspects.perhaps_flipped(np.zeros(0)))
+
+
+def test_each_odd_row_is_found_with_its_file_and_line(odd_cache: Path) -> None:
+    found = gather(InspectConfig(odd_cache), Silent()).suspects
+
+    def where(rule: str) -> list[list[tuple[str, int]]]:
+        return [[(Path(line.source).name, line.line) for line in row.lines] for row in found.rows[rule]]
+
+    assert where("contradicting") == [[("odd.jsonl", 1), ("odd.jsonl", 2)]]
+    assert sorted(where("nearly-identical")) == [[("odd.jsonl", 3)], [("odd.jsonl", 6)]]
+    assert where("near-duplicates") == [[("odd.jsonl", 4), ("odd.jsonl", 5)]]
+    assert found.unread == 0 and not found.damage
+
+
+def test_no_row_is_suspect_among_plain_ones(ref_cache: Path, tmp_path: Path) -> None:
+    found = gather(InspectConfig(ref_cache), Silent()).suspects
+    assert found.found["contradicting"] == found.found["nearly-identical"] == found.found["near-duplicates"] == 0
+
+
+# --- figures and texts ---
+
+
+def test_groups_hold_each_scored_pair_once_and_count_as_the_columns_do(odd_cache: Path) -> None:
+    report = gather(InspectConfig(odd_cache), Silent())
+    table, scores = ReferenceCache(odd_cache).load()
+    for groups in report.groups.values():
+        assert sum(group.pairs for group in groups) == len(table)
+        share = sum(group.by_mean * group.pairs for group in groups) / len(table)
+        assert share == pytest.approx((scores.logp_mean[:, 0] > scores.logp_mean[:, 1]).mean())
+    plain = report.groups["file"][0]
+    margins = scores.logp_mean[table.source[:, 0] == 0] @ np.array([1, -1])
+    assert (plain.pairs, plain.margin) == (20, pytest.approx(margins.mean(), abs=1e-6))
+    assert all(len(lines) == EXTREMES for lines in report.extremes.values())
+
+
+def test_texts_are_the_pairs_token_by_token_with_their_logprobs(odd_cache: Path) -> None:
+    cache = ReferenceCache(odd_cache)
+    tokenizer = ChatTokenizer.load(cache.tokenizer_dir)
+    texts = pair_texts(cache, tokenizer, list(range(cache.log.pairs)))
+    for index, (shared, *own) in texts.items():
+        pair, means = cache.pair(index)
+        for side in (0, 1):
+            ids, mask = pair.side(side)
+            pieces = [*shared, *own[side]]
+            if len(ids) <= OWN_SHOWN:
+                assert "".join(text_of(piece) for piece in pieces) == visible(tokenizer.decode(ids))
+                total = sum(piece[1] for piece in pieces if isinstance(piece, list))
+                assert total == pytest.approx(float(means[side]) * mask.sum(), abs=2e-3 * len(pieces))
+    longest = next(own for _, *own in texts.values() if isinstance(own[0][-1], int))
+    assert longest[0][-1] > 0 and "word" in "".join(map(text_of, longest[0][:-1]))
+
+
+def text_of(piece: str | list) -> str:
+    return piece if isinstance(piece, str) else piece[0]
+
+
+# --- the page ---
+
+
+def test_a_page_is_sound_and_asks_nothing_of_any_network(odd_page: Path, tmp_path: Path) -> None:
+    Page(odd_page.read_text(encoding="utf-8")).check()
+    run = make_run(tmp_path / "run", evaluated=True)
+    Page(write_run_page(ReportConfig(run)).read_text(encoding="utf-8")).check()
+
+
+def test_what_a_pair_says_stays_text(odd_page: Path, odd_cache: Path) -> None:
+    found = Page(odd_page.read_text(encoding="utf-8"))
+    assert "img" not in found.tags and found.tags.count("script") == 2
+    index = next(
+        index for index, pieces in found.data["pairs"].items() if "onerror" in "".join(map(text_of, pieces[0]))
+    )
+    said = "".join(map(text_of, [*found.data["pairs"][index][0], *found.data["pairs"][index][1]]))
+    assert said.count(visible(NASTY)) == 2
+    assert f"pair-{index}" in found.ids
+
+
+def test_markup_escapes_all_that_is_not_markup() -> None:
+    built = e("p", NASTY, [Html("<b>x</b>"), None, 7], title=f'"{NASTY}', hidden=True, lang=None)
+    (text,) = [data for data in Texts.of(built) if "img" in data]
+    assert text == visible(NASTY) and "<img" not in built and "<b>x</b>7</p>" in built and "lang" not in built
+    made = page(NASTY, NASTY, [("a", NASTY, e("p", NASTY)), ("b", "", None)], {"said": NASTY})
+    found = Page(made)
+    found.check()
+    assert found.data == {"said": NASTY} and "img" not in found.tags and found.tags.count("section") == 1
+
+
+class Texts(HTMLParser):
+    @classmethod
+    def of(cls, markup: str) -> list[str]:
+        parser = cls()
+        parser.found: list[str] = []
+        parser.feed(markup)
+        return parser.found
+
+    def handle_data(self, data: str) -> None:
+        self.found.append(data)
+
+
+def test_without_each_tokens_logprob_the_page_says_how_to_get_it(ref_cache: Path, tmp_path: Path) -> None:
+    found = shown(ref_cache, tmp_path / "p.html")
+    found.check()
+    assert "--per-token" in found.text
+    pieces = [piece for part in next(iter(found.data["pairs"].values())) for piece in part]
+    assert {len(piece) for piece in pieces if isinstance(piece, list)} == {1}
+
+
+def test_files_refused_rows_and_problems_are_told(odd_page: Path) -> None:
+    said = Page(odd_page.read_text(encoding="utf-8")).text
+    assert "Complete: training may use it" in said and "identical" in said and "odd.jsonl:8" in said
+    assert "chosen and rejected are the same" in said
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        ("ledger/pairs/c/1/0", "Not complete"),
+        ("ledger/ref/c", "Not complete"),
+        ("pairs/tokens/c/1/0", "Not complete"),
+        ("ref/logp_mean/c/0/0/0", "Damaged"),
+        ("tokenizer", "Texts cannot be shown"),
+        ("refused.jsonl", "Complete"),
+    ],
+)
+def test_a_cache_with_a_hole_gives_a_page_that_says_so(broken: str, says: str, odd_cache: Path, tmp_path: Path) -> None:
+    cache = shutil.copytree(odd_cache, tmp_path / "cache")
+    place = cache / broken
+    shutil.rmtree(place) if place.is_dir() else place.unlink()
+    found = shown(cache, tmp_path / "p.html")
+    found.check()
+    assert says in found.text
+
+
+@pytest.mark.parametrize("array", ["pairs/tokens", "ref/token_logps"])
+def test_a_changed_byte_is_told_as_damage(array: str, odd_cache: Path, tmp_path: Path) -> None:
+    cache = shutil.copytree(odd_cache, tmp_path / "cache")
+    chunk = cache / array / "c/1/0"
+    content = bytearray(chunk.read_bytes())
+    content[len(content) // 2] ^= 1
+    chunk.write_bytes(content)
+    found = shown(cache, tmp_path / "p.html")
+    found.check()
+    assert "Damaged: training refuses it" in found.text and "block 1" in found.text
+    assert ("8 pairs were not compared" in found.text) == (array == "pairs/tokens")
+
+
+def test_what_is_looked_at_ends_somewhere_and_the_page_says_where(
+    odd_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minicache.pages.cache_report.MOST_TOKENS", 500)
+    monkeypatch.setattr("minicache.pages.cache_rows.MOST_TOKENS", 500)
+    assert "only the first 500 tokens of a cache are" in shown(odd_cache, tmp_path / "p.html").text
+
+
+def test_many_files_are_not_all_listed(odd_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("cache_report", "cache"):
+        monkeypatch.setattr(f"minicache.pages.{module}.MOST_FILES", 1)
+    found = shown(odd_cache, tmp_path / "p.html")
+    assert "The first 1 of 2 files" in found.text
+
+
+# --- charts ---
+
+
+def test_a_chart_draws_each_value_within_its_frame_and_lists_it() -> None:
+    values = [1.0, float("nan"), -3.0, 2e-5, 250.0]
+    chart = curves("Loss", "nats", [Line("training", "", [0, 1, 2, 3, 9], values)], level=0.5)
+    assert chart.count("<circle") == 4 and chart.count("<polyline") == 1
+    assert "from 1 to 250" in chart and ">-3<" in chart and ">2e-05<" in chart
+    bars = histogram("Lengths", "tokens", [0.5, 3.5, 6.5], [Bars("chosen", "chosen", [2, 0])], whole=True)
+    assert bars.count("<rect") == 1 and ">from 1<" in bars and "2 pairs" in bars
+    for drawing in (chart, bars, curves("One", "", [Line("a", "", [3], [0.0])])):
+        numbers = [
+            float(part.split('"')[0]) for name in (" y=", " cy=", " y1=") for part in drawing.split(f'{name}"')[1:]
+        ]
+        assert numbers and all(0 <= number <= 200 for number in numbers)
+
+
+def test_thinning_keeps_both_ends() -> None:
+    assert thinned(list(range(1000)), 5) == [0, 250, 500, 749, 999] and thinned([1, 2], 5) == [1, 2]
+
+
+# --- a run ---
+
+
+def test_a_runs_page_tells_how_it_went_and_what_was_asked(tmp_path: Path) -> None:
+    outcome = {"model_step": 2, "stopped": "no gain for 2 validations", "progress": {"step": 4}}
+    run = make_run(
+        tmp_path / "run", 9, evaluated=True, beta=0.7, lr=1e-5, pairs=40, held_out=8, handshake=2e-7,
+        started_from="org/model", outcome=outcome,
+    )  # fmt: skip
+    said = Page(write_run_page(ReportConfig(run)).read_text(encoding="utf-8")).text
+    for expected in (
+        "Stopped after step 4: no gain for 2 validations", "the best one, after step 2", "org/model",
+        "within 2e-07 nats", "40 trained on, 8 held out", "--beta", "0.7", "step 2 (saved)", "step 0 (before)",
+    ):  # fmt: skip
+        assert expected in said
+
+
+def test_a_run_that_goes_on_or_has_lost_its_options_still_has_a_page(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=3)
+    assert "Not finished: last logged after step 2" in Page(write_run_page(ReportConfig(run)).read_text()).text
+    (run / "run.json").unlink()
+    found = Page(write_run_page(ReportConfig(run / "metrics.jsonl")).read_text())
+    found.check()
+    assert "run.json is missing" in found.text
+
+
+def test_where_it_started_is_linked_where_that_has_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    before, cache = make_run(Path("über 1"), steps=1), Path("cache")
+    write_run_page(ReportConfig(before))
+    cache.mkdir()
+    (cache / "report.html").touch()
+    run = make_run(Path("run 2"), steps=1, started_from=str(before / "model"), ref_cache="cache")
+    links = Page(write_run_page(ReportConfig(run)).read_text(encoding="utf-8")).links
+    assert {"../%C3%BCber%201/report.html", "../cache/report.html"} < set(links)
+
+
+def test_answers_stand_side_by_side_as_text(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=1)
+    lines = [
+        {"prompt": NASTY, "reference": NASTY, "policy": "", "reference_cut": True, "policy_cut": False,
+         "models": {"reference": "r", "policy": str(run / "model")}},
+        {"prompt": "why", "reference": "a", "policy": "b" * 9000},
+    ]  # fmt: skip
+    write_jsonl(run / "answers.jsonl", lines)
+    found = Page(write_run_page(ReportConfig(run)).read_text(encoding="utf-8"))
+    found.check()
+    assert "img" not in found.tags and found.text.count(visible(NASTY)) == 2
+    assert (
+        "(no answer)" in found.text
+        and "3,000 characters left out" in found.text
+        and "not of this run" not in found.text
+    )
+    other = write_jsonl(tmp_path / "other.jsonl", [{**lines[0], "models": {"policy": "elsewhere"}}])
+    asked = ReportConfig(run, tmp_path / "p.html", other)
+    assert "These answers are of elsewhere" in Page(write_run_page(asked).read_text(encoding="utf-8")).text
+
+
+@pytest.mark.parametrize(
+    "content", ['{"prompt": "a"}\n', "[1]\n", "{", '{"prompt": "a", "reference": "b", "policy": 3']
+)
+def test_answers_of_another_kind_are_refused_with_their_line(content: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(DataError, match=r"a\.jsonl, line 1: expected an object with 'prompt'"):
+        write_run_page(ReportConfig(make_run(tmp_path / "run"), answers=tmp_path / "a.jsonl"))
+
+
+# --- the command line ---
+
+
+def test_both_commands_write_their_page_and_name_it(cli, odd_cache: Path, tmp_path: Path) -> None:
+    code, said, _ = cli("inspect-cache", odd_cache, "--html", tmp_path / "c.html")
+    assert code == 0 and "c.html" in said and Page((tmp_path / "c.html").read_text(encoding="utf-8")).data["pairs"]
+    code, said, told = cli("inspect-cache", odd_cache, "--html", tmp_path / "c.html", "--json")
+    assert code == 0 and json.loads(said)["pairs"] == 27 and "c.html" in told
+    run = make_run(tmp_path / "run")
+    assert cli("report", run)[0] == 0 and (run / "report.html").is_file()
+    code, _, told = cli("report", tmp_path)
+    assert code == 1 and "holds runs and is none itself" in " ".join(told.split())
+
+
+def test_a_page_is_of_the_whole_cache() -> None:
+    with pytest.raises(ConfigError, match="--html: shows the whole cache"):
+        InspectConfig("c", pair=1, html=Path("p.html"))

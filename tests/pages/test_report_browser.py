@@ -1,0 +1,154 @@
+"""The pages in headless Chromium: every width, dark and light, the keyboard, and nothing run or fetched that is not theirs."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from minicache.options.others import InspectConfig, ReportConfig
+from minicache.stages.inspect import write_cache_page
+from minicache.stages.report import write_run_page
+from minicache.text import visible
+from minicache.trackers import Silent
+from tests.conftest import make_rows, precompute_into, write_jsonl
+from tests.helpers.browser import CHROMIUM, Browser
+from tests.pages.test_report import LONG, NASTY, row
+from tests.pictures.test_plot import make_run
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium to look at the pages with")
+OPEN_ALL = "for (const one of document.querySelectorAll('details')) one.open = true; new Promise(requestAnimationFrame)"
+TAB, ENTER = ("Tab", 9, ""), ("Enter", 13, "\r")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with Browser() as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> dict[str, Path]:
+    """A page of each kind, with long names, long texts and text that would like to be markup."""
+    folder = tmp_path_factory.mktemp("pages")
+    rows = [
+        *make_rows(12),
+        row(NASTY, NASTY, f"{NASTY} no"),
+        row("why", f"{LONG} cat", f"{LONG} mat"),
+        row("why", "w" * 900, "a"),
+    ]
+    data = write_jsonl(folder / f"{'a-very-long-name-' * 6}.jsonl", rows)
+    cache = precompute_into(folder / "cache", model_dir, data, per_token=True)
+    run = make_run(folder / "run", steps=40, evaluated=True, started_from="x/" * 60, beta=0.3)
+    write_jsonl(run / "answers.jsonl", [{"prompt": NASTY * 4, "reference": NASTY, "policy": LONG * 3}])
+    return {
+        "cache": write_cache_page(InspectConfig(cache, html=folder / "cache.html"), Silent()),
+        "run": write_run_page(ReportConfig(run)),
+    }
+
+
+@pytest.mark.parametrize("name", ["cache", "run"])
+@pytest.mark.parametrize("width", [320, 768, 1440])
+def test_a_page_fits_every_width_with_all_of_it_open(name: str, width: int, browser: Browser, pages: dict) -> None:
+    browser.open(pages[name], width)
+    browser.run(OPEN_ALL)
+    assert browser.run("document.documentElement.scrollWidth") == width
+    beyond = f"one.getBoundingClientRect().right > {width} && !one.closest('.scroll, svg, .hidden')"
+    assert browser.run(f"[...document.querySelectorAll('main *')].filter((one) => {beyond}).length") == 0
+    assert (
+        browser.run(
+            "Math.min(...[...document.querySelectorAll('svg')].map((one) => one.getBoundingClientRect().width))"
+        )
+        > 200
+    )
+
+
+@pytest.mark.parametrize("name", ["cache", "run"])
+def test_a_page_runs_and_fetches_nothing_but_itself(name: str, browser: Browser, pages: dict) -> None:
+    browser.open(pages[name])
+    browser.run(OPEN_ALL)
+    asked = {
+        one["params"]["request"]["url"] for one in browser.heard if one.get("method") == "Network.requestWillBeSent"
+    }
+    assert asked == {pages[name].as_uri()}
+    assert not [one for one in browser.heard if one.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded")]
+    assert browser.run("document.images.length + document.scripts.length") == 2
+    assert browser.run(f"document.body.innerText.includes({visible('onerror=alert(1)>')!r})")
+
+
+@pytest.mark.parametrize("name", ["cache", "run"])
+def test_dark_and_light_follow_the_system_and_all_text_can_be_read(name: str, browser: Browser, pages: dict) -> None:
+    """WCAG 2.2 AA, 1.4.3: text against what lies behind it, 4.5 to 1."""
+    backs = []
+    for dark in (False, True):
+        browser.open(pages[name], dark=dark)
+        browser.run(OPEN_ALL)
+        lowest, where, back = browser.run(CONTRAST)
+        assert lowest >= 4.5, where
+        backs.append(back)
+    assert backs[0] > 0.8 and backs[1] < 0.05
+
+
+CONTRAST = """(() => {
+  const parse = (text) => { const n = text.match(/[\\d.]+/g).map(Number); return [n[0], n[1], n[2], n.length > 3 ? n[3] : 1]; };
+  const over = ([r, g, b, a], below) => [r, g, b].map((one, at) => one * a + below[at] * (1 - a));
+  const linear = (one) => (one / 255 <= 0.04045 ? one / 255 / 12.92 : ((one / 255 + 0.055) / 1.055) ** 2.4);
+  const light = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
+  const below = (one) => (one.parentElement ? behind(one.parentElement) : [255, 255, 255]);
+  const behind = (one) => over(parse(getComputedStyle(one).backgroundColor), below(one));
+  let lowest = 99, where = "";
+  for (const one of document.querySelectorAll("body *")) {
+    if (one.closest("script, .hidden") || ![...one.childNodes].some((node) => node.nodeType === 3 && node.data.trim())) continue;
+    const style = getComputedStyle(one), back = behind(one);
+    const ink = over(parse(one.closest("svg") ? style.fill : style.color), back);
+    const [high, low] = [light(ink), light(back)].sort((a, b) => b - a), ratio = (high + 0.05) / (low + 0.05);
+    if (ratio < lowest) [lowest, where] = [ratio, one.outerHTML.slice(0, 200)];
+  }
+  return [lowest, where, light(behind(document.body))];
+})()"""
+
+
+def test_the_keyboard_reaches_a_text_and_opens_it(browser: Browser, pages: dict) -> None:
+    browser.open(pages["cache"])
+    focused = "document.activeElement.closest('details[data-pair]')?.id || ''"
+    for _ in range(200):
+        browser.press(*TAB)
+        if found := browser.run(focused):
+            break
+    assert found
+    outline = browser.run(
+        "getComputedStyle(document.activeElement).outlineStyle + getComputedStyle(document.activeElement).outlineWidth"
+    )
+    assert outline == "solid3px"
+    assert not browser.run(f"document.getElementById('{found}').open")
+    browser.press(*ENTER)
+    browser.run("new Promise((done) => setTimeout(done, 50))")
+    assert browser.run(
+        f"document.getElementById('{found}').open && document.querySelectorAll('#{found} .tok').length > 0"
+    )
+
+
+def test_a_link_to_a_pair_opens_its_text_with_shaded_tokens(browser: Browser, pages: dict) -> None:
+    browser.open(pages["cache"])
+    pair = browser.run("const link = document.querySelector('a[href^=\"#pair-\"]'); link.click(); link.hash.slice(1)")
+    browser.run("new Promise((done) => setTimeout(done, 50))")
+    assert browser.run(f"document.getElementById('{pair}').open")
+    assert browser.run("document.activeElement.tagName") == "SUMMARY"
+    shades = browser.run(
+        f"[...new Set([...document.querySelectorAll('#{pair} .tok')].map((one) => one.className))].sort()"
+    )
+    assert len(shades) > 1 and all(shade.startswith("tok s") for shade in shades)
+    browser.open(pages["cache"], fragment=f"#{pair}")
+    assert browser.run(f"document.getElementById('{pair}').open")
+
+
+def test_a_screen_reader_finds_parts_charts_and_tables_by_name(browser: Browser, pages: dict) -> None:
+    for file in pages.values():
+        browser.open(file)
+        browser.call("Accessibility.enable")
+        nodes = [one for one in browser.call("Accessibility.getFullAXTree")["nodes"] if not one.get("ignored")]
+        named: dict[str, list[str]] = {}
+        for node in nodes:
+            named.setdefault(node["role"]["value"], []).append(node.get("name", {}).get("value", ""))
+        assert len(named["main"]) == len(named["banner"]) == len(named["navigation"]) == 1
+        for role in ("region", "image", "table", "navigation", "link", "heading", "columnheader", "rowheader"):
+            assert named[role] and all(named[role]), role

@@ -1,0 +1,190 @@
+"""Ways to compute the same steps: half precision, compiled, with less memory, in two processes, with mixtures of experts."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import logsigmoid
+
+from minicache.cache.reader import ReferenceCache
+from minicache.errors import ConfigError, ModelError
+from minicache.models import balance, load_model
+from minicache.options.train import LoraOptions, TrainConfig
+from minicache.stages.train import TrainReport, train
+from minicache.trackers import Silent
+from minicache.training.order import Mixture, global_batches
+from tests.conftest import make_rows, one_process, precompute_into, write_jsonl
+
+MIXTURES = ["minimind2-2504-moe", "minimind3-moe"]
+SETTINGS = {"batch_size": 4, "max_steps": 4, "lr": 1e-3, "log_every": 1, "save_every": 0, "tokens_per_micro_batch": 200}
+
+
+def run(ref_cache: Path, out: Path, **options) -> TrainReport:
+    return train(TrainConfig(ref_cache, out, **{**SETTINGS, **options}), one_process(), Silent())
+
+
+def curve(out: Path, name: str = "loss") -> np.ndarray:
+    return np.array([json.loads(line)[name] for line in (out / "metrics.jsonl").read_text().splitlines()])
+
+
+@pytest.fixture(scope="module")
+def mixtures(tmp_path_factory: pytest.TempPathFactory, shared: Path, tokenizer_dir: Path) -> dict[str, Path]:
+    """Caches of mixtures of experts, 8 pairs each."""
+    directory = tmp_path_factory.mktemp("mixtures")
+    data = write_jsonl(directory / "pairs.jsonl", make_rows(8))
+    files = {name: shared / "fixtures" / "minimind" / f"{name}.pth" for name in MIXTURES}
+    tokenizer = str(tokenizer_dir)
+    return {name: precompute_into(directory / name, file, data, tokenizer=tokenizer) for name, file in files.items()}
+
+
+# --- mixtures of experts ---
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_the_balance_loss_is_logged_and_stays_sane(mixtures: dict[str, Path], tmp_path: Path, name: str) -> None:
+    run(mixtures[name], tmp_path / "run", max_steps=12, lr=3e-3)
+    aux, loss = curve(tmp_path / "run", "aux_loss"), curve(tmp_path / "run")
+    coefficient = load_model(ReferenceCache(mixtures[name]).log.model).model.config.router_aux_loss_coef
+    even = (
+        2 * coefficient
+    )  # of two layers, every expert chosen as often; picks are counted apart where a token has several
+    assert (aux > 0.5 * even).all() and (aux < 8 * even).all() and aux[-4:].mean() < aux[:4].mean() * 1.1
+    assert loss[0] == pytest.approx(math.log(2), abs=1e-6)  # the metric is the preference loss alone
+
+
+def test_a_dense_model_has_none(ref_cache: Path, tmp_path: Path) -> None:
+    run(ref_cache, tmp_path / "run", max_steps=1)
+    assert "aux_loss" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_the_balance_loss_is_part_of_the_gradient(mixtures: dict[str, Path], tmp_path: Path) -> None:
+    """Of 2504, whose sequences are balanced each for itself: plain sums over single answers give the same norm and mean."""
+    cache = mixtures["minimind2-2504-moe"]
+    run(cache, tmp_path / "run", max_steps=1)
+    table = ReferenceCache(cache).load().table
+    batch = next(global_batches(Mixture.of([np.arange(len(table))]), 4, seed=42))
+    norms, total_aux = {}, 0.0
+    for with_aux in (True, False):
+        model = load_model(ReferenceCache(cache).log.model).model.float().requires_grad_(True)
+        total = torch.zeros(())
+        for index in batch:
+            means, penalties = [], []
+            for side in (0, 1):
+                ids, mask = (torch.from_numpy(values.astype(np.int64)) for values in table[int(index)].side(side))
+                with balance.recording(model) as routing:
+                    logits = model(ids[None]).logits[0, :-1]
+                logps = logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+                means.append(logps[mask[1:].bool()].mean())
+                penalties.append(routing.loss(torch.arange(len(ids)), torch.zeros(len(ids), dtype=torch.int64), 1)[0])
+            margin = (means[0] - means[1]) - (means[0] - means[1]).detach()  # the reference is the policy itself
+            total = total + (-logsigmoid(0.1 * margin) + with_aux * sum(penalties) / 2) / 4
+            total_aux += with_aux * sum(penalty.item() for penalty in penalties) / 8
+        total.backward()
+        gradients = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
+        norms[with_aux] = torch.cat(gradients).norm().item()
+    assert curve(tmp_path / "run", "grad_norm")[0] == pytest.approx(norms[True], rel=1e-4)
+    assert curve(tmp_path / "run", "aux_loss")[0] == pytest.approx(total_aux, rel=1e-5)
+    assert abs(norms[True] - norms[False]) > 1e-2 * norms[True]
+
+
+def test_two_processes_train_a_mixture_as_one_does(mixtures: dict[str, Path], tmp_path: Path) -> None:
+    """2504 and 2510 balance each sequence for itself; 3 all tokens of a micro-batch, which is another with more processes."""
+    cache = mixtures["minimind2-2504-moe"]
+    options = {"--batch-size": 3, "--max-steps": 4, "--lr": 1e-3, "--log-every": 1, "--save-every": 0}
+    options |= {"--tokens-per-micro-batch": 200, "--ref-cache": cache, "--out": tmp_path / "two", "--nproc": 2}
+    words = [str(word) for pair in options.items() for word in pair]
+    done = subprocess.run([sys.executable, "-m", "minicache", "train", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    run(cache, tmp_path / "one", batch_size=3)
+    for name in ("loss", "aux_loss", "grad_norm"):
+        assert np.abs(curve(tmp_path / "one", name) - curve(tmp_path / "two", name)).max() < 1e-5, name
+
+
+# --- the same numbers with less memory, compiled, in half precision ---
+
+
+@pytest.mark.parametrize("name", ["dense", *MIXTURES])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_activation_checkpointing_changes_no_number(
+    ref_cache: Path, mixtures: dict[str, Path], tmp_path: Path, name: str, rank: int
+) -> None:
+    cache, options = mixtures.get(name, ref_cache), {"lora": LoraOptions(lora_rank=rank), "max_steps": 3}
+    run(cache, tmp_path / "plain", **options)
+    run(cache, tmp_path / "less", activation_checkpointing=True, **options)
+    for metric in ("loss", "grad_norm", "logps/chosen", *(["aux_loss"] if name != "dense" else [])):
+        left, right = (curve(tmp_path / out, metric) for out in ("plain", "less"))
+        assert np.allclose(left, right, rtol=1e-6, atol=1e-6), metric
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
+@pytest.mark.parametrize(("name", "rank"), [("dense", 2), ("minimind3-moe", 0)])
+def test_compiled_steps_are_those_of_eager_ones(
+    ref_cache: Path, mixtures: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, rank: int
+) -> None:
+    """What is traced: hooks on routers, adapters, checkpointed layers, and each batch's own shape. The C++ that Inductor would
+    make of it takes a minute of a slow core to compile."""
+    cache, options = mixtures.get(name, ref_cache), {"lora": LoraOptions(lora_rank=rank)}
+    run(cache, tmp_path / "eager", **options)
+    torch._dynamo.reset()
+    compiles: list[torch.nn.Module] = []
+    original = torch.nn.Module.compile
+
+    def tracing(module: torch.nn.Module, **given) -> None:
+        compiles.append(module)
+        original(module, backend="eager", **given)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", tracing)
+    run(cache, tmp_path / "compiled", compile=True, activation_checkpointing=rank > 0, **options)
+    assert [hasattr(module, "lm_head") for module in compiles] == [False]
+    for metric in ("loss", "grad_norm", "logps/rejected"):
+        left, right = (curve(tmp_path / out, metric) for out in ("eager", "compiled"))
+        assert np.allclose(left, right, rtol=1e-4, atol=1e-4), metric
+    torch._dynamo.reset()
+
+
+def test_float16_trains_with_a_scaled_loss(model_dir: Path, data_file: Path, tmp_path: Path) -> None:
+    cache = precompute_into(tmp_path / "cache", model_dir, data_file, dtype="float16")
+    run(cache, tmp_path / "run", dtype="float16", max_steps=10, batch_size=8)
+    run(cache, tmp_path / "full", dtype="float32", max_steps=10, batch_size=8)
+    losses = curve(tmp_path / "run")
+    assert losses[0] == pytest.approx(math.log(2), abs=5e-3) and losses[-1] < 0.68
+    assert np.abs(losses - curve(tmp_path / "full")).max() < 2e-2
+    assert (curve(tmp_path / "run", "grad_scale") >= 1).all()
+
+
+def test_float16_that_diverges_says_so(ref_cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="the run has diverged; expected finite numbers"):
+        run(ref_cache, tmp_path / "run", dtype="float16", lr=1e30, max_steps=30, warmup=0.0)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_8_bit_adamw_trains(ref_cache: Path, tmp_path: Path, rank: int) -> None:
+    options = {"max_steps": 10, "batch_size": 8, "lr": 1e-2 if rank else 1e-3, "lora": LoraOptions(lora_rank=rank)}
+    run(ref_cache, tmp_path / "plain", **options)
+    run(ref_cache, tmp_path / "small", optimizer="adamw-8bit", **options)
+    plain, small = curve(tmp_path / "plain"), curve(tmp_path / "small")
+    assert small[-1] < small[0] - 0.5 * (plain[0] - plain[-1])
+
+
+def test_what_a_mode_needs_is_asked_for_before_the_run_is_made(
+    ref_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="paged-adamw-8bit: pages a GPU's memory, and there is no GPU; expected"):
+            run(ref_cache, tmp_path / "run", optimizer="paged-adamw-8bit")
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ConfigError, match=r"--optimizer adamw-8bit: .* pip install 'minicache\[8bit\]'"):
+        run(ref_cache, tmp_path / "run", optimizer="adamw-8bit")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ConfigError, match=r"pip install 'minicache\[lora\]'"):
+        run(ref_cache, tmp_path / "run", lora=LoraOptions(lora_rank=1))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(ConfigError, match="--compile: expected a C"):
+        run(ref_cache, tmp_path / "run", compile=True)
+    assert not (tmp_path / "run").exists()
