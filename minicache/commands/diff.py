@@ -1,19 +1,17 @@
-"""`minidpo diff`: two caches side by side."""
+"""`minidpo diff`."""
 
-from typing import Annotated
-
-import typer
-
-from minicache.commands.running import Json, errors_as_one_line, out, print_json
-
-Cache = Annotated[str, typer.Argument(metavar="CACHE", help="A reference cache, a directory or a URL.")]
+from minicache.commands.assemble import JSON, Given, command
+from minicache.commands.running import errors_as_one_line, out, print_json
+from minicache.options.others import DiffConfig
+from minicache.screen.diff import show_diff
 
 
-def diff(a: Cache, b: Cache, as_json: Json = False) -> None:
+@command(DiffConfig, after={"b": JSON})
+def diff(given: Given) -> None:
     """What differs between two reference caches: options, files, pairs, and the values of the pairs in both. Needs no torch."""
-    from minicache.screen.diff import show_diff
-    from minicache.stages import diff as stage
+    from minicache.stages.diff import diff as find
 
     with errors_as_one_line():
-        report = stage.diff(a, b)
-        print_json(out, report) if as_json else show_diff(out, report)
+        config = given.config(DiffConfig)
+        report = find(config.a, config.b)
+        print_json(out, report) if given.json else show_diff(out, report)

@@ -8,54 +8,27 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from importlib import import_module
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.console import Console
 
 from minicache.errors import CacheMismatch, MinicacheError, ProcessLost
-from minicache.options.recipes import RECIPES
 from minicache.processes.signals import Interruptible
 from minicache.screen.diff import differences_table
 from minicache.screen.live import Screen
 from minicache.screen.results import show_error
 from minicache.trackers import Silent
 
-out, err = Console(), Console(stderr=True)  # reports; progress and errors
-RefCache = Annotated[
-    str,
-    typer.Option(
-        "--ref-cache", metavar="PATH", help="The reference cache: a directory, or s3://bucket/name, gs://…, az://…"
-    ),
-]
-NPROC_HELP = "Processes on this machine, as torchrun would start them."
-Nproc = Annotated[int, typer.Option(min=1, help=NPROC_HELP)]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Recipe = Annotated[
-    str | None,
-    typer.Option(help=f"Defaults of MiniMind's scripts, for both stages: {', '.join(RECIPES)}. Other options win."),
-]
-TokensPerBatch = Annotated[
-    int | None,
-    typer.Option(help="Token slots of one forward pass. (Default: many, and half as many where they don't fit.)"),
-]
-SCRATCH_HELP = (
-    "Decode the pairs into a file here, for all processes. (Default: $TMPDIR or /var/tmp if memory is too small.)"
-)
-PARALLEL_HELP = "Of several processes: ddp (a copy each), fsdp (in shards), hybrid (shards in a node, a copy each)."
-LAYOUT_HELP = "auto, or how pairs lie in memory: packed (no padding), shared (prefix once), padded (two rows)."
-DTYPE_HELP = "auto (bfloat16 on CUDA, else float32), bfloat16, float16 or float32."
-
-
-def given_by_user(ctx: typer.Context) -> dict[str, Any]:
-    """What the user wrote on the command line, without any default."""
-    sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
-    return {name: ctx.params[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+# Reports go to the first, progress and errors to the second.
+out, err = Console(), Console(stderr=True)
 
 
 def run_stage(name: str, config: Any, nproc: int, show: Callable[[Console, Any], object] | None) -> Any:
-    """Run the stage `name`, a function in a module of that name, in as many processes as asked, and show its report."""
+    """Run a stage in as many processes as asked, show its report on rank 0, and return it.
+
+    name: of the stage's module in stages/, and of the function in it; "module.function" where they differ.
+    """
     if nproc > 1 and "WORLD_SIZE" not in os.environ:
         from minicache.processes.launch import launch
 

@@ -5,7 +5,7 @@ A row's format is found by looking at the row (`FORMATS`, in order) unless the u
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from minicache.data.files import MOST_ROW
 from minicache.data.records import ROLES, Pair, Turn
@@ -79,13 +79,21 @@ def _is_transcript(row: Row) -> bool:
     return isinstance(row["chosen"], str) and row["chosen"].startswith("\n\nHuman:")
 
 
-# name -> (fields it needs, further test, reader); the first that fits a row reads it
-FORMATS: dict[str, tuple[set[str], Callable[[Row], bool], Callable[[Row], Conversations]]] = {
-    "sharegpt": ({"conversations", "chosen", "rejected"}, lambda row: True, from_sharegpt),
-    "stack-exchange": ({"question", "response_j", "response_k"}, lambda row: True, from_stack_exchange),
-    "messages": ({"chosen", "rejected"}, lambda row: isinstance(row["chosen"], list), from_messages),
-    "prompt": ({"prompt", "chosen", "rejected"}, lambda row: isinstance(row["chosen"], str), from_prompt),
-    "hh": ({"chosen", "rejected"}, _is_transcript, from_transcript),
+class Format(NamedTuple):
+    """A form of rows. fields: those that it needs. read: a row -> the two whole conversations. fits: a further test of a row."""
+
+    fields: set[str]
+    read: Callable[[Row], Conversations]
+    fits: Callable[[Row], bool] = lambda row: True
+
+
+# The first that fits a row reads it.
+FORMATS: dict[str, Format] = {
+    "sharegpt": Format({"conversations", "chosen", "rejected"}, from_sharegpt),
+    "stack-exchange": Format({"question", "response_j", "response_k"}, from_stack_exchange),
+    "messages": Format({"chosen", "rejected"}, from_messages, lambda row: isinstance(row["chosen"], list)),
+    "prompt": Format({"prompt", "chosen", "rejected"}, from_prompt, lambda row: isinstance(row["chosen"], str)),
+    "hh": Format({"chosen", "rejected"}, from_transcript, _is_transcript),
 }
 
 
@@ -132,18 +140,18 @@ def to_prompt(row: object) -> tuple[Turn, ...]:
 
 def _reader(row: Row, format: str) -> Callable[[Row], Conversations]:
     if format != "auto":
-        fields, _, reader = FORMATS[format]
-        if missing := sorted(fields - row.keys()):
+        known = FORMATS[format]
+        if missing := sorted(known.fields - row.keys()):
             raise RowRefused("missing-field", f"format {format} needs {_listed(missing)}; the row has {_listed(row)}")
-        return reader
-    for fields, test, reader in FORMATS.values():
-        if fields <= row.keys() and test(row):
-            return reader
+        return known.read
+    for known in FORMATS.values():
+        if known.fields <= row.keys() and known.fits(row):
+            return known.read
     if "chosen" in row and "rejected" in row:
         if isinstance(row["chosen"], str):
             raise RowRefused("missing-field", "chosen and rejected are strings, and there is no 'prompt'")
         raise RowRefused("wrong-type", f"'chosen' must be text or a list of turns, got {_kind(row['chosen'])}")
-    if any(fields & row.keys() for fields, _, _ in FORMATS.values()):
+    if any(known.fields & row.keys() for known in FORMATS.values()):
         raise RowRefused("missing-field", f"a pair needs both answers; the row has {_listed(row)}")
     raise RowRefused("unknown-format", f"no known format has the fields {_listed(row)}; formats: {', '.join(FORMATS)}")
 

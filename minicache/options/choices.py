@@ -1,6 +1,7 @@
-"""The values that options may have, by name."""
+"""Names that options take and that no other code hangs on, and the bounds of a cache's arrays."""
 
-FORMATS = ("auto", "messages", "prompt", "stack-exchange", "sharegpt", "hh")
+from minicache.options.catalog import LAYOUTS
+
 TRUNCATE = ("right", "left", "refuse")
 LOSS_ON = ("response", "assistant")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -8,12 +9,19 @@ ON_BAD_ROW = ("skip", "fail")
 THINK = ("keep", "drop")
 SPECIAL_TEXT = ("plain", "refuse", "allow")
 LOGPS = ("mean", "sum")
-LAYOUTS = ("auto", "packed", "shared", "padded")
 PARALLEL = ("ddp", "fsdp", "hybrid")
-MOST_LENGTH, MOST_BLOCK_PAIRS = 2**24, 2**20  # sizes of a cache's arrays follow from them
-NO_DIRECTORIES = (".pt", ".bin", ".ckpt", ".safetensors", ".gguf", ".zip", ".tar", ".gz", ".onnx")
-SCHEDULES = ("cosine", "linear", "constant", "minimind-2504", "minimind-2510", "minimind-3")
-F_DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
-OPTIMIZERS = ("adamw", "adamw-8bit", "paged-adamw-8bit")
 ON_MAX_KL = ("warn", "stop")
-TRACKERS = ("wandb", "swanlab", "tensorboard", "trackio")
+# Sizes of a cache's arrays follow from these.
+MOST_LENGTH, MOST_BLOCK_PAIRS = 2**24, 2**20
+NO_DIRECTORIES = (".pt", ".bin", ".ckpt", ".safetensors", ".gguf", ".zip", ".tar", ".gz", ".onnx")
+
+
+def layouts() -> tuple[str, ...]:
+    """The names that --layout takes."""
+    return ("auto", *LAYOUTS)
+
+
+def layout_help() -> str:
+    """What each layout is, for the help of --layout."""
+    *others, last = (f"{name} ({entry.about})" for name, entry in LAYOUTS.items())
+    return f"auto, or how pairs lie in memory: {', '.join(others)}, {last}."

@@ -7,16 +7,9 @@ from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin
 
 from minicache.errors import ConfigError
+from minicache.options.declare import flag
 
 Config = TypeVar("Config")
-
-
-def option(name: str) -> str:
-    """A field's name as a person types it."""
-    return f"--{name.replace('_', '-')}"
-
-
-# --- configs and flat dictionaries: a command's parameters, run.json ---
 
 
 def fill(config: type[Config], given: Mapping[str, Any]) -> Config:
@@ -43,9 +36,7 @@ def require_types(config: type, given: Mapping[str, Any]) -> None:
         if isinstance(item.type, type) and is_dataclass(item.type):
             require_types(item.type, given)
         elif item.name in given and not _fits(item.type, given[item.name]):
-            raise ConfigError(
-                f"{option(item.name)}: expected another kind of value, got {str(given[item.name])[:40]!r}"
-            )
+            raise ConfigError(f"{flag(item.name)}: expected another kind of value, got {str(given[item.name])[:40]!r}")
 
 
 def _fits(kind: Any, value: object) -> bool:

@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minicache.errors import ConfigError
-from minicache.options.checks import at_least, one_of
+from minicache.options import texts
 from minicache.options.choices import (
     DTYPES,
-    FORMATS,
     LOGPS,
     LOSS_ON,
     NO_DIRECTORIES,
@@ -16,24 +15,34 @@ from minicache.options.choices import (
     THINK,
     TRUNCATE,
 )
+from minicache.options.declare import check_options, flag, needed, option
 from minicache.options.where import Where
+
+FILES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
+OTHER_FILES = (*NO_DIRECTORIES, ".pth", ".json", ".csv", ".tsv", ".txt", ".arrow", ".zst", ".feather")
+# Pairs in a block of a cache that is not scored here: a kill loses nothing but writing.
+BLOCK_PAIRS = 4096
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """A policy in another form: a Hugging Face directory, or MiniMind's if `out` ends in .pth.
+    """A policy in another form: a Hugging Face directory, or MiniMind's if `out` ends in .pth."""
 
-    dtype: auto is the precision it is stored in; of a .pth float16, as MiniMind's own scripts write it.
-    """
-
-    policy: str
-    out: Path
-    dtype: str = "auto"
-    tokenizer: str | None = None
-    trust_remote_code: bool = False
+    policy: str = needed("A run directory, one of its checkpoints, a model directory, hub id or file.")
+    out: Path = needed(
+        "Of a policy: a directory to make, or a .pth file (of a MiniMind model). Of a cache: a .parquet, .jsonl, "
+        ".jsonl.gz or .jsonl.zst file, or a directory for datasets.load_from_disk."
+    )
+    dtype: str = option(
+        "auto",
+        "Of a policy: auto (as it is stored; a .pth in float16), float32, float16 or bfloat16.",
+        choices=lambda: DTYPES,
+    )
+    tokenizer: str | None = option(None, "Where a policy's tokenizer is, if not with the model.")
+    trust_remote_code: bool = option(False, texts.TRUST)
 
     def __post_init__(self) -> None:
-        one_of("--dtype", self.dtype, DTYPES)
+        check_options(self)
         if self.out.suffix != ".pth" and self.out.suffix.lower() in (".pth", *NO_DIRECTORIES):
             raise ConfigError(
                 f"--out {self.out}: expected a name that ends in .pth, or the name of a directory to make"
@@ -44,21 +53,12 @@ class ExportConfig:
             raise ConfigError("--dtype bfloat16: MiniMind's files are in float16 or float32; choose one of these")
 
 
-FILES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
-
-
-OTHER_FILES = (*NO_DIRECTORIES, ".pth", ".json", ".csv", ".tsv", ".txt", ".arrow", ".zst", ".feather")
-
-
-BLOCK_PAIRS = 4096  # of a cache whose pairs are not scored here: nothing is lost by a kill but writing
-
-
 @dataclass(frozen=True)
 class ExportCacheConfig:
     """A cache as a table: `out` is a file of a kind in FILES, or a directory for `datasets.load_from_disk`."""
 
-    ref_cache: Where
-    out: Path
+    ref_cache: Where = needed("Write a reference cache instead, as a table.", metavar="PATH")
+    out: Path = needed("A file or a directory, as of a policy.")
 
     def __post_init__(self) -> None:
         if not self.out.name.endswith(FILES) and self.out.suffix.lower() in (*FILES, *OTHER_FILES):
@@ -69,43 +69,35 @@ class ExportCacheConfig:
 
 @dataclass(frozen=True)
 class ImportConfig:
-    """A table as a cache.
+    """A table as a cache: as `export` wrote it, or another program's rows of pairs with the reference's logprobs.
 
-    file: as `export` wrote it, or another program's with rows as of a preference file and the reference's logprobs.
-    model: whose logprobs they are. identity: of an exported file, the digest that its identity is expected to have.
-    logps: what another program's columns hold, the 'sum' over an answer or the 'mean' a token; its other options are
-        `PrecomputeConfig`'s. dtype: the precision in which they were computed. None of them goes with an exported file.
+    The options from logps on are of another program's file; none of them goes with an exported one.
     """
 
-    file: str
-    ref_cache: Where
-    model: str | None = None
-    identity: str | None = None
-    logps: str | None = None
-    dtype: str | None = None
-    tokenizer: str | None = None
-    chat_template: Path | None = None
-    format: str | None = None
-    max_length: int | None = None
-    truncate: str | None = None
-    loss_on: str | None = None
-    think: str | None = None
-    special_text: str | None = None
-    block_pairs: int | None = None
-    on_bad_row: str | None = None
-    trust_remote_code: bool = False
+    file: str = needed("What export wrote; or another program's parquet, jsonl or JSON file.", argument=True)
+    ref_cache: Where = needed("The reference cache to make.", metavar="PATH")
+    model: str | None = option(None, "Whose logprobs they are. Needed, but for an export whose --identity is given.")
+    identity: str | None = option(None, "Of an export: the digest its identity must have, as export printed it.")
+    logps: str | None = option(
+        None,
+        "Another program's logprobs: the 'sum' over an answer, or the 'mean' a token.",
+        choices=lambda: LOGPS,
+    )
+    dtype: str | None = option(None, "The precision they were computed in: {names}.", choices=lambda: DTYPES[1:])
+    tokenizer: str | None = option(None, texts.AS_STAGE_ONE)
+    chat_template: Path | None = option(None, texts.AS_STAGE_ONE)
+    format: str | None = option(None, texts.AS_STAGE_ONE, choices=texts.formats)
+    max_length: int | None = option(None, texts.AS_STAGE_ONE, least=2)
+    truncate: str | None = option(None, texts.AS_STAGE_ONE, choices=lambda: TRUNCATE)
+    loss_on: str | None = option(None, texts.AS_STAGE_ONE, choices=lambda: LOSS_ON)
+    think: str | None = option(None, texts.AS_STAGE_ONE, choices=lambda: THINK)
+    special_text: str | None = option(None, texts.AS_STAGE_ONE, choices=lambda: SPECIAL_TEXT)
+    block_pairs: int | None = option(None, texts.AS_STAGE_ONE, least=1)
+    on_bad_row: str | None = option(None, texts.AS_STAGE_ONE, choices=lambda: ON_BAD_ROW)
+    trust_remote_code: bool = option(False, texts.TRUST)
 
     def __post_init__(self) -> None:
-        one_of("--logps", self.logps, (*LOGPS, None))
-        one_of("--dtype", self.dtype, (*DTYPES[1:], None))
-        one_of("--format", self.format, (*FORMATS, None))
-        one_of("--truncate", self.truncate, (*TRUNCATE, None))
-        one_of("--loss-on", self.loss_on, (*LOSS_ON, None))
-        one_of("--think", self.think, (*THINK, None))
-        one_of("--special-text", self.special_text, (*SPECIAL_TEXT, None))
-        one_of("--on-bad-row", self.on_bad_row, (*ON_BAD_ROW, None))
-        at_least("--max-length", self.max_length, 2)
-        at_least("--block-pairs", self.block_pairs, 1)
+        check_options(self)
 
     @property
     def of_encoding(self) -> dict[str, str | int | Path]:
@@ -117,7 +109,7 @@ class ImportConfig:
     def require_known(self) -> None:
         """Of an exported file. Raises ConfigError unless the user says what it is, and says nothing else."""
         if wrong := [name for name in ("logps", "dtype", *self.of_encoding) if getattr(self, name) is not None]:
-            names = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
+            names = ", ".join(map(flag, wrong))
             raise ConfigError(f"{names}: {self.file} was exported from a cache and says this itself; leave it out")
 
     def require_stated(self) -> None:

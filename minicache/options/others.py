@@ -1,69 +1,68 @@
-"""Options of the commands that look at caches and policies."""
+"""Options of the commands that look at caches, runs and policies."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from minicache.errors import ConfigError
-from minicache.options.checks import above_zero, at_least, one_of
+from minicache.options import texts
 from minicache.options.choices import DTYPES, LOGPS
+from minicache.options.declare import check_options, needed, option
 from minicache.options.where import Where, different
+
+CACHE_ARGUMENT = "A reference cache, a directory or a URL."
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """A policy against a cache. `policy` is a run directory, a model directory, a hub id or a file.
+    """A policy against a cache. loss, logps, beta: None takes what the run was trained with, else train's default."""
 
-    loss, logps, beta: None takes what the run was trained with, or `TrainConfig`'s default where there is no run. scratch: as
-    `TrainConfig`'s.
-    """
-
-    policy: str
-    ref_cache: Where
-    loss: str | None = None
-    logps: str | None = None
-    beta: float | None = None
-    dtype: str = "auto"
-    tokens_per_batch: int | None = None
-    scratch: Path | None = None
-    trust_remote_code: bool = False
+    policy: str = needed("A run directory, model directory, hub id or file.")
+    ref_cache: Where = needed(texts.REF_CACHE, metavar="PATH")
+    loss: str | None = option(None, "As of train. (Default: the run's.)")
+    logps: str | None = option(None, "{names}. (Default: the run's.)", choices=lambda: LOGPS)
+    beta: float | None = option(None, "As of train. (Default: the run's.)", above=0)
+    dtype: str = option("auto", texts.DTYPE, choices=lambda: DTYPES)
+    tokens_per_batch: int | None = option(None, texts.TOKENS_PER_BATCH, least=1)
+    scratch: Path | None = option(None, texts.SCRATCH)
+    trust_remote_code: bool = option(False, texts.TRUST)
 
     def __post_init__(self) -> None:
-        one_of("--logps", self.logps, (*LOGPS, None))
-        one_of("--dtype", self.dtype, DTYPES)
-        above_zero("--beta", self.beta)
-        at_least("--tokens-per-batch", self.tokens_per_batch, 1)
+        check_options(self)
 
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """Looking at a cache. `pair` is a position in it, from 0; `model` is only used to verify; `plot` is a picture to draw,
-    `html` a page to write.
-    """
+    """Looking at a cache. `pair` is a position in it; `model` is only used to verify."""
 
-    ref_cache: Where
-    pair: int | None = None
-    verify: bool = False
-    model: str | None = None
-    plot: Path | None = None
-    html: Path | None = None
-    trust_remote_code: bool = False
+    ref_cache: Where = needed("The reference cache, a directory or a URL.", argument=True)
+    pair: int | None = option(None, "Show this pair, decoded; from 0.", least=0)
+    verify: bool = option(False, "Re-read everything and check every digest.")
+    model: str | None = option(None, "With --verify: also re-score a sample with this model.")
+    plot: Path | None = option(None, "Also draw the histograms here: png, svg or pdf.")
+    html: Path | None = option(None, "Also write all this as a page here, over what is there.")
+    trust_remote_code: bool = option(False, texts.TRUST)
 
     def __post_init__(self) -> None:
-        at_least("--pair", self.pair, 0)
-        if self.html and (self.verify or self.pair is not None):
-            raise ConfigError("--html: shows the whole cache; expected it without --pair and --verify")
-        if self.plot and (self.verify or self.pair is not None):
-            raise ConfigError("--plot: draws the whole cache; expected it without --pair and --verify")
+        check_options(self)
+        for name, what in (("html", "shows"), ("plot", "draws")):
+            if getattr(self, name) and (self.verify or self.pair is not None):
+                raise ConfigError(f"--{name}: {what} the whole cache; expected it without --pair and --verify")
+        if self.verify and self.pair is not None:
+            raise ConfigError("--pair: --verify looks at all pairs; expected one of the two, got both")
         if self.model and not self.verify:
             raise ConfigError("--model: is used by --verify only; expected both, got --model alone")
+        if self.trust_remote_code and not self.model:
+            raise ConfigError("--trust-remote-code: is about the code of --model; expected both, got it alone")
 
 
 @dataclass(frozen=True)
 class MergeConfig:
     """Several caches of one identity as one, `ref_cache`, which must not exist yet."""
 
-    caches: tuple[Where, ...]
-    ref_cache: Where
+    caches: tuple[Where, ...] = needed(
+        "Complete reference caches of one model, tokenizer and options.", argument=True, metavar="CACHES..."
+    )
+    ref_cache: Where = needed("The reference cache to make, a directory or a URL.", metavar="PATH")
 
     def __post_init__(self) -> None:
         if len(self.caches) < 2 or not different(self.caches):
@@ -73,51 +72,52 @@ class MergeConfig:
 
 
 @dataclass(frozen=True)
-class CompareConfig:
-    """Reference and policy answer the same prompts.
+class DiffConfig:
+    """Two caches to compare."""
 
-    prompt: texts. prompts: a file of them. ref_cache: the prompts of `pairs` of its pairs (None: 16), evenly spread.
-    system: opens every conversation that has no system turn of its own. temperature: 0 is greedy.
-    seed: of sampling, and of which answer is called A on the page. batch_size: prompts answered at once.
+    a: Where = needed(CACHE_ARGUMENT, argument=True, metavar="CACHE")
+    b: Where = needed(CACHE_ARGUMENT, argument=True, metavar="CACHE")
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Reference and policy answer the same prompts: texts, those of a file, or those of some pairs of a cache.
+
+    system: opens every conversation that has no system turn of its own. seed: of sampling, and of which answer is called A.
     """
 
-    policy: str
-    reference: str | None = None
-    prompts: Path | None = None
-    prompt: tuple[str, ...] = ()
-    ref_cache: Where | None = None
-    pairs: int | None = None
-    system: str | None = None
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 42
-    batch_size: int = 8
-    jsonl: Path | None = None
-    html: Path | None = None
-    trust_remote_code: bool = False
+    policy: str = needed("A run directory, one of its checkpoints, or a model directory.")
+    reference: str | None = option(None, "The model to compare with. (Default: what the run started from.)")
+    prompt: tuple[str, ...] = option((), "A prompt; may be given several times.")
+    prompts: Path | None = option(
+        None, "A file: one prompt a line, or jsonl, json or parquet rows of prompts or messages."
+    )
+    ref_cache: Where | None = option(None, "Take prompts from the pairs of this cache.", metavar="PATH")
+    pairs: int | None = option(None, "How many of them, evenly spread. (Default: 16.)", least=1)
+    system: str | None = option(None, "System turn of conversations that have none.")
+    max_new_tokens: int = option(128, "Tokens of the longest answer.", least=1)
+    temperature: float = option(0.0, "0: the likeliest token each time; above, sampled.", least=0)
+    top_p: float = option(1.0, "Sample from the likeliest tokens of this share.", above=0, most=1)
+    seed: int = option(42, "Seed of sampling, and of which answer is A on the page.", least=0)
+    batch_size: int = option(8, "Prompts answered at once.", least=1)
+    jsonl: Path | None = option(None, "Write one object a prompt here, over what is there.")
+    html: Path | None = option(None, "Write a page for blind votes here, over what is there.")
+    trust_remote_code: bool = option(False, texts.TRUST)
 
     def __post_init__(self) -> None:
-        at_least("--max-new-tokens", self.max_new_tokens, 1)
+        check_options(self)
         if not self.prompts and not self.prompt and not self.ref_cache:
             raise ConfigError("compare: expected --prompt TEXT, --prompts FILE or --ref-cache CACHE, got none of them")
         if not all(text.strip() for text in self.prompt):
             raise ConfigError("--prompt: expected some text, got none")
-        at_least("--pairs", self.pairs, 1)
         if self.pairs and not self.ref_cache:
             raise ConfigError("--pairs: says how many of a cache's prompts to take; expected --ref-cache beside it")
         if self.system and self.ref_cache:
             raise ConfigError(
                 "--system: the prompts of --ref-cache are tokens already; use it with --prompt, --prompts"
             )
-        if not 0 <= self.temperature < float("inf"):
-            raise ConfigError(f"--temperature: expected 0 (greedy) or more, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"--top-p: expected a share above 0 up to 1, got {self.top_p}")
         if self.top_p < 1 and not self.temperature:
             raise ConfigError("--top-p: does nothing to greedy answers; expected --temperature above 0 beside it")
-        at_least("--seed", self.seed, 0)
-        at_least("--batch-size", self.batch_size, 1)
         named = [file.absolute() for file in (self.prompts, self.jsonl, self.html) if file]
         if len(set(named)) < len(named):
             raise ConfigError("--prompts, --jsonl, --html: expected different files, got one twice")
@@ -125,26 +125,24 @@ class CompareConfig:
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """A run as a page. out: None is report.html in the run. answers: of `compare --jsonl`; None: those in the run, if any."""
+    """A run as a page."""
 
-    run: Path
-    out: Path | None = None
-    answers: Path | None = None
+    run: Path = needed("The run directory.", argument=True)
+    out: Path | None = option(None, "Written over what is there. (Default: report.html in the run.)")
+    answers: Path | None = option(
+        None, "What compare --jsonl wrote. (Default: answers.jsonl or compare.jsonl in the run.)"
+    )
 
 
 @dataclass(frozen=True)
 class PlotConfig:
-    """Curves of runs as a picture. out: None is curves.png, in the run if there is one run, else in the working directory.
+    """Curves of runs as a picture. smooth: weight of the past in a running mean."""
 
-    smooth: weight of the past in a running mean, from 0 (as logged) to below 1.
-    """
-
-    runs: tuple[Path, ...]
-    out: Path | None = None
-    smooth: float = 0.0
+    runs: tuple[Path, ...] = needed("Run directories; several are drawn over each other.", argument=True)
+    out: Path | None = option(None, "png, svg or pdf, written over what is there. (Default: curves.png in the run.)")
+    smooth: float = option(0.0, "0: as logged; nearer to 1: smoother.", least=0, below=1)
 
     def __post_init__(self) -> None:
         if not self.runs:
             raise ConfigError("plot: expected a run directory, got none")
-        if not 0 <= self.smooth < 1:
-            raise ConfigError(f"--smooth: expected 0 (as logged) to below 1, got {self.smooth}")
+        check_options(self)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from minicache.options.checks import one_of
+from minicache.errors import ConfigError
 
 # What the defaults of each generation's train_dpo.py were, of both stages (github.com/jingyaogong/minimind). AdamW's decay is
 # torch's default there.
@@ -26,5 +26,6 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 def recipe(name: str | None) -> dict[str, Any]:
     """Options by name, of both stages. Raises ConfigError: there is no such recipe."""
-    one_of("--recipe", name, (*RECIPES, None))
+    if name is not None and name not in RECIPES:
+        raise ConfigError(f"--recipe: expected one of {', '.join(RECIPES)}, got {name!r}")
     return RECIPES[name] if name else {}

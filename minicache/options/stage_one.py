@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minicache.errors import ConfigError
-from minicache.options.checks import at_least, at_most, one_of, split_share
+from minicache.options import texts
+from minicache.options.checks import split_share
 from minicache.options.choices import (
     DTYPES,
-    FORMATS,
-    LAYOUTS,
     LOSS_ON,
     MOST_BLOCK_PAIRS,
     MOST_LENGTH,
@@ -17,7 +16,10 @@ from minicache.options.choices import (
     SPECIAL_TEXT,
     THINK,
     TRUNCATE,
+    layout_help,
+    layouts,
 )
+from minicache.options.declare import check_options, needed, option
 from minicache.options.where import Where
 
 
@@ -25,51 +27,51 @@ from minicache.options.where import Where
 class PrecomputeConfig:
     """Stage one. `model` and `tokenizer` are a directory, a hub id or a file; sizes are in tokens or pairs.
 
-    think: whether an empty think block that the chat template writes is kept or dropped.
-    special_text: what the text of a special token in a content is: plain text, a reason to refuse the row, or that token.
-    shard: "K/N": score only every N-th block, from the K-th, as one of N independent jobs.
+    A value that cannot work is a `ConfigError` at construction, before any file is opened or model loaded.
     """
 
-    model: str
-    data: tuple[str, ...]
-    ref_cache: Where
-    tokenizer: str | None = None
-    chat_template: Path | None = None
-    format: str = "auto"
-    max_length: int = 1024
-    truncate: str = "right"
-    loss_on: str = "response"
-    think: str = "keep"
-    special_text: str = "plain"
-    dtype: str = "auto"
-    block_pairs: int | None = None
-    layout: str = "auto"
-    parallel: str = "ddp"
-    tokens_per_batch: int | None = None
-    per_token: bool = False
-    on_bad_row: str = "skip"
-    shard: str | None = None
-    trust_remote_code: bool = False
+    model: str = needed("The SFT model: directory, hub id, .gguf or MiniMind .pth.")
+    data: tuple[str, ...] = needed("Preference files: jsonl, json, parquet; plain, gzip or zstd.")
+    ref_cache: Where = needed(texts.REF_CACHE, metavar="PATH")
+    tokenizer: str | None = option(None, "Where the tokenizer is, if not with the model (a .pth has none).")
+    chat_template: Path | None = option(None, "A Jinja template to use for the tokenizer's own.")
+    format: str = option("auto", "{names}.", choices=texts.formats)
+    max_length: int = option(1024, "Tokens of prompt and answer together.", least=2, most=MOST_LENGTH)
+    truncate: str = option(
+        "right",
+        "What a longer side loses: 'right' its end, 'left' the prompt's beginning; or 'refuse'.",
+        choices=lambda: TRUNCATE,
+    )
+    loss_on: str = option(
+        "response", "Tokens that count: 'response', or every 'assistant' turn.", choices=lambda: LOSS_ON
+    )
+    think: str = option(
+        "keep", "An empty think block that the template writes: 'keep' it or 'drop' it.", choices=lambda: THINK
+    )
+    special_text: str = option(
+        "plain",
+        "<|im_end|> and its like, typed in a content: 'plain' text, 'refuse' the row, or 'allow'.",
+        choices=lambda: SPECIAL_TEXT,
+    )
+    dtype: str = option("auto", texts.DTYPE, aliases=("--ref-dtype",), choices=lambda: DTYPES)
+    block_pairs: int | None = option(
+        None, "Pairs in a block, the unit of resuming. (Default: by model size.)", least=1, most=MOST_BLOCK_PAIRS
+    )
+    layout: str = option("auto", layout_help(), choices=layouts)
+    parallel: str = option("ddp", texts.PARALLEL, choices=lambda: PARALLEL)
+    tokens_per_batch: int | None = option(None, texts.TOKENS_PER_BATCH, least=1)
+    per_token: bool = option(False, "Also store each counted token's logprob.")
+    on_bad_row: str = option("skip", "'skip' and list it, or 'fail'.", choices=lambda: ON_BAD_ROW)
+    shard: str | None = option(None, "Be job K of N that share one cache, each scoring its own blocks.", metavar="K/N")
+    trust_remote_code: bool = option(False, texts.TRUST)
 
     def __post_init__(self) -> None:
         if not self.data:
             raise ConfigError("--data: expected at least one preference file, got none")
-        one_of("--format", self.format, FORMATS)
-        at_least("--max-length", self.max_length, 2)
-        at_most("--max-length", self.max_length, MOST_LENGTH)
-        one_of("--truncate", self.truncate, TRUNCATE)
-        one_of("--loss-on", self.loss_on, LOSS_ON)
-        one_of("--think", self.think, THINK)
-        one_of("--special-text", self.special_text, SPECIAL_TEXT)
-        one_of("--dtype", self.dtype, DTYPES)
-        at_least("--block-pairs", self.block_pairs, 1)
-        at_most("--block-pairs", self.block_pairs, MOST_BLOCK_PAIRS)
-        at_least("--tokens-per-batch", self.tokens_per_batch, 1)
-        one_of("--layout", self.layout, LAYOUTS)
-        one_of("--parallel", self.parallel, PARALLEL)
-        one_of("--on-bad-row", self.on_bad_row, ON_BAD_ROW)
+        check_options(self)
         split_share(self.shard)
 
     @property
     def share(self) -> tuple[int, int]:
+        """The job's number, from 1, and the number of jobs."""
         return split_share(self.shard)

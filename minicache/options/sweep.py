@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -10,26 +10,36 @@ from typing import Any
 
 from minicache.errors import ConfigError
 from minicache.options.checks import split_share
-from minicache.options.dictionaries import fill, option
+from minicache.options.declare import Option, flag, options_of
+from minicache.options.dictionaries import fill
 from minicache.options.train import TrainConfig
+from minicache.options.unused import require_read, why_unread
 
-# Those of train's options that may have several values, and of what kind: what changes how it learns, not where things lie.
+# Options of train that may have several values: those that change how a run learns, not where things lie. Their order is that
+# of the values in a run's name.
+_KINDS: dict[str, Any] = {item.name: item.type for item, _ in options_of(TrainConfig)}
 SWEPT: dict[str, type] = {
-    "loss": str,
-    "logps": str,
-    "beta": float,
-    "label_smoothing": float,
-    "sft_weight": float,
-    "simpo_gamma": float,
-    "lr": float,
-    "schedule": str,
-    "warmup": float,
-    "weight_decay": float,
-    "epochs": float,
-    "batch_size": int,
-    "lora_rank": int,
-    "seed": int,
+    name: _KINDS[name]
+    for name in (
+        "loss",
+        "logps",
+        "beta",
+        "label_smoothing",
+        "sft_weight",
+        "simpo_gamma",
+        "lr",
+        "schedule",
+        "warmup",
+        "weight_decay",
+        "epochs",
+        "batch_size",
+        "lora_rank",
+        "seed",
+    )
 }
+
+
+SHARD = Option(help="Be job K of N that share one sweep, each doing its own runs.", metavar="K/N")
 
 
 @dataclass(frozen=True)
@@ -70,18 +80,29 @@ def sweep_config(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Sweep
     """
     swept = {name: _values(name, given[name]) for name in SWEPT if given.get(name)}
     if not swept:
-        raise ConfigError(f"sweep: expected values of at least one of {', '.join(map(option, SWEPT))}; got none")
+        raise ConfigError(f"sweep: expected values of at least one of {', '.join(map(flag, SWEPT))}; got none")
     out, runs = Path(given["out"]), []
     named = [name for name, values in swept.items() if len(values) > 1] or list(swept)
     for values in product(*swept.values()):
         options = dict(zip(swept, values, strict=True))
         name = "_".join(f"{key.replace('_', '-')}-{_as_name(value)}" for key, value in options.items() if key in named)
-        told = {key: options[key] for key in named}
-        runs.append(SweepRun(name, told, fill(TrainConfig, {**defaults, **given, **options, "out": out / name})))
+        shown = {key: options[key] for key in named}
+        runs.append(SweepRun(name, shown, fill(TrainConfig, {**defaults, **given, **options, "out": out / name})))
     twice = [name for name, count in Counter(run.name for run in runs).items() if count > 1]
     if twice:
         raise ConfigError(f"sweep: {twice[0]} would be made twice; expected each value once")
+    _require_read(runs, given, {name for name, values in swept.items() if len(values) > 1})
     return SweepConfig(out, tuple(runs), given.get("shard"))
+
+
+def _require_read(runs: Sequence[SweepRun], given: Mapping[str, Any], varied: Collection[str]) -> None:
+    """Raises ConfigError: an option that no run reads, or one that varies and makes runs alike, because one does not read it."""
+    for name in given:
+        reasons = [why for run in runs if (why := why_unread(run.config, name))]
+        if name in varied and reasons:
+            raise ConfigError(f"{flag(name)}: {reasons[0]}; a sweep over it would make that run twice")
+        if len(reasons) == len(runs):
+            require_read(runs[0].config, [name])
 
 
 def _values(name: str, texts: Sequence[str]) -> list[Any]:
@@ -93,7 +114,7 @@ def _values(name: str, texts: Sequence[str]) -> list[Any]:
         return [SWEPT[name](piece) for piece in pieces]
     except ValueError:
         wanted = {float: "numbers", int: "whole numbers"}[SWEPT[name]]
-        raise ConfigError(f"{option(name)}: expected {wanted} separated by commas, got {','.join(texts)}") from None
+        raise ConfigError(f"{flag(name)}: expected {wanted} separated by commas, got {','.join(texts)}") from None
 
 
 def _as_name(value: Any) -> str:

@@ -5,210 +5,231 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minicache.errors import ConfigError
-from minicache.options.checks import above_zero, at_least, one_of, share
-from minicache.options.choices import (
-    DTYPES,
-    F_DIVERGENCES,
-    FORMATS,
-    LAYOUTS,
-    LOGPS,
-    ON_MAX_KL,
-    OPTIMIZERS,
-    PARALLEL,
-    SCHEDULES,
-    TRACKERS,
-)
-from minicache.options.dictionaries import option
+from minicache.options import texts
+from minicache.options.catalog import DIVERGENCES, OPTIMIZERS, SCHEDULES, names_of
+from minicache.options.choices import DTYPES, LOGPS, ON_MAX_KL, PARALLEL, layout_help, layouts
+from minicache.options.declare import check_options, flag, needed, option, options_of
 from minicache.options.where import Where, different, split_weight
+from minicache.trackers import TRACKERS
 
-# What a resumed run may be given anew: where things lie now, and what changes no number.
-MOVABLE = {
-    "out",
-    "ref_cache",
-    "data",
-    "format",
-    "eval_cache",
-    "model",
-    "resume",
-    "save_every",
-    "keep_last",
-    "save_dtype",
-    "trust_remote_code",
-    "tracker",
-    "tokens_per_micro_batch",
-    "scratch",
-    "parallel",
-    "async_save",
-}
+LOSS, OPTIMIZER, LORA = "Loss", "Optimizer", "LoRA"
+MEMORY, VALIDATION, LOGS = "Memory and speed", "Validation", "Checkpoints and logs"
 
 
 @dataclass(frozen=True)
 class LossOptions:
-    """What some losses ask for beside beta.
+    """What some losses read beside beta; options/catalog.py says which loss reads which.
 
-    label_smoothing: the share of labels taken to be flipped (sigmoid, robust, exo_pair, aot, aot_unpaired).
     f_divergence, f_alpha: what takes the place of the log ratio in losses on the difference of the sides.
-    sft_weight: weight of the chosen answers' negative log likelihood beside the preference loss.
-    wpo: weight pairs by how likely the policy itself would write them. ld_alpha: weight of an answer's tokens beyond the length
-    of the other's.
+    ld_alpha: None is 1, all tokens alike.
     """
 
-    label_smoothing: float = 0.0
-    f_divergence: str = "reverse_kl"
-    f_alpha: float = 0.5
-    discopop_tau: float = 0.05
-    simpo_gamma: float = 0.5
-    sft_weight: float = 0.0
-    wpo: bool = False
-    ld_alpha: float | None = None
+    label_smoothing: float = option(0.0, "Share of labels taken to be flipped.", panel=LOSS, least=0, below=0.5)
+    f_divergence: str = option("reverse_kl", "{names}.", panel=LOSS, choices=names_of(DIVERGENCES))
+    f_alpha: float = option(0.5, "Its alpha, for --f-divergence alpha.", panel=LOSS)
+    discopop_tau: float = option(0.05, "Temperature of the discopop loss.", panel=LOSS, above=0)
+    simpo_gamma: float = option(0.5, "Target margin of the simpo loss.", panel=LOSS)
+    sft_weight: float = option(0.0, "Weight of an SFT loss on the chosen answers beside it (RPO).", panel=LOSS, least=0)
+    wpo: bool = option(False, "Weight pairs by the policy's own likelihood of them.", panel=LOSS)
+    ld_alpha: float | None = option(
+        None,
+        "Weight of tokens beyond the other answer's length (LD-DPO). Needs a cache made with --per-token.",
+        panel=LOSS,
+        what="a share",
+        least=0,
+        most=1,
+    )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ConfigError(f"--label-smoothing: expected 0 to below 0.5, got {self.label_smoothing}")
-        one_of("--f-divergence", self.f_divergence, F_DIVERGENCES)
-        above_zero("--discopop-tau", self.discopop_tau)
-        at_least("--sft-weight", self.sft_weight, 0)
-        share("--ld-alpha", self.ld_alpha)
+        check_options(self)
 
 
 @dataclass(frozen=True)
 class LoraOptions:
-    """Low-rank adapters instead of all weights. lora_rank 0: none. lora_alpha: None is twice the rank.
+    """Low-rank adapters instead of all weights."""
 
-    lora_targets: 'all-linear', or the names of modules, separated by commas.
-    """
-
-    lora_rank: int = 0
-    lora_alpha: float | None = None
-    lora_targets: str = "all-linear"
+    lora_rank: int = option(0, "Train adapters of this rank instead of all weights; 0: none.", panel=LORA, least=0)
+    lora_alpha: float | None = option(None, "Scale of the adapters. (Default: twice the rank.)", panel=LORA, above=0)
+    lora_targets: str = option("all-linear", "all-linear, or names of modules: q_proj,v_proj.", panel=LORA)
 
     def __post_init__(self) -> None:
-        at_least("--lora-rank", self.lora_rank, 0)
-        above_zero("--lora-alpha", self.lora_alpha)
-        if not self.lora_rank:
-            for name in ("lora_alpha", "lora_targets"):
-                if getattr(self, name) != getattr(LoraOptions, name):
-                    raise ConfigError(
-                        f"{option(name)}: is used with --lora-rank only; expected both, got {option(name)} alone"
-                    )
+        check_options(self)
+        for item, _ in options_of(LoraOptions):
+            if not self.lora_rank and getattr(self, item.name) != item.default:
+                name = flag(item.name)
+                raise ConfigError(f"{name}: is used with --lora-rank only; expected both, got {name} alone")
 
 
 @dataclass(frozen=True)
 class ValidationOptions:
     """Pairs that are not trained on, scored every so many steps.
 
-    holdout: share of the pairs, chosen by their digests, so that a pair falls on the same side in every run. eval_cache: another
-    reference cache instead. eval_every: steps between validations; None is ten in a run.
-    patience: validations without a loss lower by more than `min_gain` after which the run ends.
+    holdout: chosen by the pairs' digests, so that a pair falls on the same side in every run.
     """
 
-    holdout: float = 0.0
-    eval_cache: Where | None = None
-    eval_every: int | None = None
-    patience: int | None = None
-    min_gain: float = 0.0
+    holdout: float = option(
+        0.0,
+        "Share of the pairs to validate on instead of training; the best model on them is the one saved.",
+        panel=VALIDATION,
+        what="a share of the pairs",
+        least=0,
+        below=1,
+    )
+    eval_cache: Where | None = option(
+        None,
+        "Validate on another reference cache of the same model instead.",
+        panel=VALIDATION,
+        metavar="PATH",
+        movable=True,
+    )
+    eval_every: int | None = option(
+        None, "Steps between validations. (Default: ten validations in a run.)", panel=VALIDATION, least=1
+    )
+    patience: int | None = option(
+        None, "End after so many validations without a lower loss.", panel=VALIDATION, least=1
+    )
+    min_gain: float = option(0.0, "How much lower the loss must be, for --patience.", panel=VALIDATION, least=0)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.holdout < 1:
-            raise ConfigError(f"--holdout: expected a share of the pairs from 0 to below 1, got {self.holdout}")
-        at_least("--eval-every", self.eval_every, 1)
-        at_least("--patience", self.patience, 1)
-        at_least("--min-gain", self.min_gain, 0)
+        check_options(self)
         if self.holdout and self.eval_cache:
             raise ConfigError("--holdout, --eval-cache: expected one of them, got both")
         if not self.wanted and (self.patience or self.eval_every):
             raise ConfigError(
                 "--patience and --eval-every need pairs to validate on: add --holdout 0.05 or --eval-cache"
             )
-
         if self.min_gain and not self.patience:
             raise ConfigError("--min-gain: is used with --patience only; expected both, got --min-gain alone")
 
     @property
     def wanted(self) -> bool:
+        """Whether there are pairs to validate on."""
         return bool(self.holdout or self.eval_cache)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Stage two. `batch_size` is in pairs per optimizer step over all processes.
+    """Stage two. `batch_size` is in pairs, over all processes.
 
-    ref_cache: one or several; all with a weight behind a colon, the share in an epoch's pairs, or none. data: train on the pairs of
-    these preference files alone, read as `format`; the caches must hold them.
-    warmup: below 1 a share of the steps, else a number of them. min_lr: share of `lr` that the schedule ends at.
-    beta_end: beta changes linearly to this over the run. max_kl: nats a token; on_max_kl: what happens above.
-    model: where the reference's weights lie now, if not where stage one found them. init_from: start from other weights.
-    save_every: steps between checkpoints, 0 for none; keep_last: how many of them stay. save_dtype: of the final model; small
-    updates are lost in half precision. auto: the precision that the weights it started from were stored in.
-    tokens_per_micro_batch: token slots at once; None is what fits in memory. scratch: a directory where the pairs are decoded into
-    a file that all processes map; None does so only where they do not fit in memory.
+    ref_cache: one or several; all with a weight behind a colon, the share in an epoch's pairs, or none.
+    save_dtype: small updates are lost in half precision; auto is the precision of the weights that the run started from.
     """
 
-    ref_cache: Where | tuple[Where, ...]
-    out: Path
-    data: tuple[str, ...] = ()
-    format: str = "auto"
-    model: str | None = None
-    init_from: str | None = None
-    resume: bool = False
-    loss: str = "sigmoid"
+    ref_cache: Where | tuple[Where, ...] = needed(
+        "The reference cache, or several of one kind (a/:0.7 --ref-cache b/:0.3: their shares in an epoch). Needed unless "
+        "--resume knows it from the run.",
+        metavar="PATH[:WEIGHT]",
+        movable=True,
+    )
+    out: Path = needed("The run directory to make, or with --resume to go on with.", movable=True)
+    data: tuple[str, ...] = option(
+        (), "Train on the pairs of these preference files alone; the cache must hold them.", movable=True
+    )
+    format: str = option("auto", "Of --data, as precompute-ref takes it.", choices=texts.formats, movable=True)
+    model: str | None = option(
+        None,
+        "Where the reference's weights are now. (Default: where stage one found them.)",
+        movable=True,
+    )
+    init_from: str | None = option(None, "Start from other weights than the reference's, on purpose.")
+    resume: bool = option(False, "Go on from the run's newest checkpoint, with the run's own options.", movable=True)
+    epochs: float = option(1.0, "Times over the data; fractions too.", above=0)
+    max_steps: int | None = option(None, "Optimizer steps, whatever --epochs says.", least=1)
+    batch_size: int = option(32, "Pairs an optimizer step, over all processes.", least=1)
+    seed: int = option(42, "Seed of the order of pairs, and of new adapters.", least=0)
+    loss: str = option(
+        "sigmoid",
+        "Preference loss (docs/training.md lists them), or several: sigmoid:0.8,hinge:0.2.",
+        panel=LOSS,
+    )
+    logps: str = option(
+        "mean",
+        "Compare logprobs as 'mean' a token (MiniMind till 2510) or as 'sum' (DPO paper, TRL, MiniMind 3).",
+        panel=LOSS,
+        choices=lambda: LOGPS,
+    )
+    beta: float = option(
+        0.1,
+        "The higher, the closer the policy stays to the reference. Suits one --logps, not both.",
+        panel=LOSS,
+        above=0,
+    )
+    beta_end: float | None = option(None, "Beta at the last step; it changes linearly.", panel=LOSS, above=0)
     loss_options: LossOptions = LossOptions()
-    logps: str = "mean"
-    beta: float = 0.1
-    beta_end: float | None = None
-    lr: float = 1e-6
-    schedule: str = "cosine"
-    min_lr: float = 0.0
-    optimizer: str = "adamw"
-    weight_decay: float = 0.0
-    warmup: float = 0.1
-    epochs: float = 1.0
-    max_steps: int | None = None
-    batch_size: int = 32
-    layout: str = "auto"
-    parallel: str = "ddp"
-    tokens_per_micro_batch: int | None = None
-    scratch: Path | None = None
-    max_grad_norm: float = 1.0
-    seed: int = 42
-    dtype: str = "auto"
+    lr: float = option(1e-6, "Peak learning rate.", panel=OPTIMIZER, above=0)
+    schedule: str = option("cosine", "{names}.", panel=OPTIMIZER, choices=names_of(SCHEDULES))
+    min_lr: float = option(
+        0.0,
+        "Share of --lr that cosine and linear end at.",
+        panel=OPTIMIZER,
+        what="a share",
+        least=0,
+        most=1,
+    )
+    warmup: float = option(
+        0.1,
+        "Steps in which the learning rate rises: below 1 a share of all, else a number.",
+        panel=OPTIMIZER,
+        least=0,
+    )
+    optimizer: str = option("adamw", "{names} (bitsandbytes).", panel=OPTIMIZER, choices=names_of(OPTIMIZERS))
+    weight_decay: float = option(0.0, "AdamW's, on matrices only.", panel=OPTIMIZER, least=0)
+    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm; 0: they are not.", panel=OPTIMIZER, least=0)
     lora: LoraOptions = LoraOptions()
-    compile: bool = False
-    activation_checkpointing: bool = False
+    dtype: str = option("auto", texts.DTYPE, panel=MEMORY, choices=lambda: DTYPES)
+    layout: str = option("auto", layout_help(), panel=MEMORY, choices=layouts)
+    parallel: str = option("ddp", texts.PARALLEL, panel=MEMORY, choices=lambda: PARALLEL, movable=True)
+    tokens_per_micro_batch: int | None = option(
+        None,
+        "Token slots at once; accumulation follows. (Default: what fits in memory.)",
+        panel=MEMORY,
+        least=1,
+        movable=True,
+    )
+    scratch: Path | None = option(None, texts.SCRATCH, panel=MEMORY, movable=True)
+    activation_checkpointing: bool = option(
+        False, "Less memory, a third more time: layers are computed again in backward.", panel=MEMORY
+    )
+    compile: bool = option(False, "torch.compile the decoder; the first steps take long.", panel=MEMORY)
     validation: ValidationOptions = ValidationOptions()
-    max_kl: float | None = None
-    on_max_kl: str = "warn"
-    save_every: int = 500
-    keep_last: int = 1
-    async_save: bool = False
-    save_dtype: str = "float32"
-    log_every: int = 10
-    tracker: tuple[str, ...] = ()
-    trust_remote_code: bool = False
+    max_kl: float | None = option(
+        None,
+        "Farthest the policy should move from the reference (kl in the log), nats a token.",
+        panel=VALIDATION,
+        above=0,
+    )
+    on_max_kl: str = option("warn", "Beyond --max-kl: {names}.", panel=VALIDATION, choices=lambda: ON_MAX_KL)
+    save_every: int = option(500, "Steps between checkpoints; 0: none.", panel=LOGS, least=0, movable=True)
+    keep_last: int = option(1, "Checkpoints that stay, beside the best.", panel=LOGS, least=1, movable=True)
+    async_save: bool = option(
+        False,
+        "Write checkpoints while training goes on, from a copy in the CPU's memory.",
+        panel=LOGS,
+        movable=True,
+    )
+    save_dtype: str = option(
+        "float32",
+        "Of the final model: float32 (as trained), bfloat16, float16, or auto (as it was stored before).",
+        panel=LOGS,
+        choices=lambda: DTYPES,
+        movable=True,
+    )
+    log_every: int = option(10, "Steps between log lines.", panel=LOGS, least=1)
+    tracker: tuple[str, ...] = option(
+        (),
+        "Also tell {names}; may be given several times.",
+        panel=LOGS,
+        choices=lambda: tuple(TRACKERS),
+        movable=True,
+    )
+    trust_remote_code: bool = option(False, texts.TRUST, movable=True)
 
     def __post_init__(self) -> None:
-        check_caches(self.caches)
-        one_of("--format", self.format, FORMATS)
-        one_of("--logps", self.logps, LOGPS)
-        one_of("--dtype", self.dtype, DTYPES)
-        one_of("--layout", self.layout, LAYOUTS)
-        one_of("--parallel", self.parallel, PARALLEL)
-        one_of("--save-dtype", self.save_dtype, DTYPES)
-        one_of("--schedule", self.schedule, SCHEDULES)
-        one_of("--optimizer", self.optimizer, OPTIMIZERS)
-        one_of("--on-max-kl", self.on_max_kl, ON_MAX_KL)
-        for name in ("beta", "beta_end", "lr", "epochs", "max_grad_norm", "max_kl"):
-            above_zero(option(name), getattr(self, name))
-        for name in ("max_steps", "batch_size", "tokens_per_micro_batch", "log_every", "keep_last"):
-            at_least(option(name), getattr(self, name), 1)
-        for name in ("weight_decay", "seed", "save_every"):
-            at_least(option(name), getattr(self, name), 0)
-        share("--min-lr", self.min_lr)
-        for name in self.tracker:
-            one_of("--tracker", name, TRACKERS)
+        _check_caches(self.caches)
+        check_options(self)
         if self.on_max_kl != "warn" and self.max_kl is None:
             raise ConfigError("--on-max-kl: says what happens above --max-kl; expected both, got --on-max-kl alone")
-        if not 0 <= self.warmup < float("inf") or (self.warmup > 1 and self.warmup % 1):
+        if self.warmup > 1 and self.warmup % 1:
             raise ConfigError(
                 f"--warmup: expected a share of the steps below 1, or a number of steps, got {self.warmup}"
             )
@@ -220,7 +241,11 @@ class TrainConfig:
         return [split_weight(where) for where in several]
 
 
-def check_caches(caches: list[tuple[Where, float | None]]) -> None:
+# What a resumed run may be given anew: where things lie now, and what changes no number.
+MOVABLE = {item.name for item, declared in options_of(TrainConfig) if declared.movable}
+
+
+def _check_caches(caches: list[tuple[Where, float | None]]) -> None:
     weights = [weight for _, weight in caches]
     for where, weight in caches:
         path, _, rest = str(where).rpartition(":")

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from minicache.options.dictionaries import flat, option
+from minicache.options.declare import flag as option
+from minicache.options.dictionaries import flat
 from minicache.options.train import TrainConfig
 from minicache.pages.charts import Line, curves
 from minicache.pages.markup import Child, Html, e, facts, page, table, together

@@ -156,7 +156,7 @@ def _legend(figure: "Figure", runs: list[RunCurves], drawn: set[str]) -> None:
     handles, labels = zip(*entries, strict=True)
     figure.legend(
         handles,
-        [label(label) for label in labels],
+        [label(text) for text in labels],
         loc="outside lower center",
         ncols=min(len(entries), 7),
         frameon=False,

@@ -1,4 +1,4 @@
-"""Pairs -> tensors. LAYOUTS: three ways to lay out the same tokens; the scorer sees none of them.
+"""Pairs -> tensors: several ways to lay out the same tokens, which options/catalog.py names; the scorer sees none of them.
 
 A `Batch` says what the model reads and, apart from that, a flat list of predictions: at which position, of which token, for
 which sides of which pairs.
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from minicache.options.catalog import LAYOUTS, code_of
 from minicache.pairs import PairTable
 
 Indices = NDArray[np.int64]
@@ -202,8 +203,11 @@ class Layout:
     pads: bool
 
 
-LAYOUTS = {
-    "padded": Layout(padded, _two_rows, pads=True),
-    "shared": Layout(shared, _whole_pairs, pads=True),
-    "packed": Layout(packed, _whole_pairs, pads=False),
-}
+PADDED = Layout(padded, _two_rows, pads=True)
+SHARED = Layout(shared, _whole_pairs, pads=True)
+PACKED = Layout(packed, _whole_pairs, pads=False)
+
+
+def layout_named(name: str) -> Layout:
+    """A layout of LAYOUTS."""
+    return code_of(LAYOUTS[name])

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
+from minicache.options.catalog import OPTIMIZERS
 from minicache.pairs import PairTable
 from minicache.scoring.head import CHUNK_NUMBERS
 from minicache.scoring.scorer import Scorer
@@ -14,7 +15,6 @@ from minicache.scoring.scorer import Scorer
 # More at once makes no step faster: by then the device is busy.
 MOST = {"cpu": 8192, "cuda": 65536}
 RESERVE = 0.85  # of what is free: for what an allocator cannot use, and what was not foreseen
-OPTIMIZER_BYTES = {"adamw": 8, "adamw-8bit": 2, "paged-adamw-8bit": 2}  # a trained number; two moments
 
 
 def training_budget(
@@ -30,7 +30,7 @@ def training_budget(
     gradients = 8 if processes > 1 else 4  # DDP keeps a second set to send
     vocabulary, width = scorer.model.get_input_embeddings().weight.shape
     head = 3 * 4 * CHUNK_NUMBERS.get(device.type, 0) + 4 * vocabulary * width
-    free = RESERVE * free_bytes(device, processes) - trained * (gradients + OPTIMIZER_BYTES[optimizer]) - head
+    free = RESERVE * free_bytes(device, processes) - trained * (gradients + OPTIMIZERS[optimizer].state_bytes) - head
     need = slot_bytes(scorer, table, checkpointing, device)
     return min(most, 1 << max(0, int(np.log2(max(1.0, free / need)))))
 

@@ -5,9 +5,10 @@ import torch
 
 from minicache.cache.schema import TOLERANCE
 from minicache.errors import ConfigError
+from minicache.options.catalog import LAYOUTS
 from minicache.pairs import PairTable
 from minicache.scoring.attention import use_spans, why_not_branching
-from minicache.scoring.batch import LAYOUTS
+from minicache.scoring.batch import layout_named
 from minicache.scoring.handshake import SAMPLE
 from minicache.scoring.scorer import Scorer
 from minicache.trackers import Tracker
@@ -22,7 +23,7 @@ def settle_layout(scorer: Scorer, table: PairTable, asked: str, device: torch.de
         ConfigError: the layout asked for by name cannot be used with this model.
     """
     problems: list[str] = []
-    for name in ("packed", "shared", "padded") if asked == "auto" else (asked,):
+    for name in LAYOUTS if asked == "auto" else (asked,):
         problem = _problem(scorer, table, name, device)
         if problem is None:
             scorer.layout_name = name
@@ -37,12 +38,12 @@ def _problem(scorer: Scorer, table: PairTable, layout: str, device: torch.device
     """Why this model cannot be scored in this layout, by its configuration or by a few short pairs; None if it can."""
     if layout == "padded":
         return None
-    if reason := why_not_branching(scorer.model):
+    if LAYOUTS[layout].branches and (reason := why_not_branching(scorer.model)):
         return reason
     sample = np.argsort(table.lengths.sum(1), kind="stable")[:SAMPLE]
     try:
         use_spans(scorer.model)
-        batches = [LAYOUTS[name].make(table, sample).to(device) for name in ("padded", layout)]
+        batches = [layout_named(name).make(table, sample).to(device) for name in ("padded", layout)]
         with torch.no_grad():
             expected, found = map(scorer, batches)
         if device.type == "cuda" and any(parameter.requires_grad for parameter in scorer.parameters()):

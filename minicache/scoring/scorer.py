@@ -17,7 +17,7 @@ from minicache.models.balance import has_balance, recording
 from minicache.pairs import PairTable
 from minicache.processes.world import World
 from minicache.scoring.attention import for_device
-from minicache.scoring.batch import LAYOUTS, Batch, Layout
+from minicache.scoring.batch import Batch, Layout, layout_named
 from minicache.scoring.batching import Indices, by_length
 from minicache.scoring.head import Head, entropy_and_concentration
 
@@ -85,7 +85,7 @@ class Scorer(nn.Module):
 
     @property
     def layout(self) -> Layout:
-        return LAYOUTS[self.layout_name]
+        return layout_named(self.layout_name)
 
     def batches(self, table: PairTable, indices: Indices, budget: int) -> Iterator[tuple[Indices, Batch]]:
         """These pairs of a table, grouped by length under a budget of token slots: their indices, and they as a batch."""

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from minicache.pages.compare import Answers
     from minicache.stages.evaluate import EvaluateReport
     from minicache.stages.export import ExportReport
+    from minicache.stages.export_cache import ExportCacheReport
+    from minicache.stages.import_cache import ImportReport
     from minicache.stages.merge import MergeReport
     from minicache.stages.precompute import PrecomputeReport
     from minicache.stages.train import TrainReport
@@ -159,3 +161,29 @@ def show_verify(console: Console, worst: float) -> None:
     console.print(
         f"[bold green]✓[/] the model reproduces the sample re-scored, within {worst:.1g} nats a token", highlight=False
     )
+
+
+def show_export_cache(console: Console, report: "ExportCacheReport") -> None:
+    console.print(
+        f"[bold green]✓[/] {report.pairs:,} pairs in [bold]{escape(visible(str(report.out)))}[/], identity {report.identity}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if report.odd:
+        console.print(
+            f"  {report.odd:,} pairs count other tokens than just the whole of their answers: a program without loss masks, "
+            "as TRL, would compare other sums",
+            style="yellow",
+        )
+
+
+def show_import(console: Console, report: "ImportReport", model: str | None) -> None:
+    console.print(sources_table(report.sources))
+    cache = escape(visible(str(report.ref_cache)))
+    console.print(
+        f"[bold green]✓[/] {report.pairs:,} pairs, {report.blocks:,} blocks in [bold]{cache}[/], identity {report.identity}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    check = f"minidpo inspect-cache {cache} --verify --model {escape(visible(model or 'MODEL'))}"
+    console.print(f"  to score some of them again: {check}", highlight=False, soft_wrap=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 from minicache.cache.schema import TOLERANCE
 from minicache.errors import CacheMismatch, ConfigError
+from minicache.options.catalog import OPTIMIZERS
 from minicache.scoring.batching import by_length
 from minicache.scoring.handshake import check_reproduces, sample_differences
 from minicache.trackers import Tracker
@@ -54,11 +55,9 @@ def check(run: Run, state: dict[str, Any] | None) -> None:
 def _check_sharded(run: Run) -> None:
     """Refuse what cannot be done on shards of a parameter."""
     config = run.config
-    for name, value, others in (
-        ("dtype", "float16", "bfloat16"),
-        ("optimizer", "adamw-8bit", "adamw"),
-        ("optimizer", "paged-adamw-8bit", "adamw"),
-    ):
+    by_name = " or ".join(name for name, entry in OPTIMIZERS.items() if entry.by_name)
+    unfit = [("optimizer", name, by_name) for name, entry in OPTIMIZERS.items() if not entry.by_name]
+    for name, value, others in [("dtype", "float16", "bfloat16"), *unfit]:
         if getattr(config, name) == value:
             raise ConfigError(
                 f"--{name} {value}: not with --parallel {config.parallel}; expected {others}, or --parallel ddp"

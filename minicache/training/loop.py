@@ -9,6 +9,7 @@ import torch
 
 from minicache.errors import ModelError, RunDiverged
 from minicache.models import save_model
+from minicache.options.catalog import OPTIMIZERS
 from minicache.processes.signals import StopFlag
 from minicache.scoring.batching import ahead
 from minicache.trackers import Silent, Tracker
@@ -156,7 +157,7 @@ def _save(run: Run, training: Training) -> None:
     progress, config = training.progress, run.config
     sums = run.world.sum(training.means.sums.clone())
     progress.saved = progress.step
-    by_name = config.optimizer == "adamw"  # the others' state has a form of their own
+    by_name = OPTIMIZERS[config.optimizer].by_name  # the others' state has a form of their own
     state = {
         "optimizer": None if by_name else training.optimizer.state_dict(),
         "scaler": training.scaler.state_dict(),

@@ -1,9 +1,10 @@
-"""Preference losses: pure functions of what policy and reference think of a pair. LOSSES names them.
+"""Preference losses: pure functions of the logprobs of policy and reference. options/catalog.py names them.
 
 Each takes a `Logps` and returns (B,), one number a pair; a step's loss is their mean. Where the literature and TRL
 (`trl/trainer/dpo_trainer.py`, 1.16) differ in a convention, TRL's is used and said.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ import torch
 from torch.nn.functional import logsigmoid, softplus
 
 from minicache.errors import ConfigError
+from minicache.options.catalog import DIVERGENCES, LOSSES, code_of
+from minicache.options.objective import parse_loss
 from minicache.options.train import LossOptions
 
 
@@ -42,29 +45,43 @@ class Logps:
 
 
 Loss = Callable[[Logps, float, LossOptions], torch.Tensor]
+Divergence = Callable[[torch.Tensor, float], torch.Tensor]
+
+
+def loss_named(name: str) -> Loss:
+    """The function of a loss in LOSSES."""
+    return code_of(LOSSES[name])
 
 
 # --- f-divergences: what takes the place of the log ratio (Wang et al. 2023, Beyond Reverse KL, arXiv:2309.16240, table 1) ---
 
 
-def _alpha(ratios: torch.Tensor, alpha: float) -> torch.Tensor:
+def reverse_kl(ratios: torch.Tensor, alpha: float) -> torch.Tensor:
+    """f'(t) = log t + 1; constants cancel."""
+    return ratios
+
+
+def forward_kl(ratios: torch.Tensor, alpha: float) -> torch.Tensor:
+    """f'(t) = 1 - 1/t."""
+    return -torch.expm1(-ratios)
+
+
+def jensen_shannon(ratios: torch.Tensor, alpha: float) -> torch.Tensor:
+    """f'(t) = log(2t / (1 + t))."""
+    return math.log(2) - softplus(-ratios)
+
+
+def alpha_divergence(ratios: torch.Tensor, alpha: float) -> torch.Tensor:
     """f'(t) = (t^(alpha-1) - 1) / (alpha - 1), in TRL's sign and with its guard against overflow; log t at alpha = 1."""
     if abs(alpha - 1) < 1e-6:
         return ratios
     return torch.expm1((ratios * (alpha - 1)).clamp(max=80.0)) / (alpha - 1)
 
 
-DIVERGENCES: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
-    "reverse_kl": lambda ratios, alpha: ratios,  # f'(t) = log t + 1; constants cancel
-    "forward_kl": lambda ratios, alpha: -torch.expm1(-ratios),  # f'(t) = 1 - 1/t
-    "js": lambda ratios, alpha: torch.log(torch.tensor(2.0)) - softplus(-ratios),  # f'(t) = log(2t / (1 + t))
-    "alpha": _alpha,
-}
-
-
 def _scores(logps: Logps, options: LossOptions) -> torch.Tensor:
     """(B, 2) f'(ratio)."""
-    return DIVERGENCES[options.f_divergence](logps.ratios, options.f_alpha)
+    divergence: Divergence = code_of(DIVERGENCES[options.f_divergence])
+    return divergence(logps.ratios, options.f_alpha)
 
 
 def _delta(logps: Logps, options: LossOptions) -> torch.Tensor:
@@ -197,40 +214,6 @@ def aot_unpaired(logps: Logps, beta: float, options: LossOptions) -> torch.Tenso
     return _smoothed(beta * (chosen.sort().values - rejected.sort().values), options.label_smoothing)
 
 
-LOSSES: dict[str, Loss] = {
-    function.__name__: function
-    for function in (
-        sigmoid, robust, hinge, ipo, exo_pair, nca_pair, bco_pair, sppo_hard, apo_zero, apo_down, discopop, sigmoid_norm,
-        simpo, aot, aot_unpaired,
-    )
-}  # fmt: skip
-OVER_THE_BATCH = {"aot", "aot_unpaired"}
-
-
-def parse_loss(text: str) -> dict[str, float]:
-    """`sigmoid`, or several with weights: `sigmoid:0.8,bco_pair:0.2`. A loss without a weight has 1.
-
-    Raises:
-        ConfigError: an unknown name, a weight that is no number above 0, or a name twice.
-    """
-    weights: dict[str, float] = {}
-    for part in text.split(","):
-        name, _, weight = (piece.strip() for piece in part.partition(":"))
-        if name not in LOSSES:
-            raise ConfigError(
-                f"--loss: expected {', '.join(LOSSES)}, or several like sigmoid:0.8,hinge:0.2; got {name!r}"
-            )
-        if name in weights:
-            raise ConfigError(f"--loss: {name} is named twice; give it one weight")
-        try:
-            weights[name] = float(weight or 1)
-        except ValueError:
-            raise ConfigError(f"--loss: the weight of {name} must be a number, got {weight!r}") from None
-        if not 0 < weights[name] < float("inf"):
-            raise ConfigError(f"--loss: the weight of {name} must be above 0, got {weight}")
-    return weights
-
-
 def wpo_weights(alignment: torch.Tensor) -> torch.Tensor:
     """(B, 2) -> (B,): both answers' mean likelihood under the policy, each token's relative to one drawn from it.
 
@@ -264,7 +247,7 @@ class Objective:
     @property
     def over_the_batch(self) -> str | None:
         """A loss among these that sorts over the whole batch, so that the batch cannot be split."""
-        return next((name for name in self.losses if name in OVER_THE_BATCH), None)
+        return next((name for name in self.losses if LOSSES[name].over_the_batch), None)
 
     def __call__(self, logps: Logps, chosen_tokens: float) -> torch.Tensor:
         """(B,) loss of each pair. chosen_tokens: mean number of counted tokens of chosen answers over the whole step.
@@ -272,7 +255,7 @@ class Objective:
         The SFT term is the mean over all chosen tokens of the step, as in TRL; with the preference loss it is RPO
         (Pang et al. 2024, Iterative Reasoning Preference Optimization, arXiv:2404.19733, eq. 1).
         """
-        parts = [weight * LOSSES[name](logps, self.beta, self.options) for name, weight in self.losses.items()]
+        parts = [weight * loss_named(name)(logps, self.beta, self.options) for name, weight in self.losses.items()]
         total = torch.stack(parts).sum(0)
         if self.options.wpo:
             assert logps.alignment is not None

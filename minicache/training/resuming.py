@@ -3,7 +3,8 @@
 import os
 
 from minicache.errors import ConfigError, OutputError
-from minicache.options.dictionaries import flat, option
+from minicache.options.declare import flag as option
+from minicache.options.dictionaries import flat
 from minicache.options.train import MOVABLE, TrainConfig
 from minicache.training import checkpoints
 from minicache.training.run_directory import is_unused, run_facts

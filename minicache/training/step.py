@@ -12,8 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 from minicache.scoring.batch import Batch
 from minicache.scoring.batching import Indices, by_length
 from minicache.training.losses import Objective
-from minicache.training.optim import beta_at, learning_rate
 from minicache.training.order import global_batches, shares
+from minicache.training.schedules import beta_at, learning_rate
 from minicache.training.speed import peak_flops, step_flops
 from minicache.training.state import Run, Training
 from minicache.training.validation import pair_logps

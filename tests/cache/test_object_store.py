@@ -24,8 +24,7 @@ import numpy as np
 import pytest
 
 from minicache.cache.places import bucket as objects
-from minicache.cache.places import directory as places
-from minicache.cache.places import leases
+from minicache.cache.places import leases, opening
 from minicache.cache.places.bucket import bucket_at
 from minicache.cache.places.claims import CLAIM_FILE
 from minicache.cache.places.opening import claimed, place_at
@@ -125,7 +124,8 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(objects, "RETRIES", {"max_retries": 1, "retry_timeout": timedelta(seconds=5)})
     monkeypatch.setattr(leases, "LEASE_SECONDS", 0.5)
-    monkeypatch.setattr(places, "POLL_SECONDS", 0.1)
+    for module in (objects, opening):
+        monkeypatch.setattr(module, "POLL_SECONDS", 0.1)
 
     def look_at(port: int) -> None:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")

@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 
 from minicache.cli import expand_data
-from minicache.data import formats
-from minicache.options.choices import FORMATS
 from tests.conftest import make_rows, write_jsonl
 
 
@@ -115,10 +113,6 @@ def test_an_exported_directory_is_open_to_whom_the_umask_lets_in(cli, model_dir:
     (usual := tmp_path / "usual").mkdir()
     assert cli("export", "--policy", model_dir, "--out", tmp_path / "policy")[0] == 0
     assert (tmp_path / "policy").stat().st_mode == usual.stat().st_mode
-
-
-def test_the_formats_offered_are_those_there_are() -> None:
-    assert set(FORMATS) == {"auto", *formats.FORMATS}
 
 
 def test_wrong_usage_is_exit_code_2(cli) -> None:

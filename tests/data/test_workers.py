@@ -141,7 +141,7 @@ from pathlib import Path
 from minicache.data import workers
 from minicache.data.encode import Encoder
 from minicache.data.tokenizers import ChatTokenizer
-from minicache.signals import Interruptible
+from minicache.processes.signals import Interruptible
 from tests.conftest import make_rows
 workers.ALONE, workers._cores = 0, lambda: 2
 encoder = workers.RowEncoder(Encoder(ChatTokenizer.load(Path(sys.argv[1])), 40), "f", "auto", 0)

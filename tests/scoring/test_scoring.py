@@ -9,7 +9,7 @@ import torch
 from minicache.pairs import EncodedPair, PairTable
 from minicache.scoring import head
 from minicache.scoring.attention import block_mask, use_spans
-from minicache.scoring.batch import LAYOUTS, Batch
+from minicache.scoring.batch import Batch, layout_named
 from minicache.scoring.scorer import Scorer, resolve_dtype
 from tests.conftest import tiny_llama
 
@@ -31,7 +31,7 @@ def random_pairs(count: int, seed: int = 0) -> list[EncodedPair]:
 
 
 def lay_out(pairs: list[EncodedPair], layout: str = "padded") -> Batch:
-    return LAYOUTS[layout].make(PairTable.from_pairs(pairs, "int32"), np.arange(len(pairs)))
+    return layout_named(layout).make(PairTable.from_pairs(pairs, "int32"), np.arange(len(pairs)))
 
 
 def plain_logps(model: torch.nn.Module, pair: EncodedPair) -> tuple[list[float], list[int]]:

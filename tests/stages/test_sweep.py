@@ -251,7 +251,7 @@ def test_a_loss_that_cannot_judge_held_out_pairs_is_refused_before_the_first_run
 
 def test_the_command_has_every_option_of_train_but_resume() -> None:
     ours, theirs = (inspect.signature(each).parameters for each in (cli_sweep.sweep, train_command))
-    assert ours.keys() - theirs.keys() == {"shard", "as_json"}
+    assert ours.keys() - theirs.keys() == {"shard", "_json"}
     assert theirs.keys() - ours.keys() == {"resume"}
     assert theirs.keys() >= SWEPT.keys()
 

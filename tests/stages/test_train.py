@@ -14,12 +14,13 @@ import torch
 from minicache.cache.reader import ReferenceCache
 from minicache.errors import CacheMismatch, ConfigError, HandshakeError, ModelError, OutputError
 from minicache.models import fingerprint
+from minicache.options.catalog import LOSSES
 from minicache.options.train import LossOptions, TrainConfig
 from minicache.scoring.batch import padded
 from minicache.scoring.scorer import Scorer
 from minicache.stages.train import TrainReport, train
 from minicache.trackers import Silent
-from minicache.training.losses import LOSSES, Logps, sigmoid
+from minicache.training.losses import Logps, sigmoid
 from minicache.training.optim import learning_rate
 from minicache.training.order import Mixture, global_batches
 from tests.conftest import make_rows, one_process, precompute_into, tiny_llama, write_jsonl

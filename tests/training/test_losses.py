@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from minicache.errors import ConfigError
-from minicache.options import choices
+from minicache.options.catalog import LOSSES, SCHEDULES
 from minicache.options.train import LossOptions
 from minicache.scoring.scorer import PairScores
-from minicache.training.losses import DIVERGENCES, LOSSES, Logps, Objective
+from minicache.training.losses import Logps, Objective, loss_named
 from minicache.training.metrics import NAMES, pair_metrics
-from minicache.training.optim import COUNTS_FROM_1, OPTIMIZERS, SCHEDULES, beta_at, learning_rate, make_optimizer
+from minicache.training.optim import make_optimizer
+from minicache.training.schedules import beta_at, learning_rate, warmup_steps
 
 
 def random_logps(averaged: bool, count: int = 50) -> Logps:
@@ -84,16 +85,16 @@ def test_every_loss_is_its_formula(name: str, divergence: str, averaged: bool) -
     for smoothing, beta in ((0.1, 0.1), (0.3, 0.02)):
         options = LossOptions(label_smoothing=smoothing, f_divergence=divergence, f_alpha=0.7, simpo_gamma=0.4)
         expected = written_out(name, logps, beta, options)
-        assert np.allclose(LOSSES[name](double, beta, options), expected, rtol=1e-9, atol=1e-9)
+        assert np.allclose(loss_named(name)(double, beta, options), expected, rtol=1e-9, atol=1e-9)
         # what float32 makes of values of this size; exp(-ratio) of a sum of a long answer may be huge
-        assert np.allclose(LOSSES[name](logps, beta, options), expected, rtol=2e-4, atol=1e-5)
+        assert np.allclose(loss_named(name)(logps, beta, options), expected, rtol=2e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("exo_pair", "simpo", "robust")])
 def test_where_policy_and_reference_agree_every_reference_loss_is_a_constant(name: str) -> None:
     """At step 0 nothing of a pair is left in the loss; of sigmoid, ln 2."""
     logps = random_logps(averaged=True)
-    losses = LOSSES[name](Logps(logps.policy, logps.policy.clone(), logps.token_count, True), 0.1, LossOptions())
+    losses = loss_named(name)(Logps(logps.policy, logps.policy.clone(), logps.token_count, True), 0.1, LossOptions())
     assert torch.allclose(losses, losses[0].expand_as(losses))
     assert name != "sigmoid" or losses[0].item() == pytest.approx(math.log(2))
 
@@ -101,20 +102,20 @@ def test_where_policy_and_reference_agree_every_reference_loss_is_a_constant(nam
 def test_simpo_knows_no_reference() -> None:
     logps = random_logps(averaged=True)
     other = Logps(logps.policy, logps.reference * 0, logps.token_count, True)
-    assert torch.equal(LOSSES["simpo"](logps, 2.0, LossOptions()), LOSSES["simpo"](other, 2.0, LossOptions()))
+    assert torch.equal(loss_named("simpo")(logps, 2.0, LossOptions()), loss_named("simpo")(other, 2.0, LossOptions()))
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_no_loss_overflows(name: str) -> None:
     far = Logps(torch.tensor([[-700.0, 0.0], [0.0, -700.0]]), torch.zeros(2, 2), torch.full((2, 2), 700.0), False)
-    assert torch.isfinite(LOSSES[name](far, 0.1, LossOptions(label_smoothing=0.1))).all()
+    assert torch.isfinite(loss_named(name)(far, 0.1, LossOptions(label_smoothing=0.1))).all()
 
 
 def test_losses_mix_by_weight_and_take_an_sft_term() -> None:
     logps = random_logps(averaged=False)
     objective = Objective.parse("sigmoid:0.7, hinge:0.2", "sum", 0.1, LossOptions(sft_weight=0.5))
     chosen_tokens = logps.token_count[:, 0].mean().item()
-    parts = [LOSSES[name](logps, 0.1, LossOptions()) for name in ("sigmoid", "hinge")]
+    parts = [loss_named(name)(logps, 0.1, LossOptions()) for name in ("sigmoid", "hinge")]
     token_mean = -logps.policy[:, 0].sum() / logps.token_count[:, 0].sum()
     expected = (0.7 * parts[0] + 0.2 * parts[1]).mean() + 0.5 * token_mean
     assert objective(logps, chosen_tokens).mean().item() == pytest.approx(expected.item(), rel=1e-6)
@@ -148,7 +149,7 @@ def test_options_that_cannot_be_are_refused(options: dict) -> None:
 @pytest.mark.parametrize("averaged", [True, False], ids=["mean", "sum"])
 def test_metrics_are_their_definitions(averaged: bool) -> None:
     logps = random_logps(averaged)
-    losses = LOSSES["sigmoid"](logps, 0.2, LossOptions())
+    losses = loss_named("sigmoid")(logps, 0.2, LossOptions())
     entropy = torch.rand(len(losses), 2)
     scores = PairScores(logps.policy, logps.token_count, torch.zeros(0), entropy)
     values = dict(zip(NAMES, pair_metrics(losses, logps, 0.2, scores).numpy(), strict=True))
@@ -169,7 +170,7 @@ def test_metrics_are_their_definitions(averaged: bool) -> None:
 def test_learning_rate_rises_then_follows_its_schedule(schedule: str) -> None:
     rates = [learning_rate(step, 100, 1e-3, schedule, 0.1, 0.2) for step in range(100)]
     assert rates[9] == pytest.approx(1e-3) and all(a < b for a, b in pairwise(rates[:10])) and rates[0] > 0
-    t = (np.arange(90) + (schedule in COUNTS_FROM_1)) / 90
+    t = (np.arange(90) + SCHEDULES[schedule].counts_from_1) / 90
     expected = {
         "cosine": 0.2 + 0.8 * (1 + np.cos(np.pi * t)) / 2,
         "linear": 1 - 0.8 * t,
@@ -188,14 +189,16 @@ def test_warmup_is_a_share_or_a_number_of_steps() -> None:
     assert learning_rate(0, 1, 1e-3, "cosine", 0.0, 0.0) == pytest.approx(1e-3)
 
 
+@pytest.mark.parametrize(("warmup", "steps", "rising"), [(0.07, 100, 7), (0.1, 15, 2), (0.29, 100, 29), (0.001, 10, 1)])
+def test_a_share_of_warmup_is_rounded_up_and_not_by_the_last_bit_of_a_product(
+    warmup: float, steps: int, rising: int
+) -> None:
+    assert warmup_steps(warmup, steps) == rising
+
+
 def test_beta_changes_linearly_from_first_to_last_step() -> None:
     assert np.allclose([beta_at(step, 5, 0.1, 0.5) for step in range(5)], [0.1, 0.2, 0.3, 0.4, 0.5])
     assert beta_at(3, 5, 0.1, None) == 0.1 and beta_at(0, 1, 0.1, 0.5) == 0.1
-
-
-def test_the_options_offered_are_those_there_are() -> None:
-    assert tuple(SCHEDULES) == choices.SCHEDULES and tuple(DIVERGENCES) == choices.F_DIVERGENCES
-    assert tuple(OPTIMIZERS) == choices.OPTIMIZERS
 
 
 def test_norms_and_biases_do_not_decay() -> None:

@@ -1,0 +1,158 @@
+"""Commands made of the dataclasses that declare their options: a typer command's signature, and what a person gave.
+
+    @command(PrecomputeConfig, after={"tokenizer": RECIPE, "shard": NPROC})
+    def precompute_ref(given: Given) -> None: ...
+
+No command lists its options a second time.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, replace
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, TypeVar, get_args, get_origin
+
+import typer
+
+from minicache.options.declare import Option, flag, options_of
+from minicache.options.dictionaries import fill
+from minicache.options.recipes import RECIPES
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class Extra:
+    """An option of a command that is no field of its config: how it runs, or how its result is shown."""
+
+    name: str
+    kind: Any
+    default: Any
+    option: Option
+    minimum: int | None = None
+
+
+NPROC = Extra("nproc", int, 1, Option(help="Processes on this machine, as torchrun would start them."), minimum=1)
+JSON = Extra("json", bool, False, Option(help="Print the result as JSON."))
+RECIPE = Extra(
+    "recipe",
+    str | None,
+    None,
+    Option(help=f"Defaults of MiniMind's scripts, for both stages: {', '.join(RECIPES)}. Other options win."),
+)
+
+
+@dataclass(frozen=True)
+class Given:
+    """What stands on a command line. options: those of the config that a person wrote, by name. extras: all `Extra`s."""
+
+    options: dict[str, Any]
+    extras: dict[str, Any]
+
+    def config(self, kind: type[Config], defaults: Mapping[str, Any] | None = None) -> Config:
+        """The config of these options; `defaults` take the place of the config's own."""
+        return fill(kind, {**(defaults or {}), **self.options})
+
+    @property
+    def nproc(self) -> int:
+        return self.extras["nproc"]
+
+    @property
+    def json(self) -> bool:
+        return self.extras["json"]
+
+
+def command(
+    config: type, after: Mapping[str, Extra] | None = None, optional: tuple[str, ...] = ()
+) -> Callable[[Callable[[Given], None]], Callable[..., None]]:
+    """Make a function of `Given` a typer command with the options of a config.
+
+    after: name of an option -> the extra that follows it in `--help`. optional: fields without a default that the command line
+    may leave out.
+    """
+    return command_of(parameters_of(config, after or {}, optional))
+
+
+def command_of(parameters: list[inspect.Parameter]) -> Callable[[Callable[[Given], None]], Callable[..., None]]:
+    """As `command`, with these parameters."""
+    own = {each.name for each in parameters if not each.name.startswith("_")}
+
+    def decorate(function: Callable[[Given], None]) -> Callable[..., None]:
+        def run(**values: Any) -> None:
+            context: typer.Context = values.pop("_context")
+            sources = {name: context.get_parameter_source(name) for name in values}
+            written = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+            function(
+                Given(
+                    {name: value for name, value in values.items() if name in own and name in written},
+                    {name.removeprefix("_"): value for name, value in values.items() if name not in own},
+                )
+            )
+
+        run.__name__, run.__doc__ = function.__name__, function.__doc__
+        context = inspect.Parameter("_context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+        run.__signature__ = inspect.Signature([context, *parameters])  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+def parameters_of(config: type, after: Mapping[str, Extra], optional: tuple[str, ...] = ()) -> list[inspect.Parameter]:
+    """A keyword parameter for each option of a config, those that are needed first."""
+    parameters = []
+    for item, declared in options_of(config):
+        is_needed = item.default is MISSING and item.name not in optional
+        default = None if item.default is MISSING else item.default
+        parameters.append(parameter_of(item.name, item.type, default, declared, is_needed))
+        if item.name in after:
+            parameters.append(extra_parameter(after[item.name]))
+    return sorted(parameters, key=lambda each: each.default is not inspect.Parameter.empty)
+
+
+def parameter_of(name: str, kind: Any, default: Any, declared: Option, is_needed: bool = False) -> inspect.Parameter:
+    """The parameter of one option, with a type that typer can read; it has no default where it is needed."""
+    read = _typed(kind)
+    default = None if default == () else default
+    if default is None and not is_needed and NoneType not in get_args(read):
+        read = read | None
+    return _parameter(
+        name, read, inspect.Parameter.empty if is_needed else default, _info(name, declared, read is bool)
+    )
+
+
+def extra_parameter(extra: Extra) -> inspect.Parameter:
+    """The parameter of an option that is no field of a config."""
+    info = _info(extra.name, extra.option, extra.kind is bool)
+    info.min = extra.minimum
+    return _parameter(f"_{extra.name}", extra.kind, extra.default, info)
+
+
+def in_panel(extra: Extra, panel: str) -> Extra:
+    """The same extra in a panel of `--help`."""
+    return replace(extra, option=replace(extra.option, panel=panel))
+
+
+def _info(name: str, declared: Option, is_flag: bool) -> Any:
+    if declared.argument:
+        return typer.Argument(help=declared.text, metavar=declared.metavar)
+    shown = (declared.shown or flag(name), *declared.aliases)
+    return typer.Option(
+        *shown, help=declared.text, metavar=None if is_flag else declared.metavar, rich_help_panel=declared.panel
+    )
+
+
+def _parameter(name: str, kind: Any, default: Any, info: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
+
+
+def _typed(kind: Any) -> Any:
+    """The type that typer reads an option as: text for what may be a path or a URL, a list for several."""
+    if get_origin(kind) is tuple:
+        return list[_typed(get_args(kind)[0])]  # type: ignore[misc]
+    if isinstance(kind, UnionType):
+        kinds = [each for each in get_args(kind) if each is not NoneType]
+        several = [each for each in kinds if get_origin(each) is tuple]
+        plain = _typed(several[0]) if several else str if str in kinds else kinds[0]
+        return plain | None if NoneType in get_args(kind) else plain
+    return Path if kind is Path else kind

@@ -1,0 +1,129 @@
+"""How an option is declared: once, as a field of a dataclass, with its default, help and bounds.
+
+    lr: float = option(1e-6, "Peak learning rate.", above=0, panel="Optimizer")
+
+The command line, its help, docs/commands.md and the checks are all made of that declaration. No torch.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from typing import Any, TypedDict, Unpack
+
+from minicache.errors import ConfigError
+
+KEY = "option"  # in the metadata of a field
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """What a person sees of an option, and which values it may have.
+
+    help: one line; `{names}` stands for the names in `choices`. shown: name on the command line, if not the field's own.
+    aliases: other spellings. argument: it stands without a name. panel: the part of `--help` that it belongs to.
+    least, most: bounds that are allowed; above, below: bounds that are not. what: what a number in them is, such as "a share".
+    choices: the names allowed, asked for when they are needed, so that a name added to a dict counts.
+    movable: a resumed run may have another value, because it changes no number.
+    """
+
+    help: str
+    shown: str | None = None
+    aliases: tuple[str, ...] = ()
+    argument: bool = False
+    metavar: str | None = None
+    panel: str | None = None
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+    what: str | None = None
+    choices: Callable[[], Iterable[str]] | None = None
+    movable: bool = False
+
+    @property
+    def text(self) -> str:
+        """The help, with the names of the choices in it."""
+        return self.help.replace("{names}", listed(self.choices(), "or")) if self.choices else self.help
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises ConfigError unless each number or name in `value` is allowed. None is no value."""
+        for each in value if isinstance(value, tuple | list) else (value,):
+            if each is None or isinstance(each, bool):
+                continue
+            if self.choices and each not in (allowed := tuple(self.choices())):
+                raise ConfigError(f"{name}: expected one of {', '.join(allowed)}, got {each!r}")
+            if isinstance(each, int | float) and not (math.isfinite(each) and self._is_within(each)):
+                raise ConfigError(f"{name}: expected {self._bounds()}, got {each}")
+
+    def _is_within(self, value: float) -> bool:
+        return (
+            (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.most is None or value <= self.most)
+            and (self.below is None or value < self.below)
+        )
+
+    def _bounds(self) -> str:
+        if self.above is not None and self.most is None and self.below is None:
+            return f"a number above {self.above:g}"
+        low = f"above {self.above:g}" if self.above is not None else "" if self.least is None else f"{self.least}"
+        if self.most is None and self.below is None:
+            return f"{low} or more" if low else "a finite number"
+        high = f"to {self.most}" if self.most is not None else f"to below {self.below:g}"
+        return f"{self.what} from {low} {high}" if self.what else f"{low} {high}".strip()
+
+
+class Rules(TypedDict, total=False):
+    """What `option` takes beside default and help: fields of `Option`."""
+
+    shown: str
+    aliases: tuple[str, ...]
+    argument: bool
+    metavar: str
+    panel: str
+    least: float
+    above: float
+    most: float
+    below: float
+    what: str
+    choices: Callable[[], Iterable[str]]
+    movable: bool
+
+
+def option(default: Any, help: str, **rules: Unpack[Rules]) -> Any:
+    """The field of a dataclass that declares an option."""
+    return field(default=default, metadata={KEY: Option(help=help, **rules)})
+
+
+def needed(help: str, **rules: Unpack[Rules]) -> Any:
+    """The field of an option that has no default."""
+    return option(MISSING, help, **rules)
+
+
+def options_of(config: type) -> list[tuple[Field[Any], Option]]:
+    """The options that a dataclass declares, those of the groups within it in their places."""
+    found: list[tuple[Field[Any], Option]] = []
+    for item in fields(config):
+        if KEY in item.metadata:
+            found.append((item, item.metadata[KEY]))
+        elif isinstance(item.type, type) and is_dataclass(item.type):
+            found += options_of(item.type)
+    return found
+
+
+def check_options(config: Any) -> None:
+    """Raises ConfigError for the first option of this config whose value is not allowed; groups check themselves."""
+    for item in fields(config):
+        if KEY in item.metadata:
+            item.metadata[KEY].check(flag(item.name), getattr(config, item.name))
+
+
+def flag(name: str) -> str:
+    """A field's name as a person types it."""
+    return f"--{name.replace('_', '-')}"
+
+
+def listed(names: Iterable[str], last: str) -> str:
+    """`a, b or c`."""
+    *others, end = names
+    return f"{', '.join(others)} {last} {end}" if others else end
