@@ -14,14 +14,15 @@ from minicache.cache.reader import ReferenceCache
 from minicache.cache.schema import FORMAT_VERSION, Identity, Log, Manifest, digest_of
 from minicache.config import CompareConfig
 from minicache.data.encode import Encoder
-from minicache.data.formats import read_rows, to_pair
+from minicache.data.formats import to_pair
 from minicache.data.records import Pair, Turn
 from minicache.data.special import FIRST_HIDDEN
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import CacheMismatch, DataError, RowRefused
 from minicache.stages.compare_prompts import read_prompts
 from tests.conftest import TEMPLATE, make_rows, precompute_into, write_jsonl
-from tests.test_encode import SAID, chatml_pieces, pair_of, plain_mask
+from tests.references.checkpoints import GENERATIONS
+from tests.test_encode import SAID, chatml_pieces, hard_rows, pair_of, plain_mask
 from tests.test_tokenizers import TEMPLATES, with_template
 
 TYPED = [
@@ -110,12 +111,14 @@ def test_thoughts_stay_what_templates_look_for(tokenizer_dir: Path, tmp_path: Pa
 # --- rows without such text ---
 
 
-@pytest.mark.parametrize("generation", ["minimind2-2504", "minimind2-2510", "minimind3"])
-@pytest.mark.parametrize("file", ["dpo_en_chat.jsonl", "dpo_zh_chat.jsonl"])
-def test_other_rows_are_encoded_as_ever(shared: Path, generation: str, file: str) -> None:
-    """Real rows, by the way that all rows take, by that of none, and by the twin."""
-    tokenizer = ChatTokenizer.load(shared / "fixtures" / "minimind" / f"{generation}-tokenizer")
-    pairs = [to_pair(row, file, line) for line, row in read_rows(str(shared / "data" / file)) if line % 3 == 0]
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_other_rows_are_encoded_as_ever(minimind_tokenizers: dict[str, Path], generation: str) -> None:
+    require_usual_encoding(ChatTokenizer.load(minimind_tokenizers[generation]), [*make_rows(100), *hard_rows()])
+
+
+def require_usual_encoding(tokenizer: ChatTokenizer, rows: list[dict]) -> None:
+    """By the way that all rows take, by that of none, and by the twin."""
+    pairs = [to_pair(row, "f", line) for line, row in enumerate(rows, 1)]
     digests = []
     for how in ("plain", "allow"):
         items = Encoder(tokenizer, 2048, loss_on="assistant", special_text=how).encode_all(pairs, 0)
