@@ -264,7 +264,8 @@ def hard_rows() -> list[dict]:
         prompt += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         prompt += [{"role": "user", "content": answer}]
         sides = (
-            {"role": "assistant", "content": text} for text in (f"{answer}!", f"<think>\nhm\n</think>\n\n{question.strip()}")
+            {"role": "assistant", "content": text}
+            for text in (f"{answer}!", f"<think>\nhm\n</think>\n\n{question.strip()}")
         )
         chosen, rejected = ([*prompt, side] for side in sides)
         rows.append({"chosen": chosen, "rejected": rejected})
