@@ -68,10 +68,10 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def minimind_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tokenizer directory of each MiniMind generation, with its special tokens and a template that does as its own."""
-    from tests.references.conversations import MANNERS, save_tokenizer
+    from tests.references.conversations import CHAT_FORMATS, save_tokenizer
 
     place = tmp_path_factory.mktemp("minimind-tokenizers")
-    return {generation: save_tokenizer(generation, WORDS, place / generation) for generation in MANNERS}
+    return {generation: save_tokenizer(generation, WORDS, place / generation) for generation in CHAT_FORMATS}
 
 
 @pytest.fixture(scope="session")

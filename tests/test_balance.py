@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minicache.models import balance, load_model
 from tests.conftest import tiny_llama
-from tests.references.checkpoints import MIXTURES, draw, page_of
+from tests.references.checkpoints import MIXTURES, draw, reference_of
 from tests.references.formulas import State
 
 ROUTERS = ("router.weight", "mlp.gate.weight")
@@ -38,11 +38,11 @@ def balance_of(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) ->
 
 def reference_balance(name: str, state: State, ids: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
     """Of the first `lengths` tokens of each row of ids (R, L), computed row by row without padding. Returns: (R,) float64."""
-    page = page_of(name)
-    computed = [page.compute(state, ids[row : row + 1, :length]).scores for row, length in enumerate(lengths)]
+    reference = reference_of(name)
+    computed = [reference.compute(state, ids[row : row + 1, :length]).scores for row, length in enumerate(lengths)]
     if name.startswith("minimind3"):  # all tokens in one
         computed = [[torch.cat(layer, 1) for layer in zip(*computed, strict=True)]] * len(lengths)
-    return torch.cat([page.balance_loss(scores, page.DEFAULTS.experts_per_token) for scores in computed])
+    return torch.cat([reference.balance_loss(scores, reference.DEFAULTS.experts_per_token) for scores in computed])
 
 
 @pytest.mark.parametrize("name", MIXTURES)

@@ -256,7 +256,7 @@ def test_loss_on_assistant_is_miniminds_mask_to_the_token(
 
 
 def hard_rows() -> list[dict]:
-    """Conversations of hard texts, each as a system turn or none, a question, an answer, and behind a think block."""
+    """Conversations of hard texts: every second one has a system turn, the rejected answer stands behind a think block."""
     rows = []
     for at in range(len(HARD)):
         system, question, answer = (HARD[(at + step) % len(HARD)] for step in (0, 1, 5))

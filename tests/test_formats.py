@@ -104,12 +104,15 @@ def pair_or_refusal(row: object, line: int) -> Pair | RowRefused:
         return refusal
 
 
-def require_two_forms_alike(tokenizer_dir: Path, *files: Path) -> int:
-    """Both files give the same pairs, and refuse rows for the same reasons. Returns how many pairs there are."""
+def require_two_forms_alike(tokenizer_dir: Path, *files: Path, every: int = 1) -> int:
+    """The number of pairs in each file, once it is sure that all files give the same pairs and refuse for the same reasons.
+
+    every: read one row of so many.
+    """
     encoder = Encoder(ChatTokenizer.load(tokenizer_dir), max_length=4096)
     digests = []
     for file in files:
-        pairs = [pair_or_refusal(row, line) for line, row in read_rows(str(file))]
+        pairs = [pair_or_refusal(row, line) for line, (_, row) in enumerate(read_rows(str(file))) if line % every == 0]
         encoded = list(encoder.encode_all(pairs, 0))
         digests.append([item if isinstance(item, RowRefused) else item[0].digest for item in encoded])
     kept = [[item for item in items if isinstance(item, bytes)] for items in digests]

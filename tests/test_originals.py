@@ -17,7 +17,7 @@ from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import RowRefused
 from minicache.models import balance, load_model
 from tests.conftest import Original
-from tests.references.checkpoints import EXPERTS, GENERATIONS, NAMES, page_of
+from tests.references.checkpoints import EXPERTS, GENERATIONS, NAMES, reference_of
 from tests.references.conversations import DEFAULT_SYSTEM, encode
 from tests.test_encode import THINK
 from tests.test_formats import require_two_forms_alike
@@ -38,17 +38,21 @@ def original_tokenizer(original: Original, generation: str) -> Path:
 @pytest.mark.parametrize("name", NAMES)
 def test_reference_and_package_compute_what_the_original_does(original: Original, name: str) -> None:
     file, expected = original(f"{PLACE}{name}.pth"), np.load(original(f"{PLACE}{name}.npz"))
-    page, state, model = page_of(name), torch.load(file, weights_only=True), load_model(str(file)).model.eval()
-    shapes = page.shapes(EXPERTS if name.endswith("moe") else 0, vocabulary=512)
+    reference, state, model = (
+        reference_of(name),
+        torch.load(file, weights_only=True),
+        load_model(str(file)).model.eval(),
+    )
+    shapes = reference.shapes(EXPERTS if name.endswith("moe") else 0, vocabulary=512)
     assert {key: tuple(value.shape) for key, value in state.items()} == shapes
     ids = torch.from_numpy(expected["input_ids"])
-    computed = page.compute(state, ids)
+    computed = reference.compute(state, ids)
     logits = model(ids).logits.detach().numpy()
     assert np.abs(computed.logits.numpy() - expected["logits"]).max() < 1e-5
     assert np.abs(logits - expected["logits"]).max() < 1e-5
     if not computed.scores:
         return
-    by_reference = page.balance_loss(computed.scores, page.DEFAULTS.experts_per_token)
+    by_reference = reference.balance_loss(computed.scores, reference.DEFAULTS.experts_per_token)
     with balance.recording(model) as routing:
         model(ids)
     by_package = routing.loss(torch.arange(ids.numel()), torch.arange(len(ids)).repeat_interleave(ids.shape[1]), 2)
@@ -105,9 +109,11 @@ def test_templates_write_what_the_original_writes(
 @pytest.mark.parametrize("file", DATA)
 def test_real_rows_are_encoded_as_ever(original: Original, generation: str, file: str) -> None:
     tokenizer = ChatTokenizer.load(original_tokenizer(original, generation))
-    rows: list[Any] = [row for line, row in read_rows(str(original(file))) if line % 3 == 0]
+    rows: list[Any] = [row for line, row in read_rows(str(original(file))) if line % 6 == 0]
     require_usual_encoding(tokenizer, rows)
 
 
 def test_two_forms_of_real_rows_agree(original: Original, tokenizer_dir: Path) -> None:
-    assert require_two_forms_alike(tokenizer_dir, original(DATA[0]), original("data/dpo_en_sharegpt.json")) > 200
+    assert (
+        require_two_forms_alike(tokenizer_dir, original(DATA[0]), original("data/dpo_en_sharegpt.json"), every=3) > 70
+    )

@@ -10,20 +10,20 @@ from torch import Tensor
 from tests.references import minimind2_2504, minimind2_2510, minimind3
 from tests.references.formulas import State
 
-PAGES: dict[str, ModuleType] = {
+REFERENCES: dict[str, ModuleType] = {
     "minimind2-2504": minimind2_2504,
     "minimind2-2510": minimind2_2510,
     "minimind3": minimind3,
 }
-GENERATIONS = list(PAGES)
+GENERATIONS = list(REFERENCES)
 NAMES = [f"{generation}-{kind}" for generation in GENERATIONS for kind in ("dense", "moe")]
 MIXTURES = [name for name in NAMES if name.endswith("moe")]
 VOCABULARY, EXPERTS = 400, 4
 
 
-def page_of(name: str) -> ModuleType:
+def reference_of(name: str) -> ModuleType:
     """The reference of "minimind3-moe" and the like."""
-    return PAGES[name.rpartition("-")[0]]
+    return REFERENCES[name.rpartition("-")[0]]
 
 
 def draw(name: str, seed: int = 0, shared: int = 1, tied: bool = True) -> State:
@@ -31,7 +31,7 @@ def draw(name: str, seed: int = 0, shared: int = 1, tied: bool = True) -> State:
 
     shared: experts for every token, where the generation has such. tied: the head's tensor is the embedding's, as in the originals.
     """
-    shapes = page_of(name).shapes(EXPERTS if name.endswith("moe") else 0, shared, VOCABULARY)
+    shapes = reference_of(name).shapes(EXPERTS if name.endswith("moe") else 0, shared, VOCABULARY)
     random = np.random.default_rng(seed)
     state = {key: _draw(random, key, shape) for key, shape in shapes.items()}
     if tied:

@@ -6,7 +6,7 @@ template renders the same conversations alike, but for the words of its own defa
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +48,11 @@ TEMPLATE_3 = (
 
 
 @dataclass(frozen=True)
-class Manner:
-    """How a generation writes and reads conversations.
+class ChatFormat:
+    """How a generation renders conversations, and which tokens of them its DPO training counts.
 
     special: its special tokens, the beginning of a turn second, its end third. words: further tokens that are not marked special.
-    header, closing: between them stands what counts. skipped: tokens after each that belong to it still, a line break.
+    header, closing: what counts stands between them. skipped: tokens after each that still belong to it (a line break).
     """
 
     template: str
@@ -60,14 +60,14 @@ class Manner:
     header: str
     closing: str
     skipped: int
-    words: tuple[str, ...] = field(default=())
+    words: tuple[str, ...] = ()
 
 
 CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-MANNERS = {
-    "minimind2-2504": Manner(TEMPLATE_2504, ("<unk>", "<s>", "</s>"), "<s>assistant", "</s>", 1),
-    "minimind2-2510": Manner(TEMPLATE_2510, CHATML, "<|im_start|>assistant", "<|im_end|>", 1),
-    "minimind3": Manner(
+CHAT_FORMATS = {
+    "minimind2-2504": ChatFormat(TEMPLATE_2504, ("<unk>", "<s>", "</s>"), "<s>assistant", "</s>", 1),
+    "minimind2-2510": ChatFormat(TEMPLATE_2510, CHATML, "<|im_start|>assistant", "<|im_end|>", 1),
+    "minimind3": ChatFormat(
         TEMPLATE_3, CHATML, "<|im_start|>assistant\n", "<|im_end|>\n", 0, ("<tool_call>", "</tool_call>", "<think>", "</think>")
     ),
 }  # fmt: skip
@@ -75,13 +75,16 @@ MANNERS = {
 
 def save_tokenizer(generation: str, words: list[str], directory: Path) -> Path:
     """Train a tokenizer on `words` and write its files. Returns the directory."""
-    manner = MANNERS[generation]
+    chat_format = CHAT_FORMATS[generation]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
-        special_tokens=[*manner.special, *(AddedToken(word, special=False, normalized=False) for word in manner.words)],
+        special_tokens=[
+            *chat_format.special,
+            *(AddedToken(word, special=False, normalized=False) for word in chat_format.words),
+        ],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -89,17 +92,17 @@ def save_tokenizer(generation: str, words: list[str], directory: Path) -> Path:
     tokenizer.train_from_iterator(texts * 20, trainer)
     directory.mkdir(parents=True)
     tokenizer.save(str(directory / "tokenizer.json"))
-    padding, start, end = manner.special
+    padding, start, end = chat_format.special
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": start, "eos_token": end}
-    config |= {"pad_token": padding, "unk_token": padding, "chat_template": manner.template}
+    config |= {"pad_token": padding, "unk_token": padding, "chat_template": chat_format.template}
     (directory / "tokenizer_config.json").write_text(json.dumps(config, ensure_ascii=False), encoding="utf-8")
     return directory
 
 
 def assistant_mask(ids: list[int], header: list[int], closing: list[int], skipped: int) -> list[int]:
-    """1 for each id that DPODataset counts: from `skipped` behind a header to `skipped` behind the closing, or to the end.
+    """1 for each id that DPODataset counts: from `skipped` ids after a header to `skipped` ids after its closing, or to the end.
 
-    What is read is text with a letter for each id, so that a regular expression finds it.
+    The ids become characters, so that a regular expression can find the spans.
     """
     text, start, end = ("".join(map(chr, part)) for part in (ids, header, closing))
     mask = [0] * len(ids)
@@ -114,14 +117,14 @@ def encode(
 ) -> tuple[list[int], list[int]]:
     """The ids and loss mask of one side of a pair, as DPODataset makes them but for padding.
 
-    tokenizer: of transformers. think: "drop" is what happens to every empty think block by the toss of a coin.
+    tokenizer: of transformers. think: "drop" removes every empty think block, as the third generation does at random.
     """
-    manner = MANNERS[generation]
+    chat_format = CHAT_FORMATS[generation]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
     text = text.replace(EMPTY_THINK, "") if think == "drop" else text
-    ids, header, closing = (tokenizer(part)["input_ids"] for part in (text, manner.header, manner.closing))
+    ids, header, closing = (tokenizer(part)["input_ids"] for part in (text, chat_format.header, chat_format.closing))
     ids = ids[:max_length]
-    return ids, assistant_mask(ids, header, closing, manner.skipped)
+    return ids, assistant_mask(ids, header, closing, chat_format.skipped)
 
 
 def shifted(ids: list[int], mask: list[int]) -> tuple[list[int], list[int], list[int]]:

@@ -63,7 +63,7 @@ def angles(length: int, size: int, theta: float) -> Tensor:
 
 
 def turn_halves(x: Tensor, theta: float) -> Tensor:
-    """Rotary positions on pairs (i, i + size / 2). x: (R, L, heads, size), and so the result."""
+    """Rotary positions on pairs (i, i + size / 2). x: (R, L, heads, size); returns the same shape."""
     turn = angles(x.shape[1], x.shape[3], theta)[:, None]  # (L, 1, size / 2)
     first, second = x.chunk(2, -1)
     return torch.cat([first * turn.cos() - second * turn.sin(), second * turn.cos() + first * turn.sin()], -1)
@@ -84,6 +84,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def picks(scores: Tensor, top: int) -> Tensor:
     """1.0 for each of the `top` experts that a token goes to, else 0.0: as scores, (..., experts)."""
     return torch.zeros_like(scores).scatter(-1, scores.topk(top).indices, 1.0)
+
+
+def clearness(scores: list[Tensor], top: int) -> float:
+    """By how much the last chosen expert's score exceeds the next one's, at the token where that is least.
+
+    Far more than rounding errors: then float32 sends every token to the same experts. scores: (..., experts) of each layer.
+    """
+    ranked = [layer.sort(-1, descending=True).values for layer in scores]
+    return min((layer[..., top - 1] - layer[..., top]).min().item() for layer in ranked)
 
 
 def mix(scores: Tensor, top: int, outputs: list[Tensor]) -> Tensor:

@@ -45,7 +45,7 @@ def shapes(experts: int, shared: int = 1, vocabulary: int = 400, width: int = 64
 
 
 def compute(state: State, ids: Tensor, settings: Settings = DEFAULTS) -> Computed:
-    """ids: (R, L)."""
+    """The logits, and the scores of the routers, of token ids (R, L)."""
     x, scores = state["tok_embeddings.weight"].double()[ids], []  # (R, L, width)
     for layer in range(count(state, "layers.")):
         weights = under(state, f"layers.{layer}.")
@@ -63,7 +63,7 @@ def compute(state: State, ids: Tensor, settings: Settings = DEFAULTS) -> Compute
 
 
 def attention(x: Tensor, weights: State, settings: Settings) -> Tensor:
-    """x: (R, L, width), and so the result."""
+    """Causal self-attention. x: (R, L, width); returns the same shape."""
     q = heads_of(x, weights["attention.wq.weight"], settings.heads)
     k = heads_of(x, weights["attention.wk.weight"], settings.kv_heads)
     v = heads_of(x, weights["attention.wv.weight"], settings.kv_heads)
@@ -72,14 +72,14 @@ def attention(x: Tensor, weights: State, settings: Settings) -> Tensor:
 
 
 def turn_pairs(x: Tensor, theta: float) -> Tensor:
-    """Rotary positions on pairs (2i, 2i + 1), each a complex number. x: (R, L, heads, size), and so the result."""
+    """Rotary positions on pairs (2i, 2i + 1), each a complex number. x: (R, L, heads, size); returns the same shape."""
     turn = angles(x.shape[1], x.shape[3], theta)[:, None]  # (L, 1, size / 2)
     numbers = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(numbers * torch.polar(torch.ones_like(turn), turn)).flatten(-2)
 
 
 def feed_forward(x: Tensor, weights: State, block: str) -> Tensor:
-    """x: (R, L, width), and so the result."""
+    """The gated feed-forward layer, or one expert of it. x: (R, L, width); returns the same shape."""
     gate, up, down = (weights[f"feed_forward.{block}{part}.weight"] for part in ("w1", "w3", "w2"))
     return swiglu(x, gate, up, down)
 

@@ -45,7 +45,7 @@ def shapes(experts: int, shared: int = 1, vocabulary: int = 400, width: int = 64
 
 
 def compute(state: State, ids: Tensor, settings: Settings = DEFAULTS) -> Computed:
-    """ids: (R, L)."""
+    """The logits, and the scores of the routers, of token ids (R, L)."""
     x, scores = state["model.embed_tokens.weight"].double()[ids], []  # (R, L, width)
     for layer in range(count(state, "model.layers.")):
         weights = under(state, f"model.layers.{layer}.")
@@ -64,7 +64,7 @@ def compute(state: State, ids: Tensor, settings: Settings = DEFAULTS) -> Compute
 
 
 def attention(x: Tensor, weights: State, settings: Settings) -> Tensor:
-    """x: (R, L, width), and so the result."""
+    """Causal self-attention. x: (R, L, width); returns the same shape."""
     q = heads_of(x, weights["self_attn.q_proj.weight"], settings.heads)
     k = heads_of(x, weights["self_attn.k_proj.weight"], settings.kv_heads)
     v = heads_of(x, weights["self_attn.v_proj.weight"], settings.kv_heads)
@@ -73,7 +73,7 @@ def attention(x: Tensor, weights: State, settings: Settings) -> Tensor:
 
 
 def feed_forward(x: Tensor, weights: State, block: str) -> Tensor:
-    """x: (R, L, width), and so the result."""
+    """The gated feed-forward layer, or one expert of it. x: (R, L, width); returns the same shape."""
     gate, up, down = (weights[f"mlp.{block}{part}_proj.weight"] for part in ("gate", "up", "down"))
     return swiglu(x, gate, up, down)
 
