@@ -16,6 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SHARED = Path(__file__).parents[2] / "shared"
+Original = Callable[[str], Path]
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -42,10 +43,35 @@ WORDS = [
 
 
 @pytest.fixture(scope="session")
-def shared() -> Path:
-    if not (SHARED / "data").is_dir():
-        pytest.skip(f"needs {SHARED.name}/ beside the checkout (data, fixtures)")
-    return SHARED
+def original() -> Original:
+    """Finds what MiniMind's own code made, and real data, beside the checkout: `original("data/dpo_en_chat.jsonl")`.
+
+    An extra: whatever decides is in the checkout, see tests/references. A test that misses a file is skipped and names it.
+    """
+
+    def find(name: str) -> Path:
+        if not (SHARED / name).exists():
+            pytest.skip(f"needs {SHARED.name}/{name} beside the checkout")
+        return SHARED / name
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of small random MiniMind checkpoints, one of each of `tests.references.checkpoints.NAMES`."""
+    from tests.references.checkpoints import save_all
+
+    return save_all(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="session")
+def minimind_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tokenizer directory of each MiniMind generation, with its special tokens and a template that does as its own."""
+    from tests.references.conversations import CHAT_FORMATS, save_tokenizer
+
+    place = tmp_path_factory.mktemp("minimind-tokenizers")
+    return {generation: save_tokenizer(generation, WORDS, place / generation) for generation in CHAT_FORMATS}
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """Where the answer begins, what counts, what is cut: each against a plain computation on bytes or lists."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import RowRefused
 from tests.conftest import WORDS, make_rows
 from tests.data.test_tokenizers import LLAMA3, MARKED, MISTRAL, QWEN3, TEMPLATES, with_template
+from tests.references.conversations import assistant_mask, encode, shifted
 
 # texts that are hard on tokens: several tokens a character, whitespace at the ends, words of the templates themselves
 HARD = [
@@ -228,49 +228,81 @@ def test_the_kinds_of_loss_agree_where_there_is_one_answer(chatml: ChatTokenizer
 
 # --- MiniMind ---
 
-GENERATIONS = [("minimind2-2504", "as-is"), ("minimind2-2510", "as-is"), ("minimind3", "keep"), ("minimind3", "drop")]
+THINK = [("minimind2-2504", "keep"), ("minimind2-2510", "keep"), ("minimind3", "keep"), ("minimind3", "drop")]
 
 
-@pytest.mark.parametrize(("generation", "variant"), GENERATIONS)
-def test_loss_on_assistant_is_miniminds_mask_to_the_token(shared: Path, generation: str, variant: str) -> None:
-    place = shared / "fixtures" / "minimind"
-    fixture = json.loads((place / f"{generation}-encoding.json").read_text(encoding="utf-8"))
-    think = "drop" if variant == "drop" else "keep"
-    tokenizer = ChatTokenizer.load(place / f"{generation}-tokenizer")
-    encoder = Encoder(tokenizer, fixture["max_length"], loss_on="assistant", think=think)
-    compared = 0
-    for row, expected in zip(fixture["rows"], fixture["encodings"][variant], strict=True):
-        if not all(any(side["loss_mask"]) for side in expected.values()):
-            with pytest.raises(RowRefused, match="no answer left"):  # MiniMind divides by zero counted tokens here
+@pytest.mark.parametrize("max_length", [80, 9999])
+@pytest.mark.parametrize(("generation", "think"), THINK)
+def test_loss_on_assistant_is_miniminds_mask_to_the_token(
+    minimind_tokenizers: dict[str, Path], generation: str, think: str, max_length: int
+) -> None:
+    """Against the reference of DPODataset, which goes from the ids of the assistant's header to those of what closes a turn."""
+    from transformers import AutoTokenizer
+
+    directory = minimind_tokenizers[generation]
+    encoder = Encoder(ChatTokenizer.load(directory), max_length, loss_on="assistant", think=think)
+    tokenizer, kept, refused = AutoTokenizer.from_pretrained(directory), 0, 0
+    for row in [*make_rows(30, seed=4), *hard_rows()]:
+        expected = [encode(tokenizer, generation, row[side], max_length, think) for side in ("chosen", "rejected")]
+        if not all(any(mask) for _, mask in expected) or expected[0] == expected[1]:
+            with pytest.raises(RowRefused, match=r"no answer left|the same tokens"):  # nothing to count, or to prefer
                 encoder.encode(to_pair(row, "f", 1))
+            refused += 1
             continue
         encoded, _ = encoder.encode(to_pair(row, "f", 1))
-        for side, name in enumerate(("chosen", "rejected")):
-            ids, mask = encoded.side(side)
-            assert ids.tolist() == expected[name]["input_ids"]
-            assert mask.tolist() == expected[name]["loss_mask"]
-            compared += 1
-    assert compared >= 8
+        assert [tuple(column.tolist() for column in encoded.side(side)) for side in (0, 1)] == expected
+        kept += 1
+    assert kept >= 10 and (refused > 0) == (max_length == 80)
 
 
-@pytest.mark.parametrize("generation", ["minimind2-2504", "minimind2-2510", "minimind3"])
-def test_loss_on_assistant_is_miniminds_rule_on_ids(shared: Path, generation: str) -> None:
-    """From the ids of the assistant's header to those of what closes a turn, on many conversations."""
-    tokenizer = ChatTokenizer.load(shared / "fixtures" / "minimind" / f"{generation}-tokenizer")
-    start, end = (tokenizer.special[name] for name in ("bos_token", "eos_token"))
-    header, closing = (ids.tolist() for ids, _ in tokenizer.encode([f"{start}assistant\n", f"{end}\n"]))
-    for row in make_rows(30, seed=4):
-        pair = to_pair(row, "f", 1)
-        encoded, _ = Encoder(tokenizer, 9999, loss_on="assistant").encode(pair)
-        for side in (0, 1):
-            ids, mask = (column.tolist() for column in encoded.side(side))
-            expected, at = [0] * len(ids), 0
-            while at < len(ids):
-                at += 1
-                if ids[max(at - len(header), 0) : at] == header:
-                    until = next(n for n in range(at, len(ids)) if ids[n : n + len(closing)] == closing) + len(closing)
-                    expected[at:until], at = [1] * (until - at), until
-            assert mask == expected
+def hard_rows() -> list[dict]:
+    """Conversations of hard texts: every second one has a system turn, the rejected answer stands behind a think block."""
+    rows = []
+    for at in range(len(HARD)):
+        system, question, answer = (HARD[(at + step) % len(HARD)] for step in (0, 1, 5))
+        prompt = [{"role": "system", "content": system}] if at % 2 else []
+        prompt += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        prompt += [{"role": "user", "content": answer}]
+        sides = (
+            {"role": "assistant", "content": text}
+            for text in (f"{answer}!", f"<think>\nhm\n</think>\n\n{question.strip()}")
+        )
+        chosen, rejected = ([*prompt, side] for side in sides)
+        rows.append({"chosen": chosen, "rejected": rejected})
+    return rows
+
+
+@pytest.mark.parametrize(("generation", "think"), THINK)
+def test_a_line_break_that_joins_an_answers_spaces_counts_with_them(
+    minimind_tokenizers: dict[str, Path], generation: str, think: str
+) -> None:
+    """Here the masks differ: the original skips such a token behind a header, or does not find the header for it."""
+    from transformers import AutoTokenizer
+
+    directory, joined = minimind_tokenizers[generation], "\u010a\u0120"  # a line break and a space
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    row = make_rows(2)[1]
+    row["chosen"][-1] = {"role": "assistant", "content": "  the cat"}
+    ids, mask = encode(tokenizer, generation, row["chosen"], 999, think)
+    encoder = Encoder(ChatTokenizer.load(directory), 999, loss_on="assistant", think=think)
+    found_ids, found = (column.tolist() for column in encoder.encode(to_pair(row, "f", 1))[0].side(0))
+    at = tokenizer.convert_ids_to_tokens(ids).index(joined)
+    assert found_ids == ids
+    if (generation, think) == ("minimind3", "keep"):
+        assert found == mask and mask[at] == 1  # it stands behind a think block
+    else:
+        assert (found.index(1), sum(found)) == (at, len(ids) - at)
+        assert mask == ([0] * len(ids) if generation == "minimind3" else [*found[:at], 0, *found[at + 1 :]])
+
+
+@pytest.mark.parametrize("skipped", [0, 1])
+def test_the_reference_mask_counts_what_it_says(skipped: int) -> None:
+    """Letters for ids: a header of two, answers, and what closes them, of which the last is missing."""
+    ids = [ord(letter) for letter in "uHHnabc.nuHHnabc"]
+    header, closing = ("HH", ".") if skipped else ("HHn", ".n")
+    mask = assistant_mask(ids, [*map(ord, header)], [*map(ord, closing)], skipped)
+    assert "".join(chr(token) for token, counts in zip(ids, mask, strict=True) if counts) == "abc.nabc"
+    assert shifted(ids, mask) == (ids[:-1], ids[1:], mask[1:])
 
 
 # --- truncation ---

@@ -13,7 +13,7 @@ from minicache.data.formats import FORMATS, to_pair
 from minicache.data.records import Pair, Turn
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import DataError, RowRefused
-from tests.conftest import make_rows
+from tests.conftest import make_rows, write_jsonl
 
 QUESTION, GOOD, BAD = "What is 你好?", "It is hello.", "Who knows"
 
@@ -81,17 +81,46 @@ def test_rows_that_say_the_same_give_the_same_encoded_pair(rows: dict, tokenizer
     assert len({encoder.encode(pair)[0].digest for pair in pairs.values()}) == 1
 
 
-def test_the_two_forms_of_the_shared_data_agree(shared: Path, tokenizer_dir: Path) -> None:
+def test_a_file_in_two_forms_gives_the_same_encoded_pairs(tokenizer_dir: Path, tmp_path: Path) -> None:
+    """Lines of chosen and rejected conversations, and an array in ShareGPT's form, with rows that are refused among them."""
+    rows = make_rows(60)
+    rows[7]["rejected"] = rows[7]["chosen"]
+    rows[20]["chosen"][-1] = {"role": "assistant", "content": " "}
+    chat = write_jsonl(tmp_path / "chat.jsonl", rows)
+    speakers, forms = {"user": "human", "assistant": "gpt"}, []
+    for row in rows:
+        said = {
+            side: [{"from": speakers[turn["role"]], "value": turn["content"]} for turn in row[side]] for side in row
+        }
+        last = {side: turns[-1] for side, turns in said.items()}
+        forms.append({"conversations": said["chosen"][:-1], **last})
+    (tmp_path / "sharegpt.json").write_text(json.dumps(forms, ensure_ascii=False), encoding="utf-8")
+    assert require_two_forms_alike(tokenizer_dir, chat, tmp_path / "sharegpt.json") == 58
+
+
+def pair_or_refusal(row: object, line: int) -> Pair | RowRefused:
+    try:
+        return to_pair(row, "f", line)
+    except RowRefused as refusal:
+        return refusal
+
+
+def require_two_forms_alike(tokenizer_dir: Path, *files: Path, every: int = 1) -> int:
+    """The number of pairs in each file, once it is sure that all files give the same pairs and refuse for the same reasons.
+
+    every: read one row of so many.
+    """
     encoder = Encoder(ChatTokenizer.load(tokenizer_dir), max_length=4096)
     digests = []
-    for name in ("dpo_en_chat.jsonl", "dpo_en_sharegpt.json"):
-        pairs = [to_pair(row, name, line) for line, row in read_rows(str(shared / "data" / name))]
+    for file in files:
+        pairs = [pair_or_refusal(row, line) for line, (_, row) in enumerate(read_rows(str(file))) if line % every == 0]
         encoded = list(encoder.encode_all(pairs, 0))
         digests.append([item if isinstance(item, RowRefused) else item[0].digest for item in encoded])
     kept = [[item for item in items if isinstance(item, bytes)] for items in digests]
-    assert kept[0] == kept[1] and len(kept[0]) > 200
+    assert kept[0] == kept[1]
     refused = [[item.reason for item in items if isinstance(item, RowRefused)] for items in digests]
     assert refused[0] == refused[1]
+    return len(kept[0])
 
 
 def test_a_system_turn_stays(tokenizer_dir: Path) -> None:

@@ -11,6 +11,7 @@ from minicache.data.records import Turn
 from minicache.data.tokenizers import PLAIN_TEMPLATE, ChatTokenizer
 from minicache.errors import ConfigError, ModelError, RowRefused
 from tests.conftest import TEMPLATE
+from tests.references.checkpoints import GENERATIONS
 
 LLAMA3 = """{{- bos_token }}
 {%- if custom_tools is defined %}
@@ -144,9 +145,9 @@ def test_a_template_renders_as_in_transformers(tokenizer_dir: Path, tmp_path: Pa
     require_same_rendering(tokenizer, tmp_path, **({"date_string": "26 Jul 2024"} if name == "llama3" else {}))
 
 
-@pytest.mark.parametrize("generation", ["minimind2-2504", "minimind2-2510", "minimind3"])
-def test_miniminds_tokenizers_render_as_in_transformers(shared: Path, generation: str) -> None:
-    directory = shared / "fixtures" / "minimind" / f"{generation}-tokenizer"
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_miniminds_tokenizers_render_as_in_transformers(minimind_tokenizers: dict[str, Path], generation: str) -> None:
+    directory = minimind_tokenizers[generation]
     require_same_rendering(ChatTokenizer.load(directory), directory)
 
 

@@ -1,29 +1,33 @@
-"""MiniMind checkpoints of three generations, dense and mixture of experts, in and out, against what the originals compute."""
+"""MiniMind checkpoints of three generations, dense and mixture of experts, in and out, against the references of each."""
 
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
+from minicache.cache.reader import ReferenceCache
 from minicache.errors import ModelError
 from minicache.models import LoadedModel, load_model, save_pth, save_tokenizer, split_source
 from minicache.scoring.scorer import Scorer
+from tests.conftest import make_rows, precompute_into, write_jsonl
+from tests.references.checkpoints import MIXTURES, NAMES, draw, reference_of, some_ids
+from tests.references.conversations import encode, shifted
+from tests.references.formulas import clearness
 from tests.scoring.test_scoring import lay_out, random_pairs
 
-GENERATIONS = ["minimind2-2504", "minimind2-2510", "minimind3"]
-NAMES = [f"{generation}-{kind}" for generation in GENERATIONS for kind in ("dense", "moe")]
-MIXTURES = [name for name in NAMES if name.endswith("moe")]
+TOLERANCE = 2e-5  # of a logit; their standard deviation is 0.8
 
 
-@pytest.fixture(scope="session")
-def fixtures(shared: Path) -> Path:
-    return shared / "fixtures" / "minimind"
-
-
-def logits_of(model: torch.nn.Module, input_ids: np.ndarray) -> np.ndarray:
+def logits_of(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """ids: (R, L). Returns: (R, L, vocabulary) float32."""
     with torch.no_grad():
-        return model.eval()(torch.from_numpy(input_ids)).logits.float().numpy()
+        return model.eval()(ids).logits.float()
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference between two tensors of one shape."""
+    return (found - expected).abs().max().item()
 
 
 def rewritten(file: Path, target: Path, change) -> Path:
@@ -34,92 +38,71 @@ def rewritten(file: Path, target: Path, change) -> Path:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_generation_gives_the_original_logits(fixtures: Path, name: str) -> None:
-    expected = np.load(fixtures / f"{name}.npz")
-    model = load_model(str(fixtures / f"{name}.pth")).model
-    assert np.abs(logits_of(model, expected["input_ids"]) - expected["logits"]).max() < 1e-4
+def test_every_generation_computes_what_its_reference_does(checkpoints: Path, name: str) -> None:
+    """And nothing else: another setting of the reference is far outside the tolerance."""
+    reference, state, ids = reference_of(name), draw(name), some_ids()
+    found = logits_of(load_model(str(checkpoints / f"{name}.pth")).model, ids)
+    computed = reference.compute(state, ids)
+    assert not computed.scores or clearness(computed.scores, reference.DEFAULTS.experts_per_token) > 1e-4
+    assert distance(found, computed.logits) < TOLERANCE
+    others = {"rms_eps": 2 * reference.DEFAULTS.rms_eps, "rope_theta": 0.99e6}
+    others |= {"experts_per_token": reference.DEFAULTS.experts_per_token + 1} if name.endswith("moe") else {}
+    for setting, value in others.items():
+        other = reference.compute(state, ids, replace(reference.DEFAULTS, **{setting: value})).logits
+        assert distance(found, other) > 5 * TOLERANCE, setting
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_untied_head_and_saved_tables_are_read(tmp_path: Path, name: str) -> None:
+    """Some versions saved the tables of their rotary positions and masks, which follow from the rest."""
+    state, ids = draw(name, tied=False), some_ids()
+    tables = {key: torch.ones(3) for key in ("freqs_cos", "model.freqs_sin", "pos_cis", "layers.0.attention.mask")}
+    torch.save(state | tables, tmp_path / "x.pth")
+    found = logits_of(load_model(str(tmp_path / "x.pth")).model, ids)
+    assert distance(found, reference_of(name).compute(state, ids).logits) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_prefixes_of_ddp_and_compile_and_half_precision_make_no_other_model(
-    fixtures: Path, tmp_path: Path, name: str
+    checkpoints: Path, tmp_path: Path, name: str
 ) -> None:
-    file = fixtures / f"{name}.pth"
+    file = checkpoints / f"{name}.pth"
     half = rewritten(file, tmp_path / "x.pth", lambda state: {f"module.{k}": v.half() for k, v in state.items()})
     loaded, original = load_model(str(half)), load_model(str(file))
     assert all(parameter.dtype == torch.float16 for parameter in loaded.model.parameters())
     assert loaded.fingerprint == LoadedModel(original.model.half(), "").fingerprint
 
 
-def test_a_file_of_two_precisions_keeps_the_digits_of_the_longer(fixtures: Path, tmp_path: Path) -> None:
+def test_a_file_of_two_precisions_keeps_the_digits_of_the_longer(checkpoints: Path, tmp_path: Path) -> None:
     def change(state: dict) -> dict:
         return {key: value.half() if value.ndim == 2 else value for key, value in state.items()}
 
-    model = load_model(str(rewritten(fixtures / "minimind3-dense.pth", tmp_path / "x.pth", change))).model
+    model = load_model(str(rewritten(checkpoints / "minimind3-dense.pth", tmp_path / "x.pth", change))).model
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-def test_other_heads_compute_what_a_model_with_these_heads_does(fixtures: Path) -> None:
-    from transformers import AutoModelForCausalLM
+@pytest.mark.parametrize("name", NAMES)
+def test_options_in_the_name_compute_what_the_reference_does_with_them(
+    checkpoints: Path, tmp_path: Path, name: str
+) -> None:
+    """Of 2504 the heads decide the order of rows as well. All of it comes back, the options in the name."""
+    reference, state, ids = reference_of(name), draw(name), some_ids()
+    options: dict[str, float] = {} if name.startswith("minimind3") else {"heads": 16, "kv_heads": 4}
+    options |= {"experts_per_token": 3} if name.endswith("moe") else {}
+    options |= {"rms_eps": 0.001, "rope_theta": 10000.0}
+    said = ",".join(f"{option}={value}" for option, value in options.items())
+    model = load_model(f"{checkpoints / name}.pth:{said}").model
+    expected = reference.compute(state, ids, replace(reference.DEFAULTS, **options)).logits
+    assert distance(logits_of(model, ids), expected) < TOLERANCE
+    assert save_pth(model, tmp_path / "back.pth", "float32") == f"{tmp_path / 'back.pth'}:{said}"
+    back = torch.load(tmp_path / "back.pth", weights_only=True)
+    assert back.keys() == state.keys() and all(torch.equal(back[key], value) for key, value in state.items())
 
-    file = fixtures / "minimind2-2510-dense.pth"
-    ids = np.load(file.with_suffix(".npz"))["input_ids"]
-    default = load_model(str(file))
-    other = load_model(f"{file}:heads=16, kv_heads=4,rms_eps=1e-3,rope_theta=1e4")
-    config = type(default.model.config).from_dict(default.model.config.to_dict())
-    config.num_attention_heads, config.num_key_value_heads, config.head_dim = 16, 4, 4
-    config.rms_norm_eps, config.rope_parameters = 1e-3, {"rope_type": "default", "rope_theta": 1e4}
-    plain = AutoModelForCausalLM.from_config(config)
-    plain.load_state_dict(default.model.state_dict())
-    assert np.array_equal(logits_of(other.model, ids), logits_of(plain, ids))
-    assert not np.allclose(logits_of(other.model, ids), logits_of(default.model, ids), atol=0.01)
-    assert load_model(f"{file}:heads=16").model.config.num_key_value_heads == 4
 
-
-@pytest.mark.parametrize("kind", ["dense", "moe"])
-def test_heads_of_2504_order_its_rows(fixtures: Path, tmp_path: Path, kind: str) -> None:
-    """A 2510 file rewritten by hand in 2504's way, rows of 16 and 4 heads interleaved, computes the same."""
-    newer, older = (fixtures / f"minimind2-{year}-{kind}.pth" for year in ("2510", "2504"))
-    pairs = torch.tensor([0, 2, 1, 3])  # of a head's four rows, first halves of a pair at even places
-
-    def change(state: dict) -> dict:
-        # The two fixtures list the same tensors in the same order.
-        values = [
-            torch.cat([block[pairs] for block in value.split(4)])
-            if key.split(".")[-2] in ("q_proj", "k_proj")
-            else value
-            for key, value in sorted(torch.load(newer, weights_only=True).items(), key=lambda item: order(item[0]))
-        ]
-        return dict(zip(sorted(state, key=order), values, strict=True))
-
-    def order(key: str) -> list[str]:
-        old = [
-            "tok_embeddings",
-            "output",
-            "attention_norm",
-            "ffn_norm",
-            "attention.w",
-            "w1",
-            "w2",
-            "w3",
-            "feed_forward",
-        ]
-        new = ["embed_tokens", "lm_head", "input_layernorm", "post_attention_layernorm", "self_attn."]
-        new += ["gate_proj", "down_proj", "up_proj", "mlp"]
-        for ours, theirs in zip(new, old, strict=True):
-            key = key.replace(theirs, ours)
-        key = key.removeprefix("model.").replace("_proj", "").replace("shared_experts.0.", "shared_experts.")
-        return key.split(".")
-
-    twin = rewritten(older, tmp_path / "twin.pth", change)
-    ids = np.load(newer.with_suffix(".npz"))["input_ids"]
-    expected, found = (logits_of(load_model(f"{file}:heads=16").model, ids) for file in (newer, twin))
-    assert np.array_equal(found, expected)
-    assert save_pth(load_model(f"{twin}:heads=16").model, tmp_path / "back.pth", "float32").endswith(
-        ":heads=16,kv_heads=4"
-    )
-    stored, back = (torch.load(file, weights_only=True) for file in (twin, tmp_path / "back.pth"))
-    assert all(torch.equal(back[key], value) for key, value in stored.items())
+def test_one_number_of_heads_tells_the_other(checkpoints: Path) -> None:
+    file = checkpoints / "minimind2-2510-dense.pth"
+    assert load_model(f"{file}: heads=16 , rms_eps=1e-3").model.config.num_key_value_heads == 4
+    assert load_model(f"{file}:kv_heads=4").model.config.num_attention_heads == 16
 
 
 @pytest.mark.parametrize(
@@ -142,19 +125,19 @@ def test_heads_of_2504_order_its_rows(fixtures: Path, tmp_path: Path, kind: str)
         ("minimind3-dense", "heads=8,heads=8", "at most once"),
     ],
 )
-def test_options_that_cannot_be_are_one_line(fixtures: Path, name: str, said: str, message: str) -> None:
+def test_options_that_cannot_be_are_one_line(checkpoints: Path, name: str, said: str, message: str) -> None:
     with pytest.raises(ModelError, match=message) as caught:
-        load_model(f"{fixtures / name}.pth:{said}")
+        load_model(f"{checkpoints / name}.pth:{said}")
     assert "\n" not in str(caught.value)
 
 
-def test_rows_that_are_not_the_default_heads_are_asked_about(fixtures: Path, tmp_path: Path) -> None:
+def test_rows_that_are_not_the_default_heads_are_asked_about(checkpoints: Path, tmp_path: Path) -> None:
     def change(state: dict) -> None:
         for key in state:
             if key.endswith(("k_proj.weight", "v_proj.weight")):
                 state[key] = state[key].repeat(2, 1)
 
-    file = rewritten(fixtures / "minimind2-2510-dense.pth", tmp_path / "x.pth", change)
+    file = rewritten(checkpoints / "minimind2-2510-dense.pth", tmp_path / "x.pth", change)
     with pytest.raises(ModelError, match=r"8 heads and 2 kv heads .the default. do not fit"):
         load_model(str(file))
     assert load_model(f"{file}:kv_heads=4").model.config.num_attention_heads == 8
@@ -166,11 +149,13 @@ def test_only_what_stands_behind_a_checkpoint_is_taken_for_options() -> None:
     assert split_source("org/name:x") == ("org/name:x", "")
 
 
-def test_a_missing_file_and_a_missing_tokenizer_are_named_without_the_options(fixtures: Path, tmp_path: Path) -> None:
+def test_a_missing_file_and_a_missing_tokenizer_are_named_without_the_options(
+    checkpoints: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ModelError, match=r"gone\.pth: no such file"):
         load_model("gone.pth:heads=16")
     with pytest.raises(ModelError, match="--tokenizer DIR"):
-        save_tokenizer(f"{fixtures / 'minimind3-dense.pth'}:heads=8", tmp_path / "tokenizer", None)
+        save_tokenizer(f"{checkpoints / 'minimind3-dense.pth'}:heads=8", tmp_path / "tokenizer", None)
 
 
 @pytest.mark.parametrize("name", MIXTURES)
@@ -178,22 +163,22 @@ def test_a_missing_file_and_a_missing_tokenizer_are_named_without_the_options(fi
     ("part", "message"),
     [("experts.3.", "missing: .*experts.3"), ("experts.1.", "missing"), ("gate.weight", "missing: ")],
 )
-def test_half_a_mixture_is_refused(fixtures: Path, tmp_path: Path, name: str, part: str, message: str) -> None:
+def test_half_a_mixture_is_refused(checkpoints: Path, tmp_path: Path, name: str, part: str, message: str) -> None:
     def change(state: dict) -> dict:
         return {key: value for key, value in state.items() if f".{part}" not in key or "shared" in key}
 
     with pytest.raises(ModelError, match=f"not a whole mixture-of-experts MiniMind .* of 2 layers: {message}"):
-        load_model(str(rewritten(fixtures / f"{name}.pth", tmp_path / "x.pth", change)))
+        load_model(str(rewritten(checkpoints / f"{name}.pth", tmp_path / "x.pth", change)))
 
 
-def test_a_transformers_too_old_for_a_mixture_is_named(fixtures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_transformers_too_old_for_a_mixture_is_named(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.__version__", "5.9.1")
     with pytest.raises(ModelError, match=r"5\.14 or newer, and 5\.9\.1 is installed"):
-        load_model(str(fixtures / "minimind3-moe.pth"))
-    load_model(str(fixtures / "minimind3-dense.pth"))
+        load_model(str(checkpoints / "minimind3-moe.pth"))
+    load_model(str(checkpoints / "minimind3-dense.pth"))
 
 
-def test_tensors_that_do_not_belong_are_refused(fixtures: Path, tmp_path: Path) -> None:
+def test_tensors_that_do_not_belong_are_refused(checkpoints: Path, tmp_path: Path) -> None:
     def strange(state: dict) -> None:
         state["model.layers.0.self_attn.lora.A.weight"] = torch.ones(2)
 
@@ -205,38 +190,49 @@ def test_tensors_that_do_not_belong_are_refused(fixtures: Path, tmp_path: Path) 
 
     for change, message in ((strange, "not part of one: .*lora"), (cut, "not a whole"), (quantized, "int8")):
         with pytest.raises(ModelError, match=message) as caught:
-            load_model(str(rewritten(fixtures / "minimind3-moe.pth", tmp_path / "x.pth", change)))
+            load_model(str(rewritten(checkpoints / "minimind3-moe.pth", tmp_path / "x.pth", change)))
         assert "\n" not in str(caught.value)
 
 
-def test_two_shared_experts_lie_side_by_side(fixtures: Path, tmp_path: Path) -> None:
-    """One of them says nothing, first or last: the same logits; and both come back."""
-    file = fixtures / "minimind2-2510-moe.pth"
-    expected = np.load(file.with_suffix(".npz"))
-    for silent in (0, 1):
-
-        def change(state: dict, silent: int = silent) -> None:
-            for key in [key for key in state if "shared_experts.0" in key]:
-                value = state.pop(key)
-                for index in (0, 1):
-                    mute = index == silent and "down_proj" in key
-                    state[key.replace("experts.0", f"experts.{index}")] = torch.zeros_like(value) if mute else value
-
-        two = rewritten(file, tmp_path / "two.pth", change)
-        model = load_model(str(two)).model
-        assert np.abs(logits_of(model, expected["input_ids"]) - expected["logits"]).max() < 1e-4
-        save_pth(model, tmp_path / "back.pth", "float32")
-        stored, back = (torch.load(path, weights_only=True) for path in (two, tmp_path / "back.pth"))
-        assert stored.keys() == back.keys() and all(torch.equal(back[key], stored[key]) for key in stored)
+def test_two_shared_experts_lie_side_by_side(tmp_path: Path) -> None:
+    """They compute what the reference does, and both come back."""
+    state, ids = draw("minimind2-2510-moe", shared=2), some_ids()
+    torch.save(state, tmp_path / "two.pth")
+    model = load_model(str(tmp_path / "two.pth")).model
+    assert distance(logits_of(model, ids), reference_of("minimind2-2510-moe").compute(state, ids).logits) < TOLERANCE
+    save_pth(model, tmp_path / "back.pth", "float32")
+    back = torch.load(tmp_path / "back.pth", weights_only=True)
+    assert state.keys() == back.keys() and all(torch.equal(back[key], state[key]) for key in state)
 
 
-@pytest.mark.parametrize("name", MIXTURES)
-def test_a_mixture_is_scored_as_its_full_logits_say(fixtures: Path, name: str) -> None:
-    model, pairs = load_model(str(fixtures / f"{name}.pth")).model, random_pairs(6)
-    batch = lay_out(pairs)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_generation_is_scored_as_the_logits_of_its_reference_say(checkpoints: Path, name: str) -> None:
+    model, batch = load_model(str(checkpoints / f"{name}.pth")).model, lay_out(random_pairs(6))
+    logps = reference_of(name).compute(draw(name), batch.input_ids).logits.log_softmax(-1)
+    logps = logps.flatten(0, 1)  # (rows x length, vocabulary)
+    expected = logps[batch.sources].gather(1, batch.targets[:, None])[:, 0]
     with torch.no_grad():
-        logps = model(batch.input_ids).logits.log_softmax(-1).flatten(0, 1)  # (rows x length, vocabulary)
-        expected = logps[batch.sources].gather(1, batch.targets[:, None])[:, 0]
-        assert (Scorer(model, "float32")(batch).token_logps - expected).abs().max() < 1e-5
+        assert distance(Scorer(model, "float32")(batch).token_logps, expected) < TOLERANCE
         # Not the largest: where two experts score alike, rounding sends a token to the other one.
         assert (Scorer(model, "bfloat16")(batch).token_logps - expected).abs().median() < 0.02
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stage_one_writes_what_dpo_in_the_original_would_compute(
+    checkpoints: Path, minimind_tokenizers: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    """From a file of pairs to mean logprobs: the tokenizer of transformers, the loss mask and the model of the references."""
+    from transformers import AutoTokenizer
+
+    reference, state, generation = reference_of(name), draw(name), name.rpartition("-")[0]
+    rows, tokenizer = make_rows(6), AutoTokenizer.from_pretrained(minimind_tokenizers[generation])
+    data = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    options = {"tokenizer": str(minimind_tokenizers[generation]), "loss_on": "assistant"}
+    precompute_into(tmp_path / "cache", checkpoints / f"{name}.pth", data, **options)
+    cached = ReferenceCache(tmp_path / "cache").load()
+    for row, means, counts in zip(rows, cached.reference.logp_mean, cached.reference.token_count, strict=True):
+        for side, mean, count in zip(("chosen", "rejected"), means, counts, strict=True):
+            ids, targets, mask = map(torch.tensor, shifted(*encode(tokenizer, generation, row[side], 1024)))
+            logps = reference.compute(state, ids[None]).logits[0].log_softmax(-1).gather(1, targets[:, None])[:, 0]
+            assert mask.sum() == count
+            assert logps[mask == 1].mean().item() == pytest.approx(mean, abs=TOLERANCE)

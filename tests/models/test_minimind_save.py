@@ -13,27 +13,23 @@ from minicache.options.train import TrainConfig
 from minicache.stages.train import train
 from minicache.trackers import Silent
 from tests.conftest import one_process, precompute_into, tiny_llama
-from tests.models.test_minimind import NAMES, logits_of
-
-
-@pytest.fixture(scope="session")
-def fixtures(shared: Path) -> Path:
-    return shared / "fixtures" / "minimind"
+from tests.models.test_minimind import distance, logits_of
+from tests.references.checkpoints import NAMES, some_ids
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_checkpoint_goes_through_a_directory_and_comes_back_bit_for_bit(
-    fixtures: Path, tmp_path: Path, tokenizer_dir: Path, name: str
+    checkpoints: Path, tmp_path: Path, tokenizer_dir: Path, name: str
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    file, directory = fixtures / f"{name}.pth", tmp_path / "saved"
-    ids, original = np.load(file.with_suffix(".npz"))["input_ids"], load_model(str(file))
+    file, directory = checkpoints / f"{name}.pth", tmp_path / "saved"
+    ids, original = some_ids(), load_model(str(file))
     save_model(original.model, tokenizer_dir, directory)
     again = load_model(str(directory))
     assert again.fingerprint == original.fingerprint
     expected = logits_of(original.model, ids)
-    assert np.array_equal(logits_of(AutoModelForCausalLM.from_pretrained(directory), ids), expected)
+    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(directory), ids), expected)
     stored = torch.load(file, weights_only=True)
     for model in (original.model, again.model):
         for dtype in (torch.float32, torch.float16):
@@ -43,7 +39,7 @@ def test_a_checkpoint_goes_through_a_directory_and_comes_back_bit_for_bit(
             assert back.keys() == stored.keys()
             assert all(torch.equal(back[key], value.to(dtype)) for key, value in stored.items())
             assert len({value.untyped_storage().data_ptr() for value in back.values()}) == len(back)
-    assert np.abs(logits_of(load_model(str(out)).model.float(), ids) - expected).max() < 0.02
+    assert distance(logits_of(load_model(str(out)).model.float(), ids), expected) < 0.02
     assert not list(tmp_path.glob(".*"))
 
 
@@ -56,10 +52,10 @@ def test_a_checkpoint_goes_through_a_directory_and_comes_back_bit_for_bit(
     ],
 )
 def test_the_name_of_a_saved_file_says_what_the_file_does_not(
-    fixtures: Path, tmp_path: Path, tokenizer_dir: Path, name: str, said: str
+    checkpoints: Path, tmp_path: Path, tokenizer_dir: Path, name: str, said: str
 ) -> None:
-    original = load_model(f"{fixtures / name}.pth:{said}")
-    assert original.fingerprint != load_model(f"{fixtures / name}.pth").fingerprint
+    original = load_model(f"{checkpoints / name}.pth:{said}")
+    assert original.fingerprint != load_model(f"{checkpoints / name}.pth").fingerprint
     save_model(original.model, tokenizer_dir, tmp_path / "saved")
     again = save_pth(load_model(str(tmp_path / "saved")).model, tmp_path / "back.pth", "float32")
     assert again == f"{tmp_path / 'back.pth'}:{said}"
@@ -68,9 +64,9 @@ def test_the_name_of_a_saved_file_says_what_the_file_does_not(
 
 @pytest.mark.parametrize("name", ["minimind2-2504-moe", "minimind3-moe"])
 def test_a_trained_mixture_goes_back_to_its_file(
-    fixtures: Path, tokenizer_dir: Path, data_file: Path, tmp_path: Path, name: str
+    checkpoints: Path, tokenizer_dir: Path, data_file: Path, tmp_path: Path, name: str
 ) -> None:
-    file = fixtures / f"{name}.pth"
+    file = checkpoints / f"{name}.pth"
     cache = precompute_into(tmp_path / "cache", file, data_file, tokenizer=str(tokenizer_dir))
     report = train(TrainConfig(cache, tmp_path / "run", max_steps=2, lr=1e-3), one_process(), Silent())
     assert report.progress.first["loss"] == pytest.approx(np.log(2), abs=1e-6)
@@ -87,8 +83,8 @@ def test_what_came_from_no_checkpoint_becomes_none(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_saving_says_what_stands_in_the_way(fixtures: Path, tmp_path: Path) -> None:
-    model = load_model(str(fixtures / "minimind3-dense.pth")).model
+def test_saving_says_what_stands_in_the_way(checkpoints: Path, tmp_path: Path) -> None:
+    model = load_model(str(checkpoints / "minimind3-dense.pth")).model
     with pytest.raises(ModelError, match="in bfloat16: expected float32 or float16"):
         save_pth(model, tmp_path / "x.pth", "bfloat16")
     (tmp_path / "file").write_text("")
@@ -103,11 +99,11 @@ def test_saving_says_what_stands_in_the_way(fixtures: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_leaves_the_file_that_was_there(fixtures: Path, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_file_that_was_there(checkpoints: Path, tmp_path: Path) -> None:
     target = tmp_path / "x.pth"
-    shutil.copy(fixtures / "minimind3-dense.pth", target)
+    shutil.copy(checkpoints / "minimind3-dense.pth", target)
     before = target.read_bytes()
     (tmp_path / ".x.pth.saving").symlink_to("/dev/full")
     with pytest.raises(OutputError, match="cannot be written"):
-        save_pth(load_model(str(fixtures / "minimind3-moe.pth")).model, target, "float32")
+        save_pth(load_model(str(checkpoints / "minimind3-moe.pth")).model, target, "float32")
     assert target.read_bytes() == before

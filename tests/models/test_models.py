@@ -20,8 +20,8 @@ from tests.conftest import one_process, precompute_into, tiny_llama
 
 
 @pytest.fixture(scope="session")
-def minimind3(shared: Path) -> Path:
-    return shared / "fixtures" / "minimind" / "minimind3-dense.pth"
+def minimind3(checkpoints: Path) -> Path:
+    return checkpoints / "minimind3-dense.pth"
 
 
 def test_a_minimind_user_gets_a_policy(minimind3: Path, tokenizer_dir: Path, data_file: Path, tmp_path: Path) -> None:

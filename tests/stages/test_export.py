@@ -12,7 +12,7 @@ from minicache.options.train import TrainConfig
 from minicache.stages.train import train
 from minicache.trackers import Silent
 from tests.conftest import make_rows, one_process, precompute_into, write_jsonl
-from tests.models.test_minimind import NAMES
+from tests.references.checkpoints import NAMES
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +35,10 @@ def refused(cli: Callable, *arguments: object) -> str:
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_minimind_file_through_both_stages_and_back(
-    shared: Path, tokenizer_dir: Path, tmp_path: Path, cli: Callable, name: str, dtype: str
+    checkpoints: Path, tokenizer_dir: Path, tmp_path: Path, cli: Callable, name: str, dtype: str
 ) -> None:
     file, cache, run, back = (
-        shared / "fixtures" / "minimind" / f"{name}.pth",
+        checkpoints / f"{name}.pth",
         *(tmp_path / part for part in ("cache", "run", "back.pth")),
     )
     data = write_jsonl(tmp_path / "pairs.jsonl", make_rows(6))
@@ -75,9 +75,9 @@ def test_a_directory_from_a_run_a_checkpoint_and_a_directory(trained: Path, tmp_
 
 
 def test_a_minimind_file_as_a_directory_needs_a_tokenizer(
-    shared: Path, tokenizer_dir: Path, tmp_path: Path, cli: Callable
+    checkpoints: Path, tokenizer_dir: Path, tmp_path: Path, cli: Callable
 ) -> None:
-    file, out = shared / "fixtures" / "minimind" / "minimind3-dense.pth", tmp_path / "out"
+    file, out = checkpoints / "minimind3-dense.pth", tmp_path / "out"
     assert "holds no tokenizer; add --tokenizer DIR" in refused(cli, "--policy", file, "--out", out)
     assert not out.exists()
     code, _, stderr = cli("export", "--policy", file, "--out", out, "--tokenizer", tokenizer_dir)
@@ -86,7 +86,7 @@ def test_a_minimind_file_as_a_directory_needs_a_tokenizer(
     assert (out / "tokenizer.json").is_file()
 
 
-def test_what_is_there_stays(trained: Path, shared: Path, tmp_path: Path, cli: Callable) -> None:
+def test_what_is_there_stays(trained: Path, tmp_path: Path, cli: Callable) -> None:
     """Above all a .pth: it may be the model that the run came from."""
     for name in ("there.pth", "there"):
         (tmp_path / name).write_text("mine")

@@ -194,8 +194,8 @@ def test_step_flops_of_a_dense_model_are_those_that_run() -> None:
     assert memory_gb(torch.device("cpu")) > 0.05
 
 
-def test_step_flops_of_a_mixture_count_the_experts_that_a_token_goes_to(shared: Path) -> None:
-    model, table = load_model(str(shared / "fixtures/minimind/minimind3-moe.pth")).model, one_pair(20)
+def test_step_flops_of_a_mixture_count_the_experts_that_a_token_goes_to(checkpoints: Path) -> None:
+    model, table = load_model(str(checkpoints / "minimind3-moe.pth")).model, one_pair(20)
     settings = model.config
     hidden, layers, heads = settings.hidden_size, settings.num_hidden_layers, settings.num_attention_heads
     size, kv = settings.head_dim, settings.num_key_value_heads

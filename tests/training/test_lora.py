@@ -183,9 +183,9 @@ def test_a_changed_base_is_refused_when_the_run_goes_on(
 
 @pytest.mark.parametrize("name", ["minimind2-2504-dense", "minimind2-2504-moe", "minimind3-moe"])
 def test_adapters_of_a_minimind_file(
-    shared: Path, tokenizer_dir: Path, tmp_path: Path, name: str, cli: Callable
+    checkpoints: Path, tokenizer_dir: Path, tmp_path: Path, name: str, cli: Callable
 ) -> None:
-    file = shared / "fixtures" / "minimind" / f"{name}.pth"
+    file = checkpoints / f"{name}.pth"
     data = write_jsonl(tmp_path / "pairs.jsonl", make_rows(8))
     cache = precompute_into(tmp_path / "cache", file, data, tokenizer=str(tokenizer_dir))
     report = run(cache, tmp_path / "run", validation=ValidationOptions(eval_cache=cache))

@@ -33,11 +33,11 @@ def curve(out: Path, name: str = "loss") -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def mixtures(tmp_path_factory: pytest.TempPathFactory, shared: Path, tokenizer_dir: Path) -> dict[str, Path]:
+def mixtures(tmp_path_factory: pytest.TempPathFactory, checkpoints: Path, tokenizer_dir: Path) -> dict[str, Path]:
     """Caches of mixtures of experts, 8 pairs each."""
     directory = tmp_path_factory.mktemp("mixtures")
     data = write_jsonl(directory / "pairs.jsonl", make_rows(8))
-    files = {name: shared / "fixtures" / "minimind" / f"{name}.pth" for name in MIXTURES}
+    files = {name: checkpoints / f"{name}.pth" for name in MIXTURES}
     tokenizer = str(tokenizer_dir)
     return {name: precompute_into(directory / name, file, data, tokenizer=tokenizer) for name, file in files.items()}
 
