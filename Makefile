@@ -1,9 +1,12 @@
-# make demo   the whole job on a real model: about five minutes on two CPU cores, downloads aside
-# make test   all tests
-# make torture  kills, full disks, damage, clocks, bombs, each for real: about fifteen minutes; make fuzz  for SECONDS (120)
-# make docs   the documentation as a site, in site/
-# make bench  both stages beside a live-reference trainer and TRL, two models: about ten minutes on two CPU cores.
-#             BENCH="--pairs 32 --data pairs.jsonl" for other pairs; make bench-full for many, make bench-gpu on a GPU
+# make demo      the whole job on a real model: about five minutes on two CPU cores, downloads aside
+# make test      the tests that decide: about six minutes on two CPU cores
+# make test-all  these and the slow ones; make coverage: the same, measured, with a floor (pyproject.toml)
+# make torture   kills, full disks, damage, clocks, bombs, each for real: about fifteen minutes
+# make fuzz      coverage-guided, of what reads files, for SECONDS (120)
+# make package   wheel and source archive in dist/, checked, and run in an environment that holds nothing else
+# make docs      the documentation as a site, in site/
+# make bench     both stages beside a live-reference trainer and TRL, two models: about ten minutes on two CPU cores.
+#                BENCH="--pairs 32 --data pairs.jsonl" for other pairs; make bench-full for many, make bench-gpu on a GPU
 # Each sets up .venv by itself. PYTHON names the interpreter (3.11 or newer).
 
 PYTHON ?= python3
@@ -21,7 +24,11 @@ PROMPT ?= What should I pack for a beach day?
 BENCHMARK := $(BIN)/python -m benchmarks.bench
 FULL_DATA ?= ../shared/data/dpo_en_chat.jsonl
 
-.PHONY: demo test torture fuzz bench bench-full bench-gpu bench-growth format pictures commands docs clean
+PYTEST := $(BIN)/python -m pytest -n auto
+EMPTY := build/empty
+
+.PHONY: demo test test-all coverage torture fuzz package bench bench-full bench-gpu bench-growth
+.PHONY: format pictures commands docs clean
 
 $(VENV)/ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "minidpo needs Python 3.11 or newer: make PYTHON=python3.12 …"; exit 1; }
@@ -46,10 +53,20 @@ demo: $(VENV)/ready $(MODEL)
 	$(BIN)/minidpo compare --policy demo/run --prompt "$(PROMPT)" --max-new-tokens 48
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -n auto
+	$(PYTEST) -m "not slow" $(MEASURED)
 
+test-all: test
+	$(PYTEST) -m slow $(MEASURED)
+
+# What test-all runs, processes that tests start included.
+coverage: $(VENV)/ready
+	$(BIN)/coverage erase
+	$(MAKE) test-all MEASURED="--cov --cov-append --cov-report= --cov-fail-under=0"
+	$(BIN)/coverage report
+
+# Some of these take longer than the limit of a test's time in pyproject.toml.
 torture: $(VENV)/ready
-	EXAMPLES=1000 $(BIN)/python -m pytest -n auto tests/torture tests/test_hostile.py
+	EXAMPLES=1000 $(PYTEST) --timeout 1800 -o faulthandler_timeout=0 tests/torture tests/data/test_hostile.py
 
 # Coverage-guided, of what reads data files and manifests. There is no atheris for some Pythons.
 fuzz: $(VENV)/ready
@@ -75,6 +92,21 @@ bench-growth: $(VENV)/bench $(MODEL)
 	$(BIN)/python -m benchmarks.growth --tokenizer $(MODEL) --out benchmarks/results/growth.json
 	$(BIN)/python -m benchmarks.results
 
+# build/ of an earlier build would end up in the wheel: modules that have moved since would be there twice.
+package: $(VENV)/ready $(MODEL)
+	rm -rf build dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
+	$(PYTEST) -n 0 tests/test_package.py
+	$(BIN)/python -m venv $(EMPTY)
+	$(EMPTY)/bin/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(EMPTY)/bin/pip install --quiet --disable-pip-version-check "$$(echo dist/*.whl)[gguf]"
+	cp $(MODEL) build/model.gguf
+	cd build && env -u PYTHONPATH empty/bin/minidpo precompute-ref --model model.gguf --ref-cache cache --data \
+		"$$(empty/bin/python -Ic 'import minicache; print(minicache.__path__[0])')/sample/heldout.jsonl"
+	cd build && env -u PYTHONPATH empty/bin/minidpo inspect-cache cache --verify
+	@echo "dist/ holds what was checked"
+
 pictures: demo/run/metrics.jsonl
 	$(BIN)/python docs/pictures.py
 
@@ -94,4 +126,4 @@ format: $(VENV)/ready
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) demo build site *.egg-info
+	rm -rf $(VENV) demo build dist site .coverage* *.egg-info

@@ -62,7 +62,7 @@ def machine() -> dict[str, Any]:
     versions = {}
     for name in PACKAGES:
         try:
-            versions[name] = version(name)
+            versions[name] = version("minidpo" if name == "minicache" else name)
         except PackageNotFoundError:
             versions[name] = "not installed"
     return {

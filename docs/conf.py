@@ -16,8 +16,19 @@ smartquotes = False  # they would bend the quotes of options
 
 NAV = {
     "Tutorials": ["minimind", "minimind.zh", "trl"],
-    "Guides": ["data", "training", "howto", "compare", "report", "sweep", "exchange", "cluster", "trackers"],
-    "Reference": ["commands", "api", "cache-format"],
+    "Guides": [
+        "data",
+        "training",
+        "howto",
+        "debugging",
+        "compare",
+        "report",
+        "sweep",
+        "exchange",
+        "cluster",
+        "trackers",
+    ],
+    "Reference": ["commands", "api", "cache-format", "design"],
 }
 
 

@@ -1,4 +1,4 @@
-"""The documentation: no link leads nowhere, the command reference is the program's own, the two READMEs keep step."""
+"""The documentation: no link or path leads nowhere, the command reference is the program's own, the two READMEs keep step."""
 
 import importlib.util
 import re
@@ -10,9 +10,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md"), *(ROOT / ".github").rglob("*.md")])
+MOST_WIDE = 120  # characters of a line of prose; README_LINES: five minutes of reading
+README_LINES = 120
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?://)([^)\s#]*)(?:#([^)\s]*))?\)")
+TARGET = re.compile(r"\]\([^)]*\)")
+PATH = re.compile(r"`((?:minicache|tests|benchmarks|examples|docs)/[\w./*{}-]*)`")
 
 
 def prose(page: Path) -> str:
@@ -36,6 +40,23 @@ def test_every_link_leads_somewhere(page: Path) -> None:
             assert file.resolve().parent == DOCS, f"{page.name}: {target} is no part of the site"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_path_that_is_named_exists(page: Path) -> None:
+    for path in PATH.findall(page.read_text(encoding="utf-8")):
+        assert list(ROOT.glob(path.rstrip("/"))), f"{page.name}: no {path}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "commands.md"], ids=lambda page: page.name)
+def test_a_change_of_a_page_shows_as_a_change_of_few_words(page: Path) -> None:
+    """Lines are short, but for tables, code and what is long because of an address."""
+    for number, line in enumerate(prose(page).splitlines(), start=1):
+        is_prose = line and not line.startswith(("|", "    ", "<!--"))
+        if is_prose and len(line) > MOST_WIDE:
+            assert len(TARGET.sub("]", line)) <= MOST_WIDE, (
+                f"{page.name}: {len(line)} characters: {line[:60]} (line {number})"
+            )
+
+
 def test_the_command_reference_is_what_the_program_says() -> None:
     spec = importlib.util.spec_from_file_location("reference", DOCS / "reference.py")
     assert spec and spec.loader
@@ -47,13 +68,37 @@ def test_the_command_reference_is_what_the_program_says() -> None:
 def test_the_readmes_have_the_same_sections_commands_and_links() -> None:
     english, chinese = (ROOT / name for name in ("README.md", "README.zh.md"))
 
-    def shape(page: Path) -> tuple[int, list[str], set[str]]:
+    def shape(page: Path) -> tuple[int, list[str], list[int], set[str]]:
         text = page.read_text(encoding="utf-8")
         first_cells = "\n".join(re.findall(r"^\| (.*?) \|", text, re.MULTILINE))
+        rows = [section.count("\n|") for section in text.split("\n## ")]
         links = {target.replace(".zh.md", ".md") for target, _ in LINK.findall(prose(page))} - {"README.md"}
-        return text.count("\n## "), re.findall("`(.*?)`", first_cells), links
+        return text.count("\n## "), re.findall("`(.*?)`", first_cells), rows, links
 
     assert shape(english) == shape(chinese)
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
+def test_a_readme_takes_five_minutes(name: str) -> None:
+    assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= README_LINES
+
+
+def readme_figures(name: str) -> list[str]:
+    """The numbers of the table of what was measured: all with a unit or a fraction."""
+    section = (ROOT / name).read_text(encoding="utf-8").split("\n## ")[1]
+    cells = [cell for row in re.findall(r"^\| (.*) \|$", section, re.MULTILINE)[2:] for cell in row.split(" | ")[1:3]]
+    return re.findall(r"\d+(?:\.\d+)?", " ".join(cells))
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
+def test_the_figures_of_the_readme_are_those_of_the_benchmark(name: str) -> None:
+    results = (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
+    figures = readme_figures(name)
+    assert len(figures) == 8
+    for figure in figures:
+        assert re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d.])", results), (
+            f"{figure} is not in benchmarks/RESULTS.md"
+        )
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def _parquet_rows(file: Path) -> Iterator[tuple[int, object]]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise DataError(f"{file}: reading parquet needs pyarrow: pip install 'minicache[parquet]'") from None
+        raise DataError(f"{file}: reading parquet needs pyarrow: pip install 'minidpo[parquet]'") from None
     number = 0
     try:
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):

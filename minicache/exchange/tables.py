@@ -137,7 +137,7 @@ def _pyarrow(file: Path) -> Any:
         import pyarrow.ipc
         import pyarrow.parquet
     except ImportError:
-        raise ConfigError(f"{file}: needs pyarrow: pip install 'minicache[parquet]'; a .jsonl file does not") from None
+        raise ConfigError(f"{file}: needs pyarrow: pip install 'minidpo[parquet]'; a .jsonl file does not") from None
     return pyarrow
 
 

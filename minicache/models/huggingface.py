@@ -65,4 +65,4 @@ def _require_gguf(source: str) -> None:
         import accelerate  # noqa: F401
         import gguf  # noqa: F401
     except ImportError:
-        raise ModelError(f"{source}: reading .gguf needs two more packages: pip install 'minicache[gguf]'") from None
+        raise ModelError(f"{source}: reading .gguf needs two more packages: pip install 'minidpo[gguf]'") from None

@@ -119,5 +119,5 @@ def _peft() -> Any:
     try:
         import peft
     except ImportError:
-        raise ConfigError("LoRA adapters need another package: pip install 'minicache[lora]'") from None
+        raise ConfigError("LoRA adapters need another package: pip install 'minidpo[lora]'") from None
     return peft

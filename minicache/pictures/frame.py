@@ -34,7 +34,7 @@ def check_picture(file: Path) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise ConfigError(f"{file}: drawing needs matplotlib: pip install 'minicache[plot]'") from None
+        raise ConfigError(f"{file}: drawing needs matplotlib: pip install 'minidpo[plot]'") from None
 
 
 # --- what every picture shares ---

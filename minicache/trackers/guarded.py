@@ -83,5 +83,5 @@ def open_trackers(names: Sequence[str], run: RunName, note: Callable[[str], None
     for name in names:
         spec = find_spec(name)
         if spec is None or spec.origin is None:  # no origin: a mere folder of that name, as wandb itself leaves behind
-            raise ConfigError(f"--tracker {name}: the library is not installed; pip install 'minicache[{name}]'")
+            raise ConfigError(f"--tracker {name}: the library is not installed; pip install 'minidpo[{name}]'")
     return [Guarded(name, TRACKERS[name](run), note) for name in names]

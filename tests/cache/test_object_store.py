@@ -478,5 +478,5 @@ def test_without_the_library_everything_else_works(ref_cache: Path) -> None:
         "except ConfigError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(ref_cache)], check=True, capture_output=True, text=True)
-    assert "pip install 'minicache[s3]'" in done.stdout and done.stdout.count("\n") == 1
+    assert "pip install 'minidpo[s3]'" in done.stdout and done.stdout.count("\n") == 1
     assert np.isfinite(ReferenceCache(ref_cache).load().reference.logp_mean).all()

@@ -187,7 +187,7 @@ def test_the_command_works_without_torch_and_names_a_missing_extra(tmp_path: Pat
     done = minidpo("torch", "transformers")
     assert done.returncode == 0 and "curves.png" in done.stdout.replace("\n", ""), done.stderr
     done = minidpo("matplotlib")
-    assert done.returncode == 1 and "pip install 'minicache[plot]'" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "pip install 'minidpo[plot]'" in done.stderr and "Traceback" not in done.stderr
 
 
 # --- a cache ---

@@ -205,7 +205,7 @@ def test_without_matplotlib_there_is_a_note_and_no_picture(
         without.setitem(sys.modules, "matplotlib", None)
         listener = Listener()
         run(ref_cache, tmp_path / "sweep", listener, lr=["1e-3"])
-    assert any("pip install 'minicache[plot]'" in note for note in listener.notes)
+    assert any("pip install 'minidpo[plot]'" in note for note in listener.notes)
     assert not (tmp_path / "sweep" / "sweep.png").exists()
     pytest.importorskip("matplotlib", reason="the plot extra is not installed")
     run(ref_cache, tmp_path / "sweep", lr=["1e-3,1e-2"], loss=["sigmoid:0.5,hinge:0.5", "ipo"])

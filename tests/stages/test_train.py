@@ -21,8 +21,8 @@ from minicache.scoring.scorer import Scorer
 from minicache.stages.train import TrainReport, train
 from minicache.trackers import Silent
 from minicache.training.losses import Logps, sigmoid
-from minicache.training.schedules import learning_rate
 from minicache.training.order import Mixture, global_batches
+from minicache.training.schedules import learning_rate
 from tests.conftest import make_rows, one_process, precompute_into, tiny_llama, write_jsonl
 
 

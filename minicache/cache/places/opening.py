@@ -27,7 +27,7 @@ def place_at(where: Where) -> Place:
     except ModuleNotFoundError as error:
         if error.name != "obstore":
             raise
-        raise ConfigError(f"{where}: object stores need another library; pip install 'minicache[s3]'") from error
+        raise ConfigError(f"{where}: object stores need another library; pip install 'minidpo[s3]'") from error
     return bucket_at(str(where).rstrip("/"))
 
 
