@@ -8,6 +8,7 @@ import typer
 from minicache import __version__
 from minicache.commands.compare import compare
 from minicache.commands.diff import diff
+from minicache.commands.env import env
 from minicache.commands.evaluate import evaluate
 from minicache.commands.export import export
 from minicache.commands.import_cache import import_cache
@@ -38,6 +39,7 @@ app.command("plot")(plot)
 app.command("merge")(merge)
 app.command("inspect-cache")(inspect_cache)
 app.command("diff")(diff)
+app.command("env")(env)
 
 
 @app.callback(invoke_without_command=True)

@@ -15,6 +15,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import typer
 
+from minicache.commands.running import log_everything
 from minicache.options.declare import Option, flag, options_of
 from minicache.options.dictionaries import fill
 from minicache.options.recipes import RECIPES
@@ -35,6 +36,9 @@ class Extra:
 
 NPROC = Extra("nproc", int, 1, Option(help="Processes on this machine, as torchrun would start them."), minimum=1)
 JSON = Extra("json", bool, False, Option(help="Print the result as JSON."))
+VERBOSE = Extra(
+    "verbose", bool, False, Option(help="Log each step to stderr, and show the traceback behind a one-line error.")
+)
 RECIPE = Extra(
     "recipe",
     str | None,
@@ -81,6 +85,8 @@ def command_of(parameters: list[inspect.Parameter]) -> Callable[[Callable[[Given
     def decorate(function: Callable[[Given], None]) -> Callable[..., None]:
         def run(**values: Any) -> None:
             context: typer.Context = values.pop("_context")
+            if values.pop("_verbose"):
+                log_everything()
             sources = {name: context.get_parameter_source(name) for name in values}
             written = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
             function(
@@ -92,7 +98,7 @@ def command_of(parameters: list[inspect.Parameter]) -> Callable[[Callable[[Given
 
         run.__name__, run.__doc__ = function.__name__, function.__doc__
         context = inspect.Parameter("_context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
-        run.__signature__ = inspect.Signature([context, *parameters])  # type: ignore[attr-defined]
+        run.__signature__ = inspect.Signature([context, *parameters, extra_parameter(VERBOSE)])  # type: ignore[attr-defined]
         return run
 
     return decorate

@@ -1,6 +1,7 @@
 """What every command needs: the consoles, running a stage in as many processes as asked, errors as one line."""
 
 import json
+import logging
 import os
 import sys
 import time
@@ -22,6 +23,14 @@ from minicache.trackers import Silent
 
 # Reports go to the first, progress and errors to the second.
 out, err = Console(), Console(stderr=True)
+log = logging.getLogger(__name__)
+
+
+def log_everything() -> None:
+    """Log what the program does to stderr, with the time and the rank."""
+    form = f"%(asctime)s %(levelname)s rank {os.environ.get('RANK', 0)} %(name)s: %(message)s"
+    logging.basicConfig(level=logging.INFO, format=form, stream=sys.stderr)
+    logging.getLogger("minicache").setLevel(logging.DEBUG)
 
 
 def run_stage(name: str, config: Any, nproc: int, show: Callable[[Console, Any], object] | None) -> Any:
@@ -61,6 +70,7 @@ def errors_as_one_line(interrupted: str = "nothing was written") -> Iterator[Non
         with Interruptible(), _peers():
             yield
     except MinicacheError as error:
+        log.debug("the traceback behind the error", exc_info=True)
         if int(os.environ.get("RANK", 0)) and not isinstance(error, ProcessLost):
             time.sleep(3)  # what every rank runs into, rank 0 tells: by now the launcher has ended this one
         show_error(err, str(error))

@@ -1,0 +1,105 @@
+"""What a report of a bug needs to know of a machine: versions, devices, extras. No names, no credentials, no torch at import."""
+
+import importlib.util
+import os
+import platform
+import re
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+
+DISTRIBUTION = "minidpo"
+# Variables that change what a run does, and hold no secret.
+VARIABLES = (
+    "CUDA_VISIBLE_DEVICES",
+    "HF_ENDPOINT",
+    "HF_HUB_OFFLINE",
+    "LOCAL_WORLD_SIZE",
+    "OMP_NUM_THREADS",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "TMPDIR",
+    "TORCHELASTIC_RESTART_COUNT",
+    "WORLD_SIZE",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """Everything that `minidpo env` shows; `--json` has it by these names.
+
+    packages: those that are needed, with their versions; None: missing. extras: extra -> its packages, likewise.
+    devices: a line for each GPU. problem: why torch cannot be used, if so.
+    """
+
+    minidpo: str
+    python: str
+    system: str
+    processors: int
+    packages: dict[str, str | None]
+    extras: dict[str, dict[str, str | None]]
+    devices: list[str]
+    cuda: str | None
+    problem: str | None
+    variables: dict[str, str]
+
+
+def look_around() -> Environment:
+    """The machine and the environment of this process."""
+    needed, extras = _requirements()
+    devices, cuda, problem = _devices()
+    return Environment(
+        minidpo=_version(DISTRIBUTION) or "not installed",
+        python=f"{platform.python_implementation()} {platform.python_version()}, {sys.maxsize.bit_length() + 1} bit",
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        processors=os.cpu_count() or 1,
+        packages={name: _version(name) for name in needed},
+        extras={extra: {name: _version(name) for name in names} for extra, names in extras.items()},
+        devices=devices,
+        cuda=cuda,
+        problem=problem,
+        variables={name: os.environ[name] for name in VARIABLES if name in os.environ},
+    )
+
+
+def _requirements() -> tuple[list[str], dict[str, list[str]]]:
+    """Names of the packages that the distribution needs, and of those of each of its extras."""
+    needed: list[str] = []
+    extras: dict[str, list[str]] = {}
+    try:
+        listed = requires(DISTRIBUTION) or []
+    except PackageNotFoundError:  # run from a checkout that nobody installed
+        return ["torch", "transformers", "zarr", "numpy"], {}
+    for line in listed:
+        requirement, _, marker = line.partition(";")
+        name = re.split(r"[\s<>=!~\[]", requirement.strip(), maxsplit=1)[0]
+        extra = re.search(r"extra == ['\"]([\w-]+)['\"]", marker)
+        if name == DISTRIBUTION:
+            continue
+        if extra:
+            extras.setdefault(extra[1], []).append(name)
+        elif not marker or _version(name):
+            needed.append(name)
+    return needed, {extra: names for extra, names in extras.items() if extra not in ("dev", "docs", "bench")}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _devices() -> tuple[list[str], str | None, str | None]:
+    """GPUs, the CUDA that torch was built for, and why torch cannot be used."""
+    if importlib.util.find_spec("torch") is None:
+        return [], None, "torch is not installed"
+    try:
+        import torch
+
+        found = []
+        for index in range(torch.cuda.device_count()):
+            card = torch.cuda.get_device_properties(index)
+            found.append(f"{card.name}, {card.total_memory / 2**30:,.1f} GiB, compute {card.major}.{card.minor}")
+        return found, torch.version.cuda, None
+    except Exception as error:  # a broken driver or build raises what it likes, and is just what is to be reported
+        return [], None, " ".join(str(error).split())[:300] or type(error).__name__
