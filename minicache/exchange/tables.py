@@ -8,7 +8,6 @@ import gzip
 import io
 import json
 import secrets
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minicache.data.files import is_parquet, read_rows, zstd
-from minicache.disk import check_writable, flush_to_disk, writing, written_whole
+from minicache.disk import folder_written_whole, writing, written_whole
 from minicache.errors import ConfigError, DataError, OutputError
 
 KEY = b"minicache"
@@ -66,18 +65,15 @@ def table_at(out: Path, types: dict[str, str], document: dict[str, Any]) -> Iter
                 yield lambda part: stream.writelines(_lines(part))
             with written_whole(document_beside(out)) as beside:
                 beside.write_text(json.dumps(document), encoding="utf-8")
-            flush_to_disk([draft])
         return
     arrow = _pyarrow(out)
     schema = arrow.schema({name: _type(arrow, kind) for name, kind in types.items()})
     schema = schema.with_metadata({KEY: json.dumps(document)})
     if out.suffix == ".parquet":
-        with written_whole(out) as draft:
-            with arrow.parquet.ParquetWriter(draft, schema, compression="zstd") as writer:
-                yield lambda part: writer.write_batch(_batch(arrow, schema, part))
-            flush_to_disk([draft])
+        with written_whole(out) as draft, arrow.parquet.ParquetWriter(draft, schema, compression="zstd") as writer:
+            yield lambda part: writer.write_batch(_batch(arrow, schema, part))
         return
-    with _directory(out) as draft:
+    with folder_written_whole(out) as draft:
         with arrow.ipc.new_stream(draft / ARROW_FILE, schema) as writer:
             yield lambda part: writer.write_batch(_batch(arrow, schema, part))
         _describe(draft)
@@ -177,21 +173,6 @@ def _lines(part: Columns) -> Iterator[str]:
     for values in zip(*columns, strict=True):
         row = dict(zip(part, values, strict=True))
         yield json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
-
-
-@contextmanager
-def _directory(out: Path) -> Iterator[Path]:
-    """A draft beside `out` that takes its place when the block ends well, and is gone when it does not."""
-    check_writable(out)
-    draft = out.with_name(f".{out.name}.{secrets.token_hex(4)}.draft")
-    try:
-        with writing(out):
-            draft.mkdir()
-            yield draft
-            flush_to_disk(draft.iterdir())
-            draft.replace(out)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _describe(directory: Path) -> None:

@@ -5,6 +5,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from minicache.disk import written_whole
+from minicache.json_lines import json_lines
+
 
 class Tracker(Protocol):
     """What a stage tells while it runs. Every method may do nothing."""
@@ -58,9 +61,9 @@ class JsonLines(Silent):
 
     def __init__(self, file: Path, resumed_at: int | None = None) -> None:
         kept = points_before(resumed_at, file) if resumed_at is not None else []
-        part = file.with_name(file.name + ".part")  # a kill leaves the old file or the shortened one, never half of it
-        part.write_text("".join(_line(*point) for point in kept), encoding="utf-8")
-        part.replace(file)
+        # a kill leaves the old file or the shortened one, never half of it
+        with written_whole(file) as draft:
+            draft.write_text("".join(_line(*point) for point in kept), encoding="utf-8")
         self.stream = file.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -76,16 +79,12 @@ def _line(step: int, metrics: dict[str, float]) -> str:
 
 
 def points_before(step: int, file: Path) -> list[tuple[int, dict[str, float]]]:
-    """The points of metrics.jsonl below `step`, none where there is no file; a kill may have torn the last line."""
+    """The points of metrics.jsonl below `step`, none if there is no file. Lines that a kill or a power loss broke are left out."""
     points = []
-    for line in file.read_bytes().splitlines() if file.exists() else []:
-        try:
-            point = json.loads(line)
-            at = point.pop("step")
-        except (ValueError, AttributeError, TypeError, LookupError, RecursionError):  # what a power loss leaves
-            continue
+    for line in json_lines(file.read_bytes()) if file.exists() else []:
+        at = line.value.pop("step", None) if isinstance(line.value, dict) else None
         if isinstance(at, int) and at < step:
-            points.append((at, point))
+            points.append((at, line.value))
     return points
 
 
