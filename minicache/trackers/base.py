@@ -1,4 +1,4 @@
-"""What a stage tells while it runs, and the listeners that need no library."""
+"""`Tracker`: what a stage reports while it runs. And the trackers that need no library."""
 
 import json
 from pathlib import Path
@@ -10,16 +10,16 @@ from minicache.json_lines import json_lines
 
 
 class Tracker(Protocol):
-    """What a stage tells while it runs. Every method may do nothing."""
+    """Hears of a stage while it runs. Every method may do nothing."""
 
     def start(self, title: str, facts: dict[str, Any]) -> None:
-        """The stage begins: what a person wants to know of its settings."""
+        """The stage begins. facts: the settings that a person wants to see."""
 
     def begin(self, phase: str, pairs: int | None) -> None:
-        """A phase of so many pairs begins (None: unknown); it ends where the next begins."""
+        """A phase begins and ends the one before it. pairs: how many it has, None if unknown."""
 
     def advance(self, pairs: int, tokens: int) -> None:
-        """Progress within the phase."""
+        """So many more pairs and tokens of the phase are done."""
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """The numbers of an optimizer step."""
@@ -34,7 +34,7 @@ class Tracker(Protocol):
 
 
 class Silent:
-    """Tells nobody: what ranks other than 0 get, and the base of trackers that hear only some things."""
+    """Does nothing: the tracker of ranks other than 0, and the base of trackers that need only some of the methods."""
 
     def start(self, title: str, facts: dict[str, Any]) -> None: ...
     def begin(self, phase: str, pairs: int | None) -> None: ...
@@ -54,9 +54,9 @@ class Silent:
 
 
 class JsonLines(Silent):
-    """metrics.jsonl: one object a logged step, flushed line by line.
+    """metrics.jsonl: one object for each logged step, flushed line by line.
 
-    resumed_at: the first step that comes now, where a run goes on; the lines before it stay.
+    resumed_at: the next step of a run that goes on; the lines before it stay. None for a new run.
     """
 
     def __init__(self, file: Path, resumed_at: int | None = None) -> None:
@@ -88,8 +88,8 @@ def points_before(step: int, file: Path) -> list[tuple[int, dict[str, float]]]:
     return points
 
 
-class Both(Silent):
-    """Tells several trackers the same."""
+class TrackerGroup(Silent):
+    """Several trackers as one."""
 
     def __init__(self, *trackers: Tracker) -> None:
         self.trackers = trackers
