@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from minicache.data.encode import Encoder
-from minicache.data.files import read_rows
-from minicache.data.formats import FORMATS, to_pair, zstd
+from minicache.data.files import read_rows, zstd
+from minicache.data.formats import FORMATS, to_pair
 from minicache.data.records import Pair, Turn
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import DataError, RowRefused

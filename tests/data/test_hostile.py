@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from minicache.cache.reader import ReferenceCache
 from minicache.cache.schema import Manifest, digest_of
 from minicache.data.encode import Encoder
-from minicache.data.files import MOST_DEPTH, MOST_ROW, read_rows
-from minicache.data.formats import FORMATS, to_pair, to_prompt, zstd
+from minicache.data.files import MOST_DEPTH, MOST_ROW, read_rows, zstd
+from minicache.data.formats import FORMATS, to_pair, to_prompt
 from minicache.data.records import Pair, Turn
 from minicache.data.tokenizers import ChatTokenizer, copy_tokenizer
 from minicache.data.workers import ALONE, RowEncoder
@@ -128,7 +128,7 @@ def test_no_content_ends_a_turn_or_changes_another(
 READ = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[2]),) * 2)
-from minicache.data.formats import read_rows
+from minicache.data.files import read_rows
 from minicache.errors import DataError, RowRefused
 try:
     for line, row in read_rows(sys.argv[1]):
