@@ -1,14 +1,31 @@
-"""Writing to disk: one line for whatever fails, and making sure that what is written is there after a power loss."""
+"""Writing files and folders whole: beside their place, flushed, renamed. A failure of the disk becomes one line.
+
+What is under way has a name of its own, `.{name}.{machine}-{pid}-{token}-{token}.draft`. One rule says which drafts are leftovers
+of a killed call: those of a process of this machine that is gone, and all others that nothing has touched for a day.
+"""
 
 import errno
 import json
 import os
+import re
+import secrets
+import shutil
+import socket
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
+from glob import escape
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from minicache.errors import OutputError
+
+DRAFT = re.compile(r"\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<process>[0-9a-f]{8})-[0-9a-f]{8}\.draft$")
+LONGEST_NAME = 180  # bytes of a name that its draft repeats; file systems allow 255 in all
+OLD_AFTER = 24 * 3600  # seconds; no file or folder takes so long to write
+NOT_TO_BE_FLUSHED = (errno.EACCES, errno.EINVAL)  # folders on Windows, those without a right to read, some file systems
 
 
 @contextmanager
@@ -27,17 +44,29 @@ def with_folders(files: list[Path]) -> list[Path]:
 
 
 def flush_to_disk(places: Iterable[Path]) -> None:
-    """A file renamed into place but never flushed may be empty after a power loss; its folder not flushed, and it is not there."""
+    """Flush files and folders. After a power loss a renamed file that was not flushed may be empty, and is missing if its folder
+    was not flushed."""
     for place in places:
-        descriptor = os.open(place, os.O_RDONLY)
         try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            descriptor = os.open(place, os.O_RDWR if os.name == "nt" and place.is_file() else os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            if error.errno not in NOT_TO_BE_FLUSHED or not place.is_dir():
+                raise
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it that are missing, each flushed into the one above it."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    flush_to_disk(place.parent for place in missing)
 
 
 def check_writable(file: Path) -> None:
-    """Make the directories above `file`. Better known before an hour of work than after it.
+    """Make the folders above `file`. An hour of work should not end with finding out that they cannot be made.
 
     Raises:
         OutputError: it cannot be a file there.
@@ -45,30 +74,136 @@ def check_writable(file: Path) -> None:
     with writing(file):
         if file.is_dir():
             raise OutputError(f"{file}: is a directory; expected the name of a file to write")
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(file.parent)
         if not os.access(file.parent, os.W_OK):
             raise OutputError(f"{file}: its directory cannot be written to; name another file")
 
 
 @contextmanager
 def written_whole(file: Path) -> Iterator[Path]:
-    """A draft beside `file` to write to; it takes `file`'s place when the block ends well, and is gone when it does not.
+    """A draft's name beside `file`, to write to. It is flushed and takes the file's place when the block ends well, else removed.
 
     Raises:
         OutputError: the disk refuses.
     """
     check_writable(file)
-    draft = file.with_name(f".{file.name[:200]}.{os.getpid()}.draft")
-    try:
-        with writing(file):
+    with writing(file), _draft_beside(file) as draft:
+        yield draft
+        flush_to_disk([draft])
+        draft.replace(file)
+        flush_to_disk([file.parent])
+
+
+@contextmanager
+def folder_written_whole(folder: Path) -> Iterator[Path]:
+    """An empty draft of a folder beside its place. It is flushed and renamed when the block ends well, else removed.
+
+    Raises:
+        OutputError: something lies at `folder` already, or the disk refuses.
+    """
+    with writing(folder):
+        if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
+            raise OutputError(f"{folder}: exists already; name another or remove it")
+        make_folder(folder.parent)
+        with _draft_beside(folder) as draft:
+            draft.mkdir()
             yield draft
-            draft.replace(file)
+            publish_folder(draft, folder)
+
+
+def publish_folder(draft: Path, folder: Path) -> None:
+    """Flush a finished draft and rename it to `folder`, where nothing or an empty folder lies.
+
+    Raises:
+        OSError: the disk refuses; then it is not at `folder`.
+    """
+    flush_to_disk([*draft.rglob("*"), draft])
+    draft.replace(folder)
+    try:
+        flush_to_disk([folder.parent])
+    except OSError:
+        folder.replace(draft)
+        raise
+
+
+@contextmanager
+def _draft_beside(place: Path) -> Iterator[Path]:
+    """A new draft's name, removed at the end if it is still there; leftovers of killed calls are removed first."""
+    remove_leftovers(place.parent, place.name)
+    draft = draft_of(place)
+    try:
+        yield draft
     finally:
+        _remove(draft)
+
+
+def draft_of(place: Path) -> Path:
+    """A name beside `place` that nothing else uses, not even another attempt of this process."""
+    return place.with_name(
+        f".{_shortened(place.name)}.{_machine()}-{os.getpid()}-{_process()}-{secrets.token_hex(4)}.draft"
+    )
+
+
+def drafts(folder: Path, name: str) -> list[Path]:
+    """The drafts of what is called `name` in a folder, under way or left over, also those of earlier versions."""
+    return list(folder.glob(f".{escape(_shortened(name))}.*.draft"))
+
+
+def remove_leftovers(folder: Path, name: str) -> None:
+    """Remove the drafts of `name` whose calls were killed."""
+    for draft in drafts(folder, name):
+        if _is_left_over(draft):
+            _remove(draft)
+
+
+def _is_left_over(draft: Path) -> bool:
+    found = DRAFT.search(draft.name)
+    if found and found["machine"] == _machine():
+        pid = int(found["pid"])
+        # a container's processes have the same few numbers in each of its lives
+        return found["process"] != _process() if pid == os.getpid() else not _is_alive(pid)
+    with suppress(OSError):
+        return time.time() - draft.lstat().st_mtime > OLD_AFTER
+    return False
+
+
+def _is_alive(pid: int) -> bool:
+    if os.name == "nt":  # where signal 0 is Ctrl-C
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
+def _remove(draft: Path) -> None:
+    if draft.is_dir() and not draft.is_symlink():
+        shutil.rmtree(draft, ignore_errors=True)
+        return
+    with suppress(OSError):
         draft.unlink(missing_ok=True)
 
 
+def _shortened(name: str) -> str:
+    return name.encode("utf-8", "ignore")[:LONGEST_NAME].decode("utf-8", "ignore")
+
+
+@cache
+def _machine() -> str:
+    return blake2b(socket.gethostname().encode(), digest_size=4).hexdigest()
+
+
+@cache
+def _process() -> str:
+    """Tells this process from an earlier one of the same number. A forked child has another number."""
+    return secrets.token_hex(4)
+
+
 def read_json(file: Path) -> dict[str, Any]:
-    """What a file says that this program wrote; nothing where there is none. Raises OutputError: it cannot be read."""
+    """What a file of this program's says; nothing where there is none. Raises OutputError: it cannot be read."""
     try:
         facts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except (OSError, ValueError, RecursionError) as error:
@@ -79,6 +214,6 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def write_json(file: Path, facts: dict[str, Any]) -> None:
-    """Whole or not at all; paths as text. Raises OutputError: the disk is full or cannot be written; what was there stays."""
+    """Write a JSON object, paths as text. Raises OutputError: the disk is full or refuses; what was there stays."""
     with written_whole(file) as draft:
         draft.write_text(json.dumps(facts, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""JSON -> dataclass, with nothing taken on trust: a manifest may come from a stranger who signed whatever he wrote."""
+"""JSON -> dataclass, with every entry checked: a manifest may come from a stranger who computed a digest that fits it."""
 
 from dataclasses import is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
@@ -7,10 +7,12 @@ NAMES = {str: "text", int: "a whole number from 0", bool: "true or false", list:
 
 
 def read_as(hint: Any, value: object, what: str) -> Any:
-    """`value` as a dataclass, a list or dict of a kind, text, a whole number from 0 to 2**63 - 1, or a truth value.
+    """`value` as `hint`: a dataclass, a list or dict of one type, text, a whole number from 0 to 2**63 - 1, or true or false.
+
+    what: its name in messages.
 
     Raises:
-        ValueError: it is none; says which entry and what was expected. TypeError: a dataclass has other fields.
+        ValueError: an entry has another type; the message names it and what was expected. TypeError: a dataclass has other fields.
     """
     origin = get_origin(hint) or hint
     if is_dataclass(hint):

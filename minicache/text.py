@@ -1,10 +1,10 @@
-"""Text made fit to be shown."""
+"""Text for a terminal or a page."""
 
 from collections.abc import Iterable
 
 
 def visible(text: str) -> str:
-    """Control characters as signs (ESC as ␛), so that what a user's data holds never steers the terminal."""
+    """The text with control characters as visible signs (ESC as ␛), so that a user's data never controls the terminal."""
     shown = {code: 0x2400 + code for code in range(32) if code not in (9, 10)}
     c1 = dict.fromkeys((*range(128, 160), 8234, 8235, 8237, 8238, 8294, 8295, 8296), "�")
     # a file name that is not UTF-8 comes with surrogates, which no terminal can be sent
@@ -12,7 +12,7 @@ def visible(text: str) -> str:
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """Ascending numbers with neighbours drawn together: "0-3, 7"."""
+    """Ascending numbers as text, consecutive ones as a range: "0-3, 7"."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:

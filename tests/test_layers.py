@@ -13,7 +13,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "minicache"
 LAYERS = [
-    {"errors", "pairs", "disk", "strict", "text"},
+    {"errors", "pairs", "disk", "json_lines", "strict", "text"},
     {"data", "trackers", "processes"},
     {"options"},
     {"cache", "models"},
@@ -34,6 +34,7 @@ LIGHT_ROOMS = ("data", "options", "cache", "reports", "pictures", "pages", "scre
 LIGHT_FILES = (
     "cli",
     "disk",
+    "json_lines",
     "strict",
     "pairs",
     "exchange.exported",

@@ -16,17 +16,22 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-MOST_ROW = 2**24  # characters of a line or a text: 8 times what a model of a million tokens reads
-MOST_SKIPPED = 2**32  # characters of a line that is passed over
-MOST_ARRAY = 2**29  # characters of a JSON array, which is in memory as a whole
-MOST_DEPTH = 100  # objects and lists within each other; a row of any format needs four
-BAD_BYTES = "surrogateescape"  # bytes that are no UTF-8 become lone surrogates: one line is refused, not the file
+# characters of a line or a text: 8 times as many as a model of a million tokens reads
+MOST_ROW = 2**24
+# characters of a line that is skipped
+MOST_SKIPPED = 2**32
+# characters of a JSON array, all of which is in memory
+MOST_ARRAY = 2**29
+# levels of objects and lists; a row of any format needs four
+MOST_DEPTH = 100
+# bytes that are not UTF-8 become lone surrogates: the line is refused and not the file
+BAD_BYTES = "surrogateescape"
 
 
 def read_rows(path: str) -> Iterator[tuple[int, object]]:
     """(line or row number from 1, row) of a jsonl, JSON array or parquet file, plain, gzip or zstd.
 
-    A line that is no JSON comes as the `RowRefused` itself, for the caller to count.
+    In place of a row that cannot be read comes the `RowRefused` that says why, for the caller to count.
 
     Raises:
         DataError: the file does not exist, is empty, or cannot be read.
@@ -65,14 +70,16 @@ def _open_text(file: Path) -> io.TextIOWrapper:
 
 def _json_rows(file: Path) -> Iterator[tuple[int, object]]:
     with _open_text(file) as stream:
-        if b"\0" in stream.buffer.peek(1024)[:1024]:  # type: ignore[attr-defined]  # all three kinds can peek
+        # the buffers of all three kinds can peek
+        if b"\0" in stream.buffer.peek(1024)[:1024]:  # type: ignore[attr-defined]
             raise DataError(f"{file}: is no UTF-8 text; expected jsonl, a JSON array or parquet, plain, gzip or zstd")
         lines = enumerate(iter(lambda: stream.readline(MOST_ROW), ""), start=1)
         for number, line in lines:
             if not line.strip():
                 _skip_rest(line, stream, file)
                 continue
-            if line.lstrip().startswith("["):  # a JSON array: an object a line never begins so
+            # a JSON array; a line with an object never begins so
+            if line.lstrip().startswith("["):
                 yield from enumerate(_json_array(line, number, stream, file), start=1)
                 return
             if line.strip() == "{":
@@ -87,10 +94,10 @@ def _json_rows(file: Path) -> Iterator[tuple[int, object]]:
 
 
 def _skip_rest(line: str, stream: io.TextIOWrapper, file: Path) -> bool:
-    """Go on to the next line; whether this one is longer than a row may be. Nothing of it is kept.
+    """Go on to the next line without keeping the rest of this one. Returns whether it is longer than a row may be.
 
     Raises:
-        DataError: it does not end.
+        DataError: the line does not end.
     """
     if len(line) < MOST_ROW or line.endswith("\n"):
         return False
@@ -115,7 +122,7 @@ def _json_line(line: str, stream: io.TextIOWrapper, file: Path) -> object:
 
 
 def _json_array(line: str, number: int, stream: io.TextIOWrapper, file: Path) -> list[object]:
-    """The rows of an array that begins in a line, which is the number-th."""
+    """The rows of a JSON array that begins in the line with this number."""
     text = line + stream.read(MOST_ARRAY)
     if len(text) > MOST_ARRAY:
         raise DataError(f"{file}: a JSON array of more than {MOST_ARRAY:,} characters; expected jsonl for so many rows")
@@ -126,7 +133,7 @@ def _json_array(line: str, number: int, stream: io.TextIOWrapper, file: Path) ->
 
 
 def _not_too_deep(row: object) -> object:
-    """The row, or its refusal: processes cannot send each other what is nested as deeply as JSON may be."""
+    """The row, or its refusal if it is nested so deeply that processes cannot send it to each other."""
     level, depth = [row], 0
     while level and depth <= MOST_DEPTH:
         level = [each for item in level for each in _within(item)]
@@ -158,7 +165,7 @@ def _parquet_rows(file: Path) -> Iterator[tuple[int, object]]:
 
 
 def _arrow_rows(batch: Any) -> list[object]:
-    """The rows of a record batch; in the place of one that is not UTF-8, its refusal, found by halving."""
+    """The rows of a record batch. A row that is not UTF-8 is found by halving, and its refusal takes its place."""
     try:
         return batch.to_pylist()
     except UnicodeDecodeError:

@@ -27,7 +27,7 @@ VERSION = 1  # of the document that travels with a table
 
 
 def document_of(cache: ReferenceCache) -> dict[str, Any]:
-    """What the table is: the cache's manifest, its ledger block by block, its tokenizer."""
+    """The cache's manifest, its ledger block by block, and its tokenizer."""
     return {
         "export": VERSION,
         **cache.manifest.to_attributes(),
@@ -36,10 +36,16 @@ def document_of(cache: ReferenceCache) -> dict[str, Any]:
     }
 
 
-# --- what `export --ref-cache` wrote ---
+# --- the way back ---
 
 
 def import_exported(config: ImportConfig, document: dict[str, Any], tracker: Tracker) -> Manifest:
+    """Make the cache again that `export --ref-cache` wrote with this document; returns its manifest.
+
+    Raises:
+        DataError: the file was changed. ConfigError: the user did not state whose values it holds. CacheMismatch: it holds others.
+        OutputError: the cache cannot be written.
+    """
     manifest, ledger = _read(config.file, document)
     _require_stated(config, manifest, tracker)
     out = place_at(config.ref_cache)
@@ -48,21 +54,25 @@ def import_exported(config: ImportConfig, document: dict[str, Any], tracker: Tra
         tokenizer = Path(scratch) / "tokenizer"
         unpack(document.get("tokenizer"), tokenizer, config.file)
         require_fit(tokenizer, manifest.identity, config.file)
-        empty = Manifest(manifest.identity, replace(manifest.log, sources=[], blocks=0, pairs=0, shards=0))
-        cache = CacheWriter.create(draft, empty, partial(shutil.copytree, tokenizer))
+        empty = replace(manifest.log, sources=[], blocks=0, pairs=0, shards=0)
+        cache = CacheWriter.create(draft, Manifest(manifest.identity, empty), partial(shutil.copytree, tokenizer))
         claims.enter_context(claimed(draft))
-        for block, cached in enumerate(_blocks(config.file, manifest, ledger)):
-            cache.grow(block + 1)
-            cache.write_pairs(block, cached.table)
-            cache.write_ref(block, cached.reference)
-            tracker.advance(len(cached.table), len(cached.table.tokens))
+        _write_blocks(cache, _blocks(config.file, manifest, ledger), tracker)
         cache.manifest = replace(manifest, log=replace(manifest.log, shards=0))
         cache.write_log()
     return manifest
 
 
+def _write_blocks(cache: CacheWriter, blocks: Iterator[CachedPairs], tracker: Tracker) -> None:
+    for block, cached in enumerate(blocks):
+        cache.grow(block + 1)
+        cache.write_pairs(block, cached.table)
+        cache.write_ref(block, cached.reference)
+        tracker.advance(len(cached.table), len(cached.table.tokens))
+
+
 def _read(file: str, document: dict[str, Any]) -> tuple[Manifest, np.ndarray]:
-    """What the document says: the cache's manifest, and its ledgers (blocks, 2, 5). Raises DataError, CacheMismatch."""
+    """The cache's manifest and its ledgers (blocks, 2, 5), as the document has them. Raises DataError, CacheMismatch."""
     if document.get("export") != VERSION:
         raise DataError(
             f"{file}: was exported in form {document.get('export')!r}, this program reads {VERSION}; use the version that wrote it"
@@ -74,19 +84,22 @@ def _read(file: str, document: dict[str, Any]) -> tuple[Manifest, np.ndarray]:
         raise
     except (CacheError, TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{file}: what it says of itself was changed: {error}; export the cache again") from error
-    pairs = ledger[:, 0, 1] if ledger.shape == (manifest.log.blocks, 2, len(LEDGER_COLUMNS)) else np.zeros(0)
-    if (
-        not len(pairs)
-        or pairs.min() < 1
-        or pairs.max() > manifest.identity.block_pairs
-        or pairs.sum() != manifest.log.pairs
-    ):
+    if not _fits(ledger, manifest):
         raise DataError(f"{file}: its ledger does not fit its manifest; export the cache again")
     return manifest, ledger
 
 
+def _fits(ledger: np.ndarray, manifest: Manifest) -> bool:
+    """Whether a ledger has the manifest's number of blocks and pairs, and no block is empty or too large."""
+    if ledger.shape != (manifest.log.blocks, 2, len(LEDGER_COLUMNS)) or not manifest.log.blocks:
+        return False
+    pairs = ledger[:, 0, 1]
+    within = pairs.min() >= 1 and pairs.max() <= manifest.identity.block_pairs
+    return bool(within and pairs.sum() == manifest.log.pairs)
+
+
 def _require_stated(config: ImportConfig, manifest: Manifest, tracker: Tracker) -> None:
-    """Raises unless the user says by the weights or by the digest that the file's values are what the file says."""
+    """Refuse the file unless the user confirms, by the weights or by the digest, whose values it holds."""
     digest = manifest.identity.digest
     if not config.model and not config.identity:
         raise ConfigError(
@@ -108,7 +121,7 @@ def _require_stated(config: ImportConfig, manifest: Manifest, tracker: Tracker) 
 
 
 def _blocks(file: str, manifest: Manifest, ledger: np.ndarray) -> Iterator[CachedPairs]:
-    """The cache's blocks as they were. Raises DataError: a row was changed, left out or added."""
+    """The blocks of the cache that was exported. Raises DataError: a row was changed, left out or added."""
     rows = read_table(file)
     miscounted = f"{file}: expected the {manifest.log.pairs} rows exported, got {{}}; export the cache again"
     for block, (pairs, scores) in enumerate(ledger):

@@ -1,4 +1,4 @@
-"""Another program's rows with the reference's logprobs -> a cache: encoded as `precompute-ref` does it, not scored again."""
+"""Another program's rows with the reference's logprobs -> a cache. They are encoded as by `precompute-ref`, not scored again."""
 
 import math
 from collections.abc import Iterator
@@ -18,29 +18,30 @@ from minicache.intake.prepare import prepare
 from minicache.models import load_model
 from minicache.options.exchange import BLOCK_PAIRS, ImportConfig
 from minicache.options.stage_one import PrecomputeConfig
-from minicache.pairs import CHOSEN, REJECTED, EncodedPair
+from minicache.pairs import CHOSEN, REJECTED, EncodedPair, PairTable
 from minicache.trackers import Tracker
 
-# What other programs call chosen's and rejected's: TRL; older TRL; open-instruct's cache, put into columns.
+# Names of the logprobs of chosen and rejected: in TRL; in older TRL; in open-instruct's cache, put into columns.
 LOGPS = (
     ("ref_chosen_logps", "ref_rejected_logps"),
     ("reference_chosen_logps", "reference_rejected_logps"),
     ("chosen_logps", "rejected_logps"),
 )
 COUNTS = ("chosen_token_count", "rejected_token_count")
-# Of each side, columns of ids that make up the whole of it: TRL's, open-instruct's.
+# For each side, the columns of ids that together are all of it: TRL's, open-instruct's.
 IDS = (
     (("prompt_ids", "chosen_ids"), ("prompt_ids", "rejected_ids")),
     (("chosen_input_ids",), ("rejected_input_ids",)),
 )
-ROUNDING = 1e-3  # nats, of a sum that is 0 but for rounding
+# nats; a sum that is 0 may be rounded up to this
+ROUNDING = 1e-3
 ADVICE = (
     "The logprobs are of other tokens: expected the model, template and options (--max-length, …) they were made with"
 )
 
 
 def import_foreign(config: ImportConfig, tracker: Tracker) -> Manifest:
-    """Take in the rows as stage one does, and store the file's logprobs instead of scoring.
+    """Encode the rows as stage one does, and store the file's logprobs instead of scoring; returns the manifest.
 
     Raises:
         DataError: a row lacks a logprob, has one that cannot be, or was scored as other tokens. MinicacheError: as `precompute`.
@@ -52,7 +53,11 @@ def import_foreign(config: ImportConfig, tracker: Tracker) -> Manifest:
     options: dict[str, Any] = {"block_pairs": BLOCK_PAIRS, **config.of_encoding, "dtype": config.dtype}
     with drafted(place_at(config.ref_cache), "importing") as (draft, claims):
         request = PrecomputeConfig(
-            config.model, (config.file,), draft, trust_remote_code=config.trust_remote_code, **options
+            model=config.model,
+            data=(config.file,),
+            ref_cache=draft,
+            trust_remote_code=config.trust_remote_code,
+            **options,
         )
         prepare(request, loaded, config.dtype, torch.device("cpu"), tracker, claims)
         cache = CacheWriter(draft)
@@ -60,20 +65,30 @@ def import_foreign(config: ImportConfig, tracker: Tracker) -> Manifest:
         rows = read_rows(config.file)
         for block in range(cache.blocks):
             table = cache.pairs(block)
-            values = np.full((len(table), 2), np.nan)  # float64, as the file holds them
-            for index, row, where in _rows_of(rows, table.source[:, 1], config.file):
-                values[index] = _logps(row, names, where)
-                _check_tokens(row, table[index], table.token_counts[index], request, where)
-            if config.logps == "sum":
-                values /= table.token_counts
-            _require_likely(values, cache.identity.vocabulary, config)
-            cache.write_ref(block, RefBlock(values.astype(np.float32), table.token_counts))
+            means = _means(rows, table, names, config, request)
+            _require_likely(means, cache.identity.vocabulary, config)
+            cache.write_ref(block, RefBlock(means.astype(np.float32), table.token_counts))
             tracker.advance(len(table), len(table.tokens))
     return cache.manifest
 
 
+def _means(
+    rows: Iterator[tuple[int, object]],
+    table: PairTable,
+    names: tuple[str, str],
+    config: ImportConfig,
+    request: PrecomputeConfig,
+) -> NDArray[np.float64]:
+    """(n, 2) the file's logprobs of a block of pairs, in nats per token."""
+    values = np.full((len(table), 2), np.nan)
+    for index, row, where in _rows_of(rows, table.source[:, 1], config.file):
+        values[index] = _logps(row, names, where)
+        _check_tokens(row, table[index], table.token_counts[index], request, where)
+    return values / table.token_counts if config.logps == "sum" else values
+
+
 def _names(file: str) -> tuple[str, str]:
-    """The columns that hold the logprobs, by the first row."""
+    """The two columns that hold the logprobs, found in the first row."""
     _, row = next(read_rows(file))
     found = [pair for pair in LOGPS if isinstance(row, dict) and (pair[0] in row or pair[1] in row)]
     if len(found) != 1:
@@ -86,7 +101,7 @@ def _names(file: str) -> tuple[str, str]:
 def _rows_of(
     rows: Iterator[tuple[int, object]], lines: NDArray[np.int64], file: str
 ) -> Iterator[tuple[int, dict[str, Any], str]]:
-    """Of each pair of a block, in order: its position, its row, file and line. Pairs lie in the order of the file's lines."""
+    """(position, row, "file:line") of each pair of a block. The pairs of a cache lie in the order of the file's lines."""
     for index, line in enumerate(lines.tolist()):
         row = next(row for number, row in rows if number == line)
         assert isinstance(row, dict)
@@ -102,7 +117,7 @@ def _logps(row: dict[str, Any], names: tuple[str, str], where: str) -> list[floa
 
 
 def _require_likely(means: NDArray[np.float64], vocabulary: int, config: ImportConfig) -> None:
-    """means: (n, 2) nats a token. A model that knew nothing would have -ln(vocabulary)."""
+    """Refuse means that are too low to be means. means: (n, 2) nats per token; a uniform guess has -ln(vocabulary)."""
     typical, least = float(np.median(means)), -2 * math.log(vocabulary)
     if typical < least:
         raise DataError(
@@ -114,25 +129,32 @@ def _require_likely(means: NDArray[np.float64], vocabulary: int, config: ImportC
 def _check_tokens(
     row: dict[str, Any], pair: EncodedPair, counts: NDArray[np.int32], request: PrecomputeConfig, where: str
 ) -> None:
-    """Where the row says how many tokens were scored, or which, it must be ours."""
-    said = [row.get(name) for name in COUNTS]
-    if any(count is not None and count != ours for count, ours in zip(said, counts.tolist(), strict=True)):
+    """Refuse a row that was scored with other tokens, or another number of them, if it names them."""
+    theirs = [row.get(name) for name in COUNTS]
+    if any(count is not None and count != ours for count, ours in zip(theirs, counts.tolist(), strict=True)):
         raise DataError(
-            f"{where}: {', '.join(COUNTS)} are {said[0]}, {said[1]}; with these options it is {counts[CHOSEN]}, "
+            f"{where}: {', '.join(COUNTS)} are {theirs[0]}, {theirs[1]}; with these options it is {counts[CHOSEN]}, "
             f"{counts[REJECTED]} that count. {ADVICE}"
         )
     for columns in IDS:
         for side, names in enumerate(columns):
-            if not all(isinstance(row.get(name), list) for name in names):
-                continue
-            theirs = [token for name in names for token in row[name]]
-            if len(theirs) > request.max_length and request.truncate == "left":
-                continue  # what is left of them is not known
-            theirs, ours = theirs[: request.max_length], pair.side(side)[0].tolist()
-            if theirs != ours:
-                pairs = enumerate(zip(theirs, ours, strict=False))
-                at = next((i for i, (a, b) in pairs if a != b), min(len(theirs), len(ours)))
-                raise DataError(
-                    f"{where}: {' and '.join(names)} hold {len(theirs)} tokens, with these options it is {len(ours)}, and they "
-                    f"differ from token {at} on. {ADVICE}"
-                )
+            if all(isinstance(row.get(name), list) for name in names):
+                _check_ids(row, names, pair.side(side)[0].tolist(), request, where)
+
+
+def _check_ids(
+    row: dict[str, Any], names: tuple[str, ...], ours: list[int], request: PrecomputeConfig, where: str
+) -> None:
+    """Refuse a side whose ids, in the columns `names`, are not ours."""
+    theirs = [token for name in names for token in row[name]]
+    # what would be left of them after truncation from the left is not known
+    if len(theirs) > request.max_length and request.truncate == "left":
+        return
+    theirs = theirs[: request.max_length]
+    if theirs != ours:
+        pairs = enumerate(zip(theirs, ours, strict=False))
+        at = next((i for i, (a, b) in pairs if a != b), min(len(theirs), len(ours)))
+        raise DataError(
+            f"{where}: {' and '.join(names)} hold {len(theirs)} tokens, with these options it is {len(ours)}, and they "
+            f"differ from token {at} on. {ADVICE}"
+        )

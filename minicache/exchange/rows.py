@@ -1,6 +1,6 @@
 """Cached pairs as rows of a table, and back: what `export --ref-cache` writes and `import-cache` reads. No torch.
 
-What other programs read (text, sums) stands beside what a pair is rebuilt from, token by token and bit by bit.
+Columns for other programs (text, sums) stand beside those from which a pair is rebuilt token by token and bit by bit.
 """
 
 from dataclasses import dataclass
@@ -34,13 +34,14 @@ TYPES = {
     "rejected_loss_mask": "list<uint8>",
 }
 PER_TOKEN = {"ref_token_logps": "list<float>"}
-OF_EXPORTS = ("digest", "prompt_ids", "chosen_loss_mask")  # no other program's file has all of these
+# no other program's file has all of these
+OF_EXPORTS = ("digest", "prompt_ids", "chosen_loss_mask")
 
 
 def prompt_length(pair: EncodedPair) -> int:
-    """Tokens before the answers begin. The prefix may reach into the answers, where they begin alike.
+    """The number of tokens before the answers. The shared prefix reaches into the answers if they begin with the same tokens.
 
-    They begin where that run of counted tokens does in which the sides part; after the prefix if they part outside one.
+    The answers begin with the run of counted tokens in which the sides part, or after the prefix if they part outside a run.
     """
     prefix, chosen, _ = pair.lengths
     if not (pair.loss_mask[prefix] or pair.loss_mask[prefix + chosen]):
@@ -50,44 +51,70 @@ def prompt_length(pair: EncodedPair) -> int:
 
 
 def is_plain(pair: EncodedPair, prompt: int) -> bool:
-    """Whether all of the answers counts and nothing of the prompt: what a program assumes that is given no mask."""
+    """Whether all tokens of the answers count and none of the prompt: what a program assumes that gets no mask."""
     return not pair.loss_mask[:prompt].any() and bool(pair.loss_mask[max(prompt, 1) :].all())
 
 
 def to_columns(cached: CachedPairs, tokenizer: ChatTokenizer, sources: list[Source]) -> tuple[Columns, int]:
-    """A block as columns, and how many of its pairs are not plain (see `is_plain`)."""
+    """A block as columns in the order of TYPES, and how many of its pairs are not plain (see `is_plain`)."""
     table, reference = cached
     pairs = [table[index] for index in range(len(table))]
     prompts = [prompt_length(pair) for pair in pairs]
+    columns = {
+        **_text_columns(pairs, prompts, tokenizer),
+        **_score_columns(reference),
+        **_origin_columns(pairs, table, sources),
+        **_token_columns(pairs, prompts),
+    }
+    if reference.token_logps is not None:
+        columns["ref_token_logps"] = _counted_logps(table, reference.token_logps)
+    ordered = {name: columns[name] for name in (*TYPES, *PER_TOKEN) if name in columns}
+    return ordered, sum(not is_plain(pair, prompt) for pair, prompt in zip(pairs, prompts, strict=True))
+
+
+def _text_columns(pairs: list[EncodedPair], prompts: list[int], tokenizer: ChatTokenizer) -> Columns:
     texts = [_texts(pair, prompt, tokenizer) for pair, prompt in zip(pairs, prompts, strict=True)]
-    sides = [[pair.side(side) for pair in pairs] for side in (CHOSEN, REJECTED)]
-    # In float64 the product is exact, and so is the way back: 24 bits of a mean times a count below 2**29.
+    return {name: [each[at] for each in texts] for at, name in enumerate(("prompt", "chosen", "rejected"))}
+
+
+def _score_columns(reference: RefBlock) -> Columns:
+    """Sums of logprobs and counts of tokens. In float64 the sums are exact, and so is the way back to the means: 24 bits of a mean
+    times a count below 2**29."""
     sums = reference.logp_mean.astype(np.float64) * reference.token_count
-    columns: Columns = {
-        "prompt": [prompt for prompt, _, _ in texts],
-        "chosen": [chosen for _, chosen, _ in texts],
-        "rejected": [rejected for _, _, rejected in texts],
+    return {
         "ref_chosen_logps": sums[:, CHOSEN],
         "ref_rejected_logps": sums[:, REJECTED],
         "chosen_token_count": reference.token_count[:, CHOSEN],
         "rejected_token_count": reference.token_count[:, REJECTED],
-        "digest": [pair.digest.hex() for pair in pairs],
-        "file": [_storable(sources[file].name) for file in table.source[:, 0].tolist()],
-        "line": table.source[:, 1],
-        "source": table.source[:, 0].astype(np.int32),
-        "prompt_ids": Ragged.of([ids[:n] for (ids, _), n in zip(sides[CHOSEN], prompts, strict=True)]),
-        "chosen_ids": Ragged.of([ids[n:] for (ids, _), n in zip(sides[CHOSEN], prompts, strict=True)]),
-        "rejected_ids": Ragged.of([ids[n:] for (ids, _), n in zip(sides[REJECTED], prompts, strict=True)]),
-        "chosen_loss_mask": Ragged.of([mask for _, mask in sides[CHOSEN]]),
-        "rejected_loss_mask": Ragged.of([mask for _, mask in sides[REJECTED]]),
     }
-    if reference.token_logps is not None:
-        columns["ref_token_logps"] = _counted_logps(table, reference.token_logps)
-    return columns, sum(not is_plain(pair, prompt) for pair, prompt in zip(pairs, prompts, strict=True))
+
+
+def _origin_columns(pairs: list[EncodedPair], table: PairTable, sources: list[Source]) -> Columns:
+    """Each pair's digest, and the file and line that it is from."""
+    numbers, lines = table.source.T
+    return {
+        "digest": [pair.digest.hex() for pair in pairs],
+        "file": [_storable(sources[number].name) for number in numbers.tolist()],
+        "line": lines,
+        "source": numbers.astype(np.int32),
+    }
+
+
+def _token_columns(pairs: list[EncodedPair], prompts: list[int]) -> Columns:
+    """Ids of the prompt and of both answers, and the masks of both sides, prompt included."""
+    chosen, rejected = ([pair.side(side) for pair in pairs] for side in (CHOSEN, REJECTED))
+    return {
+        "prompt_ids": Ragged.of([ids[:n] for (ids, _), n in zip(chosen, prompts, strict=True)]),
+        "chosen_ids": Ragged.of([ids[n:] for (ids, _), n in zip(chosen, prompts, strict=True)]),
+        "rejected_ids": Ragged.of([ids[n:] for (ids, _), n in zip(rejected, prompts, strict=True)]),
+        "chosen_loss_mask": Ragged.of([mask for _, mask in chosen]),
+        "rejected_loss_mask": Ragged.of([mask for _, mask in rejected]),
+    }
 
 
 def _texts(pair: EncodedPair, prompt: int, tokenizer: ChatTokenizer) -> tuple[str, str, str]:
-    """Prompt, chosen, rejected. An answer is cut out of the whole text: some tokenizers decode a text's beginning otherwise."""
+    """Prompt, chosen and rejected as text. An answer is cut from the whole text: some tokenizers decode the beginning of a text
+    differently from its middle."""
     sides = [pair.side(side)[0] for side in (CHOSEN, REJECTED)]
     shared = tokenizer.decode(sides[CHOSEN][:prompt])
     answers = []
@@ -98,7 +125,7 @@ def _texts(pair: EncodedPair, prompt: int, tokenizer: ChatTokenizer) -> tuple[st
 
 
 def _counted_logps(table: PairTable, token_logps: NDArray[np.float32]) -> Ragged:
-    """Those of the counted tokens, in the order they are stored in; the others have none."""
+    """The logprobs of the counted tokens, in stored order. Other tokens have none."""
     counted = table.loss_mask == 1
     assert np.array_equal(counted, np.isfinite(token_logps)), (
         "a logprob stands where no token counts, or lacks where one does"
@@ -108,13 +135,14 @@ def _counted_logps(table: PairTable, token_logps: NDArray[np.float32]) -> Ragged
 
 
 def _storable(name: str) -> str:
-    """A file's name; bytes in it that are no UTF-8 are escaped."""
+    """A file's name, with bytes that are not UTF-8 escaped."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True)
 class ExportedRow:
-    """One pair, rebuilt. logp_mean: (2,) float32, nats a token; token_logps: (n,) float32, NaN where none; None without."""
+    """One pair, rebuilt. logp_mean: (2,) float32, nats per token. token_logps: (n,) float32, NaN for tokens that do not count;
+    None in a cache without them."""
 
     pair: EncodedPair
     logp_mean: NDArray[np.float32]
@@ -135,6 +163,19 @@ def from_row(row: Any, identity: Identity, where: str) -> ExportedRow:
     except (KeyError, TypeError, ValueError, OverflowError, IndexError) as error:
         kind = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise DataError(f"{where}: is not as it was exported: {kind}; export the cache again") from None
+    _require_same_tokens(pair, digest, identity, where)
+    found = count_tokens(np.array([pair.lengths], np.int32), pair.loss_mask)[0]
+    if found.tolist() != counts or not np.isfinite(sums).all() or 0 in counts:
+        raise DataError(
+            f"{where}: expected counts {found.tolist()} above 0, by the masks, and finite sums; got {counts} and {sums.tolist()}"
+        )
+    if logps is not None:
+        logps = _at_counted_tokens(logps, pair, where)
+    return ExportedRow(pair, (sums / found).astype(np.float32), logps)
+
+
+def _require_same_tokens(pair: EncodedPair, digest: object, identity: Identity, where: str) -> None:
+    """Raises DataError: tokens or masks are not those of the digest, or no cache of this identity holds them."""
     if pair.digest.hex() != digest:
         raise DataError(
             f"{where}: its tokens or masks have the digest {pair.digest.hex()}, the row says {str(digest)[:40]!r}: something was "
@@ -145,18 +186,15 @@ def from_row(row: Any, identity: Identity, where: str) -> ExportedRow:
         raise DataError(
             f"{where}: expected ids below {identity.vocabulary} and at most {identity.max_length} tokens a side"
         )
-    found = count_tokens(np.array([pair.lengths], np.int32), pair.loss_mask)[0]
-    if found.tolist() != counts or not np.isfinite(sums).all() or 0 in counts:
-        raise DataError(
-            f"{where}: expected counts {found.tolist()} above 0, by the masks, and finite sums; got {counts} and {sums.tolist()}"
-        )
-    if logps is not None:
-        if logps.shape != (int(pair.loss_mask.sum()),):
-            raise DataError(f"{where}: expected {pair.loss_mask.sum()} numbers in ref_token_logps, got {logps.size}")
-        spread = np.full(len(pair.tokens), np.nan, np.float32)
-        spread[pair.loss_mask == 1] = logps
-        logps = spread
-    return ExportedRow(pair, (sums / found).astype(np.float32), logps)
+
+
+def _at_counted_tokens(logps: NDArray[np.float32], pair: EncodedPair, where: str) -> NDArray[np.float32]:
+    """(n,) the logprobs of the counted tokens, each at its token's place, NaN elsewhere."""
+    if logps.shape != (int(pair.loss_mask.sum()),):
+        raise DataError(f"{where}: expected {pair.loss_mask.sum()} numbers in ref_token_logps, got {logps.size}")
+    spread = np.full(len(pair.tokens), np.nan, np.float32)
+    spread[pair.loss_mask == 1] = logps
+    return spread
 
 
 def _pair(row: Any) -> EncodedPair:
@@ -172,7 +210,7 @@ def _pair(row: Any) -> EncodedPair:
 
 
 def to_block(rows: list[ExportedRow], identity: Identity) -> CachedPairs:
-    """Rows as the block of a cache."""
+    """The rows as a block of a cache."""
     table = PairTable.from_pairs([row.pair for row in rows], identity.token_dtype)
     logps = [row.token_logps for row in rows if row.token_logps is not None]
     means = np.stack([row.logp_mean for row in rows])

@@ -1,14 +1,13 @@
 """Tables of named columns in files that other programs read: parquet, jsonl, a directory of Hugging Face `datasets`.
 
-A table is written and read in parts, so memory stays flat. A document of JSON that says what the table is travels with it: in
-parquet and in the directory inside the schema's metadata, beside a jsonl file as FILE.minicache.json.
+A table is written and read in parts, so memory stays flat. A JSON document that describes the table travels with it: for parquet
+and the directory in the schema's metadata, for a jsonl file beside it as FILE.minicache.json.
 """
 
 import gzip
 import io
 import json
 import secrets
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,17 +19,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minicache.data.files import is_parquet, read_rows, zstd
-from minicache.disk import check_writable, flush_to_disk, writing, written_whole
+from minicache.disk import folder_written_whole, written_whole
 from minicache.errors import ConfigError, DataError, OutputError
 
 KEY = b"minicache"
 ARROW_FILE, STATE_FILE = "data-00000-of-00001.arrow", "state.json"
-READ_AT_ONCE = 256  # rows
+# rows
+READ_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
 class Ragged:
-    """A column of lists, one a row: values (V,) of all, offsets (rows + 1,) where each begins; the last one is V."""
+    """A column with a list in each row. values: (V,) of all lists. offsets: (rows + 1,) where each begins; the last is V."""
 
     values: NDArray[np.generic]
     offsets: NDArray[np.int64]
@@ -51,40 +51,46 @@ Row = dict[str, Any]
 
 @contextmanager
 def table_at(out: Path, types: dict[str, str], document: dict[str, Any]) -> Iterator[Write]:
-    """What to give the parts of a table to, one after another; when the block ends well, all of it lies at `out`, else nothing.
+    """A function that writes a part of the table. After a block that ends well the whole table is at `out`, else nothing.
 
-    out: its name tells the kind. types: of each column, an arrow type's name, or "list<…>" of one.
+    out: its name decides the kind. types: an arrow type's name for each column, or "list<…>" of one.
 
     Raises:
-        OutputError: something lies there, or the disk refuses. ConfigError: pyarrow is not there.
+        OutputError: something lies there, or the disk refuses. ConfigError: pyarrow is not installed.
     """
     if out.exists():
         raise OutputError(f"{out}: exists already; name another --out or remove it")
-    if ".jsonl" in out.suffixes:
-        with written_whole(out) as draft:
-            with writing(out), _text_writer(out, draft) as stream:
-                yield lambda part: stream.writelines(_lines(part))
-            with written_whole(document_beside(out)) as beside:
-                beside.write_text(json.dumps(document), encoding="utf-8")
-            flush_to_disk([draft])
-        return
+    table = _json_table(out, document) if ".jsonl" in out.suffixes else _arrow_table(out, types, document)
+    with table as write:
+        yield write
+
+
+@contextmanager
+def _json_table(out: Path, document: dict[str, Any]) -> Iterator[Write]:
+    with written_whole(out) as draft:
+        with _text_writer(out, draft) as stream:
+            yield lambda part: stream.writelines(_lines(part))
+        with written_whole(document_beside(out)) as beside:
+            beside.write_text(json.dumps(document), encoding="utf-8")
+
+
+@contextmanager
+def _arrow_table(out: Path, types: dict[str, str], document: dict[str, Any]) -> Iterator[Write]:
     arrow = _pyarrow(out)
     schema = arrow.schema({name: _type(arrow, kind) for name, kind in types.items()})
     schema = schema.with_metadata({KEY: json.dumps(document)})
     if out.suffix == ".parquet":
-        with written_whole(out) as draft:
-            with arrow.parquet.ParquetWriter(draft, schema, compression="zstd") as writer:
-                yield lambda part: writer.write_batch(_batch(arrow, schema, part))
-            flush_to_disk([draft])
+        with written_whole(out) as draft, arrow.parquet.ParquetWriter(draft, schema, compression="zstd") as writer:
+            yield lambda part: writer.write_batch(_batch(arrow, schema, part))
         return
-    with _directory(out) as draft:
+    with folder_written_whole(out) as draft:
         with arrow.ipc.new_stream(draft / ARROW_FILE, schema) as writer:
             yield lambda part: writer.write_batch(_batch(arrow, schema, part))
         _describe(draft)
 
 
 def read_document(file: str) -> dict[str, Any] | None:
-    """What was said of the table when it was written; None of one that nothing was said of.
+    """The document that was written with the table; None for a table without one.
 
     Raises:
         DataError: it is there and cannot be read.
@@ -109,7 +115,7 @@ def read_document(file: str) -> dict[str, Any] | None:
 
 
 def read_table(file: str) -> Iterator[tuple[int, Any]]:
-    """(row number or line from 1, row) of what `table_at` wrote. Raises DataError as `read_rows`."""
+    """(row number or line from 1, row) of a table that `table_at` wrote. Raises DataError as `read_rows`."""
     path = Path(file)
     if not (path / ARROW_FILE).is_file():
         yield from read_rows(file)
@@ -161,7 +167,7 @@ def _batch(arrow: Any, schema: Any, part: Columns) -> Any:
 
 @contextmanager
 def _text_writer(out: Path, draft: Path) -> Iterator[io.TextIOWrapper]:
-    """A text stream, compressed as the name says; without a date inside, so that the same table gives the same bytes."""
+    """A text stream, compressed as the name of `out` says. No date is stored in it: the same table gives the same bytes."""
     with draft.open("wb") as raw:
         stream: Any = raw
         if out.suffix == ".gz":
@@ -179,23 +185,8 @@ def _lines(part: Columns) -> Iterator[str]:
         yield json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
 
 
-@contextmanager
-def _directory(out: Path) -> Iterator[Path]:
-    """A draft beside `out` that takes its place when the block ends well, and is gone when it does not."""
-    check_writable(out)
-    draft = out.with_name(f".{out.name}.{secrets.token_hex(4)}.draft")
-    try:
-        with writing(out):
-            draft.mkdir()
-            yield draft
-            flush_to_disk(draft.iterdir())
-            draft.replace(out)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
 def _describe(directory: Path) -> None:
-    """The two small files without which `datasets.load_from_disk` does not open an arrow file."""
+    """Write the two small files without which `datasets.load_from_disk` does not open an arrow file."""
     state: dict[str, Any] = {
         "_data_files": [{"filename": ARROW_FILE}],
         "_fingerprint": secrets.token_hex(8),

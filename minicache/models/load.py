@@ -1,7 +1,6 @@
 """One door to all families: which loader a source needs, what it gives, how it is saved again."""
 
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -13,7 +12,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from minicache.data.tokenizers import copy_tokenizer
-from minicache.errors import ModelError, OutputError
+from minicache.disk import folder_written_whole
+from minicache.errors import ModelError
 from minicache.models import huggingface, lora, minimind
 from minicache.models.fingerprint import fingerprint
 
@@ -99,18 +99,15 @@ def save_model(model: Any, tokenizer_dir: Path, directory: Path, weights: dict[s
         OutputError: the disk is full or cannot be written.
     """
     huggingface.quiet()
-    draft = directory.with_name(f".{directory.name}.saving")
-    shutil.rmtree(draft, ignore_errors=True)
-    try:
-        # peft would ask the hub whether the base's embeddings were resized; they never are
-        options: dict[str, Any] = {"save_embedding_layers": False} if hasattr(model, "get_base_model") else {}
-        model.save_pretrained(draft, **options, **({"state_dict": weights} if weights else {}))
+    # peft would ask the hub whether the base's embeddings were resized; they never are
+    options: dict[str, Any] = {"save_embedding_layers": False} if hasattr(model, "get_base_model") else {}
+    with folder_written_whole(directory) as draft:
+        try:
+            model.save_pretrained(draft, **options, **({"state_dict": weights} if weights else {}))
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
         lora.write_base(model, draft)
         copy_tokenizer(tokenizer_dir, draft)
-        draft.replace(directory)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise OutputError(f"{directory}: the model cannot be written: {error}") from error
 
 
 def save_tokenizer(source: str, directory: Path, chat_template: str | None, trust_remote_code: bool = False) -> None:

@@ -1,13 +1,13 @@
 """A model that came from a MiniMind checkpoint, written as one again."""
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from minicache.errors import ModelError, OutputError
+from minicache.disk import written_whole
+from minicache.errors import ModelError
 from minicache.models.generations import GENERATIONS, Counts, Generation, State, file_keys, turned, unstack
 from minicache.models.minimind import ROPE_THETA
 
@@ -69,15 +69,11 @@ def _plain(model: nn.Module, generation: Generation) -> tuple[State, Counts]:
 
 
 def _write(state: State, path: Path) -> None:
-    draft = path.with_name(f".{path.name}.saving")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, draft)
-        draft.replace(path)
-    except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch's zip writer
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
-        raise OutputError(f"{path}: the checkpoint cannot be written: {' '.join(str(error).split())[:200]}") from error
+    with written_whole(path) as draft:
+        try:
+            torch.save(state, draft)
+        except RuntimeError as error:  # what torch's zip writer makes of a full disk
+            raise OSError(" ".join(str(error).split())[:200]) from error
 
 
 def _name(path: Path, config: Any, generation: Generation, counts: Counts) -> str:

@@ -1,10 +1,10 @@
 """Answers before and after training, as `compare --jsonl` wrote them, on the page of a run."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from minicache.errors import DataError
+from minicache.json_lines import json_lines
 from minicache.pages.markup import Child, Html, e, together
 
 SHOWN_ANSWERS, LONGEST = 40, 6000  # prompts; characters of one text
@@ -17,25 +17,20 @@ def read_answers(file: Path) -> list[dict[str, Any]]:
         DataError: the file cannot be read, or a line of it is none of compare's.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
+        content = file.read_bytes()
+    except OSError as error:
         raise DataError(f"{file}: cannot be read: {error}") from error
     rows = []
-    for number, line in enumerate(lines, start=1):
+    for line in json_lines(content):
+        row = line.value
         try:
-            row = json.loads(line)
-            rows.append(
-                {
-                    **row,
-                    "said": {side: str(row[side]) for side in ("reference", "policy")},
-                    "prompt": str(row["prompt"]),
-                }
-            )
-        except (ValueError, TypeError, KeyError) as error:
+            said = {side: str(row[side]) for side in ("reference", "policy")}
+            rows.append({**row, "said": said, "prompt": str(row["prompt"])})
+        except (TypeError, KeyError):
             raise DataError(
-                f"{file}, line {number}: expected an object with 'prompt', 'reference' and 'policy', as compare --jsonl writes it; "
-                f"got {line[:60]!r}"
-            ) from error
+                f"{file}, line {line.number}: expected an object with 'prompt', 'reference' and 'policy', as compare --jsonl "
+                f"writes it; got {line.text[:60]!r}"
+            ) from line.error
     return rows
 
 

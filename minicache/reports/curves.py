@@ -1,18 +1,19 @@
 """metrics.jsonl of a run -> its curves."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from minicache.errors import DataError
+from minicache.json_lines import json_lines
 
-Curve = tuple[list[int], list[float]]  # steps, values; as many of one as of the other
+# steps and their values, of the same length
+Curve = tuple[list[int], list[float]]
 METRICS, FACTS, PICTURE = "metrics.jsonl", "run.json", "curves.png"
 
 
 def names_apart(runs: list[Path]) -> list[str]:
-    """The end of each path: as many parts of it as tell the runs apart."""
+    """Short names of the runs: of each path as many of its last parts as make all names different."""
     parts = [run.resolve().parts for run in runs]
     most = max(map(len, parts))
     for count in range(1, most + 1):
@@ -23,10 +24,10 @@ def names_apart(runs: list[Path]) -> list[str]:
 
 
 def read_curves(run: Path) -> dict[str, Curve]:
-    """Metric -> its steps, ascending, and values. Of a step logged twice (a resumed run) the later line counts.
+    """Metric -> its steps in ascending order, and their values. Of a step that is logged twice, by a resumed run, the later counts.
 
     Raises:
-        DataError: there is no run, no metrics.jsonl, or nothing in it; a line in its midst is broken.
+        DataError: there is no run, no metrics.jsonl, or nothing in it; or a line before the last is broken.
     """
     found: dict[str, dict[int, float]] = {}
     for line in _lines(run):
@@ -35,7 +36,9 @@ def read_curves(run: Path) -> dict[str, Curve]:
             if name != "step" and isinstance(value, (int, float)) and not isinstance(value, bool):
                 found.setdefault(name, {})[step] = float(value)
     if not found:
-        raise DataError(f"{run / METRICS}: no metrics yet; expected a line a logged step. Wait for the first one")
+        raise DataError(
+            f"{run / METRICS}: no metrics yet; expected a line for each logged step. Wait for the first one"
+        )
     return {name: (sorted(values), [values[step] for step in sorted(values)]) for name, values in found.items()}
 
 
@@ -44,19 +47,20 @@ def _lines(run: Path) -> Iterator[dict[str, Any]]:
     if not file.is_file():
         raise DataError(_no_run(run))
     try:
-        text = file.read_text(encoding="utf-8", errors="replace")
+        lines = list(json_lines(file.read_bytes()))
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror}") from error
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    for number, line in lines:
+    for line in lines:
         try:
-            read = json.loads(line)
-            int(read["step"])
-        except (ValueError, TypeError, KeyError) as error:
-            if number == lines[-1][0]:  # cut off by a kill
+            int(line.value["step"])
+        except (ValueError, TypeError, KeyError, OverflowError):
+            # a kill may cut off the last line
+            if line is lines[-1]:
                 return
-            raise DataError(f"{file}, line {number}: expected a JSON object with 'step', got {line[:60]!r}") from error
-        yield read
+            raise DataError(
+                f"{file}, line {line.number}: expected a JSON object with 'step', got {line.text[:60]!r}"
+            ) from line.error
+        yield line.value
 
 
 def _no_run(run: Path) -> str:

@@ -1,8 +1,10 @@
-"""A policy in the form that somebody else reads: a Hugging Face directory, or MiniMind's own file."""
+"""A policy in the form that other programs read: a Hugging Face directory, or MiniMind's own file."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+from torch import nn
 
 from minicache.disk import check_writable
 from minicache.errors import OutputError
@@ -16,7 +18,10 @@ from minicache.training.run_directory import policy_source
 
 @dataclass(frozen=True)
 class ExportReport:
-    """out: what was written; name: how to call it as a --model (a .pth with other heads than its generation's says them)."""
+    """out: the file or directory written. name: what to give as --model to load it; for a .pth it may add the number of heads.
+
+    dtype: of its weights. parameters: their number.
+    """
 
     out: Path
     name: str
@@ -25,10 +30,10 @@ class ExportReport:
 
 
 def export(config: ExportConfig, world: World, tracker: Tracker) -> ExportReport:
-    """Adapters are merged into their base.
+    """Write the policy to `config.out`, adapters merged into their base.
 
     Raises:
-        ModelError: the policy cannot be read, or is none that fits the form. OutputError: it cannot be written.
+        ModelError: the policy cannot be read, or does not fit the form. OutputError: it cannot be written.
     """
     if config.out.exists():
         raise OutputError(f"{config.out}: exists already; name another --out or remove it")
@@ -40,15 +45,19 @@ def export(config: ExportConfig, world: World, tracker: Tracker) -> ExportReport
     tracker.begin(f"writing {config.out}", None)
     if config.out.suffix == ".pth":
         dtype = "float16" if config.dtype == "auto" else config.dtype
-        return ExportReport(config.out, save_pth(model, config.out, dtype), dtype, parameters)
-    if config.dtype != "auto":
-        model = model.to(DTYPES[config.dtype])
+        name = save_pth(model, config.out, dtype)
+    else:
+        if config.dtype != "auto":
+            model = model.to(DTYPES[config.dtype])
+        dtype, name = str(next(model.parameters()).dtype).removeprefix("torch."), str(config.out)
+        _save_directory(model, source, config)
+    return ExportReport(out=config.out, name=name, dtype=dtype, parameters=parameters)
+
+
+def _save_directory(model: nn.Module, source: str, config: ExportConfig) -> None:
+    """Write a Hugging Face directory with the tokenizer named, or else that of the policy."""
     with TemporaryDirectory(prefix="minidpo-") as scratch:
-        files = (
-            Path(scratch) / "tokenizer"
-        )  # a new directory: nobody else may open the scratch one, and save_model copies that
+        # not the scratch directory itself: save_model copies its permissions, which let nobody else open it
+        files = Path(scratch) / "tokenizer"
         save_tokenizer(config.tokenizer or source, files, None, config.trust_remote_code)
         save_model(model, files, config.out)
-    return ExportReport(
-        config.out, str(config.out), str(next(model.parameters()).dtype).removeprefix("torch."), parameters
-    )

@@ -17,8 +17,10 @@ from minicache.trackers import Tracker
 
 @dataclass(frozen=True)
 class ExportCacheReport:
-    """out: what was written. identity: digest of what the values are, to be named at import. odd: pairs with another mask than
-    a program assumes that has none: all of the answers, nothing else."""
+    """out: the file or directory written. identity: the digest to name at import.
+
+    odd: the number of pairs with another mask than a program assumes that gets none: all of the answers, nothing else.
+    """
 
     out: Path
     pairs: int
@@ -27,7 +29,7 @@ class ExportCacheReport:
 
 
 def export_cache(config: ExportCacheConfig, tracker: Tracker) -> ExportCacheReport:
-    """Write every pair with its text, its sums, and all that it is rebuilt from; a block in memory at a time.
+    """Write every pair with its text, its sums, and all that it is rebuilt from. One block at a time is in memory.
 
     Raises:
         CacheError: the cache is missing, damaged or not complete. OutputError: the table cannot be written.
@@ -48,4 +50,4 @@ def export_cache(config: ExportCacheConfig, tracker: Tracker) -> ExportCacheRepo
             write(columns)
             odd += others
             tracker.advance(len(cached.table), len(cached.table.tokens))
-    return ExportCacheReport(config.out, cache.log.pairs, cache.identity.digest, odd)
+    return ExportCacheReport(out=config.out, pairs=cache.log.pairs, identity=cache.identity.digest, odd=odd)

@@ -1,6 +1,6 @@
-"""A table with the reference's logprobs -> a reference cache, for an exported one the very same. Its values stay the file's own.
+"""A table with the reference's logprobs -> a reference cache with the same values. An exported table becomes the same cache again.
 
-The new cache appears complete or not at all. Only another program's file, or to compare weights, needs torch.
+The new cache appears complete or not at all. Torch is needed for another program's file and to compare weights.
 """
 
 from dataclasses import asdict, dataclass
@@ -18,7 +18,7 @@ from minicache.trackers import Tracker
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What was made. identity: digest of what the values are, as stated. sources: the files that the pairs are of."""
+    """The cache that was made. identity: its digest. sources: the files that its pairs come from."""
 
     ref_cache: Where
     pairs: int
@@ -28,11 +28,11 @@ class ImportReport:
 
 
 def import_cache(config: ImportConfig, tracker: Tracker) -> ImportReport:
-    """Make a cache of what `export` wrote, or of another program's rows.
+    """Make a cache from a table of `export`, or from another program's rows.
 
     Raises:
-        DataError: the file cannot be read, or a row of it is not what it should be. ConfigError: what it is was not stated.
-        CacheMismatch: it is something else than stated. OutputError: `ref_cache` exists or cannot be written.
+        DataError: the file cannot be read, or a row of it cannot be used. ConfigError: the user did not state whose values it
+            holds. CacheMismatch: it holds others than stated. OutputError: `ref_cache` exists or cannot be written.
     """
     place_at(config.ref_cache).require_free(is_new=True)
     document = read_document(config.file)
@@ -46,11 +46,17 @@ def import_cache(config: ImportConfig, tracker: Tracker) -> ImportReport:
         config.require_known()
         made = import_exported(config, document, tracker)
     sources = [asdict(source) for source in made.log.sources]
-    return ImportReport(config.ref_cache, made.log.pairs, made.log.blocks, made.identity.digest, sources)
+    return ImportReport(
+        ref_cache=config.ref_cache,
+        pairs=made.log.pairs,
+        blocks=made.log.blocks,
+        identity=made.identity.digest,
+        sources=sources,
+    )
 
 
 def _require_other_program(file: str) -> None:
-    """Raises DataError: the columns are those of an export, what says whose they are is lost. Text of it is rendered already."""
+    """Refuse an exported table that lost its document: nothing says whose logprobs it holds, and its text is rendered."""
     _, row = next(read_table(file))
     if isinstance(row, dict) and all(name in row for name in OF_EXPORTS):
         raise DataError(

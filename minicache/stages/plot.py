@@ -1,10 +1,10 @@
 """metrics.jsonl of runs -> their curves as a picture. No torch."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from minicache.disk import check_writable
+from minicache.disk import check_writable, read_json
+from minicache.errors import OutputError
 from minicache.options.others import PlotConfig
 from minicache.pictures.frame import check_picture
 from minicache.pictures.runs import RunCurves, draw_runs
@@ -29,9 +29,8 @@ def plot(config: PlotConfig) -> Path:
 
 
 def _facts(run: Path) -> dict[str, Any]:
-    """run.json, or nothing: it only gives units their names."""
+    """What run.json says, nothing if it cannot be read: it only gives units their names."""
     try:
-        facts = json.loads((run / FACTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(run / FACTS)
+    except OutputError:
         return {}
-    return facts if isinstance(facts, dict) else {}

@@ -17,7 +17,7 @@ from minicache.scoring.layout import settle_layout
 from minicache.scoring.loading import Sources
 from minicache.scoring.scorer import Scorer, decoder_of, resolve_dtype
 from minicache.scoring.spread import is_sharded, spread
-from minicache.trackers import Both, Tracker
+from minicache.trackers import Tracker, TrackerGroup
 from minicache.training import checkpoints
 from minicache.training.checks import check, handshake
 from minicache.training.loop import optimize
@@ -89,7 +89,7 @@ def train(config: TrainConfig, world: World, tracker: Tracker, sources: Sources 
         decoder_of(scorer.model).compile(
             dynamic=True
         )  # not the head: its number of positions is another in every batch
-    with open_run(run, facts, resumed, tracker) if world.is_main else Both() as both:
+    with open_run(run, facts, resumed, tracker) if world.is_main else TrackerGroup() as both:
         both.start("training", facts)
         outcome = optimize(run, state, both)
         tracker.begin("saving the policy", None)

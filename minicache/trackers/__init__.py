@@ -1,12 +1,12 @@
-"""Where a run's progress and numbers go: metrics.jsonl always, a tracking library when asked. The screen (screen.py) is one more.
+"""Where a run's progress and numbers go: always to metrics.jsonl, on demand to tracking libraries. screen/live.py is one more.
 
-base.py        what a stage tells (`Tracker`), and the listeners that need no library
-libraries.py   wandb, swanlab, tensorboard, trackio: one class each, TRACKERS
+base.py        what a stage reports (`Tracker`), and the trackers that need no library
+libraries.py   the libraries, a class each, and TRACKERS: a new one is a class and a line there
 guarded.py     opening them by name; a failing library never ends a training that runs
 """
 
-from minicache.trackers.base import Both, JsonLines, Silent, Tracker
-from minicache.trackers.guarded import check_trackers, open_trackers
+from minicache.trackers.base import JsonLines, Silent, Tracker, TrackerGroup
+from minicache.trackers.guarded import open_trackers
 from minicache.trackers.libraries import TRACKERS, RunName
 
-__all__ = ["TRACKERS", "Both", "JsonLines", "RunName", "Silent", "Tracker", "check_trackers", "open_trackers"]
+__all__ = ["TRACKERS", "JsonLines", "RunName", "Silent", "Tracker", "TrackerGroup", "open_trackers"]

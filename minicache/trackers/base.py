@@ -1,22 +1,25 @@
-"""What a stage tells while it runs, and the listeners that need no library."""
+"""`Tracker`: what a stage reports while it runs. And the trackers that need no library."""
 
 import json
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from minicache.disk import written_whole
+from minicache.json_lines import json_lines
+
 
 class Tracker(Protocol):
-    """What a stage tells while it runs. Every method may do nothing."""
+    """Hears of a stage while it runs. Every method may do nothing."""
 
     def start(self, title: str, facts: dict[str, Any]) -> None:
-        """The stage begins: what a person wants to know of its settings."""
+        """The stage begins. facts: the settings that a person wants to see."""
 
     def begin(self, phase: str, pairs: int | None) -> None:
-        """A phase of so many pairs begins (None: unknown); it ends where the next begins."""
+        """A phase begins and ends the one before it. pairs: how many it has, None if unknown."""
 
     def advance(self, pairs: int, tokens: int) -> None:
-        """Progress within the phase."""
+        """So many more pairs and tokens of the phase are done."""
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """The numbers of an optimizer step."""
@@ -31,7 +34,7 @@ class Tracker(Protocol):
 
 
 class Silent:
-    """Tells nobody: what ranks other than 0 get, and the base of trackers that hear only some things."""
+    """Does nothing: the tracker of ranks other than 0, and the base of trackers that need only some of the methods."""
 
     def start(self, title: str, facts: dict[str, Any]) -> None: ...
     def begin(self, phase: str, pairs: int | None) -> None: ...
@@ -51,16 +54,16 @@ class Silent:
 
 
 class JsonLines(Silent):
-    """metrics.jsonl: one object a logged step, flushed line by line.
+    """metrics.jsonl: one object for each logged step, flushed line by line.
 
-    resumed_at: the first step that comes now, where a run goes on; the lines before it stay.
+    resumed_at: the next step of a run that goes on; the lines before it stay. None for a new run.
     """
 
     def __init__(self, file: Path, resumed_at: int | None = None) -> None:
         kept = points_before(resumed_at, file) if resumed_at is not None else []
-        part = file.with_name(file.name + ".part")  # a kill leaves the old file or the shortened one, never half of it
-        part.write_text("".join(_line(*point) for point in kept), encoding="utf-8")
-        part.replace(file)
+        # a kill leaves the old file or the shortened one, never half of it
+        with written_whole(file) as draft:
+            draft.write_text("".join(_line(*point) for point in kept), encoding="utf-8")
         self.stream = file.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -76,21 +79,17 @@ def _line(step: int, metrics: dict[str, float]) -> str:
 
 
 def points_before(step: int, file: Path) -> list[tuple[int, dict[str, float]]]:
-    """The points of metrics.jsonl below `step`, none where there is no file; a kill may have torn the last line."""
+    """The points of metrics.jsonl below `step`, none if there is no file. Lines that a kill or a power loss broke are left out."""
     points = []
-    for line in file.read_bytes().splitlines() if file.exists() else []:
-        try:
-            point = json.loads(line)
-            at = point.pop("step")
-        except (ValueError, AttributeError, TypeError, LookupError, RecursionError):  # what a power loss leaves
-            continue
+    for line in json_lines(file.read_bytes()) if file.exists() else []:
+        at = line.value.pop("step", None) if isinstance(line.value, dict) else None
         if isinstance(at, int) and at < step:
-            points.append((at, point))
+            points.append((at, line.value))
     return points
 
 
-class Both(Silent):
-    """Tells several trackers the same."""
+class TrackerGroup(Silent):
+    """Several trackers as one."""
 
     def __init__(self, *trackers: Tracker) -> None:
         self.trackers = trackers

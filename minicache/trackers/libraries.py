@@ -1,24 +1,24 @@
-"""The tracking libraries: each is imported when its run starts, and hears `start`, `log` and how it ended."""
+"""The tracking libraries: a class each, and TRACKERS, the one list of their names. A library is imported when its run starts."""
 
 import json
 import os
 import secrets
 import signal
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from minicache.errors import ConfigError
-from minicache.trackers.base import Silent, Tracker, points_before
+from minicache.disk import read_json, write_json
+from minicache.errors import ConfigError, OutputError
+from minicache.trackers.base import Silent, points_before
 
 
 @dataclass(frozen=True)
 class RunName:
-    """What a tracking library is told about a run before it starts.
+    """What a tracking library needs to know of a run before it starts.
 
-    directory: the run directory, where a library's own files and `trackers.json` go; project, name: how the run is listed.
-    resumed_at: the first step that comes now, where a run goes on from a checkpoint; None where it is new.
+    directory: the run directory, where a library's own files and `trackers.json` go. project, name: how the run is listed.
+    resumed_at: the next step of a run that goes on from a checkpoint; None for a new run.
     """
 
     directory: Path
@@ -27,15 +27,23 @@ class RunName:
     resumed_at: int | None = None
 
 
-class _Library(Silent):
-    """The base of the libraries below: the library's own id for the run, which points it lacks, how the run ended.
+class Library(Silent):
+    """The base of the libraries below. It keeps the library's own id for the run, and knows which points the library lacks.
 
-    A kill and a checkpoint rarely fall together: a library has points that a resumed run computes again, or it lost some in a
-    buffer that were in metrics.jsonl already. The former are not told twice, the latter are told at the start.
+    package: what must be installed. extra: minicache's that installs it, None if there is none. help: the product's name.
+    advice: what to do if it does not start. name: its key in TRACKERS.
+
+    A kill rarely comes just after a checkpoint: either the library has points that the resumed run computes again, or it lost
+    points in a buffer that are in metrics.jsonl. The former are not sent again, the latter are sent at the start.
     """
 
-    def __init__(self, run: RunName) -> None:
-        self.run = run
+    package: ClassVar[str]
+    extra: ClassVar[str | None] = None
+    help: ClassVar[str]
+    advice: ClassVar[str]
+
+    def __init__(self, name: str, run: RunName) -> None:
+        self.name, self.run = name, run
         self.file = run.directory / "trackers.json"
         self.error: BaseException | None = None
         self.next_step = 0
@@ -48,47 +56,51 @@ class _Library(Silent):
             self.write(step, metrics)
 
     def catch_up(self, next_step: int) -> None:
-        """Tell what metrics.jsonl has and the library, whose next point is that of `next_step`, has not."""
+        """Send the points of metrics.jsonl that the library lacks. Its next point is that of `next_step`."""
         self.next_step = next_step
         if self.run.resumed_at is not None:
             for step, metrics in points_before(self.run.resumed_at, self.run.directory / "metrics.jsonl"):
                 self.log(step, metrics)
 
-    def known_id(self, library: str) -> str | None:
-        """The id under which a run that goes on is known to the library."""
-        return self._ids().get(library) if self.run.resumed_at is not None else None
+    def known_id(self) -> str | None:
+        """The library's id for a run that goes on; None for a new run."""
+        return self._ids().get(self.name) if self.run.resumed_at is not None else None
 
-    def remember_id(self, library: str, own_id: str) -> None:
-        self.file.write_text(json.dumps({**self._ids(), library: own_id}, indent=2) + "\n", encoding="utf-8")
+    def remember_id(self, own_id: str) -> None:
+        """Keep the library's id for this run in trackers.json, for the time the run goes on."""
+        write_json(self.file, {**self._ids(), self.name: own_id})
 
     def _ids(self) -> dict[str, str]:
         try:
-            return json.loads(self.file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return {}
-        except ValueError as error:
-            raise ConfigError(
-                f"{self.file}: expected the runs' ids as JSON, got something else; remove it and the trackers begin new runs"
-            ) from error
+            return read_json(self.file)
+        except OutputError as error:
+            raise ConfigError(f"{error}; remove it and the trackers begin new runs") from error
 
     def fail(self, error: BaseException) -> None:
         self.error = error
 
 
-class Wandb(_Library):
+class Wandb(Library):
     """Weights & Biases. WANDB_* variables and a `wandb init` folder have the last word."""
+
+    package = extra = "wandb"
+    help = "Weights & Biases"
+    advice = "`wandb login` logs in, WANDB_MODE=offline needs no network"
 
     def start(self, title: str, facts: dict[str, Any]) -> None:
         import wandb
 
-        given = wandb.setup().settings  # from variables and settings files
+        # from variables and settings files
+        given = wandb.setup().settings
         if given.mode in ("online", "shared", "run") and not wandb.login(prompt=False):
             raise ConnectionError("nobody is logged in")
-        known, settings = given.run_id or self.known_id("wandb"), wandb.Settings()
+        known, settings = given.run_id or self.known_id(), wandb.Settings()
         if "WANDB_CONSOLE" not in os.environ:
-            settings.console = "off"  # else it records every frame of the progress display
+            # else it records every frame of the progress display
+            settings.console = "off"
         if "WANDB_FINISH_TIMEOUT" not in os.environ:
-            settings.finish_timeout = 300  # seconds; with the network gone the end would wait for hours
+            # seconds; without a network the end would wait for hours
+            settings.finish_timeout = 300
         self.writer = wandb.init(
             project=given.project or self.run.project,
             name=given.run_name or self.run.name,
@@ -99,32 +111,40 @@ class Wandb(_Library):
             reinit="create_new",
             settings=settings,
         )
-        self.remember_id("wandb", self.writer.id)
-        unseen = known is not None and self.writer.offline  # the server knows what the file of an earlier life holds
+        self.remember_id(self.writer.id)
+        # offline, the run's earlier points are in another file, which only the server puts together with this one
+        unseen = known is not None and self.writer.offline
         self.catch_up((self.run.resumed_at or 0) if unseen else self.writer.step)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         self.writer.log(metrics, step=step)
 
     def close(self) -> None:
-        failed = 255 if isinstance(self.error, KeyboardInterrupt) else 1  # wandb's own numbers
+        # wandb's own numbers
+        failed = 255 if isinstance(self.error, KeyboardInterrupt) else 1
         self.writer.finish(exit_code=failed if self.error else 0)
 
 
-class SwanLab(_Library):
+class SwanLab(Library):
     """SwanLab. SWANLAB_* variables and its settings files have the last word.
 
-    It skips points that it has, also those of an earlier life's file when both are synchronized: so it is told all of them.
+    It skips points that it has, also points of an earlier file of the run when both are synchronized: so it is sent all of them.
     """
+
+    package = extra = "swanlab"
+    help = "SwanLab"
+    advice = "`swanlab login` logs in, SWANLAB_MODE=offline needs no network"
 
     def start(self, title: str, facts: dict[str, Any]) -> None:
         import swanlab
 
         given = swanlab.Settings()
-        own: dict[str, Any] = {"interactive": False}  # a question would wait behind the progress display
+        # a question would wait behind the progress display
+        own: dict[str, Any] = {"interactive": False}
         if "SWANLAB_TERMINAL_PROXY_TYPE" not in os.environ:
-            own["terminal"] = {"proxy_type": "none"}  # else it records every frame of the progress display
-        known, on_interrupt = given.run.id or self.known_id("swanlab"), signal.getsignal(signal.SIGINT)
+            # else it records every frame of the progress display
+            own["terminal"] = {"proxy_type": "none"}
+        known, on_interrupt = given.run.id or self.known_id(), signal.getsignal(signal.SIGINT)
         self.writer = swanlab.init(
             project=given.project.name or self.run.project,
             name=given.experiment.name or self.run.name,
@@ -135,10 +155,9 @@ class SwanLab(_Library):
             settings=swanlab.Settings(**own),
         )
         if signal.getsignal(signal.SIGINT) is not on_interrupt:
-            signal.signal(
-                signal.SIGINT, on_interrupt
-            )  # its own ends the run at once; the training ends it, when it has saved
-        self.remember_id("swanlab", self.writer.id)
+            # SwanLab's handler ends the run at once; the training's ends it after saving
+            signal.signal(signal.SIGINT, on_interrupt)
+        self.remember_id(self.writer.id)
         self.catch_up(0)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
@@ -152,8 +171,12 @@ class SwanLab(_Library):
             self.writer.finish(state=state, error=one_line(self.error))
 
 
-class TensorBoard(_Library):
-    """Event files in the run directory; a resumed run's writer voids what lies at or after its first step."""
+class TensorBoard(Library):
+    """Event files in the run directory. The writer of a resumed run voids the points at and after its first step."""
+
+    package = extra = "tensorboard"
+    help = "TensorBoard"
+    advice = "metrics.jsonl is written without it too"
 
     def start(self, title: str, facts: dict[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -162,28 +185,34 @@ class TensorBoard(_Library):
         known = directory.exists()
         self.writer = SummaryWriter(str(directory), purge_step=self.run.resumed_at if known else None)
         options = json.dumps(facts, indent=4, ensure_ascii=False)
-        as_code = "    " + options.replace("\n", "\n    ")  # Markdown's
+        # indented, it is code in Markdown
+        as_code = "    " + options.replace("\n", "\n    ")
         self.writer.add_text("config", as_code, self.run.resumed_at or 0)
         self.catch_up((self.run.resumed_at or 0) if known else 0)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
-        self.writer.flush()  # else a kill loses two minutes, which a later checkpoint does not repeat
+        # else a kill loses two minutes, and a resumed run does not send those that come before its checkpoint
+        self.writer.flush()
 
     def close(self) -> None:
         self.writer.close()
 
 
-class Trackio(_Library):
-    """Trackio. Its runs are found by name, so the name gets an ending of its own; TRACKIO_* variables say where they go."""
+class Trackio(Library):
+    """Trackio. It finds runs by name, so the name gets a random ending. TRACKIO_* variables say where runs are stored."""
+
+    package = extra = "trackio"
+    help = "Trackio"
+    advice = "without TRACKIO_SPACE_ID and TRACKIO_SERVER_URL it needs no network"
 
     def start(self, title: str, facts: dict[str, Any]) -> None:
         import trackio
 
-        name = self.known_id("trackio") or f"{self.run.name}-{secrets.token_hex(3)}"
+        name = self.known_id() or f"{self.run.name}-{secrets.token_hex(3)}"
         self.writer = trackio.init(self.run.project, name, config=facts, resume="allow", embed=False)
-        self.remember_id("trackio", name)
+        self.remember_id(name)
         self.catch_up(self.writer._next_step)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
@@ -192,14 +221,16 @@ class Trackio(_Library):
     def close(self) -> None:
         import trackio
 
-        trackio.finish()  # the run's own finish() leaves it to be finished again, on stdout, when the process ends
+        # the run's own finish() leaves it to be finished again, on stdout, when the process ends
+        trackio.finish()
 
 
 def one_line(error: BaseException) -> str:
+    """An error's message without its line breaks, or the error's kind if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
-TRACKERS: dict[str, Callable[[RunName], Tracker]] = {
+TRACKERS: dict[str, type[Library]] = {
     "wandb": Wandb,
     "swanlab": SwanLab,
     "tensorboard": TensorBoard,

@@ -8,7 +8,7 @@ from minicache.errors import OutputError
 from minicache.models import load_model, save_model
 from minicache.options.train import TrainConfig
 from minicache.scoring.scorer import DTYPES
-from minicache.trackers import Both, JsonLines, RunName, Tracker, open_trackers
+from minicache.trackers import JsonLines, RunName, Tracker, TrackerGroup, open_trackers
 from minicache.training import checkpoints
 from minicache.training.loop import Outcome
 from minicache.training.run_directory import write_facts
@@ -18,7 +18,7 @@ from minicache.training.state import Run
 # --- the run directory; rank 0 alone ---
 
 
-def open_run(run: Run, facts: dict[str, Any], resume_at: int | None, tracker: Tracker) -> Both:
+def open_run(run: Run, facts: dict[str, Any], resume_at: int | None, tracker: Tracker) -> TrackerGroup:
     """Make the run directory with run.json and metrics.jsonl, and open what else is to hear of it.
 
     Raises:
@@ -43,7 +43,7 @@ def open_run(run: Run, facts: dict[str, Any], resume_at: int | None, tracker: Tr
             )
         if resume_at is None:
             write_facts(out, facts)
-        return Both(tracker, JsonLines(out / "metrics.jsonl", resume_at), *libraries)
+        return TrackerGroup(tracker, JsonLines(out / "metrics.jsonl", resume_at), *libraries)
 
 
 def save_dtype(config: TrainConfig, facts: dict[str, Any]) -> str:

@@ -16,7 +16,9 @@ Cli = Callable[..., tuple[int, str, str]]
 
 def test_the_environment_names_what_a_report_needs(cli: Cli) -> None:
     code, shown, _ = cli("env")
-    assert code == 0 and {"minidpo", "python", "gpu", "torch", "zarr"} <= {line.split()[0] for line in shown.splitlines()}
+    assert code == 0 and {"minidpo", "python", "gpu", "torch", "zarr"} <= {
+        line.split()[0] for line in shown.splitlines()
+    }
     found = json.loads(cli("env", "--json")[1])
     assert found["packages"]["torch"] and found["minidpo"] == "0.1.0" and "bitsandbytes" in found["extras"]["8bit"]
 
@@ -43,7 +45,9 @@ def test_verbose_shows_the_traceback_behind_the_line(tmp_path: Path) -> None:
     assert quiet.stderr.splitlines()[-1] == loud.stderr.splitlines()[-1]
 
 
-def test_verbose_logs_what_a_stage_does(cli: Cli, ref_cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_verbose_logs_what_a_stage_does(
+    cli: Cli, ref_cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.DEBUG, "minicache"):
         assert cli("train", "--ref-cache", ref_cache, "--out", tmp_path / "run", "--max-steps", 1)[0] == 0
     said = {record.name.split(".")[1] for record in caplog.records}

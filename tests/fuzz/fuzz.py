@@ -15,8 +15,8 @@ import atheris
 
 with atheris.instrument_imports(include=["minicache", "json"]):
     from minicache.cache.schema import FORMAT_VERSION, Manifest, digest_of
-    from minicache.data.files import read_rows
-    from minicache.data.formats import to_pair, to_prompt, zstd
+    from minicache.data.files import read_rows, zstd
+    from minicache.data.formats import to_pair, to_prompt
     from minicache.errors import CacheError, DataError, RowRefused
 
 SAMPLE = Path(__file__).parents[2] / "minicache" / "sample" / "train.jsonl"

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from minicache import disk
 from minicache.errors import ModelError, OutputError
 from minicache.models import load_model, save_model, save_pth
 from minicache.options.train import TrainConfig
@@ -89,8 +90,8 @@ def test_saving_says_what_stands_in_the_way(checkpoints: Path, tmp_path: Path) -
         save_pth(model, tmp_path / "x.pth", "bfloat16")
     (tmp_path / "file").write_text("")
     (tmp_path / "taken.pth").mkdir()
-    for place in ("file/x.pth", "taken.pth"):
-        with pytest.raises(OutputError, match="cannot be written"):
+    for place, said in (("file/x.pth", "cannot be written"), ("taken.pth", "is a directory")):
+        with pytest.raises(OutputError, match=said):
             save_pth(model, tmp_path / place, "float32")
     model.model.norm.weight.data[0] = 1e6
     with pytest.raises(ModelError, match=r"model.norm.weight holds numbers that are not finite in float16"):
@@ -99,11 +100,15 @@ def test_saving_says_what_stands_in_the_way(checkpoints: Path, tmp_path: Path) -
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_leaves_the_file_that_was_there(checkpoints: Path, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_file_that_was_there(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = tmp_path / "x.pth"
     shutil.copy(checkpoints / "minimind3-dense.pth", target)
     before = target.read_bytes()
-    (tmp_path / ".x.pth.saving").symlink_to("/dev/full")
+    draft = tmp_path / "draft"
+    draft.symlink_to("/dev/full")
+    monkeypatch.setattr(disk, "draft_of", lambda place: draft)
     with pytest.raises(OutputError, match="cannot be written"):
         save_pth(load_model(str(checkpoints / "minimind3-moe.pth")).model, target, "float32")
     assert target.read_bytes() == before

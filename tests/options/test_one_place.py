@@ -51,11 +51,10 @@ LAYOUT = """
 catalog.LAYOUTS["rows"] = LayoutEntry("minicache.scoring.batch:PADDED", "rows again", branches=False)
 """
 TRACKER = """
-class Csv(trackers.base.Silent):
-    package, advice = "csv", "nothing helps"
-    def __init__(self, run): self.file = run.directory / "log.csv"
-    def start(self, title, facts): self.stream = self.file.open("w")
-    def log(self, step, metrics): print(step, metrics.get("loss"), sep=",", file=self.stream, flush=True)
+class Csv(trackers.libraries.Library):
+    package, help, advice = "csv", "A file", "nothing helps"
+    def start(self, title, facts): self.stream = (self.run.directory / "log.csv").open("w")
+    def write(self, step, metrics): print(step, metrics.get("loss"), sep=",", file=self.stream, flush=True)
     def close(self): self.stream.close()
 trackers.TRACKERS["csv"] = Csv
 """

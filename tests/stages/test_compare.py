@@ -109,6 +109,15 @@ def test_a_reference_that_does_not_fit_is_refused_before_it_answers(
         ask(policy_dir, policy_dir, max_new_tokens=2048)
 
 
+def test_a_batch_that_does_not_fit_in_memory_is_one_line(policy_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_much(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("transformers.generation.GenerationMixin.generate", too_much)
+    with pytest.raises(ModelError, match=r"out of memory at 4 prompts of up to \d+ tokens; try --batch-size 2"):
+        ask(policy_dir, policy_dir)
+
+
 # --- prompts ---
 
 

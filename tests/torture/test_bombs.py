@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from minicache.data.files import MOST_ARRAY
-from minicache.data.formats import zstd
+from minicache.data.files import MOST_ARRAY, zstd
 from tests.data.test_hostile import read_in_memory_of
 
 MILLION, TIMES = 2**20, 1200

@@ -3,21 +3,24 @@
 What they wrote is read back from their files: wandb's and swanlab's record logs, event files, trackio's database.
 """
 
+import errno
 import importlib.util
 import json
 import os
 import struct
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from minicache.errors import ConfigError
-from minicache.trackers import TRACKERS, Both, JsonLines, RunName, Silent, check_trackers, open_trackers
+from minicache.errors import ConfigError, OutputError
+from minicache.trackers import TRACKERS, JsonLines, RunName, Silent, TrackerGroup, open_trackers
 from minicache.trackers.guarded import Guarded
+from minicache.trackers.libraries import Library, Wandb
 
 OFFLINE = {"WANDB_MODE": "offline", "SWANLAB_MODE": "offline", "WANDB_ERROR_REPORTING": "false", "HF_HUB_OFFLINE": "1"}
 
@@ -25,14 +28,14 @@ LIFE = """
 import json, os, signal, sys
 from pathlib import Path
 from minicache.errors import MinicacheError
-from minicache.trackers import Both, JsonLines, RunName, open_trackers
+from minicache.trackers import TrackerGroup, JsonLines, RunName, open_trackers
 
 ask = json.loads(sys.argv[1])
 facts = {"lr": 1e-3, "data": ["a.jsonl"], "ref_cache": Path("cache"), "loss_options": {"sft_weight": 0.5}}
 run = RunName(Path(ask["directory"]), "minicache", "first", ask["resumed_at"])
 try:
     lines = JsonLines(run.directory / "metrics.jsonl", run.resumed_at)
-    with Both(lines, *open_trackers(ask["names"], run, lambda text: print("NOTE", text, file=sys.stderr))) as trackers:
+    with TrackerGroup(lines, *open_trackers(ask["names"], run, lambda text: print("NOTE", text, file=sys.stderr))) as trackers:
         trackers.start("training", facts)
         for step in range(ask["first"], ask["last"]):
             trackers.log(step, {"loss": 1 / (step + 1), "rewards/chosen": step / 8})
@@ -156,6 +159,7 @@ def read_trackio(directory: Path) -> Told:
 
 READ = {"wandb": read_wandb, "swanlab": read_swanlab, "tensorboard": read_tensorboard, "trackio": read_trackio}
 ALL = sorted(TRACKERS)
+RUN = RunName(Path("run"), "minicache", "first")
 
 
 def expected(last: int, first: int = 0) -> list[Any]:
@@ -244,21 +248,22 @@ def test_a_library_switched_off_by_its_variable_is_silent(variable: str, tmp_pat
 
 def test_an_unknown_name_and_a_missing_library_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="expected one of wandb, swanlab, tensorboard, trackio, got 'wanbd'"):
-        check_trackers(["wanbd"])
+        open_trackers(["wanbd"], RUN, print)
     with pytest.raises(ConfigError, match="each name once"):
-        check_trackers(["trackio", "trackio"])
+        open_trackers(["trackio", "trackio"], RUN, print)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     for name in ALL:
         monkeypatch.delitem(sys.modules, name, raising=False)
         (tmp_path / name).mkdir()  # as a library's own output folder beside the run, which Python takes for a package
-        with pytest.raises(ConfigError, match=rf"--tracker {name}: .* pip install 'minicache\[{name}\]'"):
+        with pytest.raises(ConfigError, match=rf"--tracker {name}: .* pip install 'minidpo\[{name}\]'"):
             open_trackers([name], RunName(tmp_path, "minicache", "first"), print)
 
 
-class Breaks(Silent):
+class Breaks(Library):
     """Fails at every call from the given step on, as a library whose disk is full."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "breaks") -> None:
+        super().__init__(name, RUN)
         self.heard: list[int] = []
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -273,12 +278,12 @@ class Breaks(Silent):
 
 def test_a_library_that_fails_later_is_noted_once_and_left(capsys: pytest.CaptureFixture[str]) -> None:
     library, notes = Breaks(), []
-    with Guarded("wandb", library, notes.append) as guarded:
+    with Guarded(library, notes.append) as guarded:
         guarded.start("training", {})
         for step in range(5):
             guarded.log(step, {})
     assert library.heard == [0, 1]
-    assert notes == ["wandb: No space left on device; it hears no more of this run, metrics.jsonl has all of it"]
+    assert notes == ["breaks: No space left on device; it hears no more of this run, metrics.jsonl has all of it"]
     assert capsys.readouterr() == ("", "noise\n" * 3)
 
 
@@ -287,13 +292,88 @@ def test_a_start_that_fails_and_damaged_ids_are_one_line(tmp_path: Path) -> None
     (tmp_path / "file").touch()
     (broken,) = open_trackers(["tensorboard"], RunName(tmp_path / "file", "minicache", "first"), print)
     notes: list[str] = []
-    never_started = Guarded("wandb", Breaks(), notes.append)
-    with pytest.raises(ConfigError, match=r"^--tracker tensorboard: .*file"), Both(broken, never_started) as both:
+    never_started = Guarded(Breaks(), notes.append)
+    with (
+        pytest.raises(ConfigError, match=r"^--tracker tensorboard: .*file"),
+        TrackerGroup(broken, never_started) as both,
+    ):
         both.start("training", {})
     assert notes == []
     (tmp_path / "trackers.json").write_text('{"trackio": ')
     done = live(tmp_path, ["trackio"], 5, 6, resumed_at=5, ending="refused")
-    assert "trackers.json: expected the runs' ids as JSON" in done.stderr
+    assert "trackers.json: cannot be read" in done.stderr and "remove it" in done.stderr
+
+
+# --- a new tracker is a class and a line ---
+
+
+class Csv(Library):
+    """A tracker that some version to come might add."""
+
+    package = "csv"
+    help = "CSV files"
+    advice = "make room for numbers.csv"
+
+    def start(self, title: str, facts: dict[str, Any]) -> None:
+        if "bad" in facts:
+            raise OSError("no room")
+        self.remember_id("1")
+        self.catch_up(0)
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        raise OSError("no more room")
+
+
+def test_a_new_tracker_is_named_in_every_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TRACKERS, "table", Csv)
+    run, notes = RunName(tmp_path, "minicache", "first"), []
+    with pytest.raises(ConfigError, match="expected one of wandb, swanlab, tensorboard, trackio, table, got 'csv'"):
+        open_trackers(["csv"], run, print)
+    (tracker,) = open_trackers(["table"], run, notes.append)
+    with pytest.raises(ConfigError, match=r"^--tracker table: no room; make room for numbers\.csv$"):
+        tracker.start("training", {"bad": 1})
+    tracker.start("training", {})
+    tracker.log(0, {"loss": 1.0})
+    tracker.close()
+    assert notes == ["table: no more room; it hears no more of this run, metrics.jsonl has all of it"]
+    assert json.loads((tmp_path / "trackers.json").read_text()) == {"table": "1"}
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"), [(None, "pip install no_such_csv"), ("csv", r"pip install 'minidpo\[csv\]'")]
+)
+def test_a_new_tracker_that_is_not_installed_says_how(
+    extra: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TRACKERS, "table", type("Missing", (Csv,), {"package": "no_such_csv", "extra": extra}))
+    with pytest.raises(ConfigError, match=f"^--tracker table: the library is not installed; {said}$"):
+        open_trackers(["table"], RunName(tmp_path, "minicache", "first"), print)
+
+
+@pytest.mark.parametrize("name", TRACKERS)
+def test_the_guide_and_the_package_know_every_tracker(name: str) -> None:
+    kind, root = TRACKERS[name], Path(__file__).parents[2]
+    guide = (root / "docs" / "trackers.md").read_text(encoding="utf-8")
+    assert f"## {kind.help}\n" in guide and f"--tracker {name}" in guide
+    extras = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    if kind.extra:
+        assert f"minidpo[{kind.extra}]" in guide
+        assert any(wanted.startswith(kind.package) for wanted in extras[kind.extra])
+
+
+def test_an_id_that_was_half_written_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = Wandb("wandb", RunName(tmp_path, "minicache", "first", resumed_at=3))
+    library.remember_id("one")
+
+    def full(self: Path, *_: object, **__: object) -> None:
+        self.touch()
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(OutputError, match=r"trackers\.json: the disk is full"):
+            library.remember_id("two")
+    assert library.known_id() == "one" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_metrics_go_on_behind_a_torn_line(tmp_path: Path) -> None:
@@ -321,9 +401,9 @@ def test_an_error_reaches_every_tracker_before_it_is_closed() -> None:
             self.heard.append("closed")
 
     one, two, error = Hears(), Hears(), RuntimeError("out of memory")
-    with pytest.raises(RuntimeError), Both(one, two):
+    with pytest.raises(RuntimeError), TrackerGroup(one, two):
         raise error
     assert one.heard == two.heard == [error, "closed"]
-    with Both(one):
+    with TrackerGroup(one):
         pass
     assert one.heard == [error, "closed", "closed"]

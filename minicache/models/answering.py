@@ -1,0 +1,133 @@
+"""A model answers prompts, in batches, greedily or by sampling."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from minicache.data.tokenizers import ChatTokenizer
+from minicache.errors import ConfigError, ModelError
+from minicache.pairs import Ints
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn. temperature: 0 is greedy. batch_size: prompts answered at once."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    batch_size: int
+
+
+class Answer(NamedTuple):
+    """An answer's text. is_cut: whether it reached `max_new_tokens` before the model closed it."""
+
+    text: str
+    is_cut: bool
+
+
+def answer_all(
+    model: Any,
+    tokenizer: ChatTokenizer,
+    prompts: list[Ints],
+    sampling: Sampling,
+    advance: Callable[[int, int], None],
+) -> list[Answer]:
+    """The model's answers in the order of the prompts. The caller's random state stays as it is.
+
+    advance: called after each batch with the number of prompts answered, and of tokens read and written.
+
+    Raises:
+        ModelError: the device's memory holds no such batch.
+    """
+    ends = _end_ids(model, tokenizer)
+    model.generation_config = _generation_config(ends, sampling)
+    # prompts of like length share a batch: little padding
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    answers: dict[int, Answer] = {}
+    gpus = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(gpus), torch.inference_mode():
+        torch.manual_seed(sampling.seed)
+        for start in range(0, len(order), sampling.batch_size):
+            batch = order[start : start + sampling.batch_size]
+            generated = _generate(model, [prompts[index] for index in batch], ends)
+            answers |= {index: _answer(ids, ends, tokenizer) for index, ids in zip(batch, generated, strict=True)}
+            advance(len(batch), sum(len(prompts[index]) for index in batch) + sum(map(len, generated)))
+    return [answers[index] for index in range(len(prompts))]
+
+
+def require_fit(source: str, model: Any, prompts: list[Ints], max_new_tokens: int) -> None:
+    """Refuse a token that the model does not know and a position that it does not have: either would crash deep inside it.
+
+    Raises:
+        ModelError: a token id is too large. ConfigError: a prompt and its answer are too long.
+    """
+    known, largest = model.get_input_embeddings().num_embeddings, max(int(ids.max()) for ids in prompts)
+    if largest >= known:
+        raise ModelError(
+            f"{source}: knows {known} tokens, the policy's tokenizer gives token id {largest}; "
+            "expected reference and policy to share a tokenizer"
+        )
+    room, longest = getattr(model.config, "max_position_embeddings", None), max(map(len, prompts))
+    if room and longest + max_new_tokens > room:
+        raise ConfigError(
+            f"{source}: has room for {room} tokens, the longest prompt has {longest}, --max-new-tokens is "
+            f"{max_new_tokens}; lower it or leave that prompt out"
+        )
+
+
+def _end_ids(model: Any, tokenizer: ChatTokenizer) -> list[int]:
+    """Ids of the tokens that close an answer: the tokenizer's own, and those that the model's settings name."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    ends = {*(named if isinstance(named, list) else [named])}
+    ends.add(tokenizer.backend.token_to_id(tokenizer.special.get("eos_token", "")))
+    return sorted(ends - {None})
+
+
+def _generation_config(ends: list[int], sampling: Sampling) -> Any:
+    """The settings that both models answer under. Their own (Qwen's repetition penalty, say) are left out."""
+    from transformers import GenerationConfig
+
+    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if sampling.temperature else {}
+    return GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=bool(drawn),
+        eos_token_id=ends or None,
+        pad_token_id=_padding(ends),
+        **drawn,
+    )
+
+
+def _padding(ends: list[int]) -> int:
+    return ends[0] if ends else 0
+
+
+def _generate(model: Any, prompts: list[Ints], ends: list[int]) -> list[list[int]]:
+    """The new token ids of each prompt of a batch, up to and with the one that closes the answer."""
+    width = max(map(len, prompts))
+    inputs = torch.full((len(prompts), width), _padding(ends))  # (B, width) int64, padded on the left
+    mask = torch.zeros_like(inputs)
+    for row, ids in enumerate(prompts):
+        inputs[row, width - len(ids) :] = torch.from_numpy(ids.astype("int64"))
+        mask[row, width - len(ids) :] = 1
+    try:
+        output = model.generate(inputs.to(model.device), attention_mask=mask.to(model.device))[:, width:].tolist()
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"out of memory at {len(prompts)} prompts of up to {width} tokens; try --batch-size {max(len(prompts) // 2, 1)}"
+        ) from error
+    return [_until_end(ids, ends) for ids in output]
+
+
+def _until_end(ids: list[int], ends: list[int]) -> list[int]:
+    end = next((place for place, token in enumerate(ids) if token in ends), None)
+    return ids if end is None else ids[: end + 1]
+
+
+def _answer(ids: list[int], ends: list[int], tokenizer: ChatTokenizer) -> Answer:
+    text, is_cut = tokenizer.backend.decode(ids, skip_special_tokens=True).strip(), ids[-1] not in ends
+    # the cut may go through a character of several tokens
+    return Answer(text.rstrip("\ufffd") if is_cut else text, is_cut)
