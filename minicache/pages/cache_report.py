@@ -99,20 +99,18 @@ def gather(config: InspectConfig, tracker: Tracker) -> CacheReport:
     listed = [line for lines in extremes.values() for line in lines]
     listed += [line for rows in found.rows.values() for row in rows[:TEXTS_OF_LIST] for line in row.lines]
     texts, no_texts = _texts(cache, listed)
-    refusals = (cache.place.read(REFUSED_FILE) or b"").decode(errors="replace").splitlines()[:LISTED]
-    groups = {
-        "file": _by_source(cache, columns, margins),
-        "longer answer": _by_length(columns, margins),
-        "which answer is longer": _by_longer(columns, margins),
-    }
     return CacheReport(
         inspection=inspection,
-        groups=groups,
+        groups={
+            "file": _by_source(cache, columns, margins),
+            "longer answer": _by_length(columns, margins),
+            "which answer is longer": _by_longer(columns, margins),
+        },
         extremes=extremes,
         suspects=found,
         texts=texts,
         no_texts=no_texts,
-        refusals=refusals,
+        refusals=(cache.place.read(REFUSED_FILE) or b"").decode(errors="replace").splitlines()[:LISTED],
     )
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from minicache.pages.cache_report import LISTED, MOST_TOKENS, CacheReport, Suspect, Suspects
+from minicache.pages.cache_report import LISTED, MOST_TOKENS, CacheReport, Suspect
 from minicache.pages.markup import Table, Where
 from minicache.reports.inspection import PairLine
 from minicache.reports.suspects import AGREEING, FEWEST, FLIPPED, NEARLY, SKETCH
@@ -40,18 +40,10 @@ def rows_to_look_at(report: CacheReport) -> dict[str, Any]:
             "rows": _suspect_table(heading, found.rows[rule], report),
         }
         for rule, (heading, meaning) in RULES.items()
+        if any(found.found.values())
     ]
-    return {
-        "unread": found.unread,
-        "why": _why(found),
-        "rules": rules,
-        "any": any(found.found.values()),
-        "most": LISTED,
-    }
-
-
-def _why(found: Suspects) -> str:
-    return "their blocks are damaged" if found.damage else f"only the first {MOST_TOKENS:,} tokens of a cache are"
+    why = "their blocks are damaged" if found.damage else f"only the first {MOST_TOKENS:,} tokens of a cache are"
+    return {"unread": found.unread, "why": why, "rules": rules, "meanings": RULES.values(), "most": LISTED}
 
 
 def _suspect_table(caption: str, rows: list[Suspect], report: CacheReport) -> Table:
@@ -100,10 +92,10 @@ def texts(report: CacheReport) -> dict[str, Any] | None:
 
 def _pair_text(line: PairLine, report: CacheReport) -> dict[str, Any]:
     margin = "" if line.margin is None else f", margin {line.margin:+.3f}"
-    chosen, rejected = [f"{logp:.3f} nats per token" for logp in line.logp_mean or ()] or ["not scored"] * 2
-    return {
-        "index": line.index,
-        "about": f"{report.short_name(line.source)}:{line.line}{margin}",
-        "chosen": chosen,
-        "rejected": rejected,
-    }
+    means = [f"{logp:.3f} nats per token" for logp in line.logp_mean] if line.logp_mean else ["not scored"] * 2
+    parts = [
+        ("shared", "Shared by both sides"),
+        ("chosen", f"Chosen: {means[0]}"),
+        ("rejected", f"Rejected: {means[1]}"),
+    ]
+    return {"index": line.index, "about": f"{report.short_name(line.source)}:{line.line}{margin}", "parts": parts}

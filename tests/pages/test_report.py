@@ -392,7 +392,14 @@ def test_answers_stand_side_by_side_as_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ['{"prompt": "a"}\n', "[1]\n", "{", '{"prompt": "a", "reference": "b", "policy": 3']
+    "content",
+    [
+        '{"prompt": "a"}\n',
+        "[1]\n",
+        "{",
+        '{"prompt": "a", "reference": "b", "policy": 3',
+        '{"prompt": "a", "reference": "b", "policy": "c", "models": 3}',
+    ],
 )
 def test_answers_of_another_kind_are_refused_with_their_line(content: str, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(content)
