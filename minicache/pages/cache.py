@@ -5,42 +5,32 @@ from pathlib import Path
 from typing import Any
 
 from minicache.pages.cache_report import MOST_FILES, CacheReport, Group
-from minicache.pages.cache_rows import extremes_part, look_part, texts_part
-from minicache.pages.charts import Bars, histogram
-from minicache.pages.markup import Child, Html, e, facts, page, table, together
+from minicache.pages.cache_rows import extremes, rows_to_look_at, texts
+from minicache.pages.charts import Bars, Chart, histogram
+from minicache.pages.markup import Table, report
 from minicache.reports.inspection import Inspection
-from minicache.text import ranges
-
-SHOWN_PROBLEMS = 20
-LENGTHS = {
-    "prefix": "shared beginning",
-    "chosen": "chosen",
-    "rejected": "rejected",
-    "chosen_counted": "counted, chosen",
-    "rejected_counted": "counted, rejected",
-}
-STATISTICS = (("min", 0), ("median", 1), ("mean", 1), ("p95", 0), ("max", 0))
+from minicache.reports.names import LENGTHS, SHOWN_PROBLEMS, STATISTICS
 
 
-def cache_page(report: CacheReport) -> str:
+def cache_page(found: CacheReport) -> str:
     """The page's HTML."""
-    it = report.inspection
+    it = found.inspection
     parts = [
-        ("summary", "Summary", _summary(report)),
-        ("look", "Rows to look at", look_part(report)),
+        ("summary", "Summary", _summary(found)),
+        ("look", "Rows to look at", rows_to_look_at(found)),
         ("distribution", "Lengths and logprobs", _distribution(it)),
-        ("preference", "Whom the reference prefers", _preference(report)),
-        ("extremes", "Extreme pairs", extremes_part(report)),
-        ("texts", "Texts", texts_part(report)),
-        ("sources", "Files read", _sources(report)),
+        ("preference", "Which answers the reference prefers", _preference(found)),
+        ("extremes", "Extreme pairs", extremes(found)),
+        ("texts", "Texts", texts(found)),
+        ("sources", "Files read", _sources(found)),
         ("manifest", "Manifest", _manifest(it)),
     ]
-    return page(f"Reference cache {Path(it.path).name}", it.path, parts, {"pairs": report.texts})
+    return report("cache.html", f"Reference cache {Path(it.path).name}", it.path, parts, {"pairs": found.texts})
 
 
-def _summary(report: CacheReport) -> Html:
-    it = report.inspection
-    rows: list[tuple[str, Child]] = [
+def _summary(found: CacheReport) -> dict[str, Any]:
+    it = found.inspection
+    rows = [
         ("pairs", f"{it.pairs:,}, of which {it.pairs_scored:,} scored"),
         ("blocks", f"{it.blocks_scored:,} of {it.blocks:,} finished"),
         ("tokens", f"{it.tokens:,} stored, {it.counted[0]:,} counted in chosen, {it.counted[1]:,} in rejected"),
@@ -50,86 +40,67 @@ def _summary(report: CacheReport) -> Html:
     if it.reference_prefers_chosen and it.reference_margin is not None:
         by = it.reference_prefers_chosen
         rows.append(("reference prefers chosen", f"{by['mean']:.1%} of pairs by mean logprob, {by['sum']:.1%} by sum"))
-        rows.append(("mean margin", f"{it.reference_margin:+.4f} nats a token"))
-    return together(_state(report), _problems(it, report.suspects.damage), facts(rows))
+        rows.append(("mean margin", f"{it.reference_margin:+.4f} nats per token"))
+    damage = found.suspects.damage
+    return {"damaged": bool(damage), "complete": it.complete, "problems": _problems(it, damage), "facts": rows}
 
 
-def _state(report: CacheReport) -> Html:
-    again = "Run the same precompute-ref again to"
-    if report.suspects.damage:
-        return e("p", f"Damaged: training refuses it. {again} make the damaged blocks anew.", class_="state bad")
-    if not report.inspection.complete:
-        return e("p", f"Not complete: training refuses it. {again} go on.", class_="state bad")
-    return e("p", "Complete: training may use it.", class_="state good")
-
-
-def _problems(it: Inspection, damage: list[str]) -> Html | None:
-    lines = [it.problem] if it.problem else []
-    lines += [problem for problem in damage if problem not in it.unfinished.values()]
-    if it.unfinished:
-        lines.append(f"unfinished: block {ranges(map(int, it.unfinished))}")
-    if it.shards_missing:
-        lines.append(
-            f"shards missing: {ranges(it.shards_missing)} of {it.shards} (precompute-ref --shard K/{it.shards})"
-        )
-    lines += [f"block {block}: {why}" for block, why in it.unfinished.items()]
+def _problems(it: Inspection, damage: list[str]) -> list[str]:
+    """The first problems, and how many more there are. damage: found in the tokens and scores, which the inspection leaves out."""
+    damage = [problem for problem in damage if problem not in it.unfinished.values()]
+    lines = [*damage, *it.missing, *it.problems]
     more = len(lines) - SHOWN_PROBLEMS
-    shown = [*lines[:SHOWN_PROBLEMS], *([f"… and {more:,} more; inspect-cache --json lists all"] if more > 0 else [])]
-    return e("ul", [e("li", line) for line in shown], class_="problems") if shown else None
+    return [*lines[:SHOWN_PROBLEMS], *([f"… and {more:,} more; inspect-cache --json lists all"] if more > 0 else [])]
 
 
 # --- figures ---
 
 
-def _distribution(it: Inspection) -> Html | None:
+def _distribution(it: Inspection) -> dict[str, Any] | None:
     if not it.lengths:
         return None
-    figures = []
-    if of := it.length_histogram:
-        bars = [Bars("chosen", "chosen", of.chosen), Bars("rejected", "rejected", of.rejected)]
-        figures.append(histogram("Tokens of a side", "tokens", of.edges, bars, whole=True))
-    if of := it.logp_histogram:
-        bars = [Bars("chosen", "chosen", of.chosen), Bars("rejected", "rejected", of.rejected)]
-        figures.append(histogram("Reference's mean logprob", "nats a token", of.edges, bars))
+    rows = [
+        [name, *(format(it.lengths[part][key], form) for key, form in STATISTICS.items())]
+        for part, name in LENGTHS.items()
+    ]
+    lengths = Table("Tokens of the sides and their parts", ["tokens", *STATISTICS], rows)
+    return {"charts": _histograms(it), "lengths": lengths}
+
+
+def _histograms(it: Inspection) -> list[Chart]:
+    drawn = []
+    for title, unit, of, whole in (
+        ("Tokens of a side", "tokens", it.length_histogram, True),
+        ("Reference's mean logprob", "nats per token", it.logp_histogram, False),
+    ):
+        if of:
+            bars = [Bars("chosen", "chosen", of.chosen), Bars("rejected", "rejected", of.rejected)]
+            drawn.append(histogram(title, unit, of.edges, bars, whole))
     if margins := it.margin_histogram:
         kinds = ["chosen" if edge >= 0 else "rejected" for edge in margins.edges[:-1]]
         bars = [Bars("pairs", kinds, margins.pairs)]
-        figures.append(histogram("Reference's margin, chosen − rejected", "nats a token", margins.edges, bars))
-    rows: list[list[Child]] = [
-        [name, *(f"{it.lengths[part][key]:,.{places}f}" for key, places in STATISTICS)]
-        for part, name in LENGTHS.items()
-    ]
-    head = ["tokens", *(key for key, _ in STATISTICS)]
-    return together(e("div", figures, class_="charts"), table("Tokens of the sides and their parts", head, rows))
+        drawn.append(histogram("Reference's margin, chosen − rejected", "nats per token", margins.edges, bars))
+    return drawn
 
 
-def _preference(report: CacheReport) -> Html | None:
-    tables = [_group_table(heading, groups) for heading, groups in report.groups.items() if groups]
-    if not tables:
-        return None
-    says = (
-        "The share of pairs whose chosen answer the reference finds likelier, before any training. "
-        "By sum, the shorter answer has it easier; by mean, length counts less."
-    )
-    return together(e("p", says, class_="dim"), tables)
+def _preference(found: CacheReport) -> list[Table]:
+    return [_group_table(heading, groups) for heading, groups in found.groups.items() if groups]
 
 
-def _group_table(heading: str, groups: list[Group]) -> Html:
+def _group_table(heading: str, groups: list[Group]) -> Table:
     head = [heading, "pairs", "by mean", "by sum", "mean margin"]
-    rows: list[list[Child]] = [
-        [of.name, f"{of.pairs:,}", f"{of.by_mean:.1%}", f"{of.by_sum:.1%}", f"{of.margin:+.3f}"] for of in groups
-    ]
-    return table(f"Prefers chosen, by {heading}", head, rows)
+    rows = [[of.name, f"{of.pairs:,}", f"{of.by_mean:.1%}", f"{of.by_sum:.1%}", f"{of.margin:+.3f}"] for of in groups]
+    return Table(f"Prefers chosen, by {heading}", head, rows)
 
 
 # --- where it came from ---
 
 
-def _sources(report: CacheReport) -> Html:
+def _sources(found: CacheReport) -> dict[str, Any]:
     columns = ("rows", "kept", "duplicates", "truncated")
-    every: list[dict[str, Any]] = report.inspection.log["sources"]
+    every: list[dict[str, Any]] = found.inspection.log["sources"]
     sources = every[:MOST_FILES]
-    rows: list[list[Child]] = [
+    rows = [
         [
             of["name"],
             *(f"{of[key]:,}" for key in columns),
@@ -138,24 +109,20 @@ def _sources(report: CacheReport) -> Html:
         ]
         for of in sources
     ]
-    parts: list[Child] = [table("Files", ["file", *columns, "refused", "read to its end"], rows)]
-    if len(every) > len(sources):
-        says = f"The first {MOST_FILES} of {len(every):,} files, here and in the preferences; inspect-cache --json lists all."
-        parts.append(e("p", says, class_="dim"))
-    reasons: list[list[Child]] = [
-        [of["name"], reason, f"{count:,}"] for of in sources for reason, count in sorted(of["refused"].items())
-    ]
-    if reasons:
-        parts.append(table("Refused rows by reason", ["file", "reason", "rows"], reasons, numbers_from=2))
-    if listed := [row for row in map(_refusal, report.refusals) if row]:
-        title = f"Refused rows, the first {len(listed)}"
-        some = table(title, ["row", "reason", "what was wrong"], listed, numbers_from=3, captioned=False)
-        where = e("p", f"All are listed in {report.inspection.refused_file}.", class_="dim")
-        parts.append(e("details", e("summary", title), some, where))
-    return together(parts)
+    reasons = [[of["name"], reason, f"{count:,}"] for of in sources for reason, count in sorted(of["refused"].items())]
+    refusals = [row for row in map(_refusal, found.refusals) if row]
+    title = f"Refused rows, the first {len(refusals)}"
+    return {
+        "files": Table("Files", ["file", *columns, "refused", "read to the end"], rows),
+        "listed": len(sources),
+        "files_read": len(every),
+        "reasons": Table("Refused rows by reason", ["file", "reason", "rows"], reasons, numbers_from=2),
+        "refusals": Table(title, ["row", "reason", "what was wrong"], refusals, numbers_from=3, captioned=False),
+        "refused_file": found.inspection.refused_file,
+    }
 
 
-def _refusal(line: str) -> list[Child] | None:
+def _refusal(line: str) -> list[str] | None:
     try:
         row = json.loads(line)
         return [f"{row['file']}:{row['line']}", str(row["reason"]), str(row["message"])]
@@ -163,10 +130,10 @@ def _refusal(line: str) -> list[Child] | None:
         return None
 
 
-def _manifest(it: Inspection) -> Html:
+def _manifest(it: Inspection) -> dict[str, Any]:
     identity, log = it.identity, it.log
     versions = ", ".join(f"{name} {version}" for name, version in log["versions"].items())
-    plain: list[tuple[str, Child]] = [
+    rows = [
         ("model", f"{log['model']} ({identity['family']})"),
         ("scored in", f"{identity['dtype']}, {identity['attention']} attention"),
         ("sides cut at", f"{identity['max_length']:,} tokens, truncated on the {identity['truncate']}"),
@@ -176,10 +143,5 @@ def _manifest(it: Inspection) -> Html:
         ("identity", it.identity_digest),
         ("made", f"{log['created']} with {versions}"),
     ]
-    fields = table(
-        "Identity, field by field", ["field", "value"], [[name, str(value)] for name, value in identity.items()], 2
-    )
-    says = "What the values depend on: caches of one identity hold the same values for the same pairs."
-    return together(
-        facts(plain), e("details", e("summary", "Identity, field by field"), e("p", says, class_="dim"), fields)
-    )
+    fields = [[name, str(value)] for name, value in identity.items()]
+    return {"facts": rows, "identity": Table("Identity, field by field", ["field", "value"], fields, numbers_from=2)}

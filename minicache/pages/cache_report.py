@@ -1,4 +1,4 @@
-"""What the page of a cache shows, gathered: the inspection, who the reference prefers where, rows to look at, texts. No torch."""
+"""The data of a cache's page: the inspection, which answers the reference prefers, rows to look at, texts. No torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +20,16 @@ from minicache.reports.inspection import Inspection, PairLine
 from minicache.reports.pair_text import Piece, pair_texts
 from minicache.trackers import Tracker
 
-EXTREMES = 5  # pairs of a list
-LISTED = 50  # rows of a list of suspects
-TEXTS_OF_LIST, TEXTS = 8, 48  # pairs of one list of suspects, of all, whose text is on the page
-MOST_TOKENS = 1_000_000_000  # stored tokens that are looked at for suspects: a minute or two
+EXTREMES = 5  # pairs in a list of extreme ones
+LISTED = 50  # rows in a list of suspects
+TEXTS_OF_LIST, TEXTS = 8, 48  # pairs with their text on the page: of one list of suspects, of all lists
+MOST_TOKENS = 1_000_000_000  # stored tokens searched for suspects: a minute or two
 MOST_FILES = 100  # files in the tables by file
 
 
 @dataclass(frozen=True)
 class Group:
-    """Scored pairs of one kind. by_mean, by_sum: share in which the reference prefers chosen; margin: nats a token, mean."""
+    """Scored pairs of one kind. by_mean, by_sum: share in which the reference prefers chosen; margin: the mean, nats per token."""
 
     name: str
     pairs: int
@@ -40,7 +40,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Suspect:
-    """A row to look at, or two that belong together; note: what was found, in words."""
+    """A row to look at, or two that belong together. note: what was found, in words."""
 
     lines: list[PairLine]
     note: str
@@ -72,7 +72,7 @@ class CacheReport:
     refusals: list[str]
 
     def short_name(self, source: str) -> str:
-        """A file without its folders, unless another of the cache is called the same."""
+        """The file's name without its folders, unless another file of the cache has the same name."""
         names = [Path(of["name"]).name for of in self.inspection.log["sources"]]
         name = Path(source).name
         return name if names.count(name) == 1 else source
@@ -99,17 +99,23 @@ def gather(config: InspectConfig, tracker: Tracker) -> CacheReport:
     listed = [line for lines in extremes.values() for line in lines]
     listed += [line for rows in found.rows.values() for row in rows[:TEXTS_OF_LIST] for line in row.lines]
     texts, no_texts = _texts(cache, listed)
-    refusals = (cache.place.read(REFUSED_FILE) or b"").decode(errors="replace").splitlines()[:LISTED]
-    groups = {
-        "file": _by_source(cache, columns, margins),
-        "longer answer": _by_length(columns, margins),
-        "which answer is longer": _by_longer(columns, margins),
-    }
-    return CacheReport(inspection, groups, extremes, found, texts, no_texts, refusals)
+    return CacheReport(
+        inspection=inspection,
+        groups={
+            "file": _by_source(cache, columns, margins),
+            "longer answer": _by_length(columns, margins),
+            "which answer is longer": _by_longer(columns, margins),
+        },
+        extremes=extremes,
+        suspects=found,
+        texts=texts,
+        no_texts=no_texts,
+        refusals=(cache.place.read(REFUSED_FILE) or b"").decode(errors="replace").splitlines()[:LISTED],
+    )
 
 
 def _margins(columns: Columns) -> NDArray[np.float64]:
-    """(N,) nats a token, NaN where not scored."""
+    """(N,) nats per token, NaN where not scored."""
     mean = columns.logp_mean.astype(np.float64)
     return np.where(columns.scored, mean[:, CHOSEN] - mean[:, REJECTED], np.nan)
 
@@ -122,7 +128,7 @@ def _texts(cache: ReferenceCache, lines: list[PairLine]) -> tuple[dict[int, list
         return {}, str(error)
 
 
-# --- whom the reference prefers, where ---
+# --- which answers the reference prefers ---
 
 
 def _group(name: str, columns: Columns, margins: NDArray[np.float64], those: NDArray[np.bool_]) -> Group | None:
@@ -131,7 +137,13 @@ def _group(name: str, columns: Columns, margins: NDArray[np.float64], those: NDA
         return None
     total = columns.logp_mean[those] * columns.counted[those]
     by_sum = float((total[:, CHOSEN] > total[:, REJECTED]).mean())
-    return Group(name, int(those.sum()), float((margins[those] > 0).mean()), by_sum, float(margins[those].mean()))
+    return Group(
+        name=name,
+        pairs=int(those.sum()),
+        by_mean=float((margins[those] > 0).mean()),
+        by_sum=by_sum,
+        margin=float(margins[those].mean()),
+    )
 
 
 def _by_source(cache: ReferenceCache, columns: Columns, margins: NDArray[np.float64]) -> list[Group]:
@@ -200,7 +212,7 @@ def _tokens(count: int) -> str:
 def _look(
     cache: ReferenceCache, blocks: list[int], tracker: Tracker
 ) -> tuple[suspects.Looked, NDArray[np.int64], list[str], int]:
-    """What was seen; of which rows of the columns; what is damaged; how many pairs were not looked at."""
+    """What `suspects.look` found; the rows of the columns it is about; what is damaged; how many pairs were not read."""
     parts, rows, damage = [suspects.Looked.none()], [np.zeros(0, np.int64)], []
     sizes = np.array([cache.block_size(block) for block in blocks], np.int64).reshape(-1, 2)
     ends = sizes.cumsum(0)  # (blocks, 2) pairs and tokens up to the end of each
@@ -214,8 +226,8 @@ def _look(
             cache.ref(block)
         except CacheDamaged as error:
             damage.append(str(error))
-        except CacheIncomplete:  # the inspection tells of it
-            pass
+        except CacheIncomplete:
+            pass  # the inspection lists it
         tracker.advance(pairs, tokens)
     looked = np.concatenate(rows)
     return suspects.Looked.join(parts), looked, damage, int(sizes[:, 0].sum()) - len(looked)

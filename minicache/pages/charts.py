@@ -1,18 +1,17 @@
-"""Charts of a page, as SVG without any colour of its own: the page's style gives it, for light and for dark. Each comes with
-its numbers as a table, for those who do not see it.
-"""
+"""Charts of a page, computed: every point and number in its place. `macros.html` draws them as SVG."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
-from minicache.pages.markup import Html, e, table
+from minicache.pages.markup import Table
 
-WIDTH, HEIGHT = 330, 200  # about the size at which it is shown, so that its letters are as large as others
-LEFT, RIGHT, TOP, BOTTOM = 46, 8, 10, 38
+WIDTH, HEIGHT = 330, 200  # about the size at which it is shown, so that its letters are as large as the page's
+LEFT, RIGHT, TOP, BOTTOM = 46, WIDTH - 8, 10, HEIGHT - 38  # edges of the axes
 DRAWN = 400  # points of a curve
 LISTED = 24  # rows of the table beside it
+FEW = 30  # steps up to which each value is a dot
 Item = TypeVar("Item")
 
 
@@ -37,96 +36,131 @@ class Bars:
 
 @dataclass(frozen=True)
 class _Axes:
-    """The data's bounds from left to right, the ticks from below to above; pixels of a value."""
+    """The data's bounds from left to right, the ticks from bottom to top; x, y: pixels of a value."""
 
     left: float
     right: float
     ticks: list[float]
 
     def x(self, value: float) -> float:
-        return LEFT + (value - self.left) / (self.right - self.left) * (WIDTH - LEFT - RIGHT)
+        return round(LEFT + (value - self.left) / (self.right - self.left) * (RIGHT - LEFT), 1)
 
     def y(self, value: float) -> float:
         low, high = self.ticks[0], self.ticks[-1]
-        return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
+        return round(BOTTOM - (value - low) / (high - low) * (BOTTOM - TOP), 1)
 
 
-def histogram(title: str, unit: str, edges: Sequence[float], bars: Sequence[Bars], whole: bool = False) -> Html:
+@dataclass
+class Chart:
+    """What is drawn, in pixels, and the same numbers as a table. below, beside: names of the axes.
+
+    lines: x1, y1, x2, y2, class. labels: x, y, anchor, text. bars: x, y, width, height, class. curves: points, class.
+    dots: x, y, class. legend: name, class.
+    """
+
+    title: str
+    description: str
+    below: str
+    beside: str
+    numbers: Table
+    legend: list[tuple[str, str | Sequence[str]]]
+    lines: list[tuple[float, float, float, float, str]] = field(default_factory=list)
+    labels: list[tuple[float, float, str, str]] = field(default_factory=list)
+    bars: list[tuple[float, float, float, float, str]] = field(default_factory=list)
+    curves: list[tuple[str, str]] = field(default_factory=list)
+    dots: list[tuple[float, float, str]] = field(default_factory=list)
+    box = f"0 0 {WIDTH} {HEIGHT}"
+    beside_at = (10, (TOP + BOTTOM) // 2)
+
+    def frame(self, axes: _Axes) -> None:
+        """Add the axes, their ticks and the name of the one below."""
+        for tick in axes.ticks:
+            y = axes.y(tick)
+            self.lines.append((LEFT, y, RIGHT, y, "grid"))
+            self.labels.append((LEFT - 5, round(y + 3.5, 1), "end", short(tick)))
+        for tick in _ticks(axes.left, axes.right, whole=self.below in ("step", "tokens")):
+            if axes.left <= tick <= axes.right:
+                self.labels.append((axes.x(tick), BOTTOM + 14, "middle", short(tick)))
+        self.lines.append((LEFT, BOTTOM, RIGHT, BOTTOM, "axis"))
+        if axes.left < 0 < axes.right:
+            self.lines.append((axes.x(0), TOP, axes.x(0), BOTTOM, "axis"))
+        self.labels.append(((LEFT + RIGHT) / 2, HEIGHT - 6, "middle", self.below))
+
+    def stroke(self, line: Line, axes: _Axes) -> None:
+        """Add a curve for each stretch of numbers; a dot where one stands alone, and at each value of a short curve."""
+        stretches: list[list[tuple[float, float]]] = [[]]
+        for step, value in thinned(list(zip(line.steps, line.values, strict=True)), DRAWN):
+            if math.isfinite(value):
+                stretches[-1].append((axes.x(step), axes.y(value)))
+            elif stretches[-1]:
+                stretches.append([])
+        for points in stretches:
+            if len(points) > 1:
+                self.curves.append((" ".join(f"{x},{y}" for x, y in points), line.kind))
+            if len(points) == 1 or len(line.steps) <= FEW:
+                self.dots += [(x, y, line.kind) for x, y in points]
+
+
+def histogram(title: str, unit: str, edges: Sequence[float], bars: Sequence[Bars], whole: bool = False) -> Chart:
     """Bars between edges, several kinds over each other. whole: edges lie half-way between whole numbers."""
     most = max(max(one.counts) for one in bars)
-    axes = _Axes(edges[0], edges[-1], _ticks(0, most, whole=True))
-    drawn = []
-    for one in bars:
-        for place, count in enumerate(one.counts):
-            if count:
-                kind = one.kind if isinstance(one.kind, str) else one.kind[place]
-                x, y, end = axes.x(edges[place]), axes.y(count), axes.x(edges[place + 1])
-                drawn.append(_rect(x, y, end - x, HEIGHT - BOTTOM - y, f"bar {kind}"))
-    form = (lambda edge: f"{edge + 0.5:,.0f}") if whole else (lambda edge: f"{edge:,.2f}")
-    cells = [(f"from {form(edges[at])}", *(one.counts[at] for one in bars)) for at in range(len(edges) - 1)]
+    names = [f"{edge + 0.5:,.0f}" if whole else f"{edge:,.2f}" for edge in edges]
     total = sum(bars[0].counts)
-    said = (
-        f"Histogram of {total:,} pairs, from {form(edges[0])} to {form(edges[-1])} {unit}; most in one bar: {most:,}."
+    rows = [[f"from {names[at]}", *(str(one.counts[at]) for one in bars)] for at in range(len(edges) - 1)]
+    chart = Chart(
+        title=title,
+        description=f"Histogram of {total:,} pairs, from {names[0]} to {names[-1]} {unit}; most in one bar: {most:,}.",
+        below=unit,
+        beside="pairs",
+        numbers=Table(title, [unit, *(one.name for one in bars)], rows),
+        legend=[(one.name, one.kind) for one in bars],
     )
-    svg = _svg(title, said, axes, drawn, unit, "pairs")
-    head = [unit, *(one.name for one in bars)]
-    return _figure(title, svg, _legend([(one.name, one.kind) for one in bars]), head, [list(row) for row in cells])
+    axes = _Axes(edges[0], edges[-1], _ticks(0, most, whole=True))
+    chart.frame(axes)
+    for one in bars:
+        for at, count in enumerate(one.counts):
+            if count:
+                kind = one.kind if isinstance(one.kind, str) else one.kind[at]
+                x, y, end = axes.x(edges[at]), axes.y(count), axes.x(edges[at + 1])
+                chart.bars.append((x, y, round(end - x, 1), round(BOTTOM - y, 1), kind))
+    return chart
 
 
-def curves(title: str, unit: str, lines: Sequence[Line], level: float | None = None) -> Html:
+def curves(title: str, unit: str, lines: Sequence[Line], level: float | None = None) -> Chart:
     """Curves over the steps. level: a value to compare with, drawn as a dashed line."""
-    finite = [value for line in lines for value in line.values if math.isfinite(value)] or [0.0]
-    low, high = (
-        min(finite + ([level] if level is not None else [])),
-        max(finite + ([level] if level is not None else [])),
-    )
-    steps = [step for line in lines for step in line.steps]
-    first, last = min(steps), max(steps)
-    axes = _Axes(first, last if last > first else first + 1, _ticks(low, high))
-    drawn = [_line(LEFT, axes.y(level), WIDTH - RIGHT, axes.y(level), "level")] if level is not None else []
-    for line in lines:
-        drawn += _strokes(line, axes)
+    steps = sorted({step for line in lines for step in line.steps})
+    first, last = steps[0], steps[-1]
     ends = "; ".join(f"{line.name} from {line.values[0]:.4g} to {line.values[-1]:.4g}" for line in lines)
-    svg = _svg(title, f"Curve over steps {first:,} to {last:,}: {ends}.", axes, drawn, "step", unit)
     at = [dict(zip(line.steps, line.values, strict=True)) for line in lines]
-    rows = [
-        [f"{step:,}", *(f"{of[step]:.4g}" if step in of else "–" for of in at)]
-        for step in thinned(sorted(set(steps)), LISTED)
-    ]
-    return _figure(
-        title, svg, _legend([(line.name, line.kind) for line in lines]), ["step", *(line.name for line in lines)], rows
+    rows = [[f"{step:,}", *(f"{of[step]:.4g}" if step in of else "–" for of in at)] for step in thinned(steps, LISTED)]
+    chart = Chart(
+        title=title,
+        description=f"Curve over steps {first:,} to {last:,}: {ends}.",
+        below="step",
+        beside=unit,
+        numbers=Table(title, ["step", *(line.name for line in lines)], rows),
+        legend=[(line.name, line.kind) for line in lines],
     )
+    values = [value for line in lines for value in line.values if math.isfinite(value)] or [0.0]
+    values += [] if level is None else [level]
+    axes = _Axes(first, last if last > first else first + 1, _ticks(min(values), max(values)))
+    chart.frame(axes)
+    if level is not None:
+        chart.lines.append((LEFT, axes.y(level), RIGHT, axes.y(level), "level"))
+    for line in lines:
+        chart.stroke(line, axes)
+    return chart
 
 
 def thinned(values: Sequence[Item], most: int) -> list[Item]:
-    """At most so many of them, evenly spread, the first and the last among them."""
+    """At most `most` of the values, evenly spread, with the first and the last."""
     if len(values) <= most:
         return list(values)
     return [values[round(at * (len(values) - 1) / (most - 1))] for at in range(most)]
 
 
-def _strokes(line: Line, axes: _Axes) -> list[Html]:
-    """A line for each stretch of numbers; a dot where one stands alone, and at each value of a short curve."""
-    stretches: list[list[tuple[float, float]]] = [[]]
-    for step, value in thinned(list(zip(line.steps, line.values, strict=True)), DRAWN):
-        if math.isfinite(value):
-            stretches[-1].append((axes.x(step), axes.y(value)))
-        elif stretches[-1]:
-            stretches.append([])
-    dots = len(line.steps) <= 30
-    drawn = []
-    for points in stretches:
-        if len(points) > 1:
-            drawn.append(
-                e("polyline", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in points), class_=f"curve {line.kind}")
-            )
-        if dots or len(points) == 1:
-            drawn += [e("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r="2.4", class_=f"dot {line.kind}") for x, y in points]
-    return drawn
-
-
 def _ticks(low: float, high: float, whole: bool = False) -> list[float]:
-    """Four or so round values that enclose both."""
+    """About four round values that enclose both bounds."""
     if high <= low:
         low, high = (low, low + 1) if low >= 0 else (low - 1, low + 1)
     rough = (high - low) / 4
@@ -138,56 +172,8 @@ def _ticks(low: float, high: float, whole: bool = False) -> list[float]:
     return [round(at * step, 12) for at in range(first, last + 1)]
 
 
-def _svg(title: str, said: str, axes: _Axes, drawn: list[Html], below: str, beside: str) -> Html:
-    """role=img: a screen reader says title and description, and does not spell out the axes' numbers."""
-    bottom, middle = HEIGHT - BOTTOM, (LEFT + WIDTH - RIGHT) / 2
-    frame = []
-    for tick in axes.ticks:
-        y = axes.y(tick)
-        frame += [_line(LEFT, y, WIDTH - RIGHT, y, "grid"), _text(LEFT - 5, y + 3.5, short(tick), "end")]
-    whole = below in ("step", "tokens")
-    inside = [tick for tick in _ticks(axes.left, axes.right, whole) if axes.left <= tick <= axes.right]
-    for tick in inside:
-        frame.append(_text(axes.x(tick), bottom + 14, short(tick), "middle"))
-    frame.append(_line(LEFT, bottom, WIDTH - RIGHT, bottom, "axis"))
-    if axes.left < 0 < axes.right:
-        frame.append(_line(axes.x(0), TOP, axes.x(0), bottom, "axis"))
-    labels = [_text(middle, HEIGHT - 6, below, "middle")]
-    across = (TOP + bottom) / 2
-    if beside:
-        turned = f"rotate(-90 10 {across:.0f})"
-        labels.append(e("text", beside, x="10", y=f"{across:.0f}", text_anchor="middle", transform=turned))
-    box = f"0 0 {WIDTH} {HEIGHT}"
-    return e("svg", frame, drawn, labels, viewBox=box, role="img", aria_label=f"{title}. {said}")
-
-
 def short(value: float) -> str:
-    """A tick's number in few signs."""
+    """A tick's number, in few characters."""
     if value and (abs(value) >= 1e5 or abs(value) < 1e-3):
         return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e").replace(".0e", "e")
     return f"{value:,.3f}".rstrip("0").rstrip(".") if value % 1 else f"{value:,.0f}"
-
-
-def _legend(names: list[tuple[str, str | Sequence[str]]]) -> Html | None:
-    if len(names) < 2:
-        return None
-    return e("p", [e("span", e("span", class_=f"swatch {kind}"), name) for name, kind in names], class_="legend")
-
-
-def _figure(title: str, svg: Html, legend: Html | None, head: list[str], rows: list[list]) -> Html:
-    numbers = e(
-        "details", e("summary", "As a table", e("span", f": {title}", class_="hidden")), table(title, head, rows)
-    )
-    return e("figure", e("figcaption", title), svg, legend, numbers)
-
-
-def _rect(x: float, y: float, width: float, height: float, kind: str) -> Html:
-    return e("rect", x=f"{x:.1f}", y=f"{y:.1f}", width=f"{width:.1f}", height=f"{height:.1f}", class_=kind)
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Html:
-    return e("line", x1=f"{x1:.1f}", y1=f"{y1:.1f}", x2=f"{x2:.1f}", y2=f"{y2:.1f}", class_=kind)
-
-
-def _text(x: float, y: float, text: str, anchor: str) -> Html:
-    return e("text", text, x=f"{x:.1f}", y=f"{y:.1f}", text_anchor=anchor)

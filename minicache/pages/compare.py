@@ -1,23 +1,19 @@
-"""Answers as one self-contained page on which a person votes without knowing who said what. No torch, no network."""
+"""Answers as one self-contained page on which a person votes without knowing which model wrote which. No torch, no network."""
 
 import base64
 import json
 import random
 from dataclasses import dataclass
 from hashlib import blake2b
-from importlib.resources import files
 from typing import Any
 
-from minicache.pages.markup import embedded
+from minicache.pages.markup import render
 from minicache.text import visible
-
-TEMPLATE = "compare.html"
-MARK = "{{DATA}}"
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What both say to one prompt. messages: its turns, [] for a prompt of a cache; *_cut: --max-new-tokens ended it."""
+    """Both models' answers to one prompt. messages: its turns, [] for a prompt of a cache; *_cut: cut at --max-new-tokens."""
 
     prompt: str
     messages: list[dict[str, str]]
@@ -28,18 +24,15 @@ class Answers:
 
 
 def page(answers: list[Answers], names: dict[str, str], settings: dict[str, Any], seed: int) -> str:
-    """The page's HTML. names: of `reference` and `policy`, seen only once revealed. seed: of who is A."""
-    data = page_data(answers, names, settings, seed)
-    template = files("minicache.pages").joinpath(TEMPLATE).read_text(encoding="utf-8")
-    assert template.count(MARK) == 1, template.count(MARK)
-    return template.replace(MARK, embedded(data))
+    """The page's HTML. names: of `reference` and `policy`, shown once revealed. seed: decides which answer is A."""
+    return render("compare.html", title="minidpo compare", data=page_data(answers, names, settings, seed))
 
 
 def page_data(answers: list[Answers], names: dict[str, str], settings: dict[str, Any], seed: int) -> dict[str, Any]:
     """What the page's script reads.
 
-    items: prompt, a, b, and whether each was cut. key: base64 of JSON: the names, and a letter an item: which one is the
-    policy's. It keeps an eye on the source from seeing it by accident; it is no secret. digest: votes are kept under it.
+    items: prompt, a, b, and whether each was cut. key: base64 of JSON with the names and, for each item, the policy's letter:
+    hidden from a glance at the source, no secret. digest: the browser stores votes under it.
     """
     sides = policy_sides(len(answers), seed)
     items = [_item(answer, side) for answer, side in zip(answers, sides, strict=True)]
@@ -51,9 +44,10 @@ def page_data(answers: list[Answers], names: dict[str, str], settings: dict[str,
 
 
 def policy_sides(count: int, seed: int) -> str:
-    """Of each item, "a" or "b": where the policy stands. As often here as there, in an order the seed gives."""
+    """For each item "a" or "b", the policy's side: both equally often, in an order drawn from the seed."""
     sides = [*"ab"] * ((count + 1) // 2)
-    random.Random(seed).shuffle(sides)  # of an odd number one more than needed: which one goes is drawn too
+    # one letter too many where the count is odd: the shuffle decides which one is left out
+    random.Random(seed).shuffle(sides)
     return "".join(sides[:count])
 
 

@@ -1,113 +1,86 @@
-"""HTML that text can never break out of, and pages of one file that ask nothing of any network. Standard library only."""
+"""Pages of one file that ask nothing of any network, made of the templates in this folder. No torch.
+
+A template escapes every text it is given (autoescape) and fails where a value is missing (StrictUndefined).
+"""
 
 import base64
 import hashlib
-import html
 import json
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
-from typing import TypeAlias
+from typing import TYPE_CHECKING
 
 from minicache.text import visible
 
-TEMPLATE = "report.html"
-EMPTY = frozenset({"br", "hr", "meta"})  # elements without an end
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 
-class Html(str):
-    """Markup that is ready: it is not escaped again."""
+@dataclass(frozen=True)
+class Where:
+    """The file and line of a row. pair: its number in the cache, if known; has_text: the page shows the pair's text."""
 
-    __slots__ = ()
-
-
-Child: TypeAlias = "str | int | Iterable[Child] | None"
-
-
-def e(name: str, *children: Child, **attributes: object) -> Html:
-    """An element. Children that are no `Html` are text and escaped; None is left out, a list is taken apart.
-
-    attributes: `class_` is class, `aria_label` aria-label; True stands without a value, None and False are left out.
-    """
-    written = "".join(_attribute(key, value) for key, value in attributes.items())
-    end = "" if name in EMPTY else f"{together(*children)}</{name}>"
-    return Html(f"<{name}{written}>{end}")
+    row: str
+    pair: int | None
+    has_text: bool
 
 
-def together(*children: Child) -> Html:
-    return Html("".join(map(_child, children)))
-
-
-def _child(child: Child) -> str:
-    if child is None or isinstance(child, Html):
-        return child or ""
-    if isinstance(child, (str, int)):
-        return escaped(str(child))
-    return together(*child)
-
-
-def escaped(text: str) -> str:
-    """Text as it may stand in an element or an attribute; control characters as signs."""
-    return html.escape(visible(text.replace("\r\n", "\n")))
-
-
-def _attribute(key: str, value: object) -> str:
-    if value is None or value is False:
-        return ""
-    name = key.rstrip("_").replace("_", "-")
-    return f" {name}" if value is True else f' {name}="{escaped(str(value))}"'
-
-
-def table(
-    caption: str, head: list[str], rows: Iterable[list[Child]], numbers_from: int = 1, captioned: bool = True
-) -> Html:
-    """A table that scrolls within itself where it is too wide. The first cell of a row is its header.
+@dataclass(frozen=True)
+class Table:
+    """A table. The first cell of a row is the row's header.
 
     numbers_from: columns from here on are numbers, and stand at the right. captioned: False where a heading above says the
-    same; then only a screen reader has the caption.
+    same: then only a screen reader has the caption.
     """
 
-    def row(cells: list[Child]) -> Html:
-        first = e("th", cells[0], scope="row")
-        rest = [e("td", cell, class_="n" if at >= numbers_from else None) for at, cell in enumerate(cells[1:], 1)]
-        return e("tr", first, rest)
-
-    headings = [e("th", text, scope="col", class_="n" if at >= numbers_from else None) for at, text in enumerate(head)]
-    title = e("caption", caption, class_=None if captioned else "hidden")
-    body = e("table", title, e("thead", e("tr", headings)), e("tbody", [row(cells) for cells in rows]))
-    return e("div", body, class_="scroll", role="region", aria_label=caption, tabindex="0")
+    caption: str
+    head: list[str]
+    rows: Sequence[Sequence[str | Where]]
+    numbers_from: int = 1
+    captioned: bool = True
 
 
-def facts(pairs: Iterable[tuple[str, Child]]) -> Html:
-    """Names and what they are, as a description list."""
-    return e("dl", [e("div", e("dt", name), e("dd", value)) for name, value in pairs])
+def report(template: str, title: str, about: str, parts: Iterable[tuple[str, str, object]], data: object = None) -> str:
+    """A page in parts. about: a line below its title. parts: name, heading, content; those without content are left out."""
+    shown = {name: (heading, content) for name, heading, content in parts if content}
+    return render(template, title=title, about=about, parts=shown, data=data)
 
 
-def page(title: str, about: str, parts: Iterable[tuple[str, str, Html | None]], data: object = None) -> str:
-    """A whole page. about: a line below its title. parts: name, heading, content, if any. data: what its script reads, as JSON.
+def render(template: str, **values: object) -> str:
+    """What a template makes of the values. data: what the page's script reads, as JSON.
 
-    Its policy allows the page's own style and script, by their hashes, and nothing else: no network, no attribute that runs.
+    Control characters become signs here, in the finished page, so that no template can forget it.
     """
-    template = files("minicache.pages").joinpath(TEMPLATE).read_text(encoding="utf-8")
-    hashes = {kind: _hash(template, kind) for kind in ("style", "script")}
-    policy = f"default-src 'none'; script-src {hashes['script']}; style-src {hashes['style']}; base-uri 'none'; form-action 'none'"
-    shown = [(name, heading, content) for name, heading, content in parts if content]
-    nav = e(
-        "nav", e("ul", [e("li", e("a", heading, href=f"#{name}")) for name, heading, _ in shown]), aria_label="Parts"
+    return visible(_environment().get_template(template).render(values).replace("\r\n", "\n"))
+
+
+@cache
+def _environment() -> "Environment":
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+    from markupsafe import Markup
+
+    made = Environment(
+        loader=FunctionLoader(_source),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    sections = [
-        e("section", e("h2", heading), content, id=name, aria_label=heading) for name, heading, content in shown
-    ]
-    body = together(e("header", e("h1", title), e("p", about, class_="dim"), nav), e("main", sections))
-    filled = {"POLICY": policy, "TITLE": escaped(title), "BODY": body, "DATA": embedded(data)}
-    # in one pass: what a text says of {{DATA}} stays text
-    return re.sub(r"\{\{([A-Z]+)\}\}", lambda mark: filled[mark[1]], template)
+    made.globals["source"] = lambda name: Markup(_source(name))
+    made.filters["embedded"] = lambda data: Markup(embedded(data))
+    made.filters["sha256"] = _sha256
+    return made
 
 
-def _hash(template: str, kind: str) -> str:
-    """Of the element's content, as a content security policy names it."""
-    (content,) = re.findall(rf"<{kind}>(.*?)</{kind}>", template, re.DOTALL)
-    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
+def _source(name: str) -> str:
+    return files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _sha256(text: str) -> str:
+    """As a content security policy writes it."""
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def embedded(data: object) -> str:

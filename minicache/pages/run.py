@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -11,27 +12,25 @@ from minicache.options.declare import flag as option
 from minicache.options.dictionaries import flat
 from minicache.options.train import TrainConfig
 from minicache.pages.charts import Line, curves
-from minicache.pages.markup import Child, Html, e, facts, page, table, together
-from minicache.pages.run_answers import answers_part
-from minicache.pictures.runs import EVAL, LOGPS_UNITS, PANELS
+from minicache.pages.markup import Table, report
+from minicache.pages.run_answers import Answer, answers_part
 from minicache.reports.curves import Curve
+from minicache.reports.names import EVAL, METRICS, PANELS, SUMMARY, Metric
 from minicache.training.run_directory import starts_at_ln_2
 
 PAGE = "report.html"
 ANSWERS = ("answers.jsonl", "compare.jsonl")  # looked for in the run
-HELD_OUT = {
-    "loss": "loss",
-    "accuracy/policy": "chosen is likelier",
-    "rewards/accuracy": "moved towards chosen",
-    "rewards/margin": "reward margin",
-    "kl": "moved from the reference (KL), nats a token",
-}
-KINDS = {"chosen": "chosen", "rejected": "rejected"}
 
 
-def run_page(
-    run: Path, known: dict[str, Any], logged: dict[str, Curve], answers: list[dict[str, Any]], beside: Path
-) -> str:
+@dataclass(frozen=True)
+class Place:
+    """A path. href: where a page of what lies there is."""
+
+    path: str
+    href: str | None
+
+
+def run_page(run: Path, known: dict[str, Any], logged: dict[str, Curve], answers: list[Answer], beside: Path) -> str:
     """The page's HTML. known: run.json. logged: metric -> steps and values. beside: the folder the page will lie in."""
     parts = [
         ("summary", "Summary", _summary(known, logged, beside)),
@@ -40,19 +39,18 @@ def run_page(
         ("answers", "Answers before and after", answers_part(run, answers)),
         ("options", "Options", _options(known)),
     ]
-    return page(f"Training run {run.resolve().name}", str(run), parts)
+    return report("run.html", f"Training run {run.resolve().name}", str(run), parts)
 
 
 # --- how it went ---
 
 
-def _summary(known: dict[str, Any], logged: dict[str, Curve], beside: Path) -> Html:
-    last = max(steps[-1] for steps, _ in logged.values())
-    rows: list[tuple[str, Child]] = []
+def _summary(known: dict[str, Any], logged: dict[str, Curve], beside: Path) -> dict[str, Any]:
+    rows: list[tuple[str, str | list[Place]]] = []
     if "started_from" in known:
-        rows.append(("started from", _place(known["started_from"], beside)))
+        rows.append(("started from", _places(known["started_from"], beside)))
     if "ref_cache" in known:
-        rows.append(("reference cache", _place(known["ref_cache"], beside)))
+        rows.append(("reference cache", _places(known["ref_cache"], beside)))
     if "pairs" in known:
         held_out = f", {known['held_out']:,} held out" if known.get("held_out") else ""
         rows.append(("pairs", f"{known['pairs']:,} trained on{held_out}"))
@@ -61,34 +59,25 @@ def _summary(known: dict[str, Any], logged: dict[str, Curve], beside: Path) -> H
     if "handshake" in known:
         rows.append(("handshake", _handshake(known)))
     rows.append(("before the first step", _first(known, logged)))
-    rows += [(name, _change(logged[metric], form)) for metric, (name, form) in _CHANGES.items() if metric in logged]
-    return together(_state(known, last), facts(rows))
+    rows += [(METRICS[name].name, _change(logged[name], METRICS[name])) for name in SUMMARY if name in logged]
+    last = max(steps[-1] for steps, _ in logged.values())
+    good, state = _state(known, last)
+    return {"good": good, "state": state, "facts": rows}
 
 
-_CHANGES = {
-    "loss": ("loss", ".4f"),
-    "rewards/accuracy": ("reward accuracy", ".0%"),
-    "rewards/margin": ("reward margin", "+.4f"),
-    "kl": ("KL, nats a token", ".4f"),
-}
-
-
-def _state(known: dict[str, Any], last: int) -> Html:
+def _state(known: dict[str, Any], last: int) -> tuple[bool, str]:
+    """Whether the run is finished, and how it ended. last: the last step logged."""
     steps = f" of {known['steps']:,}" if "steps" in known else ""
     outcome = known.get("outcome")
     if not known:
-        return e("p", "run.json is missing: what the run was asked to do is not known.", class_="state bad")
+        return False, "run.json is missing: the run's options are not known."
     if not outcome:
-        return e(
-            "p",
-            f"Not finished: last logged after step {last:,}{steps}. train --resume goes on with it.",
-            class_="state bad",
-        )
+        return False, f"Not finished: last logged after step {last:,}{steps}. train --resume continues it."
     done, kept = outcome["progress"]["step"], outcome["model_step"]
     best = f" The saved model is the best one, after step {kept:,}." if kept != done else ""
     if outcome.get("stopped"):
-        return e("p", f"Stopped after step {done:,}{steps}: {outcome['stopped']}.{best}", class_="state bad")
-    return e("p", f"Finished after step {done:,}{steps}.{best}", class_="state good")
+        return False, f"Stopped after step {done:,}{steps}: {outcome['stopped']}.{best}"
+    return True, f"Finished after step {done:,}{steps}.{best}"
 
 
 def _objective(known: dict[str, Any]) -> str:
@@ -100,15 +89,12 @@ def _objective(known: dict[str, Any]) -> str:
 def _handshake(known: dict[str, Any]) -> str:
     worst = known["handshake"]
     if known.get("init_from"):
-        return f"started from other weights: they differ from the cache by up to {worst:.2g} nats a token"
-    return (
-        f"the policy gave the cache's logprobs within {worst:.1g} nats a token"
-        if worst
-        else "the policy gave the cache's logprobs exactly"
-    )
+        return f"started from other weights: they differ from the cache by up to {worst:.2g} nats per token"
+    within = f"within {worst:.1g} nats per token" if worst else "exactly"
+    return f"the policy reproduced the cache's logprobs {within}"
 
 
-def _starts_at_ln2(known: dict[str, Any]) -> bool:
+def _starts_at_ln_2(known: dict[str, Any]) -> bool:
     return starts_at_ln_2(known) and not known.get("init_from")
 
 
@@ -116,33 +102,34 @@ def _first(known: dict[str, Any], logged: dict[str, Curve]) -> str:
     steps, values = logged.get("loss", ([], []))
     if not steps or steps[0] != 0:
         return "not logged"
-    expected = f" (ln 2 is {math.log(2):.6f})" if _starts_at_ln2(known) else ""
+    expected = f" (ln 2 is {math.log(2):.6f})" if _starts_at_ln_2(known) else ""
     margin = logged.get("rewards/margin", ([], [math.nan]))[1][0]
     return f"loss {values[0]:.6f}{expected}, reward margin {margin:+.4f}"
 
 
-def _change(curve: Curve, form: str) -> str:
+def _change(curve: Curve, metric: Metric) -> str:
     steps, values = curve
-    return f"{values[0]:{form}} at step {steps[0]:,}, {values[-1]:{form}} at step {steps[-1]:,}"
+    return f"{values[0]:{metric.form}} at step {steps[0]:,}, {values[-1]:{metric.form}} at step {steps[-1]:,}"
 
 
-def _place(name: object, beside: Path) -> Child:
-    """A path, or several; a link where a page of the cache, or of the run that the model is of, lies in it."""
-    if isinstance(name, list):
-        return [e("div", _place(one, beside)) for one in name]
-    text = str(name)
-    for folder in (Path(text), Path(text).parent):
-        if folder.name and (folder / PAGE).is_file() and (folder == Path(text) or Path(text).name == "model"):
-            target = os.path.relpath((folder / PAGE).resolve(), beside)
-            return e("a", text, href=quote(Path(target).as_posix()))
-    return e("code", text)
+def _places(name: object, beside: Path) -> list[Place]:
+    """A path, or several, each with the page of the cache, or of the run that the model is of, if one lies there."""
+    return [Place(str(one), _page_of(Path(str(one)), beside)) for one in (name if isinstance(name, list) else [name])]
+
+
+def _page_of(path: Path, beside: Path) -> str | None:
+    for folder in (path, path.parent) if path.name == "model" else (path,):
+        if folder.name and (folder / PAGE).is_file():
+            return quote(Path(os.path.relpath((folder / PAGE).resolve(), beside)).as_posix())
+    return None
 
 
 # --- figures ---
 
 
-def _curves(known: dict[str, Any], logged: dict[str, Curve]) -> Html:
-    figures = []
+def _curves(known: dict[str, Any], logged: dict[str, Curve]) -> dict[str, Any]:
+    from_ln_2 = _starts_at_ln_2(known)
+    charts = []
     for panel in PANELS:
         lines = [
             Line(_name(metric, prefix, len(panel.metrics)), _kind(metric, prefix), *logged[prefix + metric])
@@ -151,11 +138,9 @@ def _curves(known: dict[str, Any], logged: dict[str, Curve]) -> Html:
             if prefix + metric in logged
         ]
         if lines:
-            unit = panel.unit.format(logps=LOGPS_UNITS.get(str(known.get("logps")), "nats"))
-            level = math.log(2) if panel.title == "loss" and _starts_at_ln2(known) else panel.level
-            figures.append(curves(panel.title[0].upper() + panel.title[1:], unit, lines, level))
-    says = "The dashed line of the loss is ln 2: the policy is the reference." if _starts_at_ln2(known) else ""
-    return together(e("p", says, class_="dim") if says else None, e("div", figures, class_="charts"))
+            title = panel.title[0].upper() + panel.title[1:]
+            charts.append(curves(title, panel.unit_of([known]), lines, panel.level_of(from_ln_2)))
+    return {"from_ln_2": from_ln_2, "charts": charts}
 
 
 def _name(metric: str, prefix: str, of: int) -> str:
@@ -164,11 +149,12 @@ def _name(metric: str, prefix: str, of: int) -> str:
 
 
 def _kind(metric: str, prefix: str) -> str:
-    side = KINDS.get(metric.rpartition("/")[2], "")
-    return f"{side} heldout".strip() if prefix else side
+    """Classes of the style."""
+    side = metric.rpartition("/")[2]
+    return " ".join([*([side] if side in ("chosen", "rejected") else []), *(["heldout"] if prefix else [])])
 
 
-def _held_out(known: dict[str, Any], logged: dict[str, Curve]) -> Html | None:
+def _held_out(known: dict[str, Any], logged: dict[str, Curve]) -> Table | None:
     """The first validation, that of the saved model and the last."""
     if EVAL + "loss" not in logged:
         return None
@@ -177,41 +163,36 @@ def _held_out(known: dict[str, Any], logged: dict[str, Curve]) -> Html | None:
     columns = [step for step in steps if step in (steps[0], kept, steps[-1])]
     notes = {0: " (before)", kept: " (saved)"}
     names = [f"step {step:,}{notes.get(step, '')}" for step in columns]
-    rows: list[list[Child]] = []
-    for metric, name in HELD_OUT.items():
-        if EVAL + metric in logged:
-            at = dict(zip(*logged[EVAL + metric], strict=True))
-            form = ".1%" if "accuracy" in metric else ".4f"
-            rows.append([name, *(f"{at[step]:{form}}" if step in at else "–" for step in columns)])
-    return table("Held-out pairs, before and after", ["metric", *names], rows, captioned=False)
+    rows: list[list[Any]] = []
+    for name, metric in METRICS.items():
+        if EVAL + name in logged:
+            at = dict(zip(*logged[EVAL + name], strict=True))
+            rows.append([metric.name, *(f"{at[step]:{metric.form}}" if step in at else "–" for step in columns)])
+    return Table("Held-out pairs, before and after", ["metric", *names], rows, captioned=False)
 
 
 # --- options ---
 
 
-def _options(known: dict[str, Any]) -> Html | None:
-    """Those that are not the defaults first."""
+def _options(known: dict[str, Any]) -> list[Table] | None:
+    """Options that are not the defaults, those that are, and the values derived from them."""
     if not known:
         return None
     usual = flat(TrainConfig(ref_cache="", out=Path("run")))
     given = {name: value for name, value in known.items() if name in usual}
-    changed = [_option(name, value) for name, value in given.items() if value != usual[name]]
-    same = [_option(name, value) for name, value in given.items() if value == usual[name]]
-    rest = [_option(name, value, name) for name, value in known.items() if name not in usual and name != "outcome"]
-    parts = [
-        table("Not the defaults", ["option", "value"], changed, numbers_from=2),
-        e(
-            "details",
-            e("summary", f"{len(same)} options at their defaults"),
-            table("Defaults", ["option", "value"], same, 2),
-        ),
-        e("details", e("summary", "What followed from them"), table("Found at the start", ["what", "value"], rest, 2)),
+    changed = [[option(name), _shown(value)] for name, value in given.items() if value != usual[name]]
+    same = [[option(name), _shown(value)] for name, value in given.items() if value == usual[name]]
+    rest = [
+        [name.replace("_", " "), _shown(value)]
+        for name, value in known.items()
+        if name not in usual and name != "outcome"
     ]
-    return e("div", parts, class_="options")
-
-
-def _option(name: str, value: object, shown: str = "") -> list[Child]:
     return [
-        shown.replace("_", " ") or option(name),
-        value if isinstance(value, str) else json.dumps(value, ensure_ascii=False),
+        Table("Not the defaults", ["option", "value"], changed, numbers_from=2),
+        Table("Defaults", ["option", "value"], same, numbers_from=2),
+        Table("Derived from the options", ["what", "value"], rest, numbers_from=2),
     ]
+
+
+def _shown(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,16 +1,26 @@
 """Answers before and after training, as `compare --jsonl` wrote them, on the page of a run."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minicache.errors import DataError
 from minicache.json_lines import json_lines
-from minicache.pages.markup import Child, Html, e, together
 
 SHOWN_ANSWERS, LONGEST = 40, 6000  # prompts; characters of one text
+LONGEST_HEADING = 90  # characters of a prompt that stand above its answers
 
 
-def read_answers(file: Path) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Answer:
+    """A line of `compare --jsonl`. sides: of reference and policy, the text and whether it was cut. models: their names."""
+
+    prompt: str
+    sides: dict[str, tuple[str, bool]]
+    models: dict[str, str]
+
+
+def read_answers(file: Path) -> list[Answer]:
     """What `compare --jsonl` wrote.
 
     Raises:
@@ -20,53 +30,46 @@ def read_answers(file: Path) -> list[dict[str, Any]]:
         content = file.read_bytes()
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error}") from error
-    rows = []
+    answers = []
     for line in json_lines(content):
         row = line.value
         try:
-            said = {side: str(row[side]) for side in ("reference", "policy")}
-            rows.append({**row, "said": said, "prompt": str(row["prompt"])})
-        except (TypeError, KeyError):
+            sides = {side: (str(row[side]), bool(row.get(f"{side}_cut"))) for side in ("reference", "policy")}
+            answers.append(Answer(str(row["prompt"]), sides, dict(row.get("models") or {})))
+        except (ValueError, TypeError, KeyError, AttributeError):
             raise DataError(
                 f"{file}, line {line.number}: expected an object with 'prompt', 'reference' and 'policy', as compare --jsonl "
                 f"writes it; got {line.text[:60]!r}"
             ) from line.error
-    return rows
+    return answers
 
 
-def answers_part(run: Path, answers: list[dict[str, Any]]) -> Html | None:
+def answers_part(run: Path, answers: list[Answer]) -> dict[str, Any] | None:
     if not answers:
         return None
-    models = answers[0].get("models") or {}
-    policy = str(models.get("policy", ""))
-    says = f"Before: {models.get('reference', 'the reference')}. After: {policy or 'the policy'}."
-    other = bool(policy) and run.resolve() not in (place := Path(policy).resolve(), *place.parents)
-    parts: list[Child] = [e("p", says, class_="dim")]
-    if other:
-        parts.append(e("p", f"These answers are of {policy}, not of this run.", class_="state bad"))
-    parts += [_answer(number, row) for number, row in enumerate(answers[:SHOWN_ANSWERS], start=1)]
-    if len(answers) > SHOWN_ANSWERS:
-        parts.append(e("p", f"The first {SHOWN_ANSWERS} of {len(answers):,}.", class_="dim"))
-    return together(parts)
+    policy = str(answers[0].models.get("policy", ""))
+    return {
+        "reference": answers[0].models.get("reference", "the reference"),
+        "policy": policy or "the policy",
+        "of_this_run": not policy or run.resolve() in (place := Path(policy).resolve(), *place.parents),
+        "answers": [_answer(answer) for answer in answers[:SHOWN_ANSWERS]],
+        "count": len(answers),
+    }
 
 
-def _answer(number: int, row: dict[str, Any]) -> Html:
-    both = []
-    for side, heading, kind in (("reference", "Before", "rejected"), ("policy", "After", "chosen")):
-        cut = e("p", "Cut at the longest length allowed.", class_="dim") if row.get(f"{side}_cut") else None
-        text = row["said"][side]
-        said = _words(text) if text else e("p", "(no answer)", class_="dim")
-        both.append(e("div", e("h4", heading), said, cut, class_=f"part {kind}"))
-    title = " ".join(row["prompt"].split())
-    heading = e("h3", f"{number}. ", title if len(title) <= 90 else f"{title[:90]}…")
-    prompt = (
-        None
-        if title == row["prompt"] and len(title) <= 90
-        else e("details", e("summary", "Whole prompt"), _words(row["prompt"]))
-    )
-    return together(heading, prompt, e("div", both, class_="answers"))
+def _answer(answer: Answer) -> dict[str, Any]:
+    title = " ".join(answer.prompt.split())
+    whole = len(title) <= LONGEST_HEADING
+    sides = [
+        {"heading": heading, "kind": kind, "text": _shortened(answer.sides[side][0]), "cut": answer.sides[side][1]}
+        for side, heading, kind in (("reference", "Before", "rejected"), ("policy", "After", "chosen"))
+    ]
+    return {
+        "heading": title if whole else f"{title[:LONGEST_HEADING]}…",
+        "prompt": "" if whole and title == answer.prompt else _shortened(answer.prompt),
+        "sides": sides,
+    }
 
 
-def _words(text: str) -> Html:
-    shown = text if len(text) <= LONGEST else f"{text[:LONGEST]} … {len(text) - LONGEST:,} characters left out"
-    return e("p", shown, class_="words", dir="auto")
+def _shortened(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} … {len(text) - LONGEST:,} characters left out"

@@ -22,8 +22,8 @@ def draw_inspection(inspection: "Inspection", file: Path) -> None:
     """
     histograms: list[tuple[str, Any, str, Callable[..., None]]] = [
         ("tokens of a side", inspection.length_histogram, "tokens", _draw_sides),
-        ("reference's mean logprob", inspection.logp_histogram, "nats a token", _draw_sides),
-        ("reference's margin, chosen − rejected", inspection.margin_histogram, "nats a token", _draw_margins),
+        ("reference's mean logprob", inspection.logp_histogram, "nats per token", _draw_sides),
+        ("reference's margin, chosen − rejected", inspection.margin_histogram, "nats per token", _draw_margins),
     ]
     found = [item for item in histograms if item[1]]
     if not found:

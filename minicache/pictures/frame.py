@@ -17,27 +17,19 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".svg", ".pdf")
 CHOSEN, REJECTED, NEUTRAL, HELD_OUT = "#1b7f79", "#d1603d", "#3b5b92", "#c98a00"
 RUNS = ("#3b5b92", "#d1603d", "#1b7f79", "#8a5aa8", "#b8860b", "#5b8c3a", "#c2477f", "#5f6b7a")
-CHINESE = (
-    "Noto Sans CJK SC",
-    "Noto Sans SC",
-    "PingFang SC",
-    "Microsoft YaHei",
-    "WenQuanYi Zen Hei",
-)  # what may be there
+# fonts with Chinese characters, of which any may be installed
+CHINESE = ("Noto Sans CJK SC", "Noto Sans SC", "PingFang SC", "Microsoft YaHei", "WenQuanYi Zen Hei")
 GRID, INK = "#e3e3e3", "#33373d"
 
 
 def check_picture(file: Path) -> None:
-    """Raises ConfigError: the file's name ends in no kind of picture we draw, or matplotlib is missing."""
+    """Check that the file's name ends in a kind of picture and that matplotlib is installed. Raises ConfigError."""
     if file.suffix.lower() not in SUFFIXES:
         raise ConfigError(f"{file}: expected a name ending in {', '.join(SUFFIXES)}, got {file.suffix or 'no ending'}")
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise ConfigError(f"{file}: drawing needs matplotlib: pip install 'minidpo[plot]'") from None
-
-
-# --- what every picture shares ---
 
 
 def frame(axis: "Axes", title: str, below: str, beside: str) -> None:
@@ -73,14 +65,15 @@ def picture(file: Path, inches: tuple[float, float]) -> Iterator["Figure"]:
     }
     dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
     with matplotlib.rc_context(options), warnings.catch_warnings(), written_whole(file) as draft:
-        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # a box in a run's name is no reason to stop
+        # a box in a run's name is no reason to stop
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
         figure = Figure(figsize=inches, layout="constrained", facecolor="white")
         yield figure
         figure.savefig(draft, format=kind, dpi=150, metadata=dates.get(kind))
 
 
 def label(text: str) -> str:
-    """A name as matplotlib takes it: what begins with an underscore it would leave out of a legend."""
+    """A name on one line, shortened. A space is put before an underscore: a legend leaves out labels that begin with one."""
     shown = visible(text).replace("\n", "␊")
     shown = shown if len(shown) <= 60 else f"…{shown[-59:]}"
     return f" {shown}" if shown.startswith("_") else shown

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from minicache.errors import DataError
 from minicache.pictures.frame import CHOSEN, HELD_OUT, INK, NEUTRAL, REJECTED, RUNS, frame, label, picture
 from minicache.reports.curves import Curve
+from minicache.reports.names import EVAL, PANELS, Panel
 from minicache.training.run_directory import starts_at_ln_2
 
 if TYPE_CHECKING:
@@ -15,10 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-EVAL = "eval/"
-
-
-CROWDED = 150  # logged steps from which a curve as logged needs a thin line
+CROWDED = 150  # logged steps from which a curve is drawn thin
 
 
 @dataclass(frozen=True)
@@ -28,31 +26,6 @@ class RunCurves:
     name: str
     curves: dict[str, Curve]
     facts: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One part of the picture. metrics: what is drawn in it. level: a horizontal line to compare with."""
-
-    title: str
-    unit: str
-    metrics: tuple[str, ...]
-    level: float | None = None
-
-
-PANELS = (
-    Panel("loss", "", ("loss",)),
-    Panel("reward margin", "", ("rewards/margin",), 0.0),
-    Panel("reward accuracy", "share of pairs", ("rewards/accuracy",), 0.5),
-    Panel("rewards", "", ("rewards/chosen", "rewards/rejected"), 0.0),
-    Panel("policy's logprobs", "{logps}", ("logps/chosen", "logps/rejected")),
-    Panel("moved from the reference (KL)", "nats a token", ("kl",)),
-    Panel("learning rate", "", ("lr",)),
-    Panel("gradient norm, before clipping", "", ("grad_norm",)),
-)
-
-
-LOGPS_UNITS = {"mean": "nats a token", "sum": "nats an answer"}
 
 
 def draw_runs(runs: list[RunCurves], file: Path, smooth: float = 0.0) -> None:
@@ -81,24 +54,25 @@ def draw_runs(runs: list[RunCurves], file: Path, smooth: float = 0.0) -> None:
 
 
 def _draw_panel(axis: "Axes", panel: Panel, runs: list[RunCurves], smooth: float) -> None:
-    kinds = {run.facts.get("logps", "mean") for run in runs}
-    logps = LOGPS_UNITS.get(kinds.pop(), "nats") if len(kinds) == 1 else "nats: runs of mean and of sum"
-    frame(axis, panel.title, "step", panel.unit.format(logps=logps))
-    level = math.log(2) if panel.title == "loss" and all(starts_at_ln_2(run.facts) for run in runs) else panel.level
+    frame(axis, panel.title, "step", panel.unit_of([run.facts for run in runs]))
+    level = panel.level_of(from_ln_2=all(starts_at_ln_2(run.facts) for run in runs))
     if level is not None:
         axis.axhline(level, color="#9a9a9a", linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
     for number, run in enumerate(runs):
         for metric in panel.metrics:
             color = _color(number, metric, len(runs))
             style = "--" if len(runs) > 1 and metric.endswith("/rejected") else "-"
-            if metric in run.curves:  # the learning rate is no measurement: nothing to smooth
+            # the learning rate is no measurement: nothing to smooth
+            if metric in run.curves:
                 _draw_curve(axis, run.curves[metric], color, style, smooth if metric != "lr" else 0.0)
             if EVAL + metric in run.curves:
                 steps, values = run.curves[EVAL + metric]
-                color = HELD_OUT if color == NEUTRAL and len(runs) == 1 else color  # seen in front of a noisy curve
+                # another colour than the noisy curve behind it
+                color = HELD_OUT if color == NEUTRAL and len(runs) == 1 else color
                 axis.plot(steps, values, color=color, linestyle=style, linewidth=1, marker="o", markersize=4.5,
                           markerfacecolor="white", markeredgewidth=1.2, zorder=4)  # fmt: skip
-    axis.yaxis.set_major_formatter("{x:.3g}")  # no offset above the axis: each number stands for itself
+    # full values at the ticks, no offset above the axis
+    axis.yaxis.set_major_formatter("{x:.3g}")
     if panel.unit == "share of pairs":
         axis.set_ylim(-0.04, 1.04)
 
@@ -121,9 +95,9 @@ def _draw_curve(axis: "Axes", curve: Curve, color: str, style: str, smooth: floa
 
 
 def smoothed(values: list[float], weight: float) -> list[float]:
-    """Running mean in which a value counts `weight` times what the one after it does; the first values count in full.
+    """Exponential running mean: a value has `weight` times the weight of the one after it, with no bias towards 0 at the start.
 
-    Adam's bias correction (Kingma & Ba 2015, algorithm 1). A value that is no number is passed over.
+    Adam's bias correction (Kingma & Ba 2015, algorithm 1). A value that is not finite is skipped.
     """
     total = norm = 0.0
     means = []
@@ -156,7 +130,7 @@ def _legend(figure: "Figure", runs: list[RunCurves], drawn: set[str]) -> None:
     handles, labels = zip(*entries, strict=True)
     figure.legend(
         handles,
-        [label(text) for text in labels],
+        [label(name) for name in labels],
         loc="outside lower center",
         ncols=min(len(entries), 7),
         frameon=False,

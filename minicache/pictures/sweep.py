@@ -1,20 +1,18 @@
-"""A sweep as a picture: what held-out accuracy and margin cost in distance from the reference, and over each swept number."""
+"""A sweep as a picture: held-out accuracy and margin against the distance from the reference, and against each swept number."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minicache.pictures.frame import INK, RUNS, frame, picture
+from minicache.reports.names import METRICS
 from minicache.reports.sweep import RunResult, SweepReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
-MEASURES = {
-    "rewards/accuracy": ("held-out accuracy", "share of pairs"),
-    "rewards/margin": ("held-out reward margin", ""),
-}
-FAR = 5  # times the least value: from there on an axis is logarithmic
+MEASURES = {"rewards/accuracy": "share of pairs", "rewards/margin": ""}  # metric -> unit
+FAR = 5  # largest value by smallest from which an axis is logarithmic
 
 
 def draw_sweep(report: SweepReport, file: Path) -> None:
@@ -29,10 +27,10 @@ def draw_sweep(report: SweepReport, file: Path) -> None:
     below = ["kl", *numbers]
     with picture(file, (4.3 * len(below), 6.6)) as figure:
         axes = figure.subplots(len(MEASURES), len(below), squeeze=False, sharey="row")
-        for row, (metric, (title, unit)) in zip(axes, MEASURES.items(), strict=True):
+        for row, (metric, unit) in zip(axes, MEASURES.items(), strict=True):
             for axis, name in zip(row, below, strict=True):
-                label = "moved from the reference (KL), nats a token" if name == "kl" else f"--{name.replace('_', '-')}"
-                frame(axis, title, label, unit)
+                label = METRICS["kl"].name if name == "kl" else f"--{name.replace('_', '-')}"
+                frame(axis, f"held-out {METRICS[metric].name}", label, unit)
                 _draw(axis, done, name, metric, kind)
         handles, labels = axes[0][0].get_legend_handles_labels()
         if labels:
@@ -52,7 +50,8 @@ def _draw(axis: "Axes", done: list[RunResult], below: str, metric: str, kind: st
     for number, (value, points) in enumerate(sorted(groups.items())):
         xs, ys = zip(*sorted(points), strict=True)
         style: dict[str, Any] = {"color": RUNS[number % len(RUNS)], "markersize": 7, "markeredgewidth": 1.6}
-        mark = MARKS[number % len(MARKS)]  # hollow: runs that came out alike are all seen
+        mark = MARKS[number % len(MARKS)]
+        # hollow: runs with almost the same values are all seen
         axis.plot(xs, ys, mark, fillstyle="none", label=_shown(value) if kind else None, **style)
     values = sorted({x for points in groups.values() for x, _ in points})
     if values[0] > 0 and values[-1] >= FAR * values[0]:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from minicache.text import ranges
+
 
 @dataclass(frozen=True)
 class Histogram:
@@ -89,6 +91,23 @@ class Inspection:
     highest_margin: list[PairLine]
     lowest_margin: list[PairLine]
     lowest_logp: list[PairLine]
+
+    @property
+    def missing(self) -> list[str]:
+        """The numbers of the blocks and shards that are missing, in words."""
+        lines = [f"unfinished: block {ranges(map(int, self.unfinished))}"] if self.unfinished else []
+        if self.shards_missing:
+            which = f"{ranges(self.shards_missing)} of {self.shards}"
+            lines.append(f"shards missing: {which} (precompute-ref --shard K/{self.shards})")
+        return lines
+
+    @property
+    def problems(self) -> list[str]:
+        """Why the cache is not complete: as a whole, then block by block."""
+        return [
+            *([self.problem] if self.problem else []),
+            *(f"block {block}: {why}" for block, why in self.unfinished.items()),
+        ]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Two caches, or a cache and what was asked of it, side by side. rich only; no torch."""
+"""Two caches, or a cache and the options of a command, side by side. rich only; no torch."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def differences_table(differences: Sequence[Difference], sides: tuple[str, str]) -> Table:
-    """Fields of two identities side by side, those that differ."""
+    """The fields in which two identities differ, side by side."""
     table = _table("field", sides, "changes values")
     for field, *values, changes_values in differences:
         table.add_row(field, *(Text(visible(str(value))) for value in values), "yes" if changes_values else "no")
@@ -25,7 +25,7 @@ def differences_table(differences: Sequence[Difference], sides: tuple[str, str])
 
 
 def show_diff(console: Console, report: "DiffReport") -> None:
-    """The report of `diff`."""
+    """Print the report of `diff`."""
     if report.identity:
         console.print(differences_table(report.identity, _names(report)))
     else:
@@ -50,7 +50,7 @@ def _table(first: str, sides: tuple[str, str], *more: str) -> Table:
 
 
 def _files(report: "DiffReport") -> Table:
-    """Which preference files went into which."""
+    """The pairs that each cache kept of each preference file."""
     table = _table("file", _names(report))
     for file in report.files:
         table.add_row(Text(visible(file.name)), *("-" if kept is None else f"{kept:,} pairs" for kept in file.kept))
@@ -68,18 +68,18 @@ def _pairs(report: "DiffReport") -> Table:
 
 
 def _values(report: "DiffReport") -> Table:
-    """How far apart the reference logprobs of the pairs in both are."""
+    """Differences of the reference logprobs of the pairs in both caches."""
     assert report.shared
-    table = Table("|difference|, nats a token", "mean", "99 %", "largest", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table("|difference|, nats per token", "mean", "99 %", "largest", box=SIMPLE_HEAD, pad_edge=False)
     for name, spread in report.shared.differences.items():
         table.add_row(name, *(f"{value:.2g}" for value in (spread.mean, spread.p99, spread.largest)))
-    table.caption = f"the preferred side is another in {report.shared.flipped:,} of {report.shared.pairs:,} pairs"
+    table.caption = f"the preferred side differs in {report.shared.flipped:,} of {report.shared.pairs:,} pairs"
     table.caption_justify = "left"
     return table
 
 
 def _farthest(report: "DiffReport") -> Table:
-    """The pairs that differ most."""
+    """The pairs whose logprobs differ most."""
     assert report.shared
     table = Table("farthest apart", "chosen", "rejected", box=SIMPLE_HEAD, pad_edge=False)
     for pair in report.shared.farthest:

@@ -11,27 +11,20 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from minicache.reports.names import LENGTHS, SHOWN_PROBLEMS, STATISTICS
 from minicache.screen.results import sources_table
-from minicache.text import ranges, visible
+from minicache.text import visible
 
 if TYPE_CHECKING:
     from minicache.reports.inspection import Histogram, Inspection, PairLine, PairView, Segment
 
 BAR = " ▏▎▍▌▋▊▉█"
 BAR_WIDTH = 14
-PARTS = {
-    "prefix": "shared beginning",
-    "chosen": "chosen",
-    "rejected": "rejected",
-    "chosen_counted": "counted, chosen",
-    "rejected_counted": "counted, rejected",
-}
-SHOWN_PROBLEMS = 20
-NARROW = 70  # columns: below, tables keep only what one acts on
+NARROW = 70  # columns: a narrower terminal gets only the columns that one acts on
 
 
 def show_inspection(console: Console, it: "Inspection") -> None:
-    """The whole report, top to bottom: what it is, how complete, what was read, how it is distributed, what stands out."""
+    """Print the report: what the cache is, how complete, what was read, how it is distributed, which pairs stand out."""
     narrow = console.width < NARROW
     console.print(Panel(_header(it), title=Text(visible(it.path)), title_align="left", border_style="cyan"))
     console.print(_sources_list(it.log["sources"]) if narrow else sources_table(it.log["sources"]))
@@ -42,7 +35,7 @@ def show_inspection(console: Console, it: "Inspection") -> None:
         _histogram(f"{title}: chosen │ rejected", histogram, form)
         for title, histogram, form in (
             ("tokens", it.length_histogram, ",.0f"),
-            ("nats a token", it.logp_histogram, ".2f"),
+            ("nats per token", it.logp_histogram, ".2f"),
         )
         if histogram
     ]
@@ -55,23 +48,16 @@ def show_inspection(console: Console, it: "Inspection") -> None:
     ):
         if lines:
             console.print(_pair_table(title, lines, narrow))
-    if it.unfinished:
-        console.print(Text(f"unfinished: block {ranges(map(int, it.unfinished))}", style="bold yellow"))
-    if it.shards_missing:
-        missing = f"shards missing: {ranges(it.shards_missing)} of {it.shards}"
-        console.print(Text(f"{missing} (precompute-ref --shard K/{it.shards})", style="bold yellow"))
-    problems = [
-        *([it.problem] if it.problem else []),
-        *(f"block {block}: {why}" for block, why in it.unfinished.items()),
-    ]
-    for problem in problems[:SHOWN_PROBLEMS]:
+    for line in it.missing:
+        console.print(Text(line, style="bold yellow"))
+    for problem in it.problems[:SHOWN_PROBLEMS]:
         console.print(Text(visible(problem), style="yellow"))
-    if len(problems) > SHOWN_PROBLEMS:
-        console.print(Text(f"… and {len(problems) - SHOWN_PROBLEMS:,} more; --json lists all", style="yellow"))
+    if len(it.problems) > SHOWN_PROBLEMS:
+        console.print(Text(f"… and {len(it.problems) - SHOWN_PROBLEMS:,} more; --json lists all", style="yellow"))
 
 
 def show_pair(console: Console, view: "PairView") -> None:
-    """One pair: shared text dim, counted tokens coloured and underlined, whatever is neither plain."""
+    """Print one pair: counted tokens coloured and underlined, the others dim."""
     prefix, chosen, rejected = view.line.lengths
     console.print(Text(f"pair {view.line.index}, {visible(view.line.source)} line {view.line.line}", style="bold"))
     console.print(
@@ -85,15 +71,15 @@ def show_pair(console: Console, view: "PairView") -> None:
     for side, name, colour in ((0, "chosen", "green"), (1, "rejected", "red")):
         title = f"{name}: {(chosen, rejected)[side]} tokens of its own, {view.token_count[side]} counted"
         if view.line.logp_mean:
-            title += f", reference {view.line.logp_mean[side]:.4f} nats a token"
+            title += f", reference {view.line.logp_mean[side]:.4f} nats per token"
         own = [segment for segment in view.segments[side] if not segment.shared]
         console.print(Panel(_text(own, colour), title=title, title_align="left", border_style=colour))
     if view.line.margin is not None:
-        console.print(Text(f"reference margin {view.line.margin:+.4f} nats a token"))
+        console.print(Text(f"reference margin {view.line.margin:+.4f} nats per token"))
 
 
 def show_problems(console: Console, path: str, problems: Sequence[str]) -> None:
-    """The outcome of --verify."""
+    """Print the outcome of --verify."""
     if not problems:
         console.print(
             Text.assemble(
@@ -106,7 +92,8 @@ def show_problems(console: Console, path: str, problems: Sequence[str]) -> None:
 
 def _header(it: "Inspection") -> Group:
     identity = it.identity
-    done = it.blocks_scored / max(1, it.blocks)  # of blocks: how many pairs an unwritten one will hold nobody knows
+    # of blocks, not of pairs: how many pairs an unwritten block will hold is not known
+    done = it.blocks_scored / max(1, it.blocks)
     bar = "█" * int(30 * done) + "░" * (30 - int(30 * done))
     state = ("complete", "bold green") if it.complete else ("NOT COMPLETE", "bold yellow")
     table = Table.grid(padding=(0, 2))
@@ -128,7 +115,7 @@ def _header(it: "Inspection") -> Group:
 
 
 def _near(path: str) -> str:
-    """As seen from here, if it lies below."""
+    """The path from the working directory, if it lies below."""
     return str(Path(path).relative_to(Path.cwd())) if Path(path).is_relative_to(Path.cwd()) else path
 
 
@@ -147,7 +134,7 @@ def _figures(it: "Inspection") -> Table:
     if it.reference_prefers_chosen:
         by = it.reference_prefers_chosen
         rows.append(("reference prefers chosen", f"{by['mean']:.1%} of pairs by mean, {by['sum']:.1%} by sum"))
-        rows.append(("reference margin", f"{it.reference_margin:+.4f} nats a token on average"))
+        rows.append(("reference margin", f"{it.reference_margin:+.4f} nats per token on average"))
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(it.refused.items()))
     refused = f" ({reasons})" if reasons else ""
     listed = f"; listed in {visible(it.refused_file)}" if it.refused_rows and it.refused_file else ""
@@ -161,17 +148,15 @@ def _lengths(lengths: Mapping[str, Mapping[str, float]]) -> Table:
     """Tokens of the sides and their parts, a row each."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("tokens", style="dim")
-    for heading in ("min", "median", "mean", "p95", "max"):
+    for heading in STATISTICS:
         table.add_column(heading, justify="right", no_wrap=True)
-    for part, name in PARTS.items():
-        of = lengths[part]
-        middle = (f"{of[key]:,.1f}" for key in ("median", "mean"))
-        table.add_row(name, f"{of['min']:,}", *middle, f"{of['p95']:,.0f}", f"{of['max']:,}")
+    for part, name in LENGTHS.items():
+        table.add_row(name, *(format(lengths[part][key], form) for key, form in STATISTICS.items()))
     return table
 
 
 def _sources_list(sources: Sequence[Mapping[str, Any]]) -> Text:
-    """What was read of each file, as sentences: the table's six columns need more room than a narrow terminal has."""
+    """What was read of each file, as sentences, for a terminal too narrow for the table's six columns."""
     text = Text()
     for source in sources:
         text.append(visible(source["name"]) + "\n", style="bold")
@@ -208,7 +193,7 @@ def _bar(share: float) -> str:
 
 
 def _pair_table(title: str, lines: Sequence["PairLine"], narrow: bool) -> Table:
-    """A row a pair. The file gives way where room is short; the pair's number, which `--pair` takes, never does."""
+    """Pairs, one a row. Where room is short the file is cut; the pair's number, which `--pair` takes, never is."""
     table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", padding=(0, 1, 0, 0))
     if not narrow:
         table.add_column("file", overflow="ellipsis", header_style="dim")

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.table import Table
 from rich.text import Text
 
+from minicache.reports.names import EVAL, METRICS, SUMMARY
 from minicache.text import visible
 from minicache.trackers import Silent
 
@@ -31,19 +32,19 @@ COLUMNS = {  # metric -> heading, format: what 80 columns have room for
 
 
 class Numbers(ProgressColumn):
-    """Pairs done, tokens a second, time gone and time left; of a phase of unknown length only the time gone."""
+    """Pairs done, tokens per second and time left; the time elapsed alone where the length of the phase is not known."""
 
     def render(self, task: Task) -> Text:
-        gone = task.elapsed or 0.0
+        elapsed = task.elapsed or 0.0
         if not task.total:
-            return Text(duration(gone), style="dim")
-        rate = f"  {task.fields['tokens'] / gone:,.0f} tokens/s" if gone and task.fields["tokens"] else ""
+            return Text(duration(elapsed), style="dim")
+        rate = f"  {task.fields['tokens'] / elapsed:,.0f} tokens/s" if elapsed and task.fields["tokens"] else ""
         left = f"  {duration(task.time_remaining)} left" if task.time_remaining is not None else ""
         return Text(f"{task.completed:,.0f}/{task.total:,.0f} pairs{rate}{left}", style="cyan")
 
 
 class Screen(Silent):
-    """The tracker that draws. On a terminal a live display, elsewhere (a log file) plain lines."""
+    """The tracker that shows a stage: a live display on a terminal, plain lines elsewhere (a log file)."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -88,13 +89,13 @@ class Screen(Silent):
     def advance(self, pairs: int, tokens: int) -> None:
         task = next(task for task in self.progress.tasks if task.id == self.task)
         self.progress.update(self.task, advance=pairs, tokens=task.fields["tokens"] + tokens)
-        if not self.console.is_terminal and task.total and not self.rows:  # a training step has a line of its own
-            self._tell_tenths(task, pairs)
+        # a training step has a line of its own
+        if not self.console.is_terminal and task.total and not self.rows:
+            self._log_tenths(task, pairs)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        if "eval/loss" in metrics:
-            shown = {"loss": ".4f", "rewards/accuracy": ".1%", "rewards/margin": "+.4f", "kl": ".3g"}
-            numbers = "  ".join(f"{name} {metrics[f'eval/{name}']:{form}}" for name, form in shown.items())
+        if EVAL + "loss" in metrics:
+            numbers = "  ".join(f"{name} {metrics[EVAL + name]:{METRICS[name].form}}" for name in SUMMARY)
             self.console.print(Text(f"after {step} steps, held-out pairs:  {numbers}"), soft_wrap=True)
         if "loss" not in metrics:
             return
@@ -109,8 +110,8 @@ class Screen(Silent):
     def close(self) -> None:
         self.live.stop()
 
-    def _tell_tenths(self, task: Task, pairs: int) -> None:
-        """A line at each tenth of the way, where there is no bar to watch."""
+    def _log_tenths(self, task: Task, pairs: int) -> None:
+        """Print a line at each tenth of the phase."""
         total = task.total or 1
         if int(10 * task.completed / total) > int(10 * (task.completed - pairs) / total):
             rate = task.fields["tokens"] / (task.elapsed or 1)

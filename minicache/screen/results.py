@@ -1,4 +1,4 @@
-"""What each command prints at its end. rich only; no torch."""
+"""What each command prints at its end: one function a stage. rich only; no torch."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,8 +12,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from minicache.reports.names import METRICS
 from minicache.screen.live import duration, metrics_table
 from minicache.text import ranges, visible
+from minicache.training.run_directory import starts_at_ln_2
 
 if TYPE_CHECKING:
     from minicache.pages.compare import Answers
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def show_error(console: Console, message: str) -> None:
-    """One red line."""
+    """Print one red line."""
     console.print(Text(visible(f"error: {' '.join(message.split())}"), style="bold red"), soft_wrap=True)
 
 
@@ -48,7 +50,11 @@ def show_precompute(console: Console, report: "PrecomputeReport") -> None:
 
 
 def _shard_lines(report: "PrecomputeReport") -> str:
-    mine = f"blocks {ranges(report.scored_blocks)}" if report.scored_blocks else "no block: none of its blocks was left"
+    mine = (
+        f"blocks {ranges(report.scored_blocks)}"
+        if report.scored_blocks
+        else "no block: all of its blocks were scored before"
+    )
     missing = f"not complete: {len(report.missing):,} of {report.blocks:,} blocks are missing: {ranges(report.missing)}"
     state = missing if report.missing else f"complete: all {report.blocks:,} blocks are scored"
     return f"  shard {report.shard} scored {mine}\n  the cache is {state}"
@@ -108,7 +114,6 @@ def show_evaluate(console: Console, report: "EvaluateReport") -> None:
     )
     table.add_column("reference", justify="right")
     table.add_column("policy", justify="right")
-    plain = asked["loss"] == "sigmoid" and not asked["sft_weight"] and not asked["wpo"]  # ln 2 where nothing has moved
     rows = [
         (
             "prefers chosen (its own logprobs)",
@@ -117,8 +122,8 @@ def show_evaluate(console: Console, report: "EvaluateReport") -> None:
         ),
         ("implicit reward prefers chosen", "–", f"{metrics['rewards/accuracy']:.1%}"),
         ("reward margin", "0", f"{metrics['rewards/margin']:+.4f}"),
-        ("loss", "0.6931" if plain else "–", f"{metrics['loss']:.4f}"),
-        ("moved from the reference (KL, nats a token)", "0", f"{metrics['kl']:.3g}"),
+        ("loss", f"{math.log(2):.4f}" if starts_at_ln_2(asked) else "–", f"{metrics['loss']:.4f}"),
+        (METRICS["kl"].name, "0", f"{metrics['kl']:.3g}"),
     ]
     for row in rows:
         table.add_row(*row)
@@ -141,7 +146,7 @@ def show_answers(console: Console, answers: Sequence["Answers"]) -> None:
 
 
 def _answer(text: str, cut: bool) -> Text:
-    """cut: the longest length allowed ended it."""
+    """cut: the answer was ended by the longest length allowed."""
     shown = Text(visible(text)) if text else Text("(no answer)", style="dim")
     return shown.append(" … (cut)", style="dim") if cut else shown
 
@@ -159,7 +164,8 @@ def show_export(console: Console, report: "ExportReport") -> None:
 
 def show_verify(console: Console, worst: float) -> None:
     console.print(
-        f"[bold green]✓[/] the model reproduces the sample re-scored, within {worst:.1g} nats a token", highlight=False
+        f"[bold green]✓[/] the model reproduces the sample re-scored, within {worst:.1g} nats per token",
+        highlight=False,
     )
 
 

@@ -6,15 +6,11 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from minicache.reports.names import METRICS
 from minicache.reports.sweep import RunResult, SweepReport
 from minicache.text import visible
 
-MEASURED = {  # metric -> heading, format
-    "rewards/accuracy": ("accuracy", ".1%"),
-    "rewards/margin": ("margin", "+.4f"),
-    "kl": ("kl", ".3g"),
-    "loss": ("loss", ".4f"),
-}
+MEASURED = ("rewards/accuracy", "rewards/margin", "kl", "loss")  # columns: first what the runs are sorted by
 
 
 def show_sweep(console: Console, report: SweepReport) -> None:
@@ -40,8 +36,8 @@ def _table(report: SweepReport) -> Table:
     table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
     for name in report.swept:
         table.add_column(name, no_wrap=True)
-    for heading, _ in MEASURED.values():
-        table.add_column(heading, justify="right", no_wrap=True)
+    for name in MEASURED:
+        table.add_column(METRICS[name].heading, justify="right", no_wrap=True)
     table.add_column("saved at", justify="right", no_wrap=True)
     for result in report.runs:
         table.add_row(*(_shown(result.options[name]) for name in report.swept), *_numbers(result))
@@ -51,7 +47,7 @@ def _table(report: SweepReport) -> Table:
 def _numbers(result: RunResult) -> list[str]:
     if result.held_out is None:
         return [result.state, *[""] * len(MEASURED)]
-    measured = [format(result.held_out[name], form) for name, (_, form) in MEASURED.items()]
+    measured = [format(result.held_out[name], METRICS[name].form) for name in MEASURED]
     return [*measured, f"{result.model_step:,} of {result.steps:,}"]
 
 

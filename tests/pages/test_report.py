@@ -2,9 +2,11 @@
 
 import json
 import shutil
-from html.parser import HTMLParser
+import subprocess
+import sys
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import pytest
 
@@ -13,8 +15,10 @@ from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import ConfigError, DataError
 from minicache.options.others import InspectConfig, ReportConfig
 from minicache.pages.cache_report import EXTREMES, gather
-from minicache.pages.charts import Bars, Line, curves, histogram, thinned
-from minicache.pages.markup import Html, e, page
+from minicache.pages.charts import HEIGHT, Bars, Line, curves, histogram, thinned
+from minicache.pages.compare import Answers
+from minicache.pages.compare import page as compare_page
+from minicache.pages.markup import Table, Where, render, report
 from minicache.reports import suspects
 from minicache.reports.pair_text import OWN_SHOWN, pair_texts
 from minicache.stages.inspect import write_cache_page
@@ -198,6 +202,7 @@ def test_a_page_is_sound_and_asks_nothing_of_any_network(odd_page: Path, tmp_pat
     Page(odd_page.read_text(encoding="utf-8")).check()
     run = make_run(tmp_path / "run", evaluated=True)
     Page(write_run_page(ReportConfig(run)).read_text(encoding="utf-8")).check()
+    Page(compare_page([Answers("a", [], "b", "c", False, False)], {}, {}, 0)).check()
 
 
 def test_what_a_pair_says_stays_text(odd_page: Path, odd_cache: Path) -> None:
@@ -211,26 +216,26 @@ def test_what_a_pair_says_stays_text(odd_page: Path, odd_cache: Path) -> None:
     assert f"pair-{index}" in found.ids
 
 
-def test_markup_escapes_all_that_is_not_markup() -> None:
-    built = e("p", NASTY, [Html("<b>x</b>"), None, 7], title=f'"{NASTY}', hidden=True, lang=None)
-    (text,) = [data for data in Texts.of(built) if "img" in data]
-    assert text == visible(NASTY) and "<img" not in built and "<b>x</b>7</p>" in built and "lang" not in built
-    made = page(NASTY, NASTY, [("a", NASTY, e("p", NASTY)), ("b", "", None)], {"said": NASTY})
-    found = Page(made)
+def test_no_template_can_let_text_become_markup_or_a_control_character_pass() -> None:
+    cell = Where(NASTY, 0, has_text=False)
+    parts = [("preference", NASTY, [Table(NASTY, [NASTY], [[cell], [NASTY]])]), ("sources", "none", None)]
+    found = Page(report("cache.html", f"{NASTY}\r\n", NASTY, parts, {"text": NASTY}))
     found.check()
-    assert found.data == {"said": NASTY} and "img" not in found.tags and found.tags.count("section") == 1
+    assert found.data == {"text": NASTY} and "img" not in found.tags and found.tags.count("section") == 1
+    # title, heading, about, link and heading of the part, caption, column, row, cell
+    assert found.text.count(visible(NASTY)) == 9 and "\x1b" not in found.html and "␍" not in found.html
 
 
-class Texts(HTMLParser):
-    @classmethod
-    def of(cls, markup: str) -> list[str]:
-        parser = cls()
-        parser.found: list[str] = []
-        parser.feed(markup)
-        return parser.found
+def test_a_value_that_a_template_misses_is_an_error() -> None:
+    with pytest.raises(jinja2.UndefinedError):
+        render("report.html", title="no other value")
 
-    def handle_data(self, data: str) -> None:
-        self.found.append(data)
+
+def test_no_page_is_made_where_the_command_line_starts() -> None:
+    code = (
+        "import sys, minicache.cli, minicache.pages.markup, minicache.pages.compare; assert 'jinja2' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_without_each_tokens_logprob_the_page_says_how_to_get_it(ref_cache: Path, tmp_path: Path) -> None:
@@ -301,15 +306,27 @@ def test_many_files_are_not_all_listed(odd_cache: Path, tmp_path: Path, monkeypa
 def test_a_chart_draws_each_value_within_its_frame_and_lists_it() -> None:
     values = [1.0, float("nan"), -3.0, 2e-5, 250.0]
     chart = curves("Loss", "nats", [Line("training", "", [0, 1, 2, 3, 9], values)], level=0.5)
-    assert chart.count("<circle") == 4 and chart.count("<polyline") == 1
-    assert "from 1 to 250" in chart and ">-3<" in chart and ">2e-05<" in chart
+    assert len(chart.dots) == 4 and len(chart.curves) == 1 and "from 1 to 250" in chart.description
+    assert [row[1] for row in chart.numbers.rows] == ["1", "nan", "-3", "2e-05", "250"]
     bars = histogram("Lengths", "tokens", [0.5, 3.5, 6.5], [Bars("chosen", "chosen", [2, 0])], whole=True)
-    assert bars.count("<rect") == 1 and ">from 1<" in bars and "2 pairs" in bars
-    for drawing in (chart, bars, curves("One", "", [Line("a", "", [3], [0.0])])):
-        numbers = [
-            float(part.split('"')[0]) for name in (" y=", " cy=", " y1=") for part in drawing.split(f'{name}"')[1:]
-        ]
-        assert numbers and all(0 <= number <= 200 for number in numbers)
+    assert len(bars.bars) == 1 and bars.numbers.rows == [["from 1", "2"], ["from 4", "0"]]
+    assert "2 pairs" in bars.description
+    for drawn in (chart, bars, curves("One", "", [Line("a", "", [3], [0.0])])):
+        heights = [y for line in drawn.lines for y in line[1:4:2]] + [y for _, y, *_ in (*drawn.dots, *drawn.labels)]
+        assert all(0 <= height <= HEIGHT for height in [*heights, *(y + high for _, y, _, high, _ in drawn.bars)])
+
+
+def test_every_shape_of_a_chart_reaches_the_page() -> None:
+    lines = [Line("a", "chosen", [0, 1], [0.0, 1.0]), Line("b", "rejected", [0, 1], [1.0, 2.0])]
+    charts = [curves("Loss", "nats", lines, level=0.5), histogram("x", "y", [-1, 0, 1], [Bars("c", "chosen", [2, 1])])]
+    found = Page(report("run.html", "t", "a", [("curves", "Curves", {"from_ln_2": False, "charts": charts})]))
+    found.check()
+    for tag, count in {
+        "circle": 4, "polyline": 2, "rect": 2, "line": sum(len(one.lines) for one in charts),
+        "text": sum(len(one.labels) + 1 for one in charts),
+    }.items():  # fmt: skip
+        assert found.tags.count(tag) == count
+    assert {"swatch chosen", "swatch rejected"} <= {attributes.get("class") for _, attributes in found.attributes}
 
 
 def test_thinning_keeps_both_ends() -> None:
@@ -375,7 +392,14 @@ def test_answers_stand_side_by_side_as_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ['{"prompt": "a"}\n', "[1]\n", "{", '{"prompt": "a", "reference": "b", "policy": 3']
+    "content",
+    [
+        '{"prompt": "a"}\n',
+        "[1]\n",
+        "{",
+        '{"prompt": "a", "reference": "b", "policy": 3',
+        '{"prompt": "a", "reference": "b", "policy": "c", "models": 3}',
+    ],
 )
 def test_answers_of_another_kind_are_refused_with_their_line(content: str, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(content)

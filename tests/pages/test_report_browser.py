@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from minicache.options.others import InspectConfig, ReportConfig
+from minicache.pages.compare import Answers
+from minicache.pages.compare import page as compare_page
 from minicache.stages.inspect import write_cache_page
 from minicache.stages.report import write_run_page
 from minicache.text import visible
@@ -40,7 +42,10 @@ def pages(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> dict[str
     cache = precompute_into(folder / "cache", model_dir, data, per_token=True)
     run = make_run(folder / "run", steps=40, evaluated=True, started_from="x/" * 60, beta=0.3)
     write_jsonl(run / "answers.jsonl", [{"prompt": NASTY * 4, "reference": NASTY, "policy": LONG * 3}])
+    votes = folder / "compare.html"
+    votes.write_text(compare_page([Answers(NASTY, [], NASTY, "no", False, True)], {}, {}, 0), encoding="utf-8")
     return {
+        "compare": votes,
         "cache": write_cache_page(InspectConfig(cache, html=folder / "cache.html"), Silent()),
         "run": write_run_page(ReportConfig(run)),
     }
@@ -62,7 +67,7 @@ def test_a_page_fits_every_width_with_all_of_it_open(name: str, width: int, brow
     )
 
 
-@pytest.mark.parametrize("name", ["cache", "run"])
+@pytest.mark.parametrize("name", ["cache", "run", "compare"])
 def test_a_page_runs_and_fetches_nothing_but_itself(name: str, browser: Browser, pages: dict) -> None:
     browser.open(pages[name])
     browser.run(OPEN_ALL)
@@ -141,9 +146,23 @@ def test_a_link_to_a_pair_opens_its_text_with_shaded_tokens(browser: Browser, pa
     assert browser.run(f"document.getElementById('{pair}').open")
 
 
+def test_a_vote_is_counted_and_shown_where_only_the_pages_own_script_and_style_are_allowed(
+    browser: Browser, pages: dict
+) -> None:
+    browser.open(pages["compare"])
+    browser.press("1", 49, "1")
+    browser.run("document.getElementById('reveal').click()")
+    assert "Policy wins" in browser.run("document.getElementById('result').innerText")
+    widths = "['.bar', '.bar div'].map((one) => document.querySelector('#result ' + one).getBoundingClientRect().width)"
+    whole, filled = browser.run(widths)
+    assert filled in (0, whole) and whole > 200
+    assert browser.run("document.getElementById('done').style.width") == "100%"
+    assert not [one for one in browser.heard if one.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded")]
+
+
 def test_a_screen_reader_finds_parts_charts_and_tables_by_name(browser: Browser, pages: dict) -> None:
-    for file in pages.values():
-        browser.open(file)
+    for name in ("cache", "run"):
+        browser.open(pages[name])
         browser.call("Accessibility.enable")
         nodes = [one for one in browser.call("Accessibility.getFullAXTree")["nodes"] if not one.get("ignored")]
         named: dict[str, list[str]] = {}

@@ -13,9 +13,10 @@ import pytest
 from minicache.cache.reader import ReferenceCache
 from minicache.errors import ConfigError, DataError, OutputError
 from minicache.options.others import InspectConfig, PlotConfig
-from minicache.pictures.runs import PANELS, RunCurves, draw_runs, smoothed
+from minicache.pictures.runs import RunCurves, draw_runs, smoothed
 from minicache.reports.contents import inspect_cache
 from minicache.reports.curves import names_apart, read_curves
+from minicache.reports.names import PANELS
 from minicache.stages.plot import plot
 
 MAGIC = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}
@@ -128,7 +129,7 @@ def test_every_panel_is_there_and_says_its_unit(tmp_path: Path) -> None:
     pictures = {kind: texts(plot(PlotConfig((run,), tmp_path / f"{kind}.svg"))) for kind, run in runs.items()}
     for panel in PANELS:
         assert panel.title in pictures["mean"].replace("&#39;", "'")
-    assert "<!-- nats an answer -->" in pictures["sum"] and "<!-- nats an answer -->" not in pictures["mean"]
+    assert "<!-- nats per answer -->" in pictures["sum"] and "<!-- nats per answer -->" not in pictures["mean"]
     both = texts(plot(PlotConfig(tuple(runs.values()), tmp_path / "both.svg")))
     assert "runs of mean and of sum" in both
     for word in ("mean", "sum", "chosen", "rejected", "validation"):

@@ -1,0 +1,24 @@
+"""What the commands print at their end: numbers that hold, and none where nothing is known."""
+
+import io
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from minicache.screen.results import show_evaluate
+
+
+@pytest.mark.parametrize(
+    ("option", "shown"), [({}, "0.6931"), ({"sft_weight": 1.0}, "–"), ({"wpo": True}, "–"), ({"loss": "ipo"}, "–")]
+)
+def test_the_references_loss_is_ln_2_only_for_losses_that_begin_there(option: dict, shown: str) -> None:
+    settings = {"loss": "sigmoid", "logps": "mean", "beta": 0.1, "sft_weight": 0.0, "wpo": False, **option}
+    names = ("accuracy/reference", "accuracy/policy", "rewards/accuracy", "rewards/margin", "loss", "kl")
+    report = SimpleNamespace(
+        metrics=dict.fromkeys(names, 0.25), settings=settings, pairs=3, ref_cache="cache", same_weights=False
+    )
+    console = Console(file=io.StringIO(), width=120)
+    show_evaluate(console, report)  # type: ignore[arg-type]
+    (line,) = [line for line in console.file.getvalue().splitlines() if line.split()[:1] == ["loss"]]
+    assert line.split() == ["loss", shown, "0.2500"]
