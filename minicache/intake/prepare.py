@@ -146,30 +146,49 @@ def _join_shards(request: _Request, claims: ExitStack) -> None:
 
 
 def _claim_together(request: _Request, claim: Claim) -> None:
-    """Every change of what the cache holds is made by one that has it alone; whoever dies at it leaves it to the next."""
-    is_damaged = has_told = False
+    """Hold the cache together with the other jobs once all data is in and sound.
+
+    What the cache holds is changed only by a job that holds it alone. If that job dies, the next one goes on.
+    """
+    wait = _Waiting(request)
+    is_damaged = False
     while True:
         _create_if_absent(request)
         alone = is_damaged or not _is_ready(request)
-        if claim.take(alone):
-            if not claim.is_safe:
-                raise OutputError(
-                    f"{request.path}: its file system has no locks, by which the jobs of --shard agree on who does what; "
-                    "expected another one, or a single precompute-ref without --shard"
-                )
-            if alone:
-                _bring_in(request)
-                if claim.take(alone=False):
-                    return
-            elif _is_ready(request) and _is_sound(request):
-                return
-            is_damaged = not alone
-            claim.release()
+        if not claim.take(alone):
+            wait(alone)
             continue
-        if not has_told:
+        _require_locks(request, claim)
+        if alone:
+            _bring_in(request)
+            if claim.take(alone=False):
+                return
+        elif _is_ready(request) and _is_sound(request):
+            return
+        # what was read before the claim is no longer so; or only a job that has the cache alone may mend it
+        is_damaged = not alone
+        claim.release()
+
+
+def _require_locks(request: _Request, claim: Claim) -> None:
+    if not claim.is_safe:
+        raise OutputError(
+            f"{request.path}: its file system has no locks that several jobs hold together (on Windows none has), by which those "
+            "of --shard agree on who does what; expected another one, or a single precompute-ref without --shard"
+        )
+
+
+class _Waiting:
+    """Waits a moment, and says at the first time what for."""
+
+    def __init__(self, request: _Request) -> None:
+        self.request, self.is_announced = request, False
+
+    def __call__(self, alone: bool) -> None:
+        if not self.is_announced:
             what = "to take in the data" if alone else "to score"
-            request.tracker.begin(f"waiting {what}: another job is writing into {request.path}", None)
-            has_told = True
+            self.request.tracker.begin(f"waiting {what}: another job is writing into {self.request.path}", None)
+            self.is_announced = True
         time.sleep(POLL_SECONDS)
 
 

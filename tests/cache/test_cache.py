@@ -380,8 +380,23 @@ def test_leftovers_of_killed_writers_do_no_harm(store: Path) -> None:
     for place in ("", "pairs", "ref/logp_mean/c/1"):
         (store / place / "0.abc.partial").write_bytes(b"half")
     assert not list(ReferenceCache(store).verify())
+    drafts = (".refused.jsonl.123.draft", "refused.tmp")
+    for name in drafts:
+        (store / name).write_text("half")
     CacheWriter(store).place.remove_leftovers()
-    assert not list(store.rglob("*.partial"))
+    assert not list(store.rglob("*.partial")) and not any((store / name).exists() for name in drafts)
+
+
+def test_a_file_that_cannot_be_written_whole_leaves_nothing(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = sorted(store.iterdir())
+
+    def killed(self: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", killed)
+        CacheWriter(store).place.write("refused.jsonl", b"{}")
+    assert sorted(store.iterdir()) == before
 
 
 def test_a_cache_can_be_read_where_nothing_can_be_written(store: Path) -> None:

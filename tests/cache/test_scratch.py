@@ -145,7 +145,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from minicache.cache.reader import ReferenceCache
-from minicache.stages.load import load_pairs
+from minicache.scoring.loading import load_pairs
 from minicache.trackers import Silent
 from tests.conftest import one_process
 class Dies(ReferenceCache):
@@ -200,9 +200,9 @@ WORLD = """
 import json, os, sys
 from pathlib import Path
 from minicache.cache.reader import ReferenceCache
-from minicache.distributed import join_world, leave_world
+from minicache.processes.world import join_world, leave_world
 from minicache.errors import MinicacheError
-from minicache.stages.load import load_pairs
+from minicache.scoring.loading import load_pairs
 from minicache.trackers import Silent
 world, (cache, scratch) = join_world(), map(Path, sys.argv[1:])
 mapped = lambda: {line.split()[4] for line in open("/proc/self/maps") if "minidpo-" in line}

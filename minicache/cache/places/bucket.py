@@ -79,7 +79,7 @@ class Bucket(Place):
                 time.sleep(POLL_SECONDS)
             self.require_free()
             self._delete(name for name in self._names() if name != CLAIM_FILE)
-            names = sorted(str(file.relative_to(draft)) for file in draft.rglob("*") if file.is_file())
+            names = sorted(file.relative_to(draft).as_posix() for file in draft.rglob("*") if file.is_file())
             for name in names:
                 if name not in (ROOT, CLAIM_FILE):
                     self.write(name, (draft / name).read_bytes())
@@ -141,7 +141,7 @@ class Bucket(Place):
     def put_folder(self, name: str, content: Path) -> None:
         self._delete(self._names(f"{name}/"))
         for file in (file for file in content.rglob("*") if file.is_file()):
-            self.write(f"{name}/{file.relative_to(content)}", file.read_bytes())
+            self.write(f"{name}/{file.relative_to(content).as_posix()}", file.read_bytes())
 
     def flush(self, names: Iterable[str], folders: bool = True) -> None:
         """What was put is there."""

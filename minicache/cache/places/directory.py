@@ -12,8 +12,11 @@ from zarr.abc.store import Store
 from minicache.cache.places.bounded import BoundedStore
 from minicache.cache.places.claims import SHARD_CLAIMS, Claim, FileClaim
 from minicache.cache.places.place import ROOT, Place
-from minicache.disk import flush_to_disk, with_folders, writing
+from minicache.disk import flush_to_disk, with_folders, writing, written_whole
 from minicache.errors import CacheNotFound, OutputError
+
+# Of writers that were killed: claims of shards; drafts of single files, as they are named now and as 0.1.0 named them.
+LEFTOVERS = (f"{SHARD_CLAIMS}*", ".*.draft", "refused.tmp")
 
 
 class Directory(Place):
@@ -87,7 +90,8 @@ class Directory(Place):
         return total
 
     def remove_leftovers(self) -> None:
-        self._unlink([*self.path.rglob("*.partial"), *self.path.glob(f"{SHARD_CLAIMS}*")])
+        leftovers = [found for pattern in LEFTOVERS for found in self.path.glob(pattern)]
+        self._unlink([*self.path.rglob("*.partial"), *leftovers])
         remove_drafts(self.home)
 
     def remove_partial(self, folders: Iterable[str]) -> None:
@@ -108,12 +112,8 @@ class Directory(Place):
         return (self.path / name).read_bytes() if self.has(name) else None
 
     def write(self, name: str, content: bytes) -> None:
-        file = self.path / name
-        with writing(file):
-            draft = file.with_suffix(".tmp")
+        with written_whole(self.path / name) as draft:
             draft.write_bytes(content)
-            flush_to_disk([draft])
-            draft.replace(file)
 
     def folder(self, name: str) -> Path:
         return self.path / name
