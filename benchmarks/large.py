@@ -25,8 +25,9 @@ import numpy as np
 
 from benchmarks.growth import SAMPLE, feed, identity_of, tokenizer_files, write
 from benchmarks.measure import machine
+from minicache.cache.manifest import Log, Manifest
 from minicache.cache.reader import ReferenceCache
-from minicache.cache.schema import Log, Manifest, RefBlock
+from minicache.cache.schema import RefBlock
 from minicache.cache.writer import CacheWriter
 from minicache.data import workers
 from minicache.data.encode import Encoder

@@ -12,20 +12,11 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from minicache.cache.identity import Identity
+from minicache.cache.manifest import Log, Manifest
 from minicache.cache.places.opening import place_at
 from minicache.cache.places.place import ROOT
-from minicache.cache.schema import (
-    LEDGER_COLUMNS,
-    ArraySpec,
-    Identity,
-    Log,
-    Manifest,
-    RefBlock,
-    array_specs,
-    identity_number,
-    pairs_row,
-    ref_row,
-)
+from minicache.cache.schema import LEDGER_COLUMNS, ArraySpec, RefBlock, array_specs, identity_number, pairs_row, ref_row
 from minicache.errors import CacheDamaged, CacheIncomplete
 from minicache.options.where import Where
 from minicache.pairs import PairTable, count_tokens

@@ -14,12 +14,13 @@ import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from minicache.cache.blocks import TOKENIZER
+from minicache.cache.manifest import Manifest
 from minicache.cache.places.claims import CLAIM_FILE
 from minicache.cache.places.directory import draft_of, remove_drafts
 from minicache.cache.places.opening import place_at
 from minicache.cache.places.place import ROOT
 from minicache.cache.reader import ReferenceCache
-from minicache.cache.schema import Manifest, RefBlock, array_specs, pairs_row, ref_row
+from minicache.cache.schema import RefBlock, array_specs, pairs_row, ref_row
 from minicache.disk import writing
 from minicache.options.where import Where
 from minicache.pairs import PairTable

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from minicache.cache.manifest import ATTRIBUTE, Manifest
 from minicache.cache.places.drafts import drafted
 from minicache.cache.places.opening import claimed, place_at
 from minicache.cache.reader import ReferenceCache
-from minicache.cache.schema import ATTRIBUTE, LEDGER_COLUMNS, CachedPairs, Manifest, pairs_row, ref_row
+from minicache.cache.schema import LEDGER_COLUMNS, CachedPairs, pairs_row, ref_row
 from minicache.cache.writer import CacheWriter
 from minicache.errors import CacheError, CacheMismatch, ConfigError, DataError, RowRefused
 from minicache.exchange.rows import ExportedRow, from_row, to_block

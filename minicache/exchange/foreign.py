@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from minicache.cache.manifest import Manifest
 from minicache.cache.places.drafts import drafted
 from minicache.cache.places.opening import place_at
-from minicache.cache.schema import Manifest, RefBlock
+from minicache.cache.schema import RefBlock
 from minicache.cache.writer import CacheWriter
 from minicache.data.files import read_rows
 from minicache.errors import DataError

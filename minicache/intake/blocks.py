@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from minicache.cache.identity import Identity
+from minicache.cache.manifest import Log, Source
 from minicache.cache.reader import ReferenceCache
 from minicache.cache.refusals import REFUSED_FILE, Refusal, source_of
-from minicache.cache.schema import Identity, Log, Source
 from minicache.cache.writer import CacheWriter
 from minicache.data.encode import Encoder
 from minicache.data.files import read_rows

@@ -10,13 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minicache.cache.blocks import TOKENIZER
+from minicache.cache.identity import TOLERANCE
+from minicache.cache.manifest import Log, Manifest, Source
 from minicache.cache.places.drafts import drafted
 from minicache.cache.places.opening import claimed, place_at
 from minicache.cache.places.place import Place
 from minicache.cache.reader import ReferenceCache
 from minicache.cache.refusals import REFUSED_FILE, source_of
 from minicache.cache.repack import repack, select
-from minicache.cache.schema import TOLERANCE, CachedPairs, Log, Manifest, Source
+from minicache.cache.schema import CachedPairs
 from minicache.cache.writer import CacheWriter
 from minicache.data.tokenizers import copy_tokenizer
 from minicache.errors import CacheDamaged, CacheIncomplete, CacheMismatch

@@ -14,11 +14,12 @@ import torch
 
 from minicache import __version__
 from minicache.cache.blocks import TOKENIZER
+from minicache.cache.identity import FORMAT_VERSION, Identity
+from minicache.cache.manifest import Log, Manifest, now
 from minicache.cache.places.claims import CLAIM_FILE, SHARD_CLAIMS, Claim
 from minicache.cache.places.opening import claimed, place_at, taken
 from minicache.cache.places.place import POLL_SECONDS, ROOT, Place
 from minicache.cache.reader import ReferenceCache
-from minicache.cache.schema import FORMAT_VERSION, Identity, Log, Manifest, now
 from minicache.cache.writer import CacheWriter
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import (

@@ -6,7 +6,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import torch
 
-from minicache.cache.schema import TOLERANCE, CachedPairs, RefBlock
+from minicache.cache.identity import TOLERANCE
+from minicache.cache.schema import CachedPairs, RefBlock
 from minicache.cache.writer import CacheWriter
 from minicache.errors import ModelError
 from minicache.pairs import PairTable

@@ -5,7 +5,7 @@ import binascii
 import zlib
 from pathlib import Path, PurePosixPath
 
-from minicache.cache.schema import Identity, digest_of
+from minicache.cache.identity import Identity, digest_of
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import DataError, ModelError
 

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from minicache.cache.schema import TOLERANCE
+from minicache.cache.identity import TOLERANCE
 from minicache.errors import ConfigError
 from minicache.pairs import PairTable
 from minicache.scoring.attention import use_spans, why_not_branching

@@ -3,8 +3,8 @@
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
+from minicache.cache.manifest import Source
 from minicache.cache.refusals import REFUSED_FILE
-from minicache.cache.schema import Source
 from minicache.cache.writer import CacheWriter
 from minicache.data.files import read_rows
 from minicache.intake.prepare import prepare

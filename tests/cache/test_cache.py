@@ -14,10 +14,12 @@ import pytest
 from zarr.storage import LocalStore
 
 from minicache.cache import schema
+from minicache.cache.identity import FORMAT_VERSION, Identity, digest_of
+from minicache.cache.manifest import Log, Manifest, Source
 from minicache.cache.places import directory as places
 from minicache.cache.places.opening import claimed
 from minicache.cache.reader import ReferenceCache
-from minicache.cache.schema import FORMAT_VERSION, Identity, Log, Manifest, RefBlock, Source, array_specs
+from minicache.cache.schema import RefBlock, array_specs
 from minicache.cache.writer import CacheWriter
 from minicache.errors import (
     CacheDamaged,
@@ -261,7 +263,7 @@ def test_a_manifest_with_an_unknown_field_is_of_another_version(store: Path) -> 
     def add_field(content: dict) -> None:
         manifest = content["attributes"]["minicache"]
         manifest["log"]["mood"] = "good"
-        manifest["digest"] = schema.digest_of({"identity": manifest["identity"], "log": manifest["log"]})
+        manifest["digest"] = digest_of({"identity": manifest["identity"], "log": manifest["log"]})
 
     edit(store, add_field)
     with pytest.raises(CacheMismatch, match=r"another version of this program: .*mood"):

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from minicache.cache.manifest import Log, Manifest
 from minicache.cache.places import bucket as objects
 from minicache.cache.places import directory as places
 from minicache.cache.places import leases
@@ -30,7 +31,6 @@ from minicache.cache.places.bucket import bucket_at
 from minicache.cache.places.claims import CLAIM_FILE
 from minicache.cache.places.opening import claimed, place_at
 from minicache.cache.reader import ReferenceCache
-from minicache.cache.schema import Log, Manifest
 from minicache.cache.writer import CacheWriter
 from minicache.errors import CacheNotFound, ConfigError, OutputError, StoreError
 from minicache.options.others import MergeConfig

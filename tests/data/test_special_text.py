@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from minicache.cache.identity import FORMAT_VERSION, Identity, digest_of
+from minicache.cache.manifest import Log, Manifest
 from minicache.cache.reader import ReferenceCache
-from minicache.cache.schema import FORMAT_VERSION, Identity, Log, Manifest, digest_of
 from minicache.data.encode import Encoder
 from minicache.data.files import read_rows
 from minicache.data.formats import to_pair

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from minicache.cache.identity import FORMAT_VERSION, Identity
+from minicache.cache.manifest import Log, Manifest, Source
 from minicache.cache.reader import ReferenceCache
-from minicache.cache.schema import FORMAT_VERSION, Identity, Log, Manifest, RefBlock, Source
+from minicache.cache.schema import RefBlock
 from minicache.cache.writer import CacheWriter
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.options.others import InspectConfig

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 
-from minicache.cache.schema import now
+from minicache.cache.manifest import now
 
 LEASE_SECONDS = 60.0  # the network may be away for so long; a kill costs so much
 RENEWALS = 6  # in that time
