@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minicache.cache.identity import Identity
-from minicache.pairs import PairTable
+from minicache.pairs import EncodedPair, PairTable
 
 MAX_CHUNK = 2**20
 LEDGER_COLUMNS = ("identity", "pairs", "tokens", "counted", "digest")
@@ -81,6 +81,29 @@ class CachedPairs(NamedTuple):
         assert self.reference.token_logps is not None
         offsets = self.table.offsets
         return np.concatenate([self.reference.token_logps[offsets[i] : offsets[i + 1]] for i in indices])
+
+
+@dataclass(frozen=True)
+class ScoredPair:
+    """A pair and what the reference thinks of it.
+
+    index: its position in the cache. file, line: where it came from. logp_mean: (2,) float32, mean logprob of chosen and rejected,
+    nats a token. token_count: (2,) int32 tokens in that mean. token_logps: (n,) float32 beside the pair's tokens, NaN where one
+    does not count; None unless the cache was made with --per-token.
+    """
+
+    index: int
+    pair: EncodedPair
+    file: str
+    line: int
+    logp_mean: NDArray[np.float32]
+    token_count: NDArray[np.int32]
+    token_logps: NDArray[np.float32] | None = None
+
+    @property
+    def logp_sum(self) -> NDArray[np.float64]:
+        """(2,) sum over each answer's counted tokens, nats: what TRL compares."""
+        return self.logp_mean.astype(np.float64) * self.token_count
 
 
 def pairs_row(identity: Identity, table: PairTable) -> np.ndarray:

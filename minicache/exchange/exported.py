@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from minicache.cache.complete import ledgers
 from minicache.cache.manifest import ATTRIBUTE, Manifest
 from minicache.cache.places.drafts import drafted
 from minicache.cache.places.opening import claimed, place_at
@@ -31,8 +32,8 @@ def document_of(cache: ReferenceCache) -> dict[str, Any]:
     """What the table is: the cache's manifest, its ledger block by block, its tokenizer."""
     return {
         "export": VERSION,
-        **cache.manifest.to_attributes(),
-        "ledger": cache.ledgers().tolist(),
+        **cache.blocks.manifest.to_attributes(),
+        "ledger": ledgers(cache.blocks).tolist(),
         "tokenizer": pack(cache.tokenizer_dir),
     }
 
@@ -57,8 +58,7 @@ def import_exported(config: ImportConfig, document: dict[str, Any], tracker: Tra
             cache.write_pairs(block, cached.table)
             cache.write_ref(block, cached.reference)
             tracker.advance(len(cached.table), len(cached.table.tokens))
-        cache.manifest = replace(manifest, log=replace(manifest.log, shards=0))
-        cache.write_log()
+        cache.write_log(replace(manifest.log, shards=0))
     return manifest
 
 

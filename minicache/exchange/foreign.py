@@ -59,8 +59,8 @@ def import_foreign(config: ImportConfig, tracker: Tracker) -> Manifest:
         cache = CacheWriter(draft)
         tracker.begin("taking over the logprobs", cache.log.pairs)
         rows = read_rows(config.file)
-        for block in range(cache.blocks):
-            table = cache.pairs(block)
+        for block in range(len(cache.blocks)):
+            table = cache.blocks.pairs(block)
             values = np.full((len(table), 2), np.nan)  # float64, as the file holds them
             for index, row, where in _rows_of(rows, table.source[:, 1], config.file):
                 values[index] = _logps(row, names, where)
@@ -70,7 +70,7 @@ def import_foreign(config: ImportConfig, tracker: Tracker) -> Manifest:
             _require_likely(values, cache.identity.vocabulary, config)
             cache.write_ref(block, RefBlock(values.astype(np.float32), table.token_counts))
             tracker.advance(len(table), len(table.tokens))
-    return cache.manifest
+    return cache.blocks.manifest
 
 
 def _names(file: str) -> tuple[str, str]:

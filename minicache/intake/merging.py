@@ -21,7 +21,7 @@ from minicache.cache.repack import repack, select
 from minicache.cache.schema import CachedPairs
 from minicache.cache.writer import CacheWriter
 from minicache.data.tokenizers import copy_tokenizer
-from minicache.errors import CacheDamaged, CacheIncomplete, CacheMismatch
+from minicache.errors import CacheDamaged, CacheError, CacheMismatch
 from minicache.trackers import Tracker
 
 
@@ -61,12 +61,11 @@ def join_sources(sources: list[Source], cache: ReferenceCache) -> NDArray[np.int
 
 
 def _blocks(cache: ReferenceCache) -> Iterator[CachedPairs]:
-    """Every block, checked; raises as `load`."""
-    for block in range(cache.blocks):
-        try:
-            yield CachedPairs(cache.pairs(block), cache.ref(block))
-        except (CacheIncomplete, CacheDamaged) as error:
-            raise type(error)(f"{error}; run its precompute-ref again, then merge") from error
+    """Every block, checked. Raises CacheIncomplete, CacheDamaged."""
+    for _, found in cache.blocks.each(cache.blocks.whole):
+        if isinstance(found, CacheError):
+            raise type(found)(f"{found}; run its precompute-ref again, then merge") from found
+        yield found
 
 
 def read_input(cache: ReferenceCache, numbers: NDArray[np.int64], tracker: Tracker) -> Input:
@@ -83,14 +82,22 @@ def read_input(cache: ReferenceCache, numbers: NDArray[np.int64], tracker: Track
 
 def choose_pairs(inputs: list[Input]) -> list[NDArray[np.bool_]]:
     """For each cache, (N,) which of its pairs no earlier one has. Raises CacheMismatch if two disagree about a pair."""
-    digests = np.concatenate([given.digests for given in inputs])
-    order = np.lexsort(digests.T)  # stable: of equal ones the first stays first
-    is_new = np.append(True, (digests[order][1:] != digests[order][:-1]).any(1))
-    original = np.empty(len(order), np.int64)  # the first pair with the same digest
-    original[order] = order[is_new][np.cumsum(is_new) - 1]
+    original = first_equal(np.concatenate([given.digests for given in inputs]))
     _require_agreement(inputs, original)
-    bounds = np.cumsum([len(given.files) for given in inputs])
-    return np.split(original == np.arange(len(original)), bounds[:-1])
+    ends = np.cumsum([len(given.files) for given in inputs])
+    is_original = original == np.arange(len(original))
+    return np.split(is_original, ends[:-1])
+
+
+def first_equal(rows: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """(N,) for each of N rows the index of the first one that equals it."""
+    order = np.lexsort(rows.T)  # stable: of equal rows the first stays first
+    ordered = rows[order]
+    begins = np.append(True, (ordered[1:] != ordered[:-1]).any(1))  # a run of equal rows
+    firsts, run = order[begins], np.cumsum(begins) - 1
+    result = np.empty(len(rows), np.int64)
+    result[order] = firsts[run]
+    return result
 
 
 def _require_agreement(inputs: list[Input], original: NDArray[np.int64]) -> None:
@@ -150,9 +157,8 @@ def write_merged(out: Place, inputs: list[Input], kept: list[NDArray[np.bool_]],
             cache.write_ref(block, scores)
             tracker.advance(len(table), len(table.tokens))
         _write_refusals(draft, inputs)
-        cache.manifest = replace(cache.manifest, log=replace(log, blocks=cache.blocks))
-        cache.write_log()
-    return cache.blocks
+        cache.write_log(replace(log, blocks=len(cache.blocks)))
+    return len(cache.blocks)
 
 
 def _kept_parts(inputs: list[Input], kept: list[NDArray[np.bool_]]) -> Iterator[CachedPairs]:

@@ -91,7 +91,7 @@ def _of_cache(path: Where, pairs: int | None, tokenizer: ChatTokenizer) -> list[
     chosen = np.linspace(0, total - 1, min(pairs or DEFAULT_PAIRS, total)).round().astype(int)
     prompts = []
     for index in chosen.tolist():
-        ids = prompt_ids(cache.pair(index)[0])
+        ids = prompt_ids(cache.blocks.pair(index)[0])
         if not len(ids):
             raise DataError(f"{path}, pair {index}: its prompt was cut away by --max-length; take fewer --pairs")
         prompts.append(Prompt(tokenizer.decode(ids), (), ids))

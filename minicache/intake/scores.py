@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from minicache.cache.identity import TOLERANCE
-from minicache.cache.schema import CachedPairs, RefBlock
+from minicache.cache.schema import RefBlock
 from minicache.cache.writer import CacheWriter
 from minicache.errors import ModelError
 from minicache.pairs import PairTable
@@ -25,7 +25,7 @@ def score_blocks(
     """Score the shard's blocks that are not, each rank its share; returns which, and how many pairs that were."""
     todo, sizes, done = world.broadcast(_todo(cache, *shard) if world.is_main else None)
     if done:
-        cached = CachedPairs(cache.pairs(done[0]), cache.ref(done[0]))
+        cached = cache.blocks.whole(done[0])
         check_reproduces(scorer, cached, world.device, TOLERANCE[cache.identity.dtype], "the model")
     if not todo:
         return [], 0
@@ -41,7 +41,7 @@ def score_blocks(
     with ThreadPoolExecutor(1) as writer:  # a block is written while the next is scored
         written: Future[None] | None = None
         for block in (todo[index] for index in share):
-            table = cache.pairs(block)
+            table = cache.blocks.pairs(block)
             scores = _score(scorer, table, budget, cache.identity.per_token, world.device, tell)
             _check_finite(cache, table, scores)
             if written:
@@ -50,7 +50,7 @@ def score_blocks(
     if written:
         written.result()
     if scorer.lockstep:  # those with more blocks need everyone's shards of the model
-        table, nothing = cache.pairs(todo[0]), np.empty(0, np.int64)
+        table, nothing = cache.blocks.pairs(todo[0]), np.empty(0, np.int64)
         for _ in range(max(map(len, shares)) - len(share)):
             assert not list(score_table(scorer, table, nothing, budget, world.device))
     world.barrier()
@@ -59,10 +59,10 @@ def score_blocks(
 
 def _todo(cache: CacheWriter, number: int, of: int) -> tuple[list[int], np.ndarray, list[int]]:
     """Blocks to score of shard `number` (from 1) of so many; their sizes: (n, 2) pairs and stored tokens; blocks already scored."""
-    unscored = cache.unscored()
+    unscored = cache.blocks.unscored()
     todo = [block for block in unscored if block % of == number - 1]
-    done = set(range(cache.blocks)) - set(unscored)
-    sizes = np.array([cache.block_size(block) for block in todo], np.int64).reshape(-1, 2)
+    done = set(range(len(cache.blocks))) - set(unscored)
+    sizes = np.array([cache.blocks.size(block) for block in todo], np.int64).reshape(-1, 2)
     # first those whose pairs were found sound: of other shards' blocks nobody has looked at them
     return todo, sizes, sorted(done, key=lambda block: (block > 0 and block % of != number - 1, block))
 

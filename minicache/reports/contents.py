@@ -29,7 +29,7 @@ def inspect_cache(config: InspectConfig) -> Inspection:
         CacheNotFound, CacheMismatch, CacheDamaged: only if the manifest or an array's metadata cannot be read.
     """
     cache = ReferenceCache(config.ref_cache)
-    cache.hold(READ)
+    cache.blocks.arrays.hold(READ)
     columns, without_pairs, unscored = read_columns(cache)
     problem = _problem(cache, None if without_pairs else len(columns.lengths))
     unfinished = dict(sorted({**without_pairs, **unscored}.items()))
@@ -37,7 +37,7 @@ def inspect_cache(config: InspectConfig) -> Inspection:
     margins = np.where(columns.scored, columns.logp_mean[:, CHOSEN] - columns.logp_mean[:, REJECTED], np.nan)
     sources = cache.log.sources
     refused = sum((Counter(source.refused) for source in sources), Counter())
-    blocks = max(cache.blocks, cache.log.blocks)
+    blocks = max(len(cache.blocks), cache.log.blocks)
     return Inspection(
         path=str(cache.path),
         identity=asdict(cache.identity),
@@ -78,7 +78,7 @@ def inspect_pair(config: InspectConfig) -> PairView:
     assert config.pair is not None
     cache = ReferenceCache(config.ref_cache)
     tokenizer = ChatTokenizer.load(cache.tokenizer_dir)
-    pair, logp_mean = cache.pair(config.pair)
+    pair, logp_mean = cache.blocks.pair(config.pair)
     table = PairTable.from_pairs([pair], cache.identity.token_dtype)
     scores = np.full((1, 2), np.nan, np.float32) if logp_mean is None else logp_mean[None]
     columns = Columns(np.array([config.pair]), table.lengths, table.token_counts, table.source, scores)

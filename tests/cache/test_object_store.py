@@ -25,8 +25,7 @@ import pytest
 
 from minicache.cache.manifest import Log, Manifest
 from minicache.cache.places import bucket as objects
-from minicache.cache.places import directory as places
-from minicache.cache.places import leases
+from minicache.cache.places import leases, opening
 from minicache.cache.places.bucket import bucket_at
 from minicache.cache.places.claims import CLAIM_FILE
 from minicache.cache.places.opening import claimed, place_at
@@ -125,7 +124,8 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(objects, "RETRIES", {"max_retries": 1, "retry_timeout": timedelta(seconds=5)})
     monkeypatch.setattr(leases, "LEASE_SECONDS", 0.5)
-    monkeypatch.setattr(places, "POLL_SECONDS", 0.1)
+    for module in (objects, opening):
+        monkeypatch.setattr(module, "POLL_SECONDS", 0.1)
 
     def look_at(port: int) -> None:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
@@ -225,7 +225,7 @@ def test_a_connection_cut_in_the_middle_of_a_block_costs_that_block(
     proxy.cut_at, proxy.is_cut = "", False
     if place_at(url).has("zarr.json"):
         cache = ReferenceCache(url)
-        assert cache.blocks - len(cache.unscored()) == scored
+        assert len(cache.blocks) - len(cache.blocks.unscored()) == scored
     else:
         assert cut_at == "tokenizer/"
     precompute_into(url, model_dir, data_file)
@@ -299,7 +299,7 @@ def test_of_many_who_make_a_cache_at_once_one_does(url: str) -> None:
     with ThreadPoolExecutor(4) as threads:
         said = list(threads.map(make, range(4)))
     assert sorted(said) == ["made", "refused", "refused", "refused"]
-    assert ReferenceCache(url).blocks == 3
+    assert len(ReferenceCache(url).blocks) == 3
 
 
 def test_who_is_taken_for_dead_writes_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,7 +367,7 @@ def test_shards_started_at_once_of_which_one_is_killed_make_the_cache_of_one_run
         job.join(120)
     said = "".join((tmp_path / str(number)).read_text() for number in jobs)
     assert sorted(job.exitcode for job in jobs.values()) == [-signal.SIGKILL, 0, 0], said
-    assert {block % 3 + 1 for block in ReferenceCache(url).unscored()} == {first}
+    assert {block % 3 + 1 for block in ReferenceCache(url).blocks.unscored()} == {first}
     start(first)
     jobs[first].join(120)
     assert jobs[first].exitcode == 0, (tmp_path / str(first)).read_text()

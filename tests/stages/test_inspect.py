@@ -228,7 +228,7 @@ def test_counted_tokens_are_the_same_before_and_after_scoring(made: Path) -> Non
     shutil.rmtree(made / "ledger" / "ref" / "c")
     found = look(made)
     assert found.pairs_scored == 0 and found.counted == scored.counted and found.lengths == scored.lengths
-    CacheWriter(made).arrays["pairs/loss_mask"][1, :1] = 1  # the first token never counts
+    CacheWriter(made).blocks.arrays.by_name["pairs/loss_mask"][1, :1] = 1  # the first token never counts
     assert list(look(made).unfinished) == ["0", "1", "2", "3"] and look(made).blocks_with_pairs == 3
 
 
