@@ -17,7 +17,7 @@ from minicache.cache.schema import LEDGER_COLUMNS, ArraySpec, array_specs
 from minicache.errors import CacheDamaged, CacheIncomplete
 from minicache.options.where import Where
 
-# What zarr raises on bytes that are not what was written: checksum, decompression, size, metadata; OSError is the disk itself.
+# What zarr raises for bytes that are not those written: checksum, decompression, size, metadata. OSError: the disk itself.
 UNREADABLE = (
     ValueError,
     ArithmeticError,
@@ -29,7 +29,7 @@ UNREADABLE = (
     MemoryError,
     AssertionError,
 )
-MOST_BLOCKS = 2**24  # more is no cache, but metadata that makes its readers count for ever
+MOST_BLOCKS = 2**24  # more is no cache, but metadata that keeps readers counting for ever
 MOST_HELD = 2**32  # bytes
 
 
@@ -102,7 +102,7 @@ class Arrays:
         return np.asarray(source[block, :count])
 
     def require_chunks(self, name: str, block: int, count: int) -> None:
-        """Raises CacheDamaged unless there is something of each chunk that holds these entries; nothing is read."""
+        """Raises CacheDamaged if a chunk that holds some of the first `count` entries is missing or empty; reads none of them."""
         for chunk in range(-(-count // self.specs[name].chunk)):
             try:
                 size = self.place.size(self.chunk_key(name, block, chunk))

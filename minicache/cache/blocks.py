@@ -48,10 +48,10 @@ class Blocks:
 
     @cached_property
     def tokenizer_dir(self) -> Path:
-        """May be a copy: to change it, put another folder in its place.
+        """The directory with the tokenizer's files. It may be a copy: to change them, use `place.put_folder`.
 
         Raises:
-            CacheDamaged: something in it is no file, but a link or a device.
+            CacheDamaged: something in it is a link or a device.
         """
         folder = self.place.folder(TOKENIZER)
         for file in [folder] if folder.is_symlink() else folder.rglob("*"):
@@ -134,7 +134,7 @@ class Blocks:
         return table
 
     def ref(self, block: int, whole: bool = True) -> RefBlock:
-        """What the reference said of one block, checked against the ledger. Raises as `pairs` does.
+        """The scores of one block, checked against the ledger. Raises as `pairs`.
 
         whole: with each token's logprob, if the cache has them. Without, the digest, which covers them, cannot be checked.
         """
@@ -155,7 +155,7 @@ class Blocks:
     def outline(self, block: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Lengths (n, 3) and source (n, 2) of a block's pairs, without reading their tokens, masks and digests.
 
-        Those are there, of the size that the ledger says, if this does not raise; only `pairs` can tell whether they are sound.
+        If it does not raise, chunks of these are there; whether they are sound is only found by `pairs`.
 
         Raises:
             As `pairs`.

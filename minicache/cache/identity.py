@@ -32,8 +32,8 @@ class Identity:
 
     weights: digest of the reference's weights. family: its architecture. tokenizer, template: digests. dtype: the
     precision of the forward pass. block_pairs: pairs a block holds. per_token: whether each token's logprob is stored. A field
-    added since the format's first caches has the value that those were made with as its default, and is stored only if it
-    has another: so they stay what they are.
+    that was added later has as its default the value that earlier caches were made with, and is stored only where it has
+    another: so the digests of those caches do not change.
     """
 
     format_version: int
@@ -58,7 +58,7 @@ class Identity:
 
     @property
     def stored(self) -> dict[str, Any]:
-        """As a manifest holds it."""
+        """The fields as a manifest holds them."""
         return {each.name: value for each in fields(self) if (value := getattr(self, each.name)) != each.default}
 
     @property
@@ -66,7 +66,7 @@ class Identity:
         return "uint16" if self.vocabulary <= 65535 else "int32"
 
     def require_possible(self) -> None:
-        """Raises ValueError where no cache can be so: what follows relies on it, the sizes of its arrays among them."""
+        """Raises ValueError for a value that no cache can have; the sizes of arrays, among others, are computed from these."""
         for name, allowed in POSSIBLE.items():
             if (value := getattr(self, name)) not in allowed:
                 limits = f"{allowed[0]:,} to {allowed[-1]:,}" if isinstance(allowed, range) else ", ".join(allowed)
@@ -75,14 +75,14 @@ class Identity:
     def require(self, wanted: "Identity", problem: str, sides: tuple[str, str], advice: str) -> None:
         """Raises CacheMismatch, naming each field that differs, unless the two are the same.
 
-        problem, advice: what the message begins and ends with. sides: what this identity and the wanted one are called.
+        problem, advice: how the message begins and ends. sides: the names in it of this identity and of the wanted one.
         """
         if differences := self.differences(wanted):
             fields = "; ".join(f"{name} is {mine}, {sides[1]} {theirs}" for name, mine, theirs, _ in differences)
             raise CacheMismatch(f"{problem}: {fields}. {advice}", differences, sides)
 
     def differences(self, other: "Identity") -> list[Difference]:
-        """Each field in which the two differ, those first that change values."""
+        """The fields in which the two differ; first those that change values."""
         values = [
             Difference(item.name, getattr(self, item.name), getattr(other, item.name), item.name not in STORAGE)
             for item in fields(self)

@@ -12,7 +12,7 @@ ATTRIBUTE = "minicache"
 
 
 def now() -> str:
-    """The moment, as manifests and claims hold it: ISO 8601, UTC, to the second."""
+    """The current time as manifests and claims hold it: ISO 8601, UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -20,7 +20,7 @@ def now() -> str:
 class Source:
     """A preference file that went into the cache. `refused` counts rows by reason; `rows` = kept + duplicates + refused.
 
-    format: as asked for. complete: read to its end; until then nothing of it is scored.
+    format: as asked for. complete: whether it was read to its end; until then nothing of it is scored.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Source:
 class Log:
     """What happened to the cache; changes no value. Written by one process alone.
 
-    blocks, pairs: how many the cache holds once every source is complete. shards: jobs of the last array, 0 without one.
+    blocks, pairs: of the cache once every source is complete. shards: jobs of the last array, 0 without one.
     """
 
     model: str

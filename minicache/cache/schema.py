@@ -59,7 +59,7 @@ def array_specs(identity: Identity) -> dict[str, ArraySpec]:
 
 @dataclass(frozen=True)
 class RefBlock:
-    """What the reference thinks of some pairs.
+    """The reference's scores of some pairs.
 
     logp_mean: (N, 2) float32, masked mean logprob of chosen and rejected, nats a token. token_count: (N, 2) int32.
     token_logps: (T,) float32, NaN where a token does not count; None if the cache does not keep them.
@@ -71,13 +71,13 @@ class RefBlock:
 
 
 class CachedPairs(NamedTuple):
-    """Pairs and, pair by pair, what the reference thinks of them."""
+    """Pairs and their scores."""
 
     table: PairTable
     reference: RefBlock
 
     def token_logps(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Each stored token's logprob, of these pairs one after another; NaN where it does not count. Needs --per-token."""
+        """(T,) logprobs of these pairs' tokens, one pair after another; NaN where one does not count. Needs --per-token."""
         assert self.reference.token_logps is not None
         offsets = self.table.offsets
         return np.concatenate([self.reference.token_logps[offsets[i] : offsets[i + 1]] for i in indices])
@@ -85,7 +85,7 @@ class CachedPairs(NamedTuple):
 
 @dataclass(frozen=True)
 class ScoredPair:
-    """A pair and what the reference thinks of it.
+    """A pair and its scores by the reference.
 
     index: its position in the cache. file, line: where it came from. logp_mean: (2,) float32, mean logprob of chosen and rejected,
     nats a token. token_count: (2,) int32 tokens in that mean. token_logps: (n,) float32 beside the pair's tokens, NaN where one
@@ -129,5 +129,5 @@ def _row(identity: Identity, pairs: int, tokens: int, counted: int, data: Iterab
 
 
 def identity_number(identity: Identity) -> int:
-    """What a ledger row says of the identity: the first 60 bits of its digest."""
+    """The identity as a ledger row holds it: the first 60 bits of its digest."""
     return int(identity.digest[:15], 16)

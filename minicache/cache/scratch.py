@@ -19,7 +19,7 @@ from minicache.errors import OutputError
 
 
 def usual_directory() -> Path:
-    """Where scratch files go unless told otherwise: not /tmp, which on many machines is memory itself."""
+    """Where scratch files go by default: not /tmp, which on many machines is memory itself."""
     if os.name == "nt":
         return Path(gettempdir())
     return Path(os.environ.get("TMPDIR") or "/var/tmp")

@@ -1,7 +1,7 @@
 """Creating a reference cache and writing blocks into it.
 
-Crash safety: the data of a block first, flushed to the disk if it is one, its ledger row last. A block whose row is absent or does
-not fit its data is simply not done, so a kill at any instant costs at most the blocks in flight. The processes of a run may write
+Crash safety: the data of a block is written and flushed first, the ledger row last. A block whose row is missing or does not fit
+the data is simply not done, so a kill at any instant costs at most the blocks in flight. The processes of a run may write
 different blocks at the same time without locks; only one of them creates, grows, and writes the log, and holds off other runs.
 """
 
@@ -74,7 +74,7 @@ class CacheWriter:
         return cls(where)
 
     def remove_leftovers_of(self, blocks: Iterable[int]) -> None:
-        """Delete what writers that were killed left half-written of these. Only while no other process writes these."""
+        """Delete what killed writers left half-written of these blocks. Only while no other process writes them."""
         self.place.remove_partial(f"{name}/c/{block}" for block in blocks for name in self._arrays.specs)
 
     def grow(self, blocks: int) -> None:
@@ -84,7 +84,7 @@ class CacheWriter:
             self._resize(["ledger/pairs"], blocks)
 
     def shrink(self, blocks: int) -> None:
-        """Take back blocks from the end: what a call that failed had added. The ledger of pairs shrinks first."""
+        """Drop blocks from the end, which a failed call had added. The ledger of pairs shrinks first."""
         if len(self.blocks) > blocks:
             self._resize(["ledger/pairs"], blocks)
         self._resize([name for name, array in self._others() if array.shape[0] > blocks], blocks)

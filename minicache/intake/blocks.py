@@ -1,7 +1,7 @@
 """The first half of stage one: rows of preference files -> blocks of encoded pairs in the cache.
 
-A block never holds pairs of two files, and files are taken in the order of their numbers. So which pair lies where depends on the
-files alone: not on how many calls brought them in, how often one was killed, or what was damaged and made anew.
+A block never holds pairs of two files, and files are read in the order of their numbers. So the place of a pair depends on the
+files alone: not on the number of calls, on kills, or on what was damaged and made anew.
 """
 
 import copy
@@ -27,13 +27,13 @@ def hash_files(files: tuple[str, ...]) -> dict[str, str]:
 
 
 def encoder_of(identity: Identity, tokenizer: ChatTokenizer) -> Encoder:
-    """What makes pairs of rows just as those of a cache of this identity were made."""
+    """An encoder that makes pairs as those of a cache of this identity were made."""
     names = (item.name for item in fields(Encoder) if item.name != "tokenizer")
     return Encoder(tokenizer, **{name: getattr(identity, name) for name in names})
 
 
-def is_taken_in(blocks: Blocks, given: dict[str, str], format: str) -> bool:
-    """Whether the cache's log knows all these files to their end, and none as unfinished.
+def holds_all(blocks: Blocks, given: dict[str, str], format: str) -> bool:
+    """Whether the cache holds all these files to their end, by its log, and no file that is unfinished.
 
     Raises:
         CacheMismatch: a file was read in another format.
@@ -48,9 +48,9 @@ def take_in(
 ) -> None:
     """Encode what the cache does not hold yet of the files `hash_files` gave and write it into free blocks, in their order.
 
-    A file that the log knows as complete is not read again, unless it may hold the pairs of a damaged block. A call that was killed
-    goes on when repeated: pairs that are stored already are recognised by digest and source. If its files are not all given
-    again, what it had taken in is dropped; nothing of it was scored.
+    A file that is complete by the log is not read again, unless it may hold the pairs of a damaged block. A killed call goes on
+    when it is repeated: stored pairs are recognised by digest and source. If not all of its files are given again, what it had
+    stored is dropped; nothing of it was scored.
 
     Raises:
         DataError: a file cannot be read, no row became a pair, or (with `fail`) one row was refused.
@@ -99,7 +99,7 @@ def _require_format(blocks: Blocks, given: dict[str, str], format: str) -> None:
 
 
 def _drop_abandoned(cache: CacheWriter, given: dict[str, str], tracker: Tracker) -> None:
-    """Take back what an interrupted call has taken in, unless all its files are given again."""
+    """Drop what an interrupted call has stored, unless all files of that call are given again."""
     unread = [source for source in cache.log.sources if not source.complete]
     if missing := [source.name for source in unread if source.sha256 not in given]:
         tracker.note(

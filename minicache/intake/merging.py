@@ -27,7 +27,7 @@ from minicache.trackers import Tracker
 
 @dataclass(frozen=True)
 class Input:
-    """A cache to merge, and what stays in memory of its N pairs.
+    """A cache to merge, and the columns of its N pairs that stay in memory.
 
     numbers: new number of each of its files. files: (N,) new number of the pair's file. digests: (N, 2) uint64.
     means: (N, 2) float32, nats a token.
@@ -69,6 +69,7 @@ def _blocks(cache: ReferenceCache) -> Iterator[CachedPairs]:
 
 
 def read_input(cache: ReferenceCache, numbers: NDArray[np.int64], tracker: Tracker) -> Input:
+    """Read a cache once. numbers: of its files in the new cache. Raises CacheIncomplete, CacheDamaged."""
     files, digests, means = [], [], []
     for table, scores in _blocks(cache):
         files.append(numbers[table.source[:, 0]])
@@ -118,7 +119,7 @@ def _require_agreement(inputs: list[Input], original: NDArray[np.int64]) -> None
 
 
 def count_pairs(sources: list[Source], inputs: list[Input], kept: list[NDArray[np.bool_]]) -> None:
-    """Set the files' counts to what the new cache keeps of them. `truncated` stays: nobody knows which pairs those were.
+    """Set the files' counts to what the new cache keeps of them. `truncated` stays: which pairs those were is not stored.
 
     Raises:
         CacheMismatch: one file gave other pairs in one cache than in another.
@@ -143,7 +144,7 @@ def count_pairs(sources: list[Source], inputs: list[Input], kept: list[NDArray[n
 
 
 def write_merged(out: Place, inputs: list[Input], kept: list[NDArray[np.bool_]], log: Log, tracker: Tracker) -> int:
-    """Make the new cache under another name, and give it its own when all is there. Returns its number of blocks."""
+    """Write the new cache as a draft and publish it when it is complete. Returns the number of its blocks."""
     first = inputs[0].cache
     if not first.tokenizer_dir.is_dir():
         raise CacheDamaged(f"{first.place.locate(TOKENIZER)}: is missing; run its precompute-ref again, then merge")
@@ -162,7 +163,7 @@ def write_merged(out: Place, inputs: list[Input], kept: list[NDArray[np.bool_]],
 
 
 def _kept_parts(inputs: list[Input], kept: list[NDArray[np.bool_]]) -> Iterator[CachedPairs]:
-    """What is kept of each block, under the new number of its file."""
+    """The pairs of each block that are kept, with the new numbers of their files."""
     for given, all_kept in zip(inputs, kept, strict=True):
         start = 0
         for cached in _blocks(given.cache):
@@ -176,7 +177,7 @@ def _kept_parts(inputs: list[Input], kept: list[NDArray[np.bool_]]) -> Iterator[
 
 
 def _write_refusals(draft: Path, inputs: list[Input]) -> None:
-    """refused.jsonl: of each file the rows that the first cache that has it lists, under its new number."""
+    """Write refused.jsonl: of each file the rows that the first cache with this file lists, under the new number."""
     lines: list[str] = []
     met: set[int] = set()
     for given in inputs:

@@ -10,11 +10,11 @@ import torch
 
 from minicache.cache.blocks import TOKENIZER, Blocks
 from minicache.cache.places.claims import CLAIM_FILE, SHARD_CLAIMS, Claim
-from minicache.cache.places.opening import claimed, taken
+from minicache.cache.places.opening import claimed, take_alone
 from minicache.cache.places.place import POLL_SECONDS, ROOT
 from minicache.cache.writer import CacheWriter
 from minicache.errors import CacheDamaged, CacheError, CacheNotFound, MinicacheError, OutputError, StoreError
-from minicache.intake.blocks import encoder_of, is_taken_in, take_in
+from minicache.intake.blocks import encoder_of, holds_all, take_in
 from minicache.intake.request import Request
 from minicache.intake.tokenizer_files import fits
 from minicache.models import LoadedModel
@@ -51,7 +51,7 @@ def _create_if_absent(request: Request) -> None:
 
 
 def _bring_in(request: Request) -> None:
-    """Take in the data, alone in the cache. If the data is bad, a cache that never held any is taken away."""
+    """Take in the data while holding the cache alone. A cache that never held any is removed if its data is bad."""
     cache, config = CacheWriter(request.path), request.config
     request.require_same(cache.blocks)
     is_new = not cache.log.sources
@@ -73,17 +73,17 @@ def _bring_in(request: Request) -> None:
         cache.write_log()
 
 
-# --- one job among many: one takes in the data, the others wait for it; then all score together ---
+# --- one job among many: one takes in the data while the others wait; then all score together ---
 
 
 def _join_shards(request: Request, claims: ExitStack) -> None:
-    """Wait until the data is in, or bring it in; then hold the cache together with the other jobs, and this shard alone."""
+    """Wait until all data is in, or bring it in; then hold the cache together with the other jobs, and this shard alone."""
     number, of = request.config.share
     claim = request.place.claim(CLAIM_FILE)
     claims.callback(claim.release)
     _claim_together(request, claim)
     shard = request.place.claim(f"{SHARD_CLAIMS}{number}-of-{of}.claim")
-    if not taken(shard):
+    if not take_alone(shard):
         raise OutputError(f"{request.path}: another job is at work on --shard {number}/{of}; wait for its end")
     claims.callback(shard.remove)
     cache = CacheWriter(request.path)
@@ -110,7 +110,7 @@ def _claim_together(request: Request, claim: Claim) -> None:
                 return
         elif _is_ready(request) and _is_sound(request):
             return
-        # what was read before the claim is no longer so; or only a job that has the cache alone may mend it
+        # Something has changed since it was looked at, or is damaged: only a job that holds the cache alone may mend it.
         is_damaged = not alone
         claim.release()
 
@@ -118,13 +118,13 @@ def _claim_together(request: Request, claim: Claim) -> None:
 def _require_locks(request: Request, claim: Claim) -> None:
     if not claim.is_safe:
         raise OutputError(
-            f"{request.path}: its file system has no locks that several jobs hold together (on Windows none has), by which those "
-            "of --shard agree on who does what; expected another one, or a single precompute-ref without --shard"
+            f"{request.path}: its file system has no locks that several jobs can hold together (Windows has none), which "
+            "--shard needs; expected another file system, or a single precompute-ref without --shard"
         )
 
 
 class _Waiting:
-    """Waits a moment, and says at the first time what for."""
+    """Waits for a moment; the first time it says what for."""
 
     def __init__(self, request: Request) -> None:
         self.request, self.is_announced = request, False
@@ -146,7 +146,7 @@ def _is_ready(request: Request) -> bool:
         return False
     request.require_same(blocks)
     of = request.config.share[1]
-    return blocks.log.shards == of and is_taken_in(blocks, request.files, request.config.format)
+    return blocks.log.shards == of and holds_all(blocks, request.files, request.config.format)
 
 
 def _is_sound(request: Request) -> bool:

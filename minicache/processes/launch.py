@@ -16,13 +16,13 @@ STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 def launch(processes: int, arguments: list[str]) -> int:
-    """Run `python -m minicache ARGUMENTS` in so many processes, as torchrun would; the first failure ends all of them.
+    """Run `python -m minicache ARGUMENTS` in several processes, as torchrun does; the first failure ends all of them.
 
     Returns:
         The exit code: 0 if every process ended well, else that of the first that failed.
 
     Raises:
-        ProcessLost: one was killed from outside, and so could not say it itself.
+        ProcessLost: one was killed from outside, so it could not print why.
     """
     children = _start(processes, arguments)
     with _passing_on_signals(children) as asked:
@@ -53,7 +53,7 @@ def _start(processes: int, arguments: list[str]) -> list[Child]:
 
 @contextmanager
 def _passing_on_signals(children: list[Child]) -> Iterator[list[int]]:
-    """Within the block, requests to stop go to the children. Yields those that came."""
+    """Send requests to stop on to the children within the block. Yields the list of requests so far."""
     asked: list[int] = []
 
     def pass_on(kind: int, frame: object) -> None:
@@ -70,7 +70,7 @@ def _passing_on_signals(children: list[Child]) -> Iterator[list[int]]:
 
 
 def _wait(children: list[Child], asked: list[int]) -> None:
-    """Until all have ended, or one has failed. Once they were asked to stop, each may take its time to save."""
+    """Wait until all have ended or one has failed. After a request to stop, each may take its time to save."""
     while any(child.poll() is None for child in children):
         if not asked and any(child.poll() for child in children):
             return
@@ -78,7 +78,7 @@ def _wait(children: list[Child], asked: list[int]) -> None:
 
 
 def _exit_code(children: list[Child], is_asked: bool) -> int:
-    """Of the run as a whole. Raises as `launch`."""
+    """The exit code of the run. Raises as `launch`."""
     failed = next((rank for rank, child in enumerate(children) if child.returncode), None)
     if is_asked or failed is None:
         return 130 if is_asked else 0

@@ -18,9 +18,9 @@ READ = ("ledger/ref", "ledger/pairs", "pairs/lengths", "pairs/source", "ref/logp
 
 @dataclass
 class Columns:
-    """A number or a few for each pair; what stays in memory of a cache of a million."""
+    """A number or a few for each pair: what is kept in memory of a cache of a million."""
 
-    index: NDArray[np.int64]  # (N,) position in the cache, -1 where it cannot be told
+    index: NDArray[np.int64]  # (N,) position in the cache, -1 where it is not known
     lengths: NDArray[np.int32]  # (N, 3)
     counted: NDArray[np.int32]  # (N, 2)
     source: NDArray[np.int64]  # (N, 2)
@@ -70,12 +70,13 @@ def _read_block(blocks: Blocks, block: int) -> tuple[np.ndarray, np.ndarray, np.
 def extreme(values: np.ndarray, most: int) -> np.ndarray:
     """Indices of the smallest values that are numbers, the first of equal ones first."""
     numbers = np.flatnonzero(np.isfinite(values))
-    if len(numbers) > most:  # to sort a million takes longer than to find those worth sorting
+    if len(numbers) > most:  # sorting a million takes longer than finding those worth sorting
         numbers = numbers[values[numbers] <= np.partition(values[numbers], most)[most]]
     return numbers[np.argsort(values[numbers], kind="stable")[:most]]
 
 
 def pair_lines(cache: ReferenceCache, columns: Columns, indices: np.ndarray) -> list[PairLine]:
+    """Some rows of the columns as lines of a report."""
     names = [source.name for source in cache.log.sources]
     lines = []
     for index in indices.tolist():

@@ -22,8 +22,8 @@ from minicache.reports.statistics import histogram, length_statistics, margin_hi
 def inspect_cache(config: InspectConfig) -> Inspection:
     """Read the ledger, lengths, sources and scores of every block; a missing or damaged one is reported, not raised.
 
-    Tokens, masks and digests must be there, but are not read; damage inside them is found by `verify_cache`, and by all that
-    loads them. Only the masks of pairs without scores are read, to count.
+    Chunks of tokens, masks and digests must be there but are not read: damage in them is found by `verify_cache` and by stages
+    that load them. Only the masks of pairs without scores are read, to count.
 
     Raises:
         CacheNotFound, CacheMismatch, CacheDamaged: only if the manifest or an array's metadata cannot be read.
@@ -97,7 +97,7 @@ def _segments(tokenizer: ChatTokenizer, pair: EncodedPair, side: int) -> list[Se
 
 
 def _problem(cache: ReferenceCache, pairs: int | None) -> str | None:
-    """What keeps the cache as a whole from being complete. pairs: how many there are, None if blocks are known to lack."""
+    """Why the cache as a whole is not complete; None if it is. pairs: their number, None if blocks are known to be missing."""
     try:
         cache.check_complete()
     except CacheError as error:

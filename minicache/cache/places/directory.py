@@ -20,14 +20,14 @@ LEFTOVERS = (f"{SHARD_CLAIMS}*", ".*.draft", "refused.tmp")
 
 
 class Directory(Place):
-    """On a disk of this machine or one that it has mounted."""
+    """A directory on a disk of this machine, or on one that it has mounted."""
 
     def __init__(self, path: Path) -> None:
         self.where = self.path = path
 
     @property
     def home(self) -> Path:  # type: ignore[override]
-        return self.path.resolve()  # what a link leads to
+        return self.path.resolve()  # where a link leads
 
     def locate(self, name: str) -> Path:
         return self.path / name
@@ -63,7 +63,7 @@ class Directory(Place):
             draft.replace(place)
             try:
                 flush_to_disk([place.parent])
-            except OSError:  # or it would be there, though this call failed
+            except OSError:  # or the cache would be there, though this call failed
                 place.replace(draft)
                 raise
 
@@ -130,11 +130,11 @@ class Directory(Place):
 
 
 def draft_of(place: Path) -> Path:
-    """A name of its own beside `place`: zarr's threads may still be writing into that of an attempt that failed."""
+    """A new name beside `place`: zarr's threads may still be writing into the draft of an attempt that failed."""
     return place.with_name(f".{place.name}.creating-{os.urandom(4).hex()}")
 
 
 def remove_drafts(place: Path) -> None:
-    """Of attempts that were killed. One that another process is at just now cannot come to anything any more."""
+    """Remove the drafts of killed attempts. One of a process that is still at work goes too: `place` is no longer free for it."""
     for leftover in place.parent.glob(f".{escape(place.name)}.creating-*"):
         shutil.rmtree(leftover, ignore_errors=True)
