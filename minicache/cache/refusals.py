@@ -7,7 +7,7 @@ Refusal = dict[str, str | int]  # source (number of the file in the log), file, 
 
 
 def source_of(line: str) -> int | None:
-    """The file that a line of the listing is about; None for one that somebody else wrote."""
+    """The number of the file that a line of the list is about; None if this program did not write the line."""
     try:
         source = json.loads(line)["source"]
     except (ValueError, LookupError, TypeError, RecursionError):

@@ -86,7 +86,7 @@ def gather(config: InspectConfig, tracker: Tracker) -> CacheReport:
     """
     inspection = inspect_cache(config)
     cache = ReferenceCache(config.ref_cache)
-    cache.hold(READ)
+    cache.blocks.arrays.hold(READ)
     columns, without_pairs, _ = read_columns(cache)
     margins = _margins(columns)
     extremes = {
@@ -176,7 +176,9 @@ def _by_longer(columns: Columns, margins: NDArray[np.float64]) -> list[Group]:
 def _find_suspects(
     cache: ReferenceCache, columns: Columns, without_pairs: dict[int, str], tracker: Tracker
 ) -> Suspects:
-    looked, rows, damage, unread = _look(cache, [b for b in range(cache.blocks) if b not in without_pairs], tracker)
+    looked, rows, damage, unread = _look(
+        cache, [b for b in range(len(cache.blocks)) if b not in without_pairs], tracker
+    )
     margins = _margins(columns)
     z = suspects.robust_z(margins)
 
@@ -214,16 +216,16 @@ def _look(
 ) -> tuple[suspects.Looked, NDArray[np.int64], list[str], int]:
     """What `suspects.look` found; the rows of the columns it is about; what is damaged; how many pairs were not read."""
     parts, rows, damage = [suspects.Looked.none()], [np.zeros(0, np.int64)], []
-    sizes = np.array([cache.block_size(block) for block in blocks], np.int64).reshape(-1, 2)
+    sizes = np.array([cache.blocks.size(block) for block in blocks], np.int64).reshape(-1, 2)
     ends = sizes.cumsum(0)  # (blocks, 2) pairs and tokens up to the end of each
     tracker.begin("looking at the pairs", int(sizes[:, 0].sum()))
     for block, (pairs, tokens), (end, read) in zip(blocks, sizes.tolist(), ends.tolist(), strict=True):
         if read > MOST_TOKENS:
             break
         try:
-            parts.append(suspects.look(cache.pairs(block)))
+            parts.append(suspects.look(cache.blocks.pairs(block)))
             rows.append(np.arange(end - pairs, end))
-            cache.ref(block)
+            cache.blocks.ref(block)
         except CacheDamaged as error:
             damage.append(str(error))
         except CacheIncomplete:

@@ -146,7 +146,7 @@ def test_holes_and_damage_are_refused_by_name(apart: list[Path], tmp_path: Path)
 def test_pairs_with_other_values_are_refused(apart: list[Path], tmp_path: Path) -> None:
     other = shutil.copytree(apart[0], tmp_path / "other")
     cache = CacheWriter(other)
-    scores = cache.ref(1)
+    scores = cache.blocks.ref(1)
     scores.logp_mean[3, 1] += 5e-5  # rounding
     cache.write_ref(1, scores)
     assert run(tmp_path / "near", apart[0], other).twice == 17

@@ -119,7 +119,7 @@ def test_a_killed_rank_ends_stage_one_and_loses_no_finished_block(
     def scored() -> int:
         try:
             cache = CacheWriter(tmp_path / "cache")
-            return cache.blocks - len(cache.unscored())
+            return len(cache.blocks) - len(cache.blocks.unscored())
         except CacheError:
             return 0
 

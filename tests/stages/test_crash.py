@@ -88,12 +88,12 @@ def finished(cache: Path) -> dict[tuple[str, int], bytes]:
     """Blocks that are done, encoded ("pairs") or scored ("ref"), and all their bytes on disk."""
     done: dict[tuple[str, int], bytes] = {}
     with suppress(CacheError):
-        store = ReferenceCache(cache)
+        store = ReferenceCache(cache).blocks
         for what, read in (("pairs", store.pairs), ("ref", store.ref)):
-            for block in range(store.blocks):
+            for block in range(len(store)):
                 with suppress(CacheIncomplete, CacheDamaged):
                     read(block)
-                    names = [*(name for name in store.specs if name.startswith(f"{what}/")), f"ledger/{what}"]
+                    names = [*(name for name in store.arrays.specs if name.startswith(f"{what}/")), f"ledger/{what}"]
                     places = [place for name in names for place in sorted((cache / name / "c" / str(block)).rglob("*"))]
                     done[what, block] = b"".join(place.read_bytes() for place in places if place.is_file())
     return done

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from minicache.cache.schema import digest_of
+from minicache.cache.identity import digest_of
 from tests.cache.test_cache import DAMAGE
 from tests.helpers.stores import assert_same_store, chunk_files, contents
 from tests.torture.conftest import Orderly
