@@ -180,6 +180,7 @@ def test_the_command_tells_what_it_did(apart: list[Path], tmp_path: Path, cli) -
     assert code == 1 and "exists" in stderr and "Traceback" not in stderr
 
 
+@pytest.mark.slow
 def test_killed_it_leaves_no_cache_and_repeated_it_makes_one(model_dir: Path, tmp_path: Path) -> None:
     files = [write_jsonl(tmp_path / f"{seed}.jsonl", make_rows(30, seed=seed)) for seed in (1, 2)]
     parts = [precompute_into(tmp_path / f"part{n}", model_dir, file, block_pairs=1) for n, file in enumerate(files)]

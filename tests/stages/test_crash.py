@@ -148,6 +148,7 @@ def start(arguments: list[str], cache: Path, launcher: tuple[str, ...] = ()) -> 
     )
 
 
+@pytest.mark.slow
 def test_two_ranks_killed_and_interrupted_and_resumed_write_the_store_of_one(
     job: Job, on_one_thread: Path, tmp_path: Path
 ) -> None:
@@ -175,7 +176,9 @@ def test_two_ranks_killed_and_interrupted_and_resumed_write_the_store_of_one(
     ("launcher", "options"),
     [
         ((), ("--nproc", "2")),
-        (("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"), ()),
+        pytest.param(
+            ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"), (), marks=pytest.mark.slow
+        ),
     ],
     ids=["nproc", "torchrun"],
 )
