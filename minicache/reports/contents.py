@@ -25,8 +25,7 @@ def inspect_cache(config: InspectConfig) -> Inspection:
     Chunks of tokens, masks and digests must be there but are not read: damage in them is found by `verify_cache` and by stages
     that load them. Only the masks of pairs without scores are read, to count.
 
-    Raises:
-        CacheNotFound, CacheMismatch, CacheDamaged: only if the manifest or an array's metadata cannot be read.
+    Raises CacheNotFound, CacheMismatch, CacheDamaged only if the manifest or an array's metadata cannot be read.
     """
     cache = ReferenceCache(config.ref_cache)
     cache.blocks.arrays.hold(READ)
@@ -35,8 +34,7 @@ def inspect_cache(config: InspectConfig) -> Inspection:
     unfinished = dict(sorted({**without_pairs, **unscored}.items()))
     scored = columns.logp_mean[columns.scored]
     margins = np.where(columns.scored, columns.logp_mean[:, CHOSEN] - columns.logp_mean[:, REJECTED], np.nan)
-    sources = cache.log.sources
-    refused = sum((Counter(source.refused) for source in sources), Counter())
+    refused = sum((Counter(source.refused) for source in cache.log.sources), Counter())
     blocks = max(len(cache.blocks), cache.log.blocks)
     return Inspection(
         path=str(cache.path),
@@ -65,7 +63,7 @@ def inspect_cache(config: InspectConfig) -> Inspection:
         refused=dict(refused),
         refused_rows=refused.total(),
         refused_file=str(cache.place.locate(REFUSED_FILE)) if cache.place.has(REFUSED_FILE) else None,
-        truncated=sum(source.truncated for source in sources),
+        truncated=sum(source.truncated for source in cache.log.sources),
         longest=pair_lines(cache, columns, extreme(-columns.sides.max(1, initial=0), 5)),
         highest_margin=pair_lines(cache, columns, extreme(-margins, 3)),
         lowest_margin=pair_lines(cache, columns, extreme(margins, 3)),
