@@ -5,7 +5,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 
 from minicache.cache.manifest import Source
-from minicache.cache.refusals import REFUSED_FILE, Refusal, source_of
+from minicache.cache.refusals import Refusal, read_refusals, source_of, write_refusals
 from minicache.cache.writer import CacheWriter
 from minicache.data.encode import Encoder
 from minicache.data.files import read_rows
@@ -105,8 +105,5 @@ class Filling:
     def _list_refusals(self, numbers: set[int]) -> None:
         """Write refused.jsonl: the refused rows of every file of the cache; those of the files `numbers` are this call's."""
         place = self.cache.place
-        old = (place.read(REFUSED_FILE) or b"").decode(errors="replace").splitlines()
-        lines = [line for line in old if source_of(line) not in numbers]
-        lines += [json.dumps(row, ensure_ascii=False) for row in self.refusals]
-        # What UTF-8 cannot hold is escaped as JSON does it.
-        place.write(REFUSED_FILE, "".join(f"{line}\n" for line in lines).encode(errors="backslashreplace"))
+        lines = [line.text for line in read_refusals(place) if source_of(line) not in numbers]
+        write_refusals(place, lines + [json.dumps(row, ensure_ascii=False) for row in self.refusals])

@@ -16,7 +16,7 @@ from minicache.cache.places.drafts import drafted
 from minicache.cache.places.opening import claimed, place_at
 from minicache.cache.places.place import Place
 from minicache.cache.reader import ReferenceCache
-from minicache.cache.refusals import REFUSED_FILE, source_of
+from minicache.cache.refusals import read_refusals, source_of, write_refusals
 from minicache.cache.repack import repack, select
 from minicache.cache.schema import CachedPairs
 from minicache.cache.writer import CacheWriter
@@ -181,10 +181,9 @@ def _write_refusals(draft: Path, inputs: list[Input]) -> None:
     lines: list[str] = []
     met: set[int] = set()
     for given in inputs:
-        text = (given.cache.place.read(REFUSED_FILE) or b"").decode(errors="replace")
         numbers: dict[int | None, int] = dict(enumerate(given.numbers.tolist()))
-        for line in text.splitlines():
+        for line in read_refusals(given.cache.place):
             if (number := numbers.get(source_of(line), -1)) not in (-1, *met):
-                lines.append(json.dumps({**json.loads(line), "source": number}, ensure_ascii=False) + "\n")
+                lines.append(json.dumps({**line.value, "source": number}, ensure_ascii=False))
         met |= set(numbers.values())
-    place_at(draft).write(REFUSED_FILE, "".join(lines).encode(errors="backslashreplace"))
+    write_refusals(place_at(draft), lines)

@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minicache.cache.reader import ReferenceCache
-from minicache.cache.refusals import REFUSED_FILE
+from minicache.cache.refusals import read_refusals
 from minicache.data.tokenizers import ChatTokenizer
-from minicache.errors import CacheDamaged, CacheIncomplete, MinicacheError
+from minicache.errors import CacheDamaged, MinicacheError
 from minicache.options.others import InspectConfig
-from minicache.pairs import CHOSEN, REJECTED
+from minicache.pairs import CHOSEN, REJECTED, PairTable
 from minicache.reports import suspects
 from minicache.reports.columns import READ, Columns, extreme, pair_lines, read_columns
 from minicache.reports.contents import inspect_cache
@@ -110,7 +110,7 @@ def gather(config: InspectConfig, tracker: Tracker) -> CacheReport:
         suspects=found,
         texts=texts,
         no_texts=no_texts,
-        refusals=(cache.place.read(REFUSED_FILE) or b"").decode(errors="replace").splitlines()[:LISTED],
+        refusals=[line.text for line in read_refusals(cache.place)[:LISTED]],
     )
 
 
@@ -219,17 +219,18 @@ def _look(
     sizes = np.array([cache.blocks.size(block) for block in blocks], np.int64).reshape(-1, 2)
     ends = sizes.cumsum(0)  # (blocks, 2) pairs and tokens up to the end of each
     tracker.begin("looking at the pairs", int(sizes[:, 0].sum()))
-    for block, (pairs, tokens), (end, read) in zip(blocks, sizes.tolist(), ends.tolist(), strict=True):
-        if read > MOST_TOKENS:
-            break
-        try:
-            parts.append(suspects.look(cache.blocks.pairs(block)))
-            rows.append(np.arange(end - pairs, end))
-            cache.blocks.ref(block)
-        except CacheDamaged as error:
-            damage.append(str(error))
-        except CacheIncomplete:
-            pass  # the inspection lists it
+    few = [block for block, (_, read) in zip(blocks, ends.tolist(), strict=True) if read <= MOST_TOKENS]
+    sound = []
+    for at, (block, table) in enumerate(cache.blocks.each(cache.blocks.pairs, few)):
+        pairs, tokens = sizes[at].tolist()
+        if isinstance(table, CacheDamaged):
+            damage.append(str(table))
+        elif isinstance(table, PairTable):
+            sound.append(block)
+            parts.append(suspects.look(table))
+            rows.append(np.arange(ends[at, 0] - pairs, ends[at, 0]))
         tracker.advance(pairs, tokens)
+    scores = cache.blocks.each(cache.blocks.ref, sound)
+    damage += [str(found) for _, found in scores if isinstance(found, CacheDamaged)]
     looked = np.concatenate(rows)
     return suspects.Looked.join(parts), looked, damage, int(sizes[:, 0].sum()) - len(looked)
