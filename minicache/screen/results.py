@@ -14,6 +14,7 @@ from rich.text import Text
 
 from minicache.screen.live import duration, metrics_table
 from minicache.text import ranges, visible
+from minicache.training.run_directory import starts_at_ln_2
 
 if TYPE_CHECKING:
     from minicache.pages.compare import Answers
@@ -106,7 +107,7 @@ def show_evaluate(console: Console, report: "EvaluateReport") -> None:
     )
     table.add_column("reference", justify="right")
     table.add_column("policy", justify="right")
-    plain = asked["loss"] == "sigmoid" and not asked["sft_weight"] and not asked["wpo"]  # ln 2 where nothing has moved
+    plain = starts_at_ln_2(asked)
     rows = [
         (
             "prefers chosen (its own logprobs)",

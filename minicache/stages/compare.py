@@ -61,10 +61,10 @@ def compare(config: CompareConfig, world: World, tracker: Tracker) -> list[Answe
 
 def _reference_of(run: str) -> str:
     """What the run started from."""
-    source = run_behind(run).get("started_from")
-    if source is None:
+    behind = run_behind(run)
+    if behind is None:
         raise ConfigError(f"{run} is no run directory that says what it started from; add --reference MODEL")
-    return source
+    return behind.started_from
 
 
 def _check_fits(source: str, model: Any, prompts: list[Prompt], max_new_tokens: int) -> None:
