@@ -34,6 +34,7 @@ from minicache.options.dictionaries import fill
 from minicache.options.others import CompareConfig, EvaluateConfig, InspectConfig, MergeConfig, PlotConfig
 from minicache.options.recipes import recipe as preset
 from minicache.options.stage_one import PrecomputeConfig
+from minicache.processes.signals import CommandLine
 from minicache.screen.live import Screen
 from minicache.screen.results import show_answers, show_evaluate, show_file, show_merge, show_precompute, show_verify
 
@@ -288,5 +289,6 @@ def expand_data(arguments: list[str]) -> list[str]:
 
 
 def main() -> None:
-    sys.argv[1:] = expand_data(sys.argv[1:])
-    app(prog_name="minidpo")
+    with CommandLine():
+        sys.argv[1:] = expand_data(sys.argv[1:])
+        app(prog_name="minidpo")

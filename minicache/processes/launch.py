@@ -8,10 +8,25 @@ import sys
 import time
 
 from minicache.errors import ProcessLost
+from minicache.processes.signals import INTERRUPTED, StopFlag
+
+
+class PassOn(StopFlag):
+    """Within this context every request to stop goes to the children, which save and end."""
+
+    def __init__(self, children: list[subprocess.Popen]) -> None:
+        super().__init__()
+        self.children = children
+
+    def request(self, kind: int) -> None:
+        for child in self.children:
+            child.send_signal(kind)
+
+    insist = request
 
 
 def launch(processes: int, arguments: list[str]) -> int:
-    """Run `python -m minicache ARGUMENTS` in as many processes as told, as torchrun would; the first failure ends all.
+    """Run `python -m minicache ARGUMENTS` in `processes` processes, as torchrun would; the first failure ends all.
 
     Returns:
         The exit code: 0 if every process ended well, else that of the first that failed.
@@ -19,6 +34,19 @@ def launch(processes: int, arguments: list[str]) -> int:
     Raises:
         ProcessLost: one was killed from outside, which it could not say itself.
     """
+    children: list[subprocess.Popen] = []
+    with PassOn(children) as asked:
+        try:
+            _start(children, processes, arguments)
+            if asked:
+                # some were started after the request
+                asked.request(signal.SIGTERM)
+            return _wait(children, asked)
+        finally:
+            _end(children)
+
+
+def _start(children: list[subprocess.Popen], processes: int, arguments: list[str]) -> None:
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // processes))
     shared = {
         "MASTER_ADDR": "127.0.0.1",
@@ -27,40 +55,24 @@ def launch(processes: int, arguments: list[str]) -> int:
         "WORLD_SIZE": str(processes),
         "OMP_NUM_THREADS": threads,
     }
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-m", "minicache", *arguments],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(processes)
-    ]
-    asked: list[int] = []
+    for rank in range(processes):
+        environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        children.append(subprocess.Popen([sys.executable, "-m", "minicache", *arguments], env=environment))
 
-    def pass_on(kind: int, frame: object) -> None:
-        asked.append(kind)
-        for child in children:
-            child.send_signal(kind)
 
-    before = {kind: signal.signal(kind, pass_on) for kind in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        # once asked to stop, each may take its time to save
-        while any(child.poll() is None for child in children) and (
-            asked or not any(child.poll() for child in children)
-        ):
-            time.sleep(0.1)
-        failed = next((rank for rank, child in enumerate(children) if child.returncode), None)
-        if asked or failed is None:
-            return 130 if asked else 0
-        if (code := children[failed].returncode) > 0:
-            return code
-        raise ProcessLost(
-            f"process {failed} of {processes} was killed ({signal.Signals(-code).name}; SIGKILL is often a lack of memory); "
-            "what was saved stays, and the same command goes on with it (train: with --resume)"
-        )
-    finally:
-        _end(children)
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
+def _wait(children: list[subprocess.Popen], asked: StopFlag) -> int:
+    """The exit code of all. Once asked to stop, each may take its time to save."""
+    while any(child.poll() is None for child in children) and (asked or not any(child.poll() for child in children)):
+        time.sleep(0.1)
+    failed = next((rank for rank, child in enumerate(children) if child.returncode), None)
+    if asked or failed is None:
+        return INTERRUPTED if asked else 0
+    if (code := children[failed].returncode) > 0:
+        return code
+    raise ProcessLost(
+        f"process {failed} of {len(children)} was killed ({signal.Signals(-code).name}; SIGKILL is often a lack of memory); "
+        "what was saved stays, and the same command goes on with it (train: with --resume)"
+    )
 
 
 def free_port() -> int:
