@@ -3,7 +3,10 @@
 import atexit
 import os
 import signal
+import sys
+import threading
 import time
+from contextlib import suppress
 from typing import Self
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -24,16 +27,17 @@ class Interruptible:
 
     def __enter__(self) -> Self:
         self.before = {kind: signal.getsignal(kind) for kind in SIGNALS}
+        self._hook = sys.unraisablehook
         owners = [getattr(handler, "__self__", None) for handler in self.before.values()]
         self._around = next((owner for owner in owners if isinstance(owner, Interruptible)), None)
-        if self._around:
-            self._around.entered()
         for kind, handler in self.before.items():
             if handler != signal.SIG_IGN:
                 signal.signal(kind, self._hear)
+        sys.unraisablehook = self._ask_again
         return self
 
     def __exit__(self, *error: object) -> None:
+        sys.unraisablehook = self._hook
         if self._around:
             self._around.since = self._around.since or self.since
         for kind, handler in self.before.items():
@@ -41,14 +45,22 @@ class Interruptible:
 
     def _hear(self, kind: int, frame: object) -> None:
         first, now = self.since is None, time.monotonic()
-        self.since = self.since or now
+        self.since, self._kind = self.since or now, kind
         if first:
             self.request(kind)
         elif now - self.since > ONE_REQUEST:
             self.insist(kind)
 
-    def entered(self) -> None:
-        """A context within this one begins."""
+    def _ask_again(self, unraisable: "sys.UnraisableHookArgs") -> None:
+        """A signal that came within a destructor or a weak reference's callback: Python drops what is raised there."""
+        if unraisable.exc_type is KeyboardInterrupt and self.since is not None:
+            self.since = None
+            # later, from beside: raised in here it would be dropped too
+            again = threading.Timer(0.01, os.kill, (os.getpid(), self._kind))
+            again.daemon = True
+            again.start()
+        else:
+            self._hook(unraisable)
 
     def request(self, kind: int) -> None:
         raise KeyboardInterrupt
@@ -69,15 +81,11 @@ class StopFlag(Interruptible):
 
 
 class CommandLine(Interruptible):
-    """From here to the end of the process, around every other context: no signal gives a traceback or kills it half-way out.
+    """From here to the end of the process, around every other context: no signal gives a traceback.
 
-    Before any other context has begun there is nothing to save, and a signal ends the process. Afterwards it is leaving already:
-    copies of a request do nothing, and one that comes a second later ends it at once.
+    What comes here finds nothing to save, because no work has begun or all has ended: copies of a request that was heard
+    within do nothing, and another one ends the process at once.
     """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._is_leaving = False
 
     def __enter__(self) -> Self:
         super().__enter__()
@@ -88,15 +96,12 @@ class CommandLine(Interruptible):
     def __exit__(self, *error: object) -> None:
         pass
 
-    def entered(self) -> None:
-        self._is_leaving = True
-
     def request(self, kind: int) -> None:
-        if not self._is_leaving:
-            os._exit(INTERRUPTED)
-
-    def insist(self, kind: int) -> None:
+        with suppress(RuntimeError, OSError, ValueError):
+            sys.stdout.flush()
         os._exit(INTERRUPTED)
+
+    insist = request
 
 
 def ignore_signals() -> None:

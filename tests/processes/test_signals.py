@@ -80,8 +80,17 @@ def test_copies_of_a_request_do_not_kill_a_process_in_its_last_moments() -> None
     assert exit_code(last, "kept = Last()", *INTERRUPTED, "raise SystemExit(5)") == 5
 
 
-def test_before_any_work_has_begun_a_signal_ends_the_process() -> None:
-    assert exit_code(SIGNAL, "raise SystemExit(5)") == 130
+@pytest.mark.parametrize("before", [(), ("with Interruptible(): pass",)])
+def test_before_and_after_all_work_a_signal_ends_the_process(before: tuple[str, ...]) -> None:
+    assert exit_code(*before, SIGNAL, "raise SystemExit(5)") == 130
+
+
+def test_a_signal_that_comes_within_a_destructor_is_not_lost(capfd: pytest.CaptureFixture[str]) -> None:
+    """Python drops what is raised there, with a traceback."""
+    noisy = "class Noisy:\n        def __del__(self): signal.raise_signal(signal.SIGTERM)"
+    work = ("try:", "    with Interruptible():", "        Noisy()", "        for _ in range(1000): time.sleep(0.01)")
+    assert exit_code(noisy, *work, "except KeyboardInterrupt: raise SystemExit(6)") == 6
+    assert capfd.readouterr().err == ""
 
 
 def test_what_an_inner_context_has_heard_the_one_around_it_has_heard_too() -> None:

@@ -200,6 +200,9 @@ def test_a_second_process_on_a_living_run_is_refused(
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
     code, _, stderr = cli("train", "--out", out, "--resume")
     assert code == 1 and f"error: {out}: another process is at work on this run; wait until" in stderr
+    # known before anything else is looked at
+    code, _, stderr = cli("train", "--out", out, "--resume", "--ref-cache", tmp_path / "gone")
+    assert code == 1 and "another process is at work" in stderr
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
     first.kill()
     first.wait()
