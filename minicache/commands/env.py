@@ -7,7 +7,7 @@ from minicache.screen.env import show_environment
 
 @command_of([extra_parameter(JSON)])
 def env(given: Given) -> None:
-    """Versions, devices and extras of this machine: what a report of a bug needs."""
+    """Versions, devices and extras of this machine, for a bug report."""
     from minicache.reports.environment import look_around
 
     with errors_as_one_line():

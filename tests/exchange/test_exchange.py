@@ -203,7 +203,7 @@ def test_the_user_says_what_it_is(
     assert f"Expected you to say so: --identity {digest}, or --model MODEL" in refused()
     assert f"its identity is {digest}, expected 123" in refused("--identity", "123")
     assert "--max-length: " in refused("--identity", digest, "--max-length", 9)
-    assert "was exported from a cache and says this itself" in refused("--identity", digest, "--loss-on", "response")
+    assert "was exported from a cache and holds this itself" in refused("--identity", digest, "--loss-on", "response")
     tiny_llama(seed=3).save_pretrained(tmp_path / "other")
     assert "expected the model that it was exported for" in refused("--model", tmp_path / "other")
     code, stdout, stderr = cli(
