@@ -221,7 +221,7 @@ def test_mistakes_at_export_are_one_line(cache: Path, tmp_path: Path, cli: Calla
         return line
 
     out = tmp_path / "pairs.parquet"
-    assert "expected --policy POLICY or --ref-cache CACHE, got none" in refused("--out", out)
+    assert "expected --policy POLICY or --ref-cache CACHE, got neither" in refused("--out", out)
     assert "got both" in refused("--out", out, "--policy", "x", "--ref-cache", cache)
     assert "a cache has its own" in refused("--out", out, "--ref-cache", cache, "--dtype", "float32")
     assert "expected a name that ends in .parquet" in refused("--out", tmp_path / "pairs.csv", "--ref-cache", cache)
