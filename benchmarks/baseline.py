@@ -1,4 +1,4 @@
-"""A live-reference DPO trainer written plainly, as MiniMind's train_dpo.py: two models, padded rows, full logits."""
+"""A plain DPO trainer with a live reference, as MiniMind's train_dpo.py: two models, padded rows, full logits."""
 
 from typing import Any
 
@@ -11,11 +11,14 @@ from minicache.scoring.batching import Indices
 
 
 class LiveReference:
+    """A `Contestant`."""
+
     def __init__(self, case: Case, optimizer: Optimizer) -> None:
         self.case, self.optimizer = case, optimizer
         self.policy, self.frozen = twin(case.model), twin(case.model)
 
     def reference(self) -> np.ndarray:
+        """(N, 2) mean logprobs of the frozen model, nats per token."""
         parts = []
         for indices in micro_batches(self.case.everything, self.case.micro_pairs):
             with torch.no_grad():
@@ -23,6 +26,7 @@ class LiveReference:
         return np.concatenate(parts)
 
     def step(self, indices: Indices) -> None:
+        """One optimizer step on these pairs."""
         for part in micro_batches(indices, self.case.micro_pairs):
             rows = self.rows(part)
             with torch.no_grad():
@@ -32,7 +36,7 @@ class LiveReference:
         self.optimizer.step()
 
     def rows(self, indices: Indices) -> tuple[torch.Tensor, torch.Tensor]:
-        """(2n, length) ids, chosen rows first, and (2n, length - 1) mask; padded to the longest."""
+        """(2n, length) ids, chosen rows first, and (2n, length - 1) mask, padded to the longest side."""
         pairs = [self.case.table[int(index)] for index in indices]
         sides = [pair.side(side) for side in (0, 1) for pair in pairs]
         longest = max(len(ids) for ids, _ in sides)
@@ -41,7 +45,7 @@ class LiveReference:
         return torch.tensor(ids, dtype=torch.long, device=device), torch.tensor(mask[:, 1:]).float().to(device)
 
     def logps(self, model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """(2, n) mean logprobs of chosen and rejected, nats a token."""
+        """(2, n) mean logprobs of chosen and rejected, nats per token; ids and mask as of `rows`."""
         half = self.case.dtype != "float32"
         with torch.autocast(self.case.device.type, getattr(torch, self.case.dtype), enabled=half):
             logits = model(ids, use_cache=False).logits

@@ -1,7 +1,8 @@
-"""Both stages beside what people run today, on the same pairs: `make bench`, or `python -m benchmarks.bench --help`.
+"""Compare both stages with other trainers on the same pairs: `make bench`, or `python -m benchmarks.bench --help`.
 
 The others are a plain live-reference trainer (baseline.py) and TRL with and without precomputed reference logprobs
-(trl_baseline.py). Time: all take turns in one process; medians. Memory: a process each. Written to benchmarks/results/.
+(trl_baseline.py). Times are medians of rounds in which all contestants take turns in one process. Memory is measured in a process
+for each. Results are written to benchmarks/results/.
 """
 
 import argparse
@@ -75,18 +76,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--model", required=True, nargs="+", help=f"as minidpo names it, or random: {', '.join(SHAPES)}"
     )
-    parser.add_argument("--tokenizer", help="a model whose tokenizer makes the pairs; the first --model unless told")
+    parser.add_argument("--tokenizer", help="a model whose tokenizer encodes the pairs; default: the first --model")
     parser.add_argument("--data", default="minicache/sample/train.jsonl")
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=1024)
-    parser.add_argument("--micro-pairs", type=int, default=4, help="pairs the padded trainers take at once")
+    parser.add_argument("--micro-pairs", type=int, default=4, help="pairs in a micro-batch of the padded trainers")
     parser.add_argument(
-        "--budget", type=int, help="token slots we take at once; as many as fill --micro-pairs unless told"
+        "--budget", type=int, help="token slots in a micro-batch of ours; default: as many as --micro-pairs pairs take"
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--layout", default="auto")
-    parser.add_argument("--note", help="a remark that stands beside the figures")
+    parser.add_argument("--note", help="a remark to print with the figures")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -95,7 +96,9 @@ def parse() -> argparse.Namespace:
 
 
 def bench(options: argparse.Namespace, model: str, console: Console) -> dict[str, Any]:
-    peaks = {} if options.no_memory else memory(options, model, console)  # while this process holds nothing itself
+    """The report on one model: machine, case, both stages, absent contestants, exactness, gates."""
+    # before this process loads a model itself
+    peaks = {} if options.no_memory else memory(options, model, console)
     console.print(f"[bold]{short_name(model)}[/]: reading; values and gradients against float64 …")
     case, conditions = make_case(options, model), machine()
     exact = errors(case)
@@ -112,7 +115,8 @@ def bench(options: argparse.Namespace, model: str, console: Console) -> dict[str
     facts = facts_of(case, options)
     ours = contestants[OURS]
     assert isinstance(ours, Ours)
-    facts["layout"] = ours.scorer.layout_name  # of `auto`, what it came to
+    # the layout that `auto` chose
+    facts["layout"] = ours.scorer.layout_name
     for name, found in peaks.items():
         for stage, gb in found.items():
             stages[stage][name]["peak_gb"] = gb
@@ -121,7 +125,7 @@ def bench(options: argparse.Namespace, model: str, console: Console) -> dict[str
 
 
 def stage_one(case: Case, contestants: dict[str, Contestant], rounds: int) -> dict[str, dict[str, Any]]:
-    """Live TRL has none. Taken before any step: all see the same weights."""
+    """Contestant -> figures of stage one, which live TRL does not have. Runs before any step, so that all use the same weights."""
     runs = {name: one.reference for name, one in contestants.items() if name != TRL}
     values = {name: run() for name, run in runs.items()}
     found = speeds(case, alternate(runs, rounds))
@@ -131,6 +135,7 @@ def stage_one(case: Case, contestants: dict[str, Contestant], rounds: int) -> di
 
 
 def stage_two(case: Case, contestants: dict[str, Contestant], rounds: int) -> dict[str, dict[str, Any]]:
+    """Contestant -> figures of stage two."""
     for one in contestants.values():
         one.step(case.shortest)
     return speeds(
@@ -139,7 +144,10 @@ def stage_two(case: Case, contestants: dict[str, Contestant], rounds: int) -> di
 
 
 def speeds(case: Case, seconds: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
-    """Of each: pairs and useful tokens (both sides whole, no padding) a second; how much of its time ours takes."""
+    """Contestant -> pairs and useful tokens (both sides whole, no padding) per second, and our time as a share of its time.
+
+    seconds: contestant -> seconds of each round.
+    """
     tokens, found = int(case.table.side_lengths.sum()), {}
     for name, times in seconds.items():
         median = statistics.median(times)
@@ -177,7 +185,7 @@ def facts_of(case: Case, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def save(report: dict[str, Any]) -> None:
-    """As results/MODEL-cpu.json or results/MODEL-gpu.json."""
+    """Write the report to results/MODEL-cpu.json or results/MODEL-gpu.json."""
     model = short_name(report["case"]["model"]).lower()
     file = RESULTS / f"{model}-{'gpu' if report['machine']['gpu'] else 'cpu'}.json"
     file.parent.mkdir(exist_ok=True)
@@ -185,9 +193,9 @@ def save(report: dict[str, Any]) -> None:
 
 
 def memory_of(options: argparse.Namespace) -> dict[str, float]:
-    """GB above the loaded weights of both stages of one contestant, in this process.
+    """Stage -> peak GB of one contestant above the loaded weights, in this process.
 
-    On the pairs of the heaviest micro-batch alone: the others would take their time and less memory.
+    It runs on the heaviest micro-batch only: the others need less memory.
     """
     case = heaviest(make_case(options, options.model[0]))
     one = CONTESTANTS[options.memory_of](case, Optimizer(case.model))
@@ -196,7 +204,7 @@ def memory_of(options: argparse.Namespace) -> dict[str, float]:
 
 
 def memory(options: argparse.Namespace, model: str, console: Console) -> dict[str, dict[str, float]]:
-    """Contestant -> stage -> peak GB above its loaded weights; TRL's only where it is installed."""
+    """Contestant -> stage -> peak GB above its loaded weights; without TRL if it is not installed."""
     present = [name for name in CONTESTANTS if name not in (TRL, TRL_PRECOMPUTED) or find_spec("trl")]
     found = {}
     for name in present:
@@ -206,8 +214,9 @@ def memory(options: argparse.Namespace, model: str, console: Console) -> dict[st
 
 
 def memory_in_a_process(options: argparse.Namespace, model: str, name: str) -> dict[str, float]:
-    same = ["--model", model, "--tokenizer", options.tokenizer, "--memory-of", name]  # the last of an option holds
-    command = [sys.executable, "-m", "benchmarks.bench", *sys.argv[1:], *same]
+    # the last value of an option holds
+    changed = ["--model", model, "--tokenizer", options.tokenizer, "--memory-of", name]
+    command = [sys.executable, "-m", "benchmarks.bench", *sys.argv[1:], *changed]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise ModelError(f"memory of {name}: its process ended with {done.returncode}: {done.stderr[-2000:]}")

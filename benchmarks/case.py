@@ -1,4 +1,4 @@
-"""One model and its pairs: what every contestant of the benchmark is given."""
+"""A case of the benchmark: one model and its pairs, which every contestant gets."""
 
 import argparse
 import copy
@@ -35,10 +35,11 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Case:
-    """model: float32 weights. dtype: of the passes, by autocast. tokenizer: a directory.
+    """One model and its pairs.
 
-    micro_pairs: pairs that a padded contestant takes at once. budget: token slots that we take at once.
-    file_padding: `padding` of all pairs of the file, of which these are a part.
+    model: with float32 weights. dtype: precision of the passes, by autocast. tokenizer: a directory.
+    micro_pairs: pairs in a micro-batch of a padded contestant. budget: token slots in a micro-batch of ours.
+    file_padding: `padding` of all pairs of the file; `table` holds a part of them.
     """
 
     name: str
@@ -58,7 +59,7 @@ class Case:
 
     @property
     def shortest(self) -> Indices:
-        """Two pairs: to warm up, and for what is slow."""
+        """The two shortest pairs, for warm-up and for slow computations."""
         return np.argsort(self.table.side_lengths.sum(1), kind="stable")[:2]
 
     @property
@@ -67,17 +68,17 @@ class Case:
 
 
 class Contestant(Protocol):
-    """A way to do both stages. `step` may rely on what the last `reference` gave."""
+    """A trainer that does both stages. `step` may use the result of the last `reference`."""
 
     def reference(self) -> np.ndarray:
-        """Stage one: (N, 2) mean logprobs, nats a token."""
+        """Stage one: (N, 2) mean logprobs, nats per token."""
 
     def step(self, indices: Indices) -> None:
         """Stage two: one optimizer step on these pairs, in micro-batches."""
 
 
 class Optimizer:
-    """One for all contestants, as they train the same weights; made at the first use, so that its memory is the step's."""
+    """The optimizer of all contestants, which train the same weights; made at its first step, to count as memory of the step."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -92,26 +93,26 @@ class Optimizer:
 
 
 def twin(model: Any) -> Any:
-    """A model of its own, with the same tensors: what a contestant changes in it the others do not see, and it takes no memory."""
+    """A copy of the model that shares its tensors: it takes no memory, and its modules can be changed independently."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def micro_batches(indices: Indices, size: int) -> Iterator[Indices]:
-    """In the order of the file, as trainers without length sorting take them."""
+    """Micro-batches in the order of the file, as trainers without length sorting use."""
     for start in range(0, len(indices), size):
         yield indices[start : start + size]
 
 
 def padding(table: PairTable, micro_pairs: int) -> float:
-    """Slots that a padded contestant computes, over those that are needed: the tokens with each prefix once."""
+    """Token slots of a padded contestant as a multiple of the stored tokens, which hold each prefix once."""
     longest = table.side_lengths.max(1)
     slots = sum(2 * len(part) * int(longest[part].max()) for part in micro_batches(np.arange(len(table)), micro_pairs))
     return slots / int(table.lengths.sum())
 
 
 def heaviest(case: Case) -> Case:
-    """The case of that micro-batch of the padded contestants alone which has the most slots."""
+    """The case with only the padded contestants' micro-batch that has the most slots."""
     longest = case.table.side_lengths.max(1)
     parts = list(micro_batches(case.everything, case.micro_pairs))
     pairs = case.table.take(max(parts, key=lambda part: len(part) * int(longest[part].max())))
@@ -119,35 +120,36 @@ def heaviest(case: Case) -> Case:
 
 
 def make_case(options: argparse.Namespace, name: str) -> Case:
+    """The case of a model: a name in SHAPES, or any that `load_model` takes."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = Path(mkdtemp(prefix="minidpo-bench-"))
     save_tokenizer(options.tokenizer, tokenizer, None)
     whole = read_pairs(options, tokenizer)
     count = min(options.pairs, len(whole))
-    # at equal distances: short and long ones as the whole file has them
+    # evenly spread, so that short and long pairs are as frequent as in the file
     table = PairTable.from_pairs(whole.take(np.arange(count) * len(whole) // count), "int32")
     model: Any = random_model(*SHAPES[name]) if name in SHAPES else load_model(name).model
     model = model.to(device, torch.float32).requires_grad_(True)
-    # another model's tokenizer: which ids they are does not matter to speed, that they exist does
+    # the tokenizer may be another model's: for speed the ids must exist, but may be any
     table = replace(table, tokens=table.tokens % model.get_input_embeddings().num_embeddings)
     budget = options.budget or int(options.micro_pairs * table.lengths.sum(1).mean())
     return Case(
-        name,
-        model,
-        table,
-        device,
-        options.dtype,
-        options.layout,
-        options.micro_pairs,
-        max(budget, 1),
-        tokenizer,
-        padding(whole, options.micro_pairs),
+        name=name,
+        model=model,
+        table=table,
+        device=device,
+        dtype=options.dtype,
+        layout=options.layout,
+        micro_pairs=options.micro_pairs,
+        budget=max(budget, 1),
+        tokenizer=tokenizer,
+        file_padding=padding(whole, options.micro_pairs),
     )
 
 
 def read_pairs(options: argparse.Namespace, tokenizer: Path) -> PairTable:
-    """The pairs of the file that can be used."""
-    encoder = Encoder(ChatTokenizer.load(tokenizer), options.max_length)
+    """The usable pairs of the file."""
+    encoder = Encoder(tokenizer=ChatTokenizer.load(tokenizer), max_length=options.max_length)
 
     def usable() -> Iterator[EncodedPair]:
         for line, row in read_rows(options.data):
@@ -163,6 +165,7 @@ def read_pairs(options: argparse.Namespace, tokenizer: Path) -> PairTable:
 
 
 def random_model(hidden: int, layers: int, heads: int, kv: int, wide: int, vocabulary: int) -> Any:
+    """A Qwen3 model of this shape with random weights."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)

@@ -1,6 +1,6 @@
-"""Our float32 values and gradients against the plain computation in float64: one sequence at a time, full logits.
+"""The errors of our float32 values and gradients against a plain computation in float64: one sequence at a time, full logits.
 
-transformers computes norms and rotary angles in float32 whatever the weights' precision, so the yardstick is good to about 1e-7.
+transformers computes norms and rotary angles in float32 in any precision of the weights, so the reference is exact to about 1e-7.
 """
 
 import copy
@@ -18,20 +18,20 @@ from minicache.cache.schema import CachedPairs, RefBlock
 
 @dataclass(frozen=True)
 class Errors:
-    """values: largest |difference| of a mean logprob, nats a token. gradients: |difference| / |gradient|, over all weights."""
+    """values: largest |difference| of a mean logprob, nats per token. gradients: |difference| / |gradient|, over all weights."""
 
     values: float
     gradients: float
 
 
 def errors(case: Case) -> Errors:
-    """Values of two short pairs, gradients of the shortest, on the case's model; no gradient remains on it."""
+    """The errors of the values of two short pairs and of the gradients of the shortest; leaves no gradient on the model."""
     case = replace(case, dtype="float32", table=_take(case))
     ours = Ours(case, Optimizer(case.model))
     found = ours.reference()
     plain = copy.deepcopy(case.model).double()
     expected = np.array([[_logp(plain, case, pair, side).item() for side in (0, 1)] for pair in (0, 1)])
-    # a reference that differs from the policy, so that the loss bends
+    # a reference that differs from the policy, so that the gradient depends on the margin
     reference = found + np.array([0.5, -0.5], np.float32)
     ours.cached = CachedPairs(case.table, RefBlock(reference, case.table.token_counts))
     ours.accumulate(np.array([0]))

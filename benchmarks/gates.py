@@ -1,4 +1,4 @@
-"""The bars that the figures are held against. A missed one is shown as missed."""
+"""The bars that the figures are compared with. A missed bar is shown as missed."""
 
 from typing import Any
 
@@ -6,11 +6,11 @@ from benchmarks.case import LIVE, OURS, TRL_PRECOMPUTED
 
 
 def gates(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each bar: what, the bar, what was found, whether it holds; None where there is nothing to hold against it."""
+    """For each bar: what it is about, the bar, the figure found, and whether it holds; None without a figure."""
     one, two, exact = report["stage one"], report["stage two"], report["exact"]
     bars = [
-        _bar("stage one, pairs a second over the live reference's pass", ">=", 2.2, _speed(one.get(LIVE))),
-        _bar("stage one, pairs a second over TRL's precompute", ">=", 2.2, _speed(one.get(TRL_PRECOMPUTED))),
+        _bar("stage one, pairs per second over the live reference's pass", ">=", 2.2, _speed(one.get(LIVE))),
+        _bar("stage one, pairs per second over TRL's precompute", ">=", 2.2, _speed(one.get(TRL_PRECOMPUTED))),
         _bar("stage two, time over the live reference's", "<=", 0.5, two[LIVE]["our_time_over_its"]),
     ]
     if report["machine"]["gpu"]:
@@ -19,7 +19,7 @@ def gates(report: dict[str, Any]) -> list[dict[str, Any]]:
         bars.append(_bar("stage two, peak memory over the live reference's", "<=", 0.4, _memory(two)))
     return [
         *bars,
-        _bar("float32 values against plain float64, nats a token", "<=", 1e-5, exact["values"]),
+        _bar("float32 values against plain float64, nats per token", "<=", 1e-5, exact["values"]),
         _bar("float32 gradients against plain float64, relative", "<=", 1e-5, exact["gradients"]),
     ]
 
@@ -34,6 +34,6 @@ def _speed(other: dict[str, Any] | None) -> float | None:
 
 
 def _memory(two: dict[str, Any]) -> float | None:
-    """Above the loaded weights of each: the live reference's second model is no part of it."""
+    """Our peak memory over the live reference's, each above its loaded weights: its second model does not count."""
     peaks = [two[name].get("peak_gb") for name in (OURS, LIVE)]
     return None if None in peaks else peaks[0] / peaks[1]

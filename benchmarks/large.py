@@ -1,11 +1,11 @@
-"""Many pairs from text to batches: `python -m benchmarks.large --help`. How fast, and how much memory beside the pairs' own.
+"""Measure speed and memory from text to batches for many pairs: `python -m benchmarks.large --help`.
 
-Rows are sentences of the sample drawn at random, about 500 stored tokens a pair. They are encoded by all cores into a cache
-as stage one does; logprobs are drawn at random, as a model takes none of the room in question; then they are decoded and
-fed as in training, from memory and from a scratch file. Each part runs in a process of its own.
+Rows are random sentences of the sample, about 500 stored tokens per pair. They are encoded on all cores into a cache, as in stage
+one. The logprobs are random, because a model would not change the memory measured here. Then the pairs are decoded and fed as in
+training, from memory and from a scratch file. Each part runs in a process of its own.
 
-Memory is that of the process alone, of which the system can take nothing back ("anonymous"), above what it had at the start:
-mapped pages of a scratch file are the system's cache.
+Memory is the anonymous memory of the process (without mapped pages of a scratch file, which the system can reclaim), above that
+at its start.
 """
 
 import argparse
@@ -23,8 +23,9 @@ from threading import Event, Thread
 
 import numpy as np
 
-from benchmarks.growth import SAMPLE, feed, identity_of, tokenizer_files, write
+from benchmarks.growth import SAMPLE, feed, tokenizer_files
 from benchmarks.measure import machine
+from benchmarks.random_cache import identity_of, write
 from minicache.cache.manifest import Log, Manifest
 from minicache.cache.reader import ReferenceCache
 from minicache.cache.schema import RefBlock
@@ -45,11 +46,11 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="large-", dir=options.work) as work:
         report: dict = {"machine": machine(), "pairs": options.pairs}
-        same = [*sys.argv[1:], "--work", work]
+        arguments = [*sys.argv[1:], "--work", work]
         if options.tokenizer:
-            same += ["--tokenizer", str(tokenizer_files(options.tokenizer, Path(work)))]
+            arguments += ["--tokenizer", str(tokenizer_files(options.tokenizer, Path(work)))]
         for child in [*(ENCODED if options.tokenizer else DRAWN), *TRAINING]:
-            command = [sys.executable, "-m", "benchmarks.large", *same, "--child", child]
+            command = [sys.executable, "-m", "benchmarks.large", *arguments, "--child", child]
             report[child] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
             print(child, json.dumps(report[child]), flush=True)
     if options.out:
@@ -59,19 +60,17 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=1_000_000)
-    parser.add_argument("--tokenizer", help="a model that has one; without it pairs are drawn as tokens")
-    parser.add_argument("--words", type=int, default=190, help="of a pair, on average")
-    parser.add_argument(
-        "--workers", type=int, default=workers.MOST, help="processes that encode, if there are such cores"
-    )
-    parser.add_argument("--work", type=Path, help="where files are made and removed; a million pairs take 7 GB")
+    parser.add_argument("--tokenizer", help="a model with a tokenizer; without it the pairs are random tokens")
+    parser.add_argument("--words", type=int, default=190, help="mean number of words of a pair")
+    parser.add_argument("--workers", type=int, default=workers.MOST, help="processes that encode, at most one per core")
+    parser.add_argument("--work", type=Path, help="directory for temporary files; a million pairs take 7 GB")
     parser.add_argument("--out", type=Path, help="also write the report here, as JSON")
     parser.add_argument("--child", choices=CHILDREN, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 class Peak:
-    """The most anonymous memory within the context, MB: of this process above its beginning, and of its children together."""
+    """Context that measures peak anonymous memory, MiB. own: above that at its start. children: of all child processes."""
 
     def __enter__(self) -> "Peak":
         self.own = self.children = 0.0
@@ -91,14 +90,16 @@ class Peak:
 
     def _look(self) -> None:
         self.own = max(self.own, anonymous("self") - self._before)
-        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()  # the main thread starts them
+        # the main thread starts the children
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
         self.children = max(self.children, sum(map(anonymous, children)))
 
 
 def anonymous(process: str) -> float:
+    """Anonymous memory of a process, MiB; 0 if it has ended."""
     try:
         return int(re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{process}/status").read_text())[1]) / 1024  # type: ignore[index]
-    except (OSError, TypeError):  # it has ended
+    except (OSError, TypeError):
         return 0.0
 
 
@@ -106,7 +107,7 @@ def anonymous(process: str) -> float:
 
 
 def text(options: argparse.Namespace) -> dict[str, float]:
-    """The rows, as jsonl."""
+    """Write the rows as jsonl."""
     sentences = [
         sentence + " "
         for line in SAMPLE.read_text(encoding="utf-8").splitlines()
@@ -124,11 +125,13 @@ def text(options: argparse.Namespace) -> dict[str, float]:
 
 
 def encoding(options: argparse.Namespace) -> dict[str, float]:
-    """Stage one's first half, from the file on disk to blocks of the cache on disk."""
+    """Encode the rows: the first half of stage one, from the file on disk to blocks of the cache on disk."""
     identity = identity_of(2048)
-    encoder = Encoder(ChatTokenizer.load(Path(options.tokenizer)), identity.max_length)
+    encoder = Encoder(tokenizer=ChatTokenizer.load(Path(options.tokenizer)), max_length=identity.max_length)
     path, file = options.work / "cache", str(options.work / "pairs.jsonl")
-    cache = CacheWriter.create(path, Manifest(identity, Log("m", "d", {})), lambda place: place.mkdir())
+    cache = CacheWriter.create(
+        path, Manifest(identity, Log(model="m", created="d", versions={})), lambda place: place.mkdir()
+    )
     workers.MOST = options.workers
     given, started, cpu = hash_files((file,)), time.perf_counter(), time.process_time()
     with Peak() as peak:
@@ -142,14 +145,15 @@ def encoding(options: argparse.Namespace) -> dict[str, float]:
         "pairs/s": pairs / seconds,
         "tokens": tokens,
         "tokens/s": tokens / seconds,
-        "own CPU s": cpu,  # with many workers, it is what bounds the speed
+        # with many workers, this bounds the speed
+        "own CPU s": cpu,
         "own MB": peak.own,
         "workers MB": peak.children,
     }
 
 
 def scoring(options: argparse.Namespace) -> dict[str, float]:
-    """Logprobs by lot."""
+    """Write random logprobs."""
     cache, draw, started = CacheWriter(options.work / "cache"), np.random.default_rng(0), time.perf_counter()
     for block in range(len(cache.blocks)):
         table = cache.blocks.pairs(block)
@@ -158,7 +162,7 @@ def scoring(options: argparse.Namespace) -> dict[str, float]:
 
 
 def drawing(options: argparse.Namespace) -> dict[str, float]:
-    """The cache of random pairs of `benchmarks/growth.py`."""
+    """Write the cache of random pairs of benchmarks/random_cache.py."""
     return write(options.work / "cache", options.pairs, None)
 
 
@@ -171,8 +175,11 @@ def from_a_file(options: argparse.Namespace) -> dict[str, float]:
 
 
 def training(options: argparse.Namespace, scratch: Path | None) -> dict[str, float]:
+    """Decode the pairs, and feed them as in training."""
     import torch
-    from transformers import LlamaForCausalLM  # noqa: F401  # with what `feed` imports, before memory is measured
+
+    # `feed` imports it: imported here, it does not count in the memory measured
+    from transformers import LlamaForCausalLM  # noqa: F401
 
     from minicache.processes.world import World
     from minicache.scoring.loading import load_pairs

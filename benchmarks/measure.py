@@ -1,4 +1,4 @@
-"""Time, taken in turns within one process, and memory, of a process."""
+"""Measuring time, in turns within one process, and the memory of a process."""
 
 import ctypes
 import os
@@ -17,7 +17,7 @@ PACKAGES = ("minicache", "torch", "transformers", "trl", "datasets", "zarr", "nu
 
 
 def alternate(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each run in each round; the order turns, so that none always follows the same one."""
+    """Seconds of each run in each round. The order rotates, so that no run always follows the same one."""
     names = list(runs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for round_ in range(rounds):
@@ -31,33 +31,35 @@ def alternate(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str
 
 
 def ratio(times: list[float], others: list[float]) -> float:
-    """Median over the rounds of times / others: what slows a whole round down cancels."""
+    """Median over the rounds of times / others, in which a slowdown of a whole round cancels."""
     return statistics.median(a / b for a, b in zip(times, others, strict=True))
 
 
 def peak_gb(run: Callable[[], object]) -> float:
-    """GB that the process (on a GPU: PyTorch) takes at most during a run, above what it held before."""
+    """Peak GB of the process (on a GPU: of PyTorch) during a run, above what it held before."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
         return (torch.cuda.max_memory_allocated() - before) / 1e9
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed and is still held would hide as much of the run's own
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    # memory that was freed but is still held would hide as much of the run's own
+    ctypes.CDLL(None).malloc_trim(0)
+    # reset the peak
+    Path("/proc/self/clear_refs").write_text("5")
     before = _resident("VmRSS")
     run()
     return (_resident("VmHWM") - before) / 1e9
 
 
 def _resident(field: str) -> int:
-    """Bytes. Linux only."""
+    """VmRSS or VmHWM of this process, bytes. Linux only."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
 
 
 def machine() -> dict[str, Any]:
-    """Where and with what this was measured."""
+    """The machine, its load, and the versions of the packages."""
     names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
     versions = {}
     for name in PACKAGES:
@@ -68,7 +70,8 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "load": os.getloadavg()[0],  # of the minute before; above 0.5 the machine was not idle
+        # of the last minute; above 0.5 the machine was not idle
+        "load": os.getloadavg()[0],
         "python": platform.python_version(),
         "versions": versions,
         "date": datetime.now(UTC).date().isoformat(),

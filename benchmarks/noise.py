@@ -1,7 +1,7 @@
-"""The noise between the two stages: the same weights, the same pairs, other batches. `python -m benchmarks.noise --help`
+"""Measure the noise between the stages: the same weights and pairs in other batches. `python -m benchmarks.noise --help`
 
-Stage one scores with its budget; stage two's first forward pass has other batches, maybe another layout. In exact arithmetic
-the values agree, the loss is ln 2. Written to benchmarks/results/noise.json.
+The first forward pass of stage two has other batches than stage one, and maybe another layout. In exact arithmetic the values
+agree and the loss is ln 2. Results are written to benchmarks/results/noise.json.
 """
 
 import argparse
@@ -28,7 +28,8 @@ from minicache.trackers import Silent
 from minicache.training.losses import Logps
 
 COLUMNS = ["stage one", "stage two", "mean |difference|", "largest", "loss at step 0 - ln 2", "accuracy at step 0"]
-PAIRS_ALONE = 1  # no two pairs fit: each is a batch of its own
+# A budget that no two pairs fit, so that each is a batch of its own.
+PAIRS_ALONE = 1
 STAGE_ONE = ("auto", 16384)
 STAGE_TWO = (("auto", 4096), ("auto", PAIRS_ALONE), ("shared", 4096), ("padded", 4096))
 
@@ -43,8 +44,8 @@ def main() -> None:
         sys.exit(f"noise: {error}")
     report = {
         "what": f"{short_name(options.model)}, {len(case.table)} pairs of {options.data}, at most {options.max_length} tokens a "
-        "side; beta 0.1, mean logprobs. How far the mean logprob of a side, nats a token, differs between stage one and the "
-        "first forward pass of stage two, by layout and token slots a batch. Without noise the accuracy is 0: nothing is "
+        "side; beta 0.1, mean logprobs. Differences of a side's mean logprob, nats per token, between stage one and the first "
+        "forward pass of stage two, by layout and token slots per batch. Without noise the accuracy is 0: nothing is "
         "preferred.",
         "note": options.note,
         "machine": machine(),
@@ -66,15 +67,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", default="minicache/sample/train.jsonl")
     parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--max-length", type=int, default=1024)
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"), help="set beside float32")
-    parser.add_argument("--note", help="a remark that stands beside the figures")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"), help="measured beside float32")
+    parser.add_argument("--note", help="a remark to print with the figures")
     options = parser.parse_args()
     vars(options).update(tokenizer=options.model, layout="auto", micro_pairs=1, budget=None)
     return options
 
 
 def measure(case: Case, console: Console) -> list[list[str]]:
-    """COLUMNS for either precision, and for a reference in float32 with a policy in the half one."""
+    """Rows of COLUMNS for both precisions, and for a float32 reference with a policy in half precision."""
     rows, first = [], {}
     for dtype in ("float32", case.dtype):
         first[dtype] = score(case, dtype, *STAGE_ONE)
@@ -87,7 +88,7 @@ def measure(case: Case, console: Console) -> list[list[str]]:
 
 
 def score(case: Case, dtype: str, layout: str, budget: int) -> np.ndarray:
-    """(N, 2) mean logprobs, nats a token."""
+    """(N, 2) mean logprobs, nats per token."""
     scorer, means = Scorer(case.model, dtype), np.zeros((len(case.table), 2), np.float32)
     settle_layout(scorer, case.table, layout, case.device, Silent())
     for indices, _, scores in score_table(scorer, case.table, case.everything, budget, case.device):
@@ -96,6 +97,7 @@ def score(case: Case, dtype: str, layout: str, budget: int) -> np.ndarray:
 
 
 def compare(case: Case, one: tuple, reference: np.ndarray, two: tuple, policy: np.ndarray) -> list[str]:
+    """A row of COLUMNS. one, two: (dtype, layout, budget) of the stages. reference, policy: (N, 2) mean logprobs."""
     difference = policy - reference
     counts = torch.from_numpy(case.table.token_counts).float()
     losses = case.objective(Logps(torch.from_numpy(policy), torch.from_numpy(reference), counts, True), 1.0)

@@ -1,4 +1,4 @@
-"""This project's two stages, by the functions that the stages themselves use."""
+"""This project's two stages as a contestant, with the functions that the stages use."""
 
 import numpy as np
 
@@ -13,12 +13,15 @@ from minicache.training.validation import pair_logps
 
 
 class Ours:
+    """A `Contestant`."""
+
     def __init__(self, case: Case, optimizer: Optimizer) -> None:
         self.case, self.optimizer = case, optimizer
         self.scorer = Scorer(twin(case.model), case.dtype)
         settle_layout(self.scorer, case.table, case.layout, case.device, Silent())
 
     def reference(self) -> np.ndarray:
+        """(N, 2) mean logprobs, nats per token, which later steps use."""
         case = self.case
         means = np.zeros((len(case.table), 2), np.float32)
         for indices, _, scores in score_table(self.scorer, case.table, case.everything, case.budget, case.device):
@@ -27,14 +30,16 @@ class Ours:
         return means
 
     def step(self, indices: Indices) -> None:
+        """One optimizer step on these pairs."""
         self.accumulate(indices)
         self.optimizer.step()
 
     def accumulate(self, indices: Indices) -> None:
-        """Gradients of the mean loss of these pairs."""
+        """Accumulate the gradients of the mean loss of these pairs."""
         case = self.case
         for part, batch in self.scorer.batches(case.table, indices, case.budget):
             moved = batch.to(case.device)
-            scores = self.scorer(moved, distribution=True)  # training logs the entropy
+            # with the distribution, because training logs the entropy
+            scores = self.scorer(moved, distribution=True)
             logps = pair_logps(scores, moved, self.cached, part, case.objective)
             (case.objective(logps, 1.0).sum() / len(indices)).backward()

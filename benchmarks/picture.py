@@ -1,4 +1,4 @@
-"""benchmarks/results/*.json -> bench.png: pairs a second of both stages, and memory. `python -m benchmarks.picture`"""
+"""benchmarks/results/*.json -> bench.png: pairs per second of both stages, and memory. `python -m benchmarks.picture`"""
 
 from pathlib import Path
 from typing import Any
@@ -8,14 +8,14 @@ from benchmarks.results import RESULTS, TITLES, load_reports
 
 COLORS = {OURS: "#2a78d6", LIVE: "#8a8985", TRL: "#c9a227", TRL_PRECOMPUTED: "#7a5ea8"}
 PANELS = (
-    ("stage one", "pairs_per_second", "stage one: pairs a second"),
-    ("stage two", "pairs_per_second", "stage two: pairs a second"),
+    ("stage one", "pairs_per_second", "stage one: pairs per second"),
+    ("stage two", "pairs_per_second", "stage two: pairs per second"),
     ("stage two", "peak_gb", "stage two: peak GB above the weights"),
 )
 
 
 def draw() -> Path | None:
-    """The picture of all reports there are; None without matplotlib."""
+    """Draw all reports. Returns the path of the picture; None without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

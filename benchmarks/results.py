@@ -1,4 +1,4 @@
-"""benchmarks/results/*.json -> RESULTS.md; `python -m benchmarks.results` writes it anew."""
+"""benchmarks/results/*.json -> RESULTS.md: `python -m benchmarks.results`."""
 
 import json
 from pathlib import Path
@@ -21,21 +21,22 @@ Made by `python -m benchmarks.results` from `benchmarks/results/*.json`; `make b
 same weights on the same token ids in one process and take turns; figures are medians, ratios the medians of each round's ratio.
 Memory is each contestant's own process: what it takes at most above the loaded weights, a second model's weights apart.
 "Live reference" is `benchmarks/baseline.py`: two models, padded rows, full logits, as MiniMind trains. TRL is its own
-`DPOTrainer`, without gradient checkpointing. Tokens a second count both sides whole and no padding. A step is all pairs, forward
+`DPOTrainer`, without gradient checkpointing. Tokens per second count both sides whole and no padding. A step is all pairs, forward
 and backward in micro-batches, and one update by the same fused AdamW.
 
-![pairs a second and memory](results/bench.png)
+![pairs per second and memory](results/bench.png)
 """
 
 
 def load_reports() -> dict[str, dict[str, Any]]:
-    """Name of the file -> report, in the order of the page."""
+    """Name of a result's file -> its report, in the order of the page."""
     found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*-?pu.json"))}
     order = [*TITLES, *(name for name in found if name not in TITLES)]
     return {name: found[name] for name in order if name in found}
 
 
 def write_results() -> Path:
+    """Write the page. Returns its path."""
     reports = load_reports()
     parts = [HEAD]
     for name in [*TITLES, *(name for name in reports if name not in TITLES)]:
@@ -75,7 +76,7 @@ def _noise(report: dict[str, Any]) -> list[str]:
 
 
 def _growth(report: dict[str, Any]) -> list[str]:
-    """Every figure of growth.py's report, a cache a column."""
+    """The figures of growth.py's report, with a column for each cache."""
     parts = [f"{machine_line(report)}.\n", f"`{report['command']}`\n"]
     if isinstance(report["encode"], dict):
         parts.append(_table(["encoding", ""], [(name, f"{value:,.0f}") for name, value in report["encode"].items()]))

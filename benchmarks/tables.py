@@ -1,4 +1,4 @@
-"""A report as tables: for the screen, and as the rows that RESULTS.md is made of."""
+"""A report as tables for the screen, and as rows for RESULTS.md."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +13,7 @@ Row = list[str]
 
 
 def stage_rows(report: dict[str, Any], stage: str) -> Iterator[Row]:
-    """The contestant and what COLUMNS say of it."""
+    """For each contestant, its name and its values of COLUMNS."""
     weights = report["case"]["parameters"] * 4 / 1e9
     for name, one in report[stage].items():
         second = f"{weights:.2f}" if stage == "stage two" and name in (LIVE, TRL) else ""

@@ -1,4 +1,4 @@
-"""TRL's own DPOTrainer, driven step by step on the same token ids: its collator, its loss, its backward pass."""
+"""TRL's DPOTrainer as a contestant, step by step on the same token ids: with its own collator, loss and backward pass."""
 
 import warnings
 from functools import cached_property
@@ -14,7 +14,7 @@ from minicache.scoring.batching import Indices
 
 
 class Trl:
-    """precompute: as with `precompute_ref_log_probs=True`; otherwise with its reference model beside the policy."""
+    """A `Contestant`. precompute: with `precompute_ref_log_probs=True`; otherwise with a reference model beside the policy."""
 
     def __init__(self, case: Case, optimizer: Optimizer, precompute: bool) -> None:
         self.case, self.optimizer, self.precompute = case, optimizer, precompute
@@ -23,11 +23,11 @@ class Trl:
 
     @cached_property
     def model(self) -> Any:
-        """The policy as its training loop gets it. Not before it is needed: accelerate wraps forward once and for all."""
+        """The policy as TRL's training loop uses it; made at its first use, because accelerate wraps forward permanently."""
         return self.trainer.accelerator.prepare_model(self.trainer.model)
 
     def reference(self) -> np.ndarray:
-        """What `_precompute_ref_logps` does between making its data loader and writing its file."""
+        """(N, 2) mean logprobs, nats per token, computed as `_precompute_ref_logps` does, without its data loader and file."""
         trainer, parts = self.trainer, []
         for indices in micro_batches(self.case.everything, self.case.micro_pairs):
             both = trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, self._inputs(indices))
@@ -39,6 +39,7 @@ class Trl:
         return sums / self.case.table.token_counts
 
     def step(self, indices: Indices) -> None:
+        """One optimizer step on these pairs."""
         parts = list(micro_batches(indices, self.case.micro_pairs))
         self.trainer.current_gradient_accumulation_steps = len(parts)
         for part in parts:
@@ -50,7 +51,11 @@ class Trl:
 
 
 def _row(case: Case, index: int) -> dict[str, Any]:
-    """A pair in TRL's columns. It counts all tokens of an answer, and so do we in these pairs; what follows them is cut."""
+    """A pair in TRL's columns, up to its last counted token.
+
+    Raises:
+        ConfigError: not all tokens of an answer count, or the prompts differ. TRL counts all tokens of an answer.
+    """
     columns: dict[str, Any] = {}
     begins = []
     for side, name in enumerate(("chosen", "rejected")):
@@ -67,22 +72,28 @@ def _row(case: Case, index: int) -> dict[str, Any]:
 
 
 def _trainer(case: Case, rows: list[dict[str, Any]], precompute: bool) -> Any:
-    """Raises ImportError: TRL or datasets is not installed."""
+    """TRL's trainer on these rows.
+
+    Raises:
+        ImportError: TRL or datasets is not installed.
+    """
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
     class Encoded(DPOTrainer):
-        """The pairs come as token ids, so that they are the same as everyone's."""
+        """A trainer on token ids, so that its pairs are the same as those of the other contestants."""
 
         def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
             return dataset
 
         def _precompute_ref_logps(self, dataset: Dataset, *_: Any) -> Dataset:
-            return dataset  # `Trl.reference` does, when its time is taken
+            # `Trl.reference` computes them, to measure the time
+            return dataset
 
     with TemporaryDirectory() as scratch, warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # names that newer transformers renames
+        # TRL uses names that newer transformers deprecates
+        warnings.simplefilter("ignore", FutureWarning)
         settings = DPOConfig(
             output_dir=scratch,
             beta=BETA,

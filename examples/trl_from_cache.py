@@ -1,11 +1,11 @@
-"""TRL's DPOTrainer trains from an exported reference cache: no reference model is loaded, no pass made over the data.
+"""Train TRL's DPOTrainer from an exported reference cache, without a reference model or a pass over the data.
 
     minidpo precompute-ref --model MODEL --data pairs.jsonl --ref-cache cache/
     minidpo export --ref-cache cache/ --out pairs.parquet
     python examples/trl_from_cache.py --model MODEL --pairs pairs.parquet --out run/
 
-TRL 1.16 tokenizes every data set anew, and with `precompute_ref_log_probs` scores it anew, whatever columns it has. Both steps
-are a method each, and here they return the data set as it is: its columns already have the names that they would give them.
+TRL 1.16 always tokenizes a data set and, with `precompute_ref_log_probs`, scores it, even if it has the columns already. Each of
+these steps is a method, which here returns the data set as it is: its columns have the names that the methods would give them.
 """
 
 import argparse
@@ -20,13 +20,13 @@ COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_
 
 
 class CachedDPOTrainer(DPOTrainer):
-    """Takes token ids and the reference's sums from the data set. The pairs must be cut to length already: max_length=None."""
+    """Uses the token ids and reference logprobs of the data set, whose pairs are truncated already: needs max_length=None."""
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         masked = [side for side in ("chosen", "rejected") if not counts_whole_answers(dataset, side)]
         if masked:
             raise ValueError(
-                f"expected pairs in which just the answers count (--loss-on response), got others: {masked}"
+                f"expected pairs in which exactly the answers count (--loss-on response), got others: {masked}"
             )
         return dataset.select_columns(COLUMNS)
 
@@ -35,7 +35,7 @@ class CachedDPOTrainer(DPOTrainer):
 
 
 def counts_whole_answers(dataset: Dataset, side: str) -> bool:
-    """TRL sums over all of an answer and nothing else; sums over other tokens would be compared with those."""
+    """Whether exactly the tokens of the answers count. TRL sums over these, so the reference sums must be over the same."""
     return all(
         mask == [0] * len(prompt) + [1] * len(answer)
         for prompt, answer, mask in zip(
@@ -45,7 +45,7 @@ def counts_whole_answers(dataset: Dataset, side: str) -> bool:
 
 
 def trainer_for(model: str, pairs: str, out: str, **options: Any) -> CachedDPOTrainer:
-    """A trainer on a parquet file of `minidpo export`. options: of DPOConfig."""
+    """A trainer on a parquet file from `minidpo export`. options: for DPOConfig."""
     return CachedDPOTrainer(
         model,
         args=DPOConfig(out, precompute_ref_log_probs=True, max_length=None, **options),
@@ -59,7 +59,8 @@ if __name__ == "__main__":
     for name in ("--model", "--pairs", "--out"):
         parser.add_argument(name, required=True)
     arguments = parser.parse_args()
-    gpu = torch.cuda.is_available()  # TRL's default is bfloat16, which it refuses elsewhere
+    # TRL's default is bfloat16, which it refuses without a GPU
+    gpu = torch.cuda.is_available()
     trainer = trainer_for(arguments.model, arguments.pairs, arguments.out, report_to="none", bf16=gpu, use_cpu=not gpu)
     trainer.train()
     trainer.save_model()

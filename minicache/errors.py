@@ -1,4 +1,4 @@
-"""What can go wrong for a user, as a tree.
+"""The errors that a user can cause, as a tree.
 
     MinicacheError              one line: what was expected, what came, what to do
     ├── ConfigError             an option has a value that cannot work
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 
 class Difference(NamedTuple):
-    """A field in which a cache is not what was expected. changes_values: of the logprobs, and not only of how they are stored."""
+    """A field of a cache that is not as expected. changes_values: it changes logprobs, not only how they are stored."""
 
     field: str
     found: Any
@@ -34,7 +34,7 @@ class Difference(NamedTuple):
 
 
 class MinicacheError(Exception):
-    """Base of everything a user can cause."""
+    """Base of every error that a user can cause."""
 
 
 class ConfigError(MinicacheError):
@@ -48,8 +48,8 @@ class DataError(MinicacheError):
 class RowRefused(DataError):
     """One row cannot become a pair.
 
-    `reason` is a short stable code that reports are counted by; the message says what was wrong in this row; `line` is
-    where it stands in its file, once a reader has set it.
+    reason: a short stable code, by which reports count rows. line: the row's line in its file, set by the reader. The message
+    says what is wrong with this row.
     """
 
     def __init__(self, reason: str, message: str) -> None:
@@ -58,7 +58,8 @@ class RowRefused(DataError):
         self.line = 0
 
     def __reduce__(self) -> tuple[type["RowRefused"], tuple[str, str], dict[str, Any]]:
-        return type(self), (self.reason, str(self)), vars(self)  # it is sent between processes
+        """Pickle the attributes too: workers send refusals to their parent."""
+        return type(self), (self.reason, str(self)), vars(self)
 
 
 class CacheError(MinicacheError):
@@ -72,7 +73,7 @@ class CacheNotFound(CacheError):
 class CacheMismatch(CacheError):
     """The cache was made with other options, another model or another tokenizer.
 
-    differences: field by field, where they are fields of its identity. sides: what found and expected are called.
+    differences: the fields of the identity that differ. sides: names of the columns found and expected.
     """
 
     def __init__(
@@ -82,7 +83,8 @@ class CacheMismatch(CacheError):
         self.differences, self.sides = list(differences), sides
 
     def __reduce__(self) -> tuple[type["CacheMismatch"], tuple[str], dict[str, Any]]:
-        return type(self), (str(self),), vars(self)  # it is sent between processes
+        """Pickle the attributes too: ranks send errors to each other."""
+        return type(self), (str(self),), vars(self)
 
 
 class CacheIncomplete(CacheError):
@@ -110,7 +112,7 @@ class ProcessLost(MinicacheError):
 
 
 class StoreError(MinicacheError):
-    """An object store cannot be reached, or refuses. What was finished stays, and the same call goes on."""
+    """An object store cannot be reached, or refuses. What was finished stays; the same command resumes."""
 
 
 class OutputError(MinicacheError):

@@ -1,10 +1,10 @@
-"""An encoded preference pair and a table of many: what data/ makes, cache/ stores and batch.py turns into tensors.
+"""An encoded preference pair, and a table of pairs: data/ makes them, cache/ stores them, scoring/batch.py makes tensors of them.
 
-A pair is one run of tokens, `prefix | chosen's rest | rejected's rest`, where the prefix is the longest beginning on which
-both sides agree in ids *and* mask while each side keeps a rest of at least one token. Numpy only.
+A pair is one sequence of tokens, `prefix | chosen's rest | rejected's rest`. The prefix is the longest beginning in which both
+sides agree in ids *and* mask while each side keeps a rest of at least one token. Numpy only.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from hashlib import blake2b
 
@@ -12,8 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.integer]
-CHOSEN, REJECTED = 0, 1  # the side axis, wherever there is one
-COUNTED_AT_ONCE = 1024  # pairs
+# Indices of the side axis.
+CHOSEN, REJECTED = 0, 1
+# Pairs whose tokens `count_tokens` counts at once: reduceat makes an int32 copy of its input.
+COUNTED_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,8 @@ class EncodedPair:
 
     tokens: (n,) ids of prefix, chosen's rest, rejected's rest.
     loss_mask: (n,) uint8, 1 where the token counts in the loss.
-    lengths: tokens in each of the three parts; they sum to n.
-    source: number of the file in the manifest's list of sources, line (or row) in it, from 1.
+    lengths: tokens of each of the three parts; they sum to n.
+    source: index of the file in the manifest's list of sources, and the line (or row) in it from 1.
     """
 
     tokens: Ints
@@ -35,7 +37,7 @@ class EncodedPair:
     def join(
         cls, chosen: Ints, chosen_mask: Ints, rejected: Ints, rejected_mask: Ints, source: tuple[int, int] = (-1, -1)
     ) -> "EncodedPair":
-        """Store the beginning that two whole sequences share once. Each side must have at least one token."""
+        """The pair of two whole sequences, their common beginning stored once. Each side must have at least one token."""
         shortest = min(len(chosen), len(rejected))
         differs = (chosen[:shortest] != rejected[:shortest]) | (chosen_mask[:shortest] != rejected_mask[:shortest])
         prefix = min(int(np.argmax(differs)) if differs.any() else shortest, shortest - 1)
@@ -65,10 +67,10 @@ class EncodedPair:
 
 @dataclass(frozen=True)
 class PairTable:
-    """Many pairs in flat columns: a block of a cache, or the whole of it.
+    """N pairs with T tokens in flat columns: a block of a cache, or a whole cache.
 
-    tokens: (T,) uint16 or int32; loss_mask: (T,) uint8; the pairs one after another.
-    lengths: (N, 3) int32, as in `EncodedPair`; digest: (N, 2) uint64; source: (N, 2) int64.
+    tokens: (T,) uint16 or int32, the pairs one after another. loss_mask: (T,) uint8.
+    lengths: (N, 3) int32, as in `EncodedPair`. digest: (N, 2) uint64. source: (N, 2) int64.
     """
 
     tokens: Ints
@@ -79,25 +81,27 @@ class PairTable:
 
     @classmethod
     def from_pairs(cls, pairs: list[EncodedPair], token_dtype: str) -> "PairTable":
+        """The table of at least one pair. token_dtype: 'uint16' or 'int32'."""
         return cls(
-            np.concatenate([pair.tokens for pair in pairs]).astype(token_dtype),
-            np.concatenate([pair.loss_mask for pair in pairs]),
-            np.array([pair.lengths for pair in pairs], np.int32),
-            np.array([np.frombuffer(pair.digest, "<u8") for pair in pairs], np.uint64),
-            np.array([pair.source for pair in pairs], np.int64),
+            tokens=np.concatenate([pair.tokens for pair in pairs]).astype(token_dtype),
+            loss_mask=np.concatenate([pair.loss_mask for pair in pairs]),
+            lengths=np.array([pair.lengths for pair in pairs], np.int32),
+            digest=np.array([np.frombuffer(pair.digest, "<u8") for pair in pairs], np.uint64),
+            source=np.array([pair.source for pair in pairs], np.int64),
         )
 
     @classmethod
     def concatenate(cls, tables: list["PairTable"]) -> "PairTable":
-        columns = ("tokens", "loss_mask", "lengths", "digest", "source")
-        return cls(*(np.concatenate([getattr(table, column) for table in tables]) for column in columns))
+        """The pairs of several tables in one."""
+        columns = (item.name for item in fields(cls))
+        return cls(**{column: np.concatenate([getattr(table, column) for table in tables]) for column in columns})
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     @cached_property
     def offsets(self) -> NDArray[np.int64]:
-        """(N + 1,) where each pair begins in `tokens`; the last entry is T."""
+        """(N + 1,) int64: the position in `tokens` at which each pair begins; the last entry is T."""
         return np.concatenate([[0], self.lengths.sum(1, dtype=np.int64).cumsum()])
 
     def __getitem__(self, index: int) -> EncodedPair:
@@ -109,30 +113,32 @@ class PairTable:
         )
 
     def take(self, indices: Ints) -> list[EncodedPair]:
+        """The pairs at these indices, (n,)."""
         return [self[int(index)] for index in indices]
 
     @cached_property
     def keys(self) -> NDArray[np.void]:
-        """(N,) of 16 bytes each: the digests as values that can be sorted and looked up."""
+        """(N,) of 16 bytes each: the digests as sortable values."""
         return np.ascontiguousarray(self.digest, "<u8").view("V16").reshape(-1)
 
     @cached_property
     def side_lengths(self) -> NDArray[np.int64]:
-        """(N, 2) tokens in the whole chosen and the whole rejected sequence."""
+        """(N, 2) int64: tokens of the whole chosen and the whole rejected sequence."""
         return (self.lengths[:, :1] + self.lengths[:, 1:]).astype(np.int64)
 
     @cached_property
     def token_counts(self) -> NDArray[np.int32]:
-        """(N, 2) counted tokens of each side; a counted prefix token counts on both."""
+        """(N, 2) int32: counted tokens of each side; a counted prefix token counts on both."""
         return count_tokens(self.lengths, self.loss_mask)
 
 
 def count_tokens(lengths: NDArray[np.int32], loss_mask: NDArray[np.uint8]) -> NDArray[np.int32]:
-    """(N, 2) counted tokens of each side of N pairs: lengths (N, 3) and loss_mask (T,) as in a `PairTable`."""
+    """(N, 2) int32: counted tokens of each side of N pairs. lengths: (N, 3) and loss_mask: (T,) as in a `PairTable`."""
     parts = np.zeros(lengths.shape, np.int32)
-    filled = lengths > 0  # reduceat takes an empty stretch for one of a single token
+    # Empty parts are left out, because reduceat would count one token for them.
+    filled = lengths > 0
     end = 0
-    for first in range(0, len(lengths), COUNTED_AT_ONCE):  # reduceat makes an int32 copy of all that it is given
+    for first in range(0, len(lengths), COUNTED_AT_ONCE):
         some = slice(first, first + COUNTED_AT_ONCE)
         sizes = lengths[some][filled[some]].astype(np.int64)
         begin, end = end, end + int(sizes.sum())

@@ -4,15 +4,15 @@ from collections.abc import Iterable
 
 
 def visible(text: str) -> str:
-    """The text with control characters as visible signs (ESC as ␛), so that a user's data never controls the terminal."""
+    """The text with control characters shown as symbols (ESC as ␛), so that a user's data never controls the terminal."""
     shown = {code: 0x2400 + code for code in range(32) if code not in (9, 10)}
     c1 = dict.fromkeys((*range(128, 160), 8234, 8235, 8237, 8238, 8294, 8295, 8296), "�")
-    # a file name that is not UTF-8 comes with surrogates, which no terminal can be sent
+    # a file name that is not UTF-8 holds surrogates, which cannot be sent to a terminal
     return text.translate({**shown, 0x7F: 0x2421, **c1}).encode("utf-8", "replace").decode()
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """Ascending numbers as text, consecutive ones as a range: "0-3, 7"."""
+    """Ascending numbers as text, consecutive ones as ranges: "0-3, 7"."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:

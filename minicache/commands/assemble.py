@@ -1,4 +1,4 @@
-"""Commands made of the dataclasses that declare their options: a typer command's signature, and what a person gave.
+"""Typer commands from the dataclasses that declare their options.
 
     @command(PrecomputeConfig, after={"tokenizer": RECIPE, "shard": NPROC})
     def precompute_ref(given: Given) -> None: ...
@@ -25,7 +25,7 @@ Config = TypeVar("Config")
 
 @dataclass(frozen=True)
 class Extra:
-    """An option of a command that is no field of its config: how it runs, or how its result is shown."""
+    """An option that is no field of a command's config: how the command runs, or how its result is shown."""
 
     name: str
     kind: Any
@@ -34,52 +34,69 @@ class Extra:
     minimum: int | None = None
 
 
-NPROC = Extra("nproc", int, 1, Option(help="Processes on this machine, as torchrun would start them."), minimum=1)
-JSON = Extra("json", bool, False, Option(help="Print the result as JSON."))
+NPROC = Extra(
+    name="nproc",
+    kind=int,
+    default=1,
+    option=Option(help="Number of processes on this machine, started as torchrun would."),
+    minimum=1,
+)
+JSON = Extra(name="json", kind=bool, default=False, option=Option(help="Print the result as JSON."))
 VERBOSE = Extra(
-    "verbose", bool, False, Option(help="Log each step to stderr, and show the traceback behind a one-line error.")
+    name="verbose",
+    kind=bool,
+    default=False,
+    option=Option(help="Log each step to stderr, and show the traceback behind a one-line error."),
 )
 RECIPE = Extra(
-    "recipe",
-    str | None,
-    None,
-    Option(help=f"Defaults of MiniMind's scripts, for both stages: {', '.join(RECIPES)}. Other options win."),
+    name="recipe",
+    kind=str | None,
+    default=None,
+    option=Option(
+        help=f"Use the defaults of MiniMind's scripts, in both stages: {', '.join(RECIPES)}. Other options override them."
+    ),
 )
 
 
 @dataclass(frozen=True)
 class Given:
-    """What stands on a command line. options: those of the config that a person wrote, by name. extras: all `Extra`s."""
+    """The values on a command line. options: those of the config that the user wrote, by name. extras: all `Extra`s, by name."""
 
     options: dict[str, Any]
     extras: dict[str, Any]
 
     def config(self, kind: type[Config], defaults: Mapping[str, Any] | None = None) -> Config:
-        """The config of these options; `defaults` take the place of the config's own."""
+        """The config with these options. defaults: override the config's own.
+
+        Raises:
+            ConfigError: a value is not allowed.
+        """
         return fill(kind, {**(defaults or {}), **self.options})
 
     @property
     def nproc(self) -> int:
-        return self.extras["nproc"]
+        """Number of processes."""
+        return int(self.extras["nproc"])
 
     @property
     def json(self) -> bool:
-        return self.extras["json"]
+        """Whether to print the result as JSON."""
+        return bool(self.extras["json"])
 
 
 def command(
     config: type, after: Mapping[str, Extra] | None = None, optional: tuple[str, ...] = ()
 ) -> Callable[[Callable[[Given], None]], Callable[..., None]]:
-    """Make a function of `Given` a typer command with the options of a config.
+    """A decorator that makes a function of `Given` a typer command with the options of a config.
 
-    after: name of an option -> the extra that follows it in `--help`. optional: fields without a default that the command line
-    may leave out.
+    after: name of an option -> the extra that follows it in `--help`. optional: names of fields without a default that the user may
+    leave out.
     """
     return command_of(parameters_of(config, after or {}, optional))
 
 
 def command_of(parameters: list[inspect.Parameter]) -> Callable[[Callable[[Given], None]], Callable[..., None]]:
-    """As `command`, with these parameters."""
+    """A decorator as `command`, with these parameters."""
     own = {each.name for each in parameters if not each.name.startswith("_")}
 
     def decorate(function: Callable[[Given], None]) -> Callable[..., None]:
@@ -105,7 +122,7 @@ def command_of(parameters: list[inspect.Parameter]) -> Callable[[Callable[[Given
 
 
 def parameters_of(config: type, after: Mapping[str, Extra], optional: tuple[str, ...] = ()) -> list[inspect.Parameter]:
-    """A keyword parameter for each option of a config, those that are needed first."""
+    """A keyword parameter for each option of a config and each extra, required ones first."""
     parameters = []
     for item, declared in options_of(config):
         is_needed = item.default is MISSING and item.name not in optional
@@ -117,7 +134,7 @@ def parameters_of(config: type, after: Mapping[str, Extra], optional: tuple[str,
 
 
 def parameter_of(name: str, kind: Any, default: Any, declared: Option, is_needed: bool = False) -> inspect.Parameter:
-    """The parameter of one option, with a type that typer can read; it has no default where it is needed."""
+    """The parameter of an option, with a type that typer can parse; without a default if it is required."""
     read = _typed(kind)
     default = None if default == () else default
     if default is None and not is_needed and NoneType not in get_args(read):
@@ -153,7 +170,7 @@ def _parameter(name: str, kind: Any, default: Any, info: Any) -> inspect.Paramet
 
 
 def _typed(kind: Any) -> Any:
-    """The type that typer reads an option as: text for what may be a path or a URL, a list for several."""
+    """The type as which typer parses an option: text for a path or a URL, a list for several values."""
     if get_origin(kind) is tuple:
         return list[_typed(get_args(kind)[0])]  # type: ignore[misc]
     if isinstance(kind, UnionType):

@@ -8,7 +8,7 @@ from minicache.screen.results import show_answers, show_file
 
 @command(CompareConfig, after={"trust_remote_code": JSON})
 def compare(given: Given) -> None:
-    """Reference and policy answer the same prompts, side by side: on the screen, as JSON lines, as a page to vote on."""
+    """Let reference and policy answer the same prompts, side by side: on the screen, as JSON lines, as a page to vote on."""
     with errors_as_one_line():
         config = given.config(CompareConfig)
         run_stage("compare", config, 1, print_json if given.json else show_answers)

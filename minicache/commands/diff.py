@@ -8,7 +8,7 @@ from minicache.screen.diff import show_diff
 
 @command(DiffConfig, after={"b": JSON})
 def diff(given: Given) -> None:
-    """What differs between two reference caches: options, files, pairs, and the values of the pairs in both. Needs no torch."""
+    """Differences between two reference caches: options, files, pairs, and values of the pairs in both. Needs no torch."""
     from minicache.stages.diff import diff as find
 
     with errors_as_one_line():

@@ -6,7 +6,7 @@ from minicache.commands.running import errors_as_one_line, out, print_json
 
 @command_of([extra_parameter(JSON)])
 def env(given: Given) -> None:
-    """Versions, devices and extras of this machine: what a report of a bug needs."""
+    """Versions, devices and extras of this machine, for a bug report."""
     from minicache.reports.environment import look_around
     from minicache.screen.env import show_environment
 

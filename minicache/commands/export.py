@@ -20,13 +20,13 @@ def export(given: Given) -> None:
     with errors_as_one_line():
         options = given.options
         if ("policy" in options) == ("ref_cache" in options):
-            got = "both" if "policy" in options else "none of them"
+            got = "both" if "policy" in options else "neither"
             raise ConfigError(f"export: expected --policy POLICY or --ref-cache CACHE, got {got}")
         if "policy" in options:
             run_stage("export", given.config(ExportConfig), 1, show_export)
             return
         if wrong := [flag(name) for name in OF_A_POLICY if name in options]:
-            raise ConfigError(f"{', '.join(wrong)}: of a policy; a cache has its own; expected --policy beside it")
+            raise ConfigError(f"{', '.join(wrong)}: for --policy only; a cache has its own; leave it out")
         _export_cache(given.config(ExportCacheConfig))
 
 

@@ -9,7 +9,7 @@ from minicache.screen.results import show_import
 
 @command(ImportConfig)
 def import_cache(given: Given) -> None:
-    """Make a reference cache of an export, or of preference rows that carry the reference's logprobs (TRL, open-instruct)."""
+    """Create a reference cache from an export, or from preference rows with reference logprobs (TRL, open-instruct)."""
     from minicache.stages.import_cache import import_cache as bring_in
 
     with errors_as_one_line():

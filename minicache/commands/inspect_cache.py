@@ -12,7 +12,7 @@ from minicache.screen.results import show_file, show_verify
 
 @command(InspectConfig, after={"trust_remote_code": JSON})
 def inspect_cache(given: Given) -> None:
-    """What is in a reference cache: manifest, completeness, lengths, logprobs, extremes. Needs no torch."""
+    """Contents of a reference cache: manifest, completeness, lengths, logprobs, extremes. Needs no torch."""
     from minicache.pictures.frame import check_picture
     from minicache.stages import inspect as stage
 

@@ -9,7 +9,7 @@ from minicache.screen.results import show_merge
 
 @command(MergeConfig)
 def merge(given: Given) -> None:
-    """Make one reference cache of several; a pair that more than one holds is kept once. Needs no torch."""
+    """Merge several reference caches into one; a pair in more than one of them is kept once. Needs no torch."""
     from minicache.stages.merge import merge as join
 
     with errors_as_one_line():

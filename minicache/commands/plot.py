@@ -8,7 +8,7 @@ from minicache.screen.results import show_file
 
 @command(PlotConfig)
 def plot(given: Given) -> None:
-    """Loss, margins, accuracy, logprobs and more over the steps of one run or several, as a picture. Needs no torch."""
+    """Draw loss, margins, accuracy, logprobs and more over the steps of one or several runs. Needs no torch."""
     from minicache.stages.plot import plot as draw
 
     with errors_as_one_line():

@@ -8,7 +8,7 @@ from minicache.screen.results import show_file
 
 @command(ReportConfig)
 def report(given: Given) -> None:
-    """A training run as one page: options, curves, held-out figures, answers before and after. Needs no torch."""
+    """Write a training run as one HTML page: options, curves, validation, answers before and after. Needs no torch."""
     from minicache.stages.report import write_run_page
 
     with errors_as_one_line():

@@ -1,4 +1,4 @@
-"""What every command needs: the consoles, running a stage in as many processes as asked, errors as one line."""
+"""What every command uses: the consoles, logging, running a stage in several processes, errors as one line."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ from minicache.screen.live import Screen
 from minicache.screen.results import show_error
 from minicache.trackers import Silent
 
-# Reports go to the first, progress and errors to the second.
+# Results go to `out`, progress and errors to `err`.
 out, err = Console(), Console(stderr=True)
 log = logging.getLogger(__name__)
 
@@ -34,15 +34,16 @@ def log_everything() -> None:
 
 
 def run_stage(name: str, config: Any, nproc: int, show: Callable[[Console, Any], object] | None) -> Any:
-    """Run a stage in as many processes as asked, show its report on rank 0, and return it.
+    """Run a stage in `nproc` processes, show its report on rank 0, and return it.
 
-    name: of the stage's module in stages/, and of the function in it; "module.function" where they differ.
+    name: the name of the stage's module in stages/ and of its function; "module.function" if they differ. show: (console, report).
     """
     if nproc > 1 and "WORLD_SIZE" not in os.environ:
         from minicache.processes.launch import launch
 
         raise typer.Exit(launch(nproc, sys.argv[1:]))
-    os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' own bars; ours are the ones to watch
+    # no progress bars of transformers beside our own
+    os.environ.setdefault("TQDM_DISABLE", "1")
     screen_ = Screen(err)
     screen_.begin("starting", None)
     from minicache.processes.world import join_world, leave_world
@@ -86,10 +87,11 @@ def errors_as_one_line(interrupted: str = "nothing was written") -> Iterator[Non
 
 @contextmanager
 def _peers() -> Iterator[None]:
-    """What the processes' network says when one of them has died, as an error that says so. By name: torch stays unimported."""
+    """Turn the errors of torch.distributed, when another process has died, into a `ProcessLost`."""
     try:
         yield
     except RuntimeError as error:
+        # recognized by name, because commands do not import torch
         text = " ".join(str(error).split())
         if not (type(error).__name__.startswith("Dist") or "gloo" in text):
             raise
@@ -100,6 +102,8 @@ def _peers() -> Iterator[None]:
 
 
 def print_json(console: Console, report: Any) -> None:
+    """Print a report as JSON."""
+
     def plain(value: Any) -> Any:
         return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
 

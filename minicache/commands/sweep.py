@@ -1,4 +1,4 @@
-"""`minidpo sweep`: train's own options, those that matter with several values."""
+"""`minidpo sweep`: the options of train, some of them with several values."""
 
 import inspect
 from dataclasses import MISSING, replace
@@ -23,8 +23,8 @@ from minicache.screen.sweep import show_sweep
 
 PANEL = "Swept: a value, or several separated by commas"
 HELP = {
-    "out": "The directory of the sweep: a run directory for each combination is made in it, or gone on with.",
-    "ref_cache": "The reference cache, or several, as train takes them.",
+    "out": "The directory of the sweep, with a run directory for each combination, which is created or continued.",
+    "ref_cache": "The reference cache, or several, as for train.",
     "loss": "Preference losses (docs/training.md lists them). A value with a colon is one mixture; repeat --loss for more: "
     "--loss sigmoid:0.8,hinge:0.2 --loss ipo,hinge.",
 }
@@ -32,7 +32,7 @@ EXTRAS = {"init_from": RECIPE, "compile": in_panel(NPROC, MEMORY)}
 
 
 def parameters() -> list[inspect.Parameter]:
-    """Those of train, without --resume; of the options in SWEPT each takes texts, to be read by `sweep_config`."""
+    """The parameters of train, without --resume; those in SWEPT are texts, which `sweep_config` parses."""
     made = []
     for item, declared in options_of(TrainConfig):
         if item.name == "resume":
@@ -53,7 +53,7 @@ def parameters() -> list[inspect.Parameter]:
 
 @command_of(parameters())
 def sweep(given: Given) -> None:
-    """Stage two for every combination of some options, one run after another from one cache; a table and a picture of them."""
+    """Stage two for every combination of some options, one run after another from one cache; compared in a table and a picture."""
     with errors_as_one_line("the same command goes on with the sweep"):
         config = sweep_config(single_cache(given.options), recipe(given.extras["recipe"]))
         run_stage("sweep", config, given.nproc, print_json if given.json else show_sweep)

@@ -31,15 +31,19 @@ def train(given: Given) -> None:
 
 
 def single_cache(options: dict[str, Any]) -> dict[str, Any]:
-    """The same options; one reference cache is no list, as it never was in run.json."""
+    """The same options, in which a single reference cache is not a list: run.json holds it as text."""
     several = options.get("ref_cache")
     return {**options, "ref_cache": several[0]} if several and len(several) == 1 else options
 
 
 def facts_to_resume(options: dict[str, Any]) -> dict[str, Any]:
-    """What run.json says of the run to go on with. Raises OutputError: there is none, and nothing to begin one with."""
+    """The options in run.json of the run to resume; empty if there is no run yet and a cache to begin one.
+
+    Raises:
+        OutputError: there is no run, and no --ref-cache to begin one.
+    """
     out = Path(options["out"])
     facts = run_facts(out)
     if not facts and "ref_cache" not in options:
-        raise OutputError(f"{out}: no run to go on with (it has no run.json); check --out, or begin with --ref-cache")
+        raise OutputError(f"{out}: no run to resume (it has no run.json); check --out, or begin with --ref-cache")
     return facts

@@ -1,8 +1,8 @@
 """Pair -> EncodedPair: rendering, the boundary between prompt and answer, truncation, loss mask.
 
-Each side is rendered and tokenized *whole*, and the boundary is found by the characters that tokens span: tokenizing prompt
-and answer apart gives other ids than the model sees whenever a token crosses the boundary. A token that reaches past
-the boundary belongs to the answer.
+Each side is rendered and tokenized *whole*, and the boundary is found from the character spans of the tokens: whenever a
+token crosses the boundary, tokenizing prompt and answer apart would give other ids than the model sees. A token that reaches
+past the boundary belongs to the answer.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -18,8 +18,10 @@ from minicache.errors import RowRefused
 from minicache.pairs import EncodedPair, Ints
 
 EMPTY_THINK = "<think>\n\n</think>\n\n"
-CHUNK = 128  # pairs tokenized in one call: enough to keep all cores of the tokenizers library busy
-MOST_CHARACTERS = 2**24  # in one call, about: its memory is fifty times that
+# Pairs tokenized in one call: enough for the tokenizers library to keep all cores busy.
+CHUNK = 128
+# Characters tokenized in one call, roughly: the call takes about fifty bytes of memory for each.
+MOST_CHARACTERS = 2**24
 
 R = TypeVar("R")
 Span = tuple[int, int]  # characters, begin and end
@@ -29,11 +31,14 @@ Span = tuple[int, int]  # characters, begin and end
 class Encoder:
     """Turns pairs into token ids.
 
-    max_length: tokens a side may have. truncate: 'right' cuts the end of a side that is longer, 'left' the beginning of the
-    prompt (as much on both sides) and then the end, 'refuse' refuses the row. loss_on: which tokens count, 'response'
-    (all after the shared prompt turns) or 'assistant' (every assistant turn, its closing token included). think: 'drop' takes
-    out every empty think block; MiniMind's third generation does so by chance. special_text: what an `<|im_end|>` in a content
-    is, 'plain' text, a reason to 'refuse' the row, or the special token itself ('allow').
+    max_length: most tokens of a side.
+    truncate: 'right' cuts the end of a longer side; 'left' cuts the beginning of the prompt, equally on both sides, and then the
+        end; 'refuse' refuses the row.
+    loss_on: which tokens count: 'response' (all after the shared prompt turns) or 'assistant' (every assistant turn with its
+        closing token).
+    think: 'drop' removes every empty think block (MiniMind 3 removes them at random), 'keep' leaves them.
+    special_text: how an `<|im_end|>` in a content is treated: as 'plain' text, as a reason to 'refuse' the row, or as the special
+        token itself ('allow').
     """
 
     tokenizer: ChatTokenizer
@@ -46,7 +51,7 @@ class Encoder:
     def encode_all(
         self, rows: Iterable[Pair | RowRefused], file: int
     ) -> Iterator[tuple[EncodedPair, bool] | RowRefused]:
-        """In order, for each row: the encoded pair and whether it was truncated, or the refusal."""
+        """For each row, in order: the encoded pair and whether it was truncated, or the refusal."""
         for chunk in _chunks(rows):
             rendered = [row if isinstance(row, RowRefused) else _try(row, self._render, row) for row in chunk]
             texts = [text for item in rendered if not isinstance(item, RowRefused) for text, _, _ in item]
@@ -60,10 +65,10 @@ class Encoder:
                 yield _try(row, self._assemble, sides, (file, row.line))
 
     def encode(self, pair: Pair, file: int = 0) -> tuple[EncodedPair, bool]:
-        """One pair.
+        """The encoded pair and whether it was truncated.
 
         Raises:
-            RowRefused: it has nothing to learn from, or does not fit.
+            RowRefused: the pair has nothing to learn from, or does not fit.
         """
         (result,) = self.encode_all([pair], file)
         if isinstance(result, RowRefused):
@@ -75,7 +80,7 @@ class Encoder:
         return text.replace(EMPTY_THINK, "") if self.think == "drop" else text
 
     def _render(self, pair: Pair) -> list[tuple[str, list[Span], int]]:
-        """Of each side: its text, the spans of characters that count, and where its own answer begins."""
+        """For each side: the text, the spans of characters that count, and the position where the side's own answer begins."""
         sides = []
         prompt, special = self._hidden(pair.prompt), self.tokenizer.special_text
         for answer in (pair.chosen, pair.rejected):
@@ -97,21 +102,31 @@ class Encoder:
         return self.tokenizer.special_text.hide(turns, refuse=self.special_text == "refuse")
 
     def _boundary(self, text: str, prompt: tuple[Turn, ...]) -> int:
-        """Where the answer begins: as far as the whole text agrees with the prompt opened for an answer."""
+        """The position of the answer: the end of what the text shares with the prompt rendered with a generation prompt.
+
+        Raises:
+            RowRefused: the template renders the prompt differently once an answer follows.
+        """
         opened = self._text(prompt, open_answer=True)
         boundary = _shared_length(text, opened)
-        if boundary < len(opened):  # an answer "<b>…" agrees with a "<think>" that only a generation prompt has
+        if boundary < len(opened):
+            # The "<" of an answer "<b>…" is not part of a "<think>" that only the generation prompt has.
             other = self._text((*prompt, Turn("assistant", "\x02answer\x02")))
             boundary = min(boundary, _shared_length(other, opened))
         if boundary < len(opened) and boundary < len(self._text(prompt)):
-            raise RowRefused("template", "the chat template writes the prompt's turns otherwise once an answer follows")
+            raise RowRefused(
+                "template", "the chat template writes the prompt's turns differently once an answer follows"
+            )
         return boundary
 
     def _assistant_spans(self, text: str, turns: tuple[Turn, ...]) -> list[Span]:
-        """What the assistant says, found turn by turn, so that a header typed by a user is never taken for one.
+        """The spans of the assistant's turns, found turn by turn, so that a header that a user typed is never taken for a real one.
 
-        A turn's span begins right after the header that opens it (before a think block that the template adds) and ends
-        after what closes it. Whitespace around a content is the template's to keep or to trim.
+        A span begins right after the turn's header (before a think block that the template adds) and ends after the turn's
+        closing. The template may keep or trim whitespace around a content.
+
+        Raises:
+            RowRefused: the template changes an assistant turn.
         """
         header, think, closing = self._frame
         spans, position = [], 0
@@ -131,7 +146,7 @@ class Encoder:
 
     @cached_property
     def _frame(self) -> tuple[str, str, str]:
-        """What the template writes before an answer: its header, and a think block if any; and after it."""
+        """What the template writes around an answer: the header before it, a think block or "", and the closing after it."""
         user, assistant = Turn("user", "\x01question\x01"), Turn("assistant", "\x02answer\x02")
         before, _, closing = self._text((user, assistant)).rpartition(assistant.content)
         header, tag, rest = before.rpartition(user.content)[2].partition("<think>")
@@ -151,13 +166,13 @@ class Encoder:
             if self.truncate == "refuse":
                 raise RowRefused("too-long", f"{longest} tokens; --max-length is {self.max_length}")
             if self.truncate == "left":
-                prompts = [int((offsets[:, 1] > begin).argmax()) for _, offsets, _, begin in sides]  # tokens of them
-                cut = min(longest - self.max_length, *prompts)
+                prompt_tokens = [int((offsets[:, 1] > begin).argmax()) for _, offsets, _, begin in sides]
+                cut = min(longest - self.max_length, *prompt_tokens)
         window = slice(cut, cut + self.max_length)
         ids, masks = [tokens[window] for tokens in ids], [mask[window] for mask in masks]
         for name, mask in zip(("chosen", "rejected"), masks, strict=True):
-            if len(mask):
-                mask[0] = 0  # nothing precedes the first token, so nothing predicts it
+            # Nothing predicts the first token, because nothing precedes it.
+            mask[:1] = 0
             if not mask.any():
                 raise RowRefused(
                     "truncated-away",
@@ -182,7 +197,7 @@ def _chunks(rows: Iterable[Pair | RowRefused]) -> Iterator[list[Pair | RowRefuse
 
 
 def _try(pair: Pair, step: Callable[..., R], *arguments: Any) -> R | RowRefused:
-    """A step's result, or its refusal as a value, so that one bad row does not end a batch."""
+    """The step's result, or its refusal as a value, so that one bad row does not end a chunk."""
     try:
         return step(*arguments)
     except RowRefused as refusal:
@@ -191,7 +206,7 @@ def _try(pair: Pair, step: Callable[..., R], *arguments: Any) -> R | RowRefused:
 
 
 def _shared_length(left: str, right: str) -> int:
-    """Characters that two strings begin with alike, found by halving: comparing one by one took a sixth of all encoding."""
+    """Length of the common beginning of two strings, by bisection: comparing each character took a sixth of the encoding time."""
     least, most = 0, min(len(left), len(right))
     while least < most:
         middle = (least + most + 1) // 2
@@ -203,7 +218,7 @@ def _shared_length(left: str, right: str) -> int:
 
 
 def _end_of(content: str, text: str, begin: int, think: str, closing: str) -> int:
-    """Where the closing stands in `text` that ends what is said from `begin`, if that is just `content`; else -1."""
+    """Position in `text` of the closing that ends the answer starting at `begin`; -1 unless the answer is exactly `content`."""
     for origin in (begin + len(think), begin):
         at = text.find(content, origin)
         end = text.find(closing, at + len(content))

@@ -16,22 +16,22 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-# characters of a line or a text: 8 times as many as a model of a million tokens reads
+# Most characters of a row or a text in it: four million tokens at four characters each.
 MOST_ROW = 2**24
-# characters of a line that is skipped
+# Most characters of a longer line, which is skipped.
 MOST_SKIPPED = 2**32
-# characters of a JSON array, all of which is in memory
+# Most characters of a JSON array, which is read into memory whole.
 MOST_ARRAY = 2**29
-# levels of objects and lists; a row of any format needs four
+# Most levels of nested objects and lists. A row of any format needs four.
 MOST_DEPTH = 100
-# bytes that are not UTF-8 become lone surrogates: the line is refused and not the file
+# Bytes that are not UTF-8 become lone surrogates, so that their line is refused and not the file.
 BAD_BYTES = "surrogateescape"
 
 
 def read_rows(path: str) -> Iterator[tuple[int, object]]:
-    """(line or row number from 1, row) of a jsonl, JSON array or parquet file, plain, gzip or zstd.
+    """(line or row number from 1, row) for each row of a jsonl, JSON array or parquet file, plain, gzip or zstd.
 
-    In place of a row that cannot be read comes the `RowRefused` that says why, for the caller to count.
+    A row that cannot be read is replaced by the `RowRefused` with the reason, for the caller to count.
 
     Raises:
         DataError: the file does not exist, is empty, or cannot be read.
@@ -54,6 +54,7 @@ def read_rows(path: str) -> Iterator[tuple[int, object]]:
 
 
 def is_parquet(file: Path) -> bool:
+    """Whether the file begins like a parquet file."""
     with file.open("rb") as stream:
         return stream.read(4) == b"PAR1"
 
@@ -70,20 +71,20 @@ def _open_text(file: Path) -> io.TextIOWrapper:
 
 def _json_rows(file: Path) -> Iterator[tuple[int, object]]:
     with _open_text(file) as stream:
-        # the buffers of all three kinds can peek
+        # the buffers of plain, gzip and zstd files can all peek
         if b"\0" in stream.buffer.peek(1024)[:1024]:  # type: ignore[attr-defined]
-            raise DataError(f"{file}: is no UTF-8 text; expected jsonl, a JSON array or parquet, plain, gzip or zstd")
+            raise DataError(f"{file}: is not UTF-8 text; expected jsonl, a JSON array or parquet, plain, gzip or zstd")
         lines = enumerate(iter(lambda: stream.readline(MOST_ROW), ""), start=1)
         for number, line in lines:
             if not line.strip():
                 _skip_rest(line, stream, file)
                 continue
-            # a JSON array; a line with an object never begins so
+            # a JSON array: a line that holds an object begins with {
             if line.lstrip().startswith("["):
                 yield from enumerate(_json_array(line, number, stream, file), start=1)
                 return
             if line.strip() == "{":
-                raise DataError(f"{file}: an object is spread over lines; expected one object a line, or a JSON array")
+                raise DataError(f"{file}: an object spans several lines; expected one object a line, or a JSON array")
             yield number, _json_line(line, stream, file)
             break
         for number, line in lines:
@@ -94,7 +95,7 @@ def _json_rows(file: Path) -> Iterator[tuple[int, object]]:
 
 
 def _skip_rest(line: str, stream: io.TextIOWrapper, file: Path) -> bool:
-    """Go on to the next line without keeping the rest of this one. Returns whether it is longer than a row may be.
+    """Skip the rest of this line without keeping it. Returns whether the line is longer than a row may be.
 
     Raises:
         DataError: the line does not end.
@@ -122,7 +123,11 @@ def _json_line(line: str, stream: io.TextIOWrapper, file: Path) -> object:
 
 
 def _json_array(line: str, number: int, stream: io.TextIOWrapper, file: Path) -> list[object]:
-    """The rows of a JSON array that begins in the line with this number."""
+    """The rows of a JSON array that begins in `line`, the line with this number.
+
+    Raises:
+        DataError: the array is too large or is not JSON.
+    """
     text = line + stream.read(MOST_ARRAY)
     if len(text) > MOST_ARRAY:
         raise DataError(f"{file}: a JSON array of more than {MOST_ARRAY:,} characters; expected jsonl for so many rows")
@@ -133,7 +138,7 @@ def _json_array(line: str, number: int, stream: io.TextIOWrapper, file: Path) ->
 
 
 def _not_too_deep(row: object) -> object:
-    """The row, or its refusal if it is nested so deeply that processes cannot send it to each other."""
+    """The row, or its refusal if it is nested too deeply to be pickled between processes."""
     level, depth = [row], 0
     while level and depth <= MOST_DEPTH:
         level = [each for item in level for each in _within(item)]
@@ -165,9 +170,10 @@ def _parquet_rows(file: Path) -> Iterator[tuple[int, object]]:
 
 
 def _arrow_rows(batch: Any) -> list[object]:
-    """The rows of a record batch. A row that is not UTF-8 is found by halving, and its refusal takes its place."""
+    """The rows of a record batch. A row that is not UTF-8 is found by bisection and replaced by its refusal."""
     try:
-        return batch.to_pylist()
+        rows: list[object] = batch.to_pylist()
+        return rows
     except UnicodeDecodeError:
         if len(batch) == 1:
             return [RowRefused("bad-unicode", "the row holds text that is not UTF-8")]

@@ -1,6 +1,6 @@
-"""Rows of preference files to `Pair`: one function a format, and the reading of the files that hold them.
+"""Rows of preference files -> `Pair`: one function for each format.
 
-A row's format is found by looking at the row (`FORMATS`, in order) unless the user forces one.
+The format of a row is the first in `FORMATS` that fits it, unless the user names one.
 """
 
 import re
@@ -14,7 +14,8 @@ from minicache.errors import RowRefused
 Row = dict[str, Any]
 
 
-Conversations = tuple[list[Turn], list[Turn]]  # whole chosen, whole rejected
+# The whole chosen and the whole rejected conversation.
+Conversations = tuple[list[Turn], list[Turn]]
 
 
 ROLE_NAMES = {
@@ -32,7 +33,7 @@ ROLE_NAMES = {
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
-# --- one function a format: a row -> two whole conversations ---
+# --- one function for each format: a row -> two whole conversations ---
 
 
 def from_messages(row: Row) -> Conversations:
@@ -40,14 +41,15 @@ def from_messages(row: Row) -> Conversations:
     sides = [_turns(row[side], side) for side in ("chosen", "rejected")]
     if not all(sides):
         raise RowRefused("empty-answer", "a side has no turns")
-    whole = any(side[0].role != "assistant" for side in sides)  # the sides carry the prompt themselves
+    # Whether the sides repeat the prompt.
+    whole = any(side[0].role != "assistant" for side in sides)
     if row.get("prompt") is None or (whole and not isinstance(row["prompt"], list)):
         return sides[0], sides[1]
     prompt = _prompt(row["prompt"], "prompt")
     if not whole:
         return prompt + sides[0], prompt + sides[1]
     if any(side[: len(prompt)] != prompt for side in sides):
-        raise RowRefused("prompts-differ", "the sides carry a prompt themselves, and it does not begin with 'prompt'")
+        raise RowRefused("prompts-differ", "each side repeats a prompt, and that prompt does not begin with 'prompt'")
     return sides[0], sides[1]
 
 
@@ -62,7 +64,7 @@ def from_stack_exchange(row: Row) -> Conversations:
 
 
 def from_sharegpt(row: Row) -> Conversations:
-    """`conversations` of {from, value}; `chosen` and `rejected` one such turn or a list of them (LLaMA-Factory)."""
+    """`conversations` are {from, value}; `chosen` and `rejected` are one such turn or a list of them (LLaMA-Factory)."""
     prompt = _turns(row["conversations"], "conversations")
     if row.get("system"):
         prompt = [Turn("system", _text(row["system"], "system")), *prompt]
@@ -80,14 +82,17 @@ def _is_transcript(row: Row) -> bool:
 
 
 class Format(NamedTuple):
-    """A form of rows. fields: those that it needs. read: a row -> the two whole conversations. fits: a further test of a row."""
+    """A row format.
+
+    fields: the fields it needs. read: a row -> the two whole conversations. fits: a further test of a row.
+    """
 
     fields: set[str]
     read: Callable[[Row], Conversations]
     fits: Callable[[Row], bool] = lambda row: True
 
 
-# The first that fits a row reads it.
+# The first format that fits a row reads it.
 FORMATS: dict[str, Format] = {
     "sharegpt": Format({"conversations", "chosen", "rejected"}, from_sharegpt),
     "stack-exchange": Format({"question", "response_j", "response_k"}, from_stack_exchange),
@@ -98,10 +103,10 @@ FORMATS: dict[str, Format] = {
 
 
 def to_pair(row: object, file: str, line: int, format: str = "auto") -> Pair:
-    """Read one row.
+    """The pair in a row of `file` at `line`.
 
     Raises:
-        RowRefused: with a reason code and what was expected.
+        RowRefused: the row holds no pair; with a reason code and what was expected.
     """
     if not isinstance(row, dict):
         raise RowRefused("wrong-type", f"expected an object, got {_kind(row)}")
@@ -110,12 +115,12 @@ def to_pair(row: object, file: str, line: int, format: str = "auto") -> Pair:
 
 
 def to_prompt(row: object) -> tuple[Turn, ...]:
-    """The turns that a row asks an answer to: text, `prompt`, `messages` or `conversations`, or a preference row's prompt.
+    """The turns of a prompt: a text, a row with `prompt`, `messages` or `conversations`, or the prompt of a preference row.
 
-    An answer that a conversation ends in is left out, so that files of dialogues and of pairs serve as they are.
+    Assistant turns at the end of a conversation are left out, so that files of dialogues and of pairs can be used unchanged.
 
     Raises:
-        RowRefused: with a reason code and what was expected.
+        RowRefused: the row holds no prompt; with a reason code and what was expected.
     """
     if isinstance(row, str):
         row = {"prompt": row}
@@ -134,7 +139,7 @@ def to_prompt(row: object) -> tuple[Turn, ...]:
     while turns and turns[-1].role == "assistant":
         turns.pop()
     if not turns or turns[-1].role == "system" or not turns[-1].content.strip():
-        raise RowRefused("no-prompt", f"{field!r} asks nothing: expected a turn of the user's with text in it")
+        raise RowRefused("no-prompt", f"{field!r} asks nothing: expected a user turn with text in it")
     return tuple(turns)
 
 
@@ -156,7 +161,7 @@ def _reader(row: Row, format: str) -> Callable[[Row], Conversations]:
     raise RowRefused("unknown-format", f"no known format has the fields {_listed(row)}; formats: {', '.join(FORMATS)}")
 
 
-# --- the small readers the formats share ---
+# --- readers that the formats share ---
 
 
 def _text(value: object, field: str) -> str:
@@ -167,7 +172,7 @@ def _text(value: object, field: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise RowRefused("bad-unicode", f"{field!r} holds a lone surrogate, which no UTF-8 text can") from None
+        raise RowRefused("bad-unicode", f"{field!r} holds a lone surrogate, which UTF-8 cannot encode") from None
     return value
 
 

@@ -9,7 +9,7 @@ ROLES = ("system", "user", "assistant", "tool")
 
 @dataclass(frozen=True)
 class Turn:
-    """One message of a conversation. `role` is one of ROLES."""
+    """One message of a conversation. role: one of ROLES."""
 
     role: str
     content: str
@@ -19,8 +19,9 @@ class Turn:
 class Pair:
     """Two continuations of one prompt.
 
-    prompt: the turns both sides share. chosen, rejected: what follows; each begins with an assistant turn.
-    file, line: where the pair came from (file as given by the user; line from 1, a row number in JSON arrays and parquet).
+    prompt: the turns that both sides share.
+    chosen, rejected: the turns that follow; each begins with an assistant turn.
+    file, line: origin of the pair: the file as the user named it; the line, or the row of a JSON array or parquet file, from 1.
     """
 
     prompt: tuple[Turn, ...]
@@ -31,7 +32,7 @@ class Pair:
 
     @property
     def characters(self) -> int:
-        """Of both sides together."""
+        """Characters of both sides together, the prompt counted on each."""
         return sum(len(turn.content) for turns in (self.prompt * 2, self.chosen, self.rejected) for turn in turns)
 
     @classmethod
@@ -59,4 +60,5 @@ class Pair:
                 )
             if not turns[-1].content.strip() or turns[-1].role != "assistant":
                 raise RowRefused("empty-answer", f"{name} does not end in an answer")
-        return cls(tuple(chosen[:shared]), tuple(chosen[shared:]), tuple(rejected[shared:]), file, line)
+        prompt, own, other = (tuple(turns) for turns in (chosen[:shared], chosen[shared:], rejected[shared:]))
+        return cls(prompt=prompt, chosen=own, rejected=other, file=file, line=line)

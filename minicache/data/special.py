@@ -1,8 +1,9 @@
-"""Special tokens' text in what people wrote: an `<|im_end|>` that a user types is text, and ends no turn.
+"""The text of special tokens in a content: an `<|im_end|>` that a user typed is plain text and ends no turn.
 
-Before a template renders contents, such text in them is *hidden*: replaced by as many private-use characters. So what the
-template writes can be told from what it was given, and no place in the text moves. A twin of the tokenizer, whose special
-tokens go by those hidden names, then finds the template's and reads the people's as plain text.
+Before a template renders the contents, such text in them is *hidden*: replaced by as many private-use characters. This tells
+the special tokens that the template writes from those in the contents, and moves no position in the text. A twin of the
+tokenizer, in which the special tokens have the hidden names, then encodes the template's special tokens as such and those in
+the contents as plain text.
 """
 
 import json
@@ -18,22 +19,26 @@ from minicache.data.records import Turn
 from minicache.errors import ModelError, RowRefused
 from minicache.pairs import Ints
 
-FIRST_HIDDEN = 0x108000  # private use, in the plane that hardly any font uses
+# Private-use characters in plane 16, which hardly any font uses.
+FIRST_HIDDEN = 0x108000
 MOST = 0x10FFFE - FIRST_HIDDEN
-MEANT = ("<think>", "</think>")  # part of an answer: templates look for them, and --think does
+# Part of an answer: templates and --think look for them.
+MEANT = ("<think>", "</think>")
 
 
 class SpecialText:
     """The special tokens of a tokenizer, as text.
 
-    hidden: text of each -> what stands for it, of the same length.
+    hidden: text of a special token -> the private-use characters that replace it, of the same length.
     """
 
     def __init__(self, backend: Tokenizer, named: Collection[str]) -> None:
-        """named: texts of special tokens that the tokenizer's configuration names, whether or not they are marked special.
+        """Find the special tokens of `backend`.
+
+        named: texts of special tokens that the tokenizer's configuration names, marked as special or not.
 
         Raises:
-            ModelError: there are more than can be told apart.
+            ModelError: there are more special tokens than private-use characters.
         """
         self.backend = backend
         self.added = {token.content: (number, token) for number, token in backend.get_added_tokens_decoder().items()}
@@ -44,7 +49,8 @@ class SpecialText:
         ]
         if len(texts) > MOST:
             raise ModelError(f"the tokenizer has {len(texts):,} special tokens; expected {MOST:,} or fewer")
-        texts.sort(key=len, reverse=True)  # where one begins another, the longer is meant
+        # Where one begins with another, the longer one matches first.
+        texts.sort(key=len, reverse=True)
         self.hidden = {text: chr(FIRST_HIDDEN + number) * len(text) for number, text in enumerate(texts)}
         self.shown = {hidden: text for text, hidden in self.hidden.items()}
         self._text, self._hidden = _any_of(texts), _any_of(self.shown)
@@ -56,7 +62,7 @@ class SpecialText:
         """The turns with the text of special tokens hidden.
 
         Raises:
-            RowRefused: there is such text, and `refuse` or no way to encode it.
+            RowRefused: a content holds such text and `refuse` is set, or it cannot be encoded as plain text.
         """
         return tuple(self._hide(turn, refuse) for turn in turns)
 
@@ -69,7 +75,7 @@ class SpecialText:
             )
         if not self._names.isdisjoint(turn.content):
             raise RowRefused(
-                "special-text", "a content holds private-use characters that stand for special tokens here"
+                "special-text", "a content holds private-use characters, which minidpo uses in place of special tokens"
             )
         content = self._text.sub(lambda found: self.hidden[found[0]], turn.content) if found else turn.content
         if self._made.pattern != NOTHING and self._made.search(self.backend.normalizer.normalize_str(content)):
@@ -77,20 +83,24 @@ class SpecialText:
         return replace(turn, content=content) if found else turn
 
     def is_in(self, text: str) -> bool:
-        """Whether something in a rendered text is hidden."""
+        """Whether a rendered text holds hidden text."""
         return self._hidden.search(text) is not None
 
     def encode(self, texts: list[str]) -> list[Encoding]:
-        """Of rendered texts, with what is hidden in them as plain text; ids are the twin's, see `ids`."""
+        """The encodings of rendered texts by the twin, hidden text as plain text; see `ids` for the tokenizer's own ids."""
         swapped = [self._either.sub(lambda found: self._other(found[0]), text) for text in texts]
         return self._twin.encode_batch(swapped, add_special_tokens=False)
 
     def ids(self, encoding: Encoding) -> Ints:
-        """(n,) int32: the tokenizer's own ids of what the twin encoded."""
+        """(n,) int32: the tokenizer's own ids of an encoding by the twin."""
         return self._own[np.array(encoding.ids, np.int64)]
 
     def require_plain(self, text: str) -> None:
-        """Raises RowRefused if the tokenizer has only the special token for some hidden text."""
+        """Refuse a text whose hidden text the tokenizer can only encode as the special token.
+
+        Raises:
+            RowRefused: there is such text.
+        """
         (encoding,) = self.encode([text])
         special = {self.added[name][0] for name in self.hidden}
         found = sum(number in special for number in self.ids(encoding).tolist())
@@ -112,7 +122,7 @@ class SpecialText:
 
     @cached_property
     def _own(self) -> Ints:
-        """Id of the twin -> the tokenizer's own: a token that goes by another name got another id."""
+        """The twin's id -> the tokenizer's own id: a token with another name has another id."""
         own = np.arange(self._twin.get_vocab_size() + max((number for number, _ in self.added.values()), default=0) + 1)
         for text, (number, _) in self.added.items():
             if (twins := self._twin.token_to_id(self.hidden.get(text, text))) is not None:

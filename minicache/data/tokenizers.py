@@ -1,10 +1,11 @@
-"""A tokenizer and a chat template as plain files, used without torch: text in, ids with character spans out.
+"""A tokenizer and a chat template, read from plain files without torch: text -> ids with character spans.
 
-Everything is read from a directory with `tokenizer.json` and, beside it, the Hugging Face files that name the chat template
-and the special tokens. `models/` writes such a directory for any model; a cache keeps one in `cache/tokenizer/`.
+The directory holds `tokenizer.json` and the Hugging Face files that name the chat template and the special tokens. `models/`
+writes such a directory for any model; a cache keeps one in `cache/tokenizer/`.
 """
 
 import json
+import logging
 import re
 import shutil
 from dataclasses import dataclass
@@ -24,24 +25,28 @@ from minicache.data.special import SpecialText
 from minicache.errors import ConfigError, ModelError, RowRefused
 from minicache.pairs import Ints
 
+log = logging.getLogger(__name__)
+
 FILES = {
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json"),
     *("vocab.json", "vocab.txt", "merges.txt"),
 }
-FILES_OF_CODE = re.compile(r"token\w+\.py")  # run by whoever loads it with trust_remote_code, and by nobody else
+# Only a load with trust_remote_code runs these.
+FILES_OF_CODE = re.compile(r"token\w+\.py")
+# The chat template of a tokenizer that has none: "User: …\n\nAssistant: …</s>\n\n".
 PLAIN_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}{% endfor %}"
     "{% if add_generation_prompt %}Assistant: {% endif %}"
 )
-"""The form of a conversation where the tokenizer brings no template: "User: …\\n\\nAssistant: …</s>\\n\\n"."""
 
 
 @dataclass(frozen=True)
 class ChatTokenizer:
-    """A tokenizer with the template that renders turns for it.
+    """A tokenizer with its chat template.
 
-    backend: the tokenizers library's object. template: Jinja source. special: names like bos_token -> text.
+    backend: the object of the tokenizers library. template: Jinja source. special: names like bos_token -> text.
+    digest: of everything that turns text into ids.
     """
 
     backend: Tokenizer
@@ -54,27 +59,31 @@ class ChatTokenizer:
         """Read a directory of tokenizer files.
 
         Raises:
-            ModelError: there is no readable tokenizer.json, or what lies beside it makes no sense.
+            ModelError: there is no readable tokenizer.json, or a file beside it is damaged.
         """
         file = directory / "tokenizer.json"
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             backend = Tokenizer.from_file(str(file))
-        except Exception as error:  # the tokenizers library raises bare Exception
+        # the tokenizers library raises bare Exception
+        except Exception as error:
             raise ModelError(f"{file}: cannot be read as a tokenizer: {error}") from error
-        # All text is encoded without added special tokens; what remains of a post-processor only trims the spans.
+        # Text is encoded without added special tokens, so a post-processor could only trim the spans.
         backend.post_processor = processors.ByteLevel(trim_offsets=False)
         backend.no_truncation()
         backend.no_padding()
         config = _read_json(directory / "tokenizer_config.json")
         special = {name: _token_text(value) for name, value in config.items() if name.endswith("_token") and value}
-        return cls(backend, _template(directory, config) or PLAIN_TEMPLATE, special, _digest(content))
+        template, source = _template(directory, config)
+        log.debug("tokenizer %s: chat template from %s", directory, source)
+        return cls(backend, template, special, _digest(content))
 
     def render(self, turns: tuple[Turn, ...], open_answer: bool = False) -> str:
-        """The conversation as one string; `open_answer` ends it where the assistant would begin to speak.
+        """The conversation as one string; with `open_answer` it ends in the generation prompt.
 
         Raises:
-            RowRefused: the template refuses these turns (most enforce an order of roles).
+            RowRefused: the template refuses these turns (most templates enforce an order of roles).
+            ConfigError: the template cannot be compiled.
         """
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         template = self._compiled
@@ -82,17 +91,18 @@ class ChatTokenizer:
             return template.render(
                 messages=messages, tools=None, documents=None, add_generation_prompt=open_answer, **self.special
             )
-        except Exception as error:  # a template is a program: on an odd row it may raise anything
+        # a template is a program and may raise anything on an unusual row
+        except Exception as error:
             line = " ".join(str(error).split())[:300] or type(error).__name__
             raise RowRefused("template", f"the chat template refuses it: {line}") from error
 
     def encode(self, texts: list[str], hides: bool = False) -> list[tuple[Ints, Ints]]:
-        """Of each text: ids (n,) int32 and the characters each token spans, (n, 2) begin and end.
+        """For each text: ids (n,) int32 and the character span of each token, (n, 2) int64 begin and end.
 
-        hides: `special_text` has hidden something in them, which is encoded as the plain text it stands for.
+        hides: `special_text` has hidden text in them, which is then encoded as the plain text that it replaces.
 
         Raises:
-            ModelError: the tokenizer has no token for some text, not even one for the unknown.
+            ModelError: the tokenizer has no token for some text, and no unknown token.
         """
         hidden = [at for at, text in enumerate(texts) if hides and self.special_text.is_in(text)]
         try:
@@ -100,26 +110,29 @@ class ChatTokenizer:
             ids: list[Ints] = [np.array(encoding.ids, np.int32) for encoding in encodings]
             for at, encoding in zip(hidden, self.special_text.encode([texts[at] for at in hidden]), strict=True):
                 encodings[at], ids[at] = encoding, self.special_text.ids(encoding)
-        except Exception as error:  # the tokenizers library raises bare Exception
+        # the tokenizers library raises bare Exception
+        except Exception as error:
             raise ModelError(f"the tokenizer cannot encode the data: {error}") from error
         offsets = (np.array(encoding.offsets, np.int64).reshape(-1, 2) for encoding in encodings)
         return list(zip(ids, offsets, strict=True))
 
     def decode(self, ids: Ints) -> str:
+        """The text of ids, (n,), special tokens included."""
         return self.backend.decode([int(token) for token in ids], skip_special_tokens=False)
 
     @cached_property
     def special_text(self) -> SpecialText:
+        """The special tokens, as text; made once."""
         return SpecialText(self.backend, set(self.special.values()))
 
     @cached_property
     def _compiled(self) -> jinja2.Template:
-        # The same environment as transformers', without `strftime_now`: a template that writes today's date into the
-        # prompt (Llama 3.2) then falls back to its fixed one, and the same data gives the same pairs tomorrow.
+        # The environment of transformers without `strftime_now`: a template that writes today's date into the prompt
+        # (Llama 3.2) then uses its fixed date, so that the same data gives the same pairs on another day.
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
-        # transformers' block around what an assistant says; it renders as its content
+        # transformers' block around an assistant turn renders as its content.
         template = re.sub(r"\{%(-?)\s*generation\s*(-?)%\}", r"{%\1 if true \2%}", self.template)
         template = re.sub(r"\{%(-?)\s*endgeneration\s*(-?)%\}", r"{%\1 endif \2%}", template)
         try:
@@ -129,7 +142,7 @@ class ChatTokenizer:
 
 
 def copy_tokenizer(directory: Path, target: Path) -> None:
-    """Copy a tokenizer's files and no others: a cache of somebody else's may have a config.json or weights among them."""
+    """Copy the files of a tokenizer and no others: a cache from elsewhere may have a config.json or weights among them."""
     for file in sorted(directory.rglob("*")):
         name = file.relative_to(directory)
         if file.is_file() and (
@@ -139,24 +152,31 @@ def copy_tokenizer(directory: Path, target: Path) -> None:
             shutil.copyfile(file, target / name)
 
 
-def _template(directory: Path, config: dict) -> str:
+def _template(directory: Path, config: dict[str, Any]) -> tuple[str, str]:
+    """The chat template of the tokenizer, or the plain one, and the name of its source.
+
+    Raises:
+        ModelError: the file cannot be read, or there are several templates and none is called 'default'.
+    """
     file = directory / "chat_template.jinja"
     try:
         if file.exists():
-            return file.read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8")
+            return (text, file.name) if text else (PLAIN_TEMPLATE, "the plain form")
     except (OSError, ValueError) as error:
         raise ModelError(f"{file}: cannot be read: {error}") from error
     template = config.get("chat_template") or ""
-    if isinstance(template, list):  # several named templates
+    if isinstance(template, list):
         named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
         template = named.get("default")
-    elsewhere = not template and (directory / "additional_chat_templates").is_dir()  # named ones too, in files
+    # named templates may also lie in files
+    elsewhere = not template and (directory / "additional_chat_templates").is_dir()
     if elsewhere or not isinstance(template, str):
         raise ModelError(f"{directory}: expected one chat template, or one named 'default'; add --chat-template FILE")
-    return template
+    return (template, "tokenizer_config.json") if template else (PLAIN_TEMPLATE, "the plain form")
 
 
-def _read_json(file: Path) -> dict:
+def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     except (OSError, ValueError) as error:
@@ -170,8 +190,8 @@ def _token_text(value: object) -> str:
     return str(value.get("content", "")) if isinstance(value, dict) else str(value)
 
 
-def _digest(content: dict) -> str:
-    """Of what turns text into ids; padding, truncation and post-processing are not used."""
+def _digest(content: dict[str, Any]) -> str:
+    """blake2b-128 of what turns text into ids; padding, truncation and post-processing are not used."""
     used = {key: content.get(key) for key in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
     return blake2b(json.dumps(used, sort_keys=True).encode(), digest_size=16).hexdigest()
 

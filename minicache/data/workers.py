@@ -1,10 +1,11 @@
-"""Rows of a preference file -> encoded pairs, by all cores, in the rows' order.
+"""Rows of a preference file -> encoded pairs, on all cores, in the order of the rows.
 
-A worker is this file run by a Python of its own: it is handed rows through a pipe and hands back what became of them. Not
-`multiprocessing`: its spawned processes run the user's main script again and outlive a parent that was killed, and a
-fork inherits locks. These end when the pipe does.
+A worker is this file in a Python process of its own: it reads rows from a pipe and writes the encoded pairs back. It is not
+`multiprocessing`, because spawned processes run the user's main script again and outlive a killed parent, and a fork
+inherits locks. These workers end when the pipe closes.
 """
 
+import logging
 import os
 import pickle
 import queue
@@ -25,16 +26,23 @@ from minicache.data.records import Pair
 from minicache.errors import OutputError, RowRefused
 from minicache.pairs import EncodedPair
 
-Row = tuple[int, object]  # line, and what stands there, as `read_rows` gives it
-Encoded = tuple[EncodedPair, bool] | RowRefused  # the pair and whether it was truncated, or why it is none
-ALONE = 32 * CHUNK  # rows encoded before workers are worth starting: that takes them half a second
-MOST = 16  # workers: one process can read rows and write blocks for about as many
-AHEAD = 2  # chunks that each worker has before it or done
+log = logging.getLogger(__name__)
+
+# Line number and row, as `read_rows` gives them.
+Row = tuple[int, object]
+# The pair and whether it was truncated, or the refusal of the row.
+Encoded = tuple[EncodedPair, bool] | RowRefused
+# Rows encoded before workers are started, which takes half a second.
+ALONE = 32 * CHUNK
+# Most workers: one process can read rows and write blocks for about so many.
+MOST = 16
+# Chunks per worker that are waiting, in work or done.
+AHEAD = 2
 
 
 @dataclass(frozen=True)
 class RowEncoder:
-    """All it takes to make pairs of a file's rows. number: the file's, in the cache's list of sources."""
+    """Encodes the rows of a file. number: index of the file in the cache's list of sources."""
 
     encoder: Encoder
     file: str
@@ -42,7 +50,7 @@ class RowEncoder:
     number: int
 
     def encode(self, rows: Iterable[Row]) -> Iterator[Encoded]:
-        """In order, for each row: the encoded pair and whether it was truncated, or the refusal."""
+        """For each row, in order: the encoded pair and whether it was truncated, or the refusal."""
         return self.encoder.encode_all(self._pairs(rows), self.number)
 
     def _pairs(self, rows: Iterable[Row]) -> Iterator[Pair | RowRefused]:
@@ -56,7 +64,7 @@ class RowEncoder:
                 yield refusal
 
     def encode_by_all_cores(self, rows: Iterable[Row]) -> Generator[Encoded, None, None]:
-        """As `encode`, in several processes once there are many rows. Only a few chunks of rows are in memory.
+        """As `encode`, with several processes where there are many rows. Only a few chunks of rows are in memory.
 
         Raises:
             OutputError: a worker died.
@@ -67,12 +75,13 @@ class RowEncoder:
         if workers == 1:
             yield from self.encode(rows)
         elif (first := next(rows, None)) is not None:
+            log.debug("%s: encoding in %d processes", self.file, workers)
             with _Pool(self, workers) as pool:
                 yield from pool.encode(first, rows)
 
 
 class _Pool:
-    """Workers, each with a thread that waits for it."""
+    """Worker processes, and a thread for each that waits for its answers."""
 
     def __init__(self, encoder: RowEncoder, workers: int) -> None:
         self.workers = [_Worker(encoder) for _ in range(workers)]
@@ -93,7 +102,7 @@ class _Pool:
             worker.close()
 
     def encode(self, first: Row, rows: Iterator[Row]) -> Iterator[Encoded]:
-        """Chunk by chunk in order. What goes wrong with reading a row is told after what the rows before it became."""
+        """For each row, in order: the encoded pair or the refusal. An error in reading is raised after the rows before it."""
         coming: deque[Future[list[Encoded]]] = deque()
         chunk = [first, *islice(rows, CHUNK - 1)]
         problem: Exception | None = None
@@ -120,7 +129,7 @@ class _Pool:
 
 
 class _Worker:
-    """One such process, as its parent sees it."""
+    """A worker process, seen from its parent."""
 
     def __init__(self, encoder: RowEncoder) -> None:
         self.process = subprocess.Popen(
@@ -133,12 +142,19 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
-            process_group=0,  # Ctrl-C is for its parent, which then ends it
+            # Ctrl-C reaches the parent alone, which then ends the worker.
+            process_group=0,
         )
-        tokenizer = replace(encoder.encoder.tokenizer)  # a copy without its compiled template
+        # a copy without the compiled template, which cannot be pickled
+        tokenizer = replace(encoder.encoder.tokenizer)
         self.encoder: RowEncoder | None = replace(encoder, encoder=replace(encoder.encoder, tokenizer=tokenizer))
 
     def ask(self, chunk: list[Row]) -> list[Encoded]:
+        """The encoded pairs or refusals of a chunk of rows.
+
+        Raises:
+            OutputError: the process died.
+        """
         assert self.process.stdin and self.process.stdout
         try:
             if self.encoder:
@@ -146,38 +162,42 @@ class _Worker:
                 self.encoder = None
             pickle.dump(chunk, self.process.stdin, pickle.HIGHEST_PROTOCOL)
             self.process.stdin.flush()
-            answer = pickle.load(self.process.stdout)
+            answer: list[Encoded] | Exception = pickle.load(self.process.stdout)
         except (OSError, EOFError, pickle.UnpicklingError) as error:
             raise OutputError(
-                f"a process that encodes rows has died (exit code {self.process.wait()}); expected memory for one of "
-                "them a core; run the same command again to go on (taskset gives it fewer cores)"
+                f"a process that encodes rows has died (exit code {self.process.wait()}); expected memory for one such process "
+                "per core; run the same command again to go on (taskset gives it fewer cores)"
             ) from error
         if isinstance(answer, Exception):
             raise answer
         return answer
 
     def close(self) -> None:
+        """Close both pipes."""
         assert self.process.stdin and self.process.stdout
         self.process.stdout.close()
-        with suppress(OSError):  # what it did not read any more
+        # closing flushes data that an ended process no longer reads
+        with suppress(OSError):
             self.process.stdin.close()
 
 
 def _cores() -> int:
-    """Cores that this process may use, whatever OMP_NUM_THREADS says: the other processes of a run wait for this one."""
+    """Cores that this process may use. OMP_NUM_THREADS does not count: the other processes of a run wait for this one."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def serve() -> None:
-    """In the worker: chunk after chunk, until the pipe ends."""
+    """Run the worker: answer chunks until the pipe closes."""
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, signal.SIG_IGN)
-    with suppress(EOFError, BrokenPipeError, pickle.UnpicklingError):  # nobody is there any more
+    # each of these means that the parent has ended
+    with suppress(EOFError, BrokenPipeError, pickle.UnpicklingError):
         encoder: RowEncoder = pickle.load(sys.stdin.buffer)
         while True:
             pickle.dump(_answer(encoder, pickle.load(sys.stdin.buffer)), sys.stdout.buffer, pickle.HIGHEST_PROTOCOL)
             sys.stdout.buffer.flush()
-    os._exit(0)  # else Python would flush to the pipe once more
+    # a normal exit would flush to the closed pipe once more
+    os._exit(0)
 
 
 def _answer(encoder: RowEncoder, chunk: list[Row]) -> list[Encoded] | Exception:
@@ -188,5 +208,6 @@ def _answer(encoder: RowEncoder, chunk: list[Row]) -> list[Encoded] | Exception:
         return error
     for item in encoded:
         if not isinstance(item, RowRefused):
-            item[0].digest  # noqa: B018  # computed here, it travels with the pair
+            # computed here, the cached digest is pickled with the pair
+            item[0].digest  # noqa: B018
     return encoded

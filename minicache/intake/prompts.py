@@ -1,4 +1,4 @@
-"""The prompts of `compare`: from the command line, from a file, or of a cache's pairs. No torch."""
+"""The prompts of `compare`: from the command line, from a file, or from the pairs of a cache. No torch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,15 +16,17 @@ from minicache.options.others import CompareConfig
 from minicache.options.where import Where
 from minicache.pairs import CHOSEN, EncodedPair, Ints
 
-ROWS = {".jsonl", ".json", ".ndjson", ".parquet"}  # anything else is plain text, one prompt a line
+# Suffixes of files with rows. Any other file is plain text, a prompt per line.
+ROWS = {".jsonl", ".json", ".ndjson", ".parquet"}
 DEFAULT_PAIRS = 16
 
-Asked = tuple[str, tuple[Turn, ...]]  # where it stands, its turns
+# A prompt's origin, as an error names it, and its turns.
+Asked = tuple[str, tuple[Turn, ...]]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt. text: as a person reads it. turns: () if it came as tokens. ids: (n,) what the models are given."""
+    """A prompt. text: for people. turns: () for a prompt of a cache, which holds tokens only. ids: (n,) for the models."""
 
     text: str
     turns: tuple[Turn, ...]
@@ -32,10 +34,11 @@ class Prompt:
 
 
 def read_prompts(config: CompareConfig, tokenizer: ChatTokenizer) -> list[Prompt]:
-    """All prompts asked for: texts first, then the file's, then the cache's.
+    """All prompts of a config: those of --prompt first, then the file's, then the cache's.
 
     Raises:
-        DataError: a file or a row of it holds no prompt. CacheError: the cache cannot be read or has another tokenizer.
+        DataError: a file or a row of it holds no prompt.
+        CacheError: the cache cannot be read or was made with another tokenizer.
     """
     asked: list[Asked] = [("--prompt", (Turn("user", text),)) for text in config.prompt]
     asked += list(_of_file(config.prompts)) if config.prompts else []
@@ -62,7 +65,7 @@ def _lines(file: Path) -> Iterator[tuple[int, object]]:
         raise DataError(f"--prompts {file}: cannot be read: {error}") from error
     found = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
     if not found:
-        raise DataError(f"--prompts {file}: expected one prompt a line, found none")
+        raise DataError(f"--prompts {file}: expected one prompt per line, found none")
     yield from found
 
 
@@ -77,9 +80,9 @@ def _render(place: str, turns: tuple[Turn, ...], system: str | None, tokenizer: 
         raise DataError(f"{place}: {refusal}") from refusal
     ((ids, _),) = tokenizer.encode([text], hides=True)
     if not len(ids):
-        raise DataError(f"{place}: gives no token; expected some text")
-    one = len(turns) == 1
-    return Prompt(turns[0].content if one else "\n\n".join(f"{t.role}: {t.content}" for t in turns), turns, ids)
+        raise DataError(f"{place}: has no token; expected some text")
+    shown = "\n\n".join(f"{turn.role}: {turn.content}" for turn in turns) if len(turns) > 1 else turns[0].content
+    return Prompt(shown, turns, ids)
 
 
 def _of_cache(path: Where, pairs: int | None, tokenizer: ChatTokenizer) -> list[Prompt]:
@@ -99,7 +102,7 @@ def _of_cache(path: Where, pairs: int | None, tokenizer: ChatTokenizer) -> list[
 
 
 def prompt_ids(pair: EncodedPair) -> Ints:
-    """(n,) ids before the answer: the prefix both sides share, without the beginning of an answer that both have."""
+    """(n,) ids before the answer: the shared prefix, without the beginning of an answer that both sides share."""
     _, mask = pair.side(CHOSEN)
     end = pair.lengths[0]
     while end and mask[end - 1]:

@@ -13,7 +13,7 @@ from minicache.pairs import Ints
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn. temperature: 0 is greedy. batch_size: prompts answered at once."""
+    """How answers are generated. temperature: 0 is greedy. batch_size: prompts answered at once."""
 
     max_new_tokens: int
     temperature: float
@@ -23,7 +23,7 @@ class Sampling:
 
 
 class Answer(NamedTuple):
-    """An answer's text. is_cut: whether it reached `max_new_tokens` before the model closed it."""
+    """The text of an answer. is_cut: it reached `max_new_tokens` before the model closed it."""
 
     text: str
     is_cut: bool
@@ -38,14 +38,14 @@ def answer_all(
 ) -> list[Answer]:
     """The model's answers in the order of the prompts. The caller's random state stays as it is.
 
-    advance: called after each batch with the number of prompts answered, and of tokens read and written.
+    prompts: (n,) ids each. advance: called after each batch with the number of prompts, and of tokens read and written.
 
     Raises:
-        ModelError: the device's memory holds no such batch.
+        ModelError: a batch does not fit in the device's memory.
     """
     ends = _end_ids(model, tokenizer)
     model.generation_config = _generation_config(ends, sampling)
-    # prompts of like length share a batch: little padding
+    # prompts of similar length share a batch, which needs little padding
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers: dict[int, Answer] = {}
     gpus = [model.device] if model.device.type == "cuda" else []
@@ -60,15 +60,16 @@ def answer_all(
 
 
 def require_fit(source: str, model: Any, prompts: list[Ints], max_new_tokens: int) -> None:
-    """Refuse a token that the model does not know and a position that it does not have: either would crash deep inside it.
+    """Refuse a token id or a position beyond the model's embeddings, either of which would crash inside the model.
 
     Raises:
-        ModelError: a token id is too large. ConfigError: a prompt and its answer are too long.
+        ModelError: a token id is too large.
+        ConfigError: a prompt and its answer are too long.
     """
     known, largest = model.get_input_embeddings().num_embeddings, max(int(ids.max()) for ids in prompts)
     if largest >= known:
         raise ModelError(
-            f"{source}: knows {known} tokens, the policy's tokenizer gives token id {largest}; "
+            f"{source}: has {known} token embeddings, the policy's tokenizer gives token id {largest}; "
             "expected reference and policy to share a tokenizer"
         )
     room, longest = getattr(model.config, "max_position_embeddings", None), max(map(len, prompts))
@@ -80,7 +81,7 @@ def require_fit(source: str, model: Any, prompts: list[Ints], max_new_tokens: in
 
 
 def _end_ids(model: Any, tokenizer: ChatTokenizer) -> list[int]:
-    """Ids of the tokens that close an answer: the tokenizer's own, and those that the model's settings name."""
+    """Ids of the tokens that close an answer: the tokenizer's, and those that the model's generation config names."""
     named = getattr(model.generation_config, "eos_token_id", None)
     ends = {*(named if isinstance(named, list) else [named])}
     ends.add(tokenizer.backend.token_to_id(tokenizer.special.get("eos_token", "")))
@@ -88,11 +89,12 @@ def _end_ids(model: Any, tokenizer: ChatTokenizer) -> list[int]:
 
 
 def _generation_config(ends: list[int], sampling: Sampling) -> Any:
-    """The settings that both models answer under. Their own (Qwen's repetition penalty, say) are left out."""
+    """The settings under which both models answer. Their own, such as Qwen's repetition penalty, are not used."""
     from transformers import GenerationConfig
 
+    make: Any = GenerationConfig
     drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if sampling.temperature else {}
-    return GenerationConfig(
+    return make(
         max_new_tokens=sampling.max_new_tokens,
         do_sample=bool(drawn),
         eos_token_id=ends or None,
@@ -106,9 +108,10 @@ def _padding(ends: list[int]) -> int:
 
 
 def _generate(model: Any, prompts: list[Ints], ends: list[int]) -> list[list[int]]:
-    """The new token ids of each prompt of a batch, up to and with the one that closes the answer."""
+    """The new token ids of each prompt of a batch, up to and including the one that closes the answer."""
     width = max(map(len, prompts))
-    inputs = torch.full((len(prompts), width), _padding(ends))  # (B, width) int64, padded on the left
+    # (B, width) int64, padded on the left
+    inputs = torch.full((len(prompts), width), _padding(ends))
     mask = torch.zeros_like(inputs)
     for row, ids in enumerate(prompts):
         inputs[row, width - len(ids) :] = torch.from_numpy(ids.astype("int64"))
@@ -129,5 +132,5 @@ def _until_end(ids: list[int], ends: list[int]) -> list[int]:
 
 def _answer(ids: list[int], ends: list[int], tokenizer: ChatTokenizer) -> Answer:
     text, is_cut = tokenizer.backend.decode(ids, skip_special_tokens=True).strip(), ids[-1] not in ends
-    # the cut may go through a character of several tokens
+    # the cut may fall within a character of several tokens
     return Answer(text.rstrip("\ufffd") if is_cut else text, is_cut)

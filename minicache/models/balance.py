@@ -1,11 +1,13 @@
-"""The load-balancing loss of a mixture of experts, from what its routers said during a forward pass.
+"""The load-balancing loss of a mixture of experts, from the router logits of a forward pass.
 
     with recording(model) as routing:
         model(input_ids)
-    penalty = routing.loss(read, readers, sequences)  # (sequences,) float32, to be added to the loss of each
+    # (sequences,) float32, to be added to the loss of each sequence
+    penalty = routing.loss(read, readers, sequences)
 
-MiniMind's models have theirs. Any other family has transformers' own, and only if its config asks (`output_router_logits`), because
-most mixtures are fine-tuned without one; a family whose routers transformers itself does not record one by one has none here.
+MiniMind's models have MiniMind's loss. Any other family has that of transformers, and only if its config sets
+`output_router_logits`, because most mixtures are fine-tuned without one. A family whose routers transformers does not record
+one by one has none here.
 """
 
 from collections.abc import Iterator
@@ -19,41 +21,48 @@ from minicache.models.generations import GENERATIONS, require_mixtures
 
 
 class Routing:
-    """What the routers of one forward pass said, in the order of the layers."""
+    """The router logits of one forward pass, in the order of the layers."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
-        self.logits: dict[nn.Module, torch.Tensor] = {}  # router -> (R x L, experts)
+        # router -> (rows x length, experts)
+        self.logits: dict[nn.Module, torch.Tensor] = {}
 
     def loss(self, read: torch.Tensor, readers: torch.Tensor, sequences: int) -> torch.Tensor:
-        """The load-balancing loss of each sequence, summed over layers, its coefficient (`router_aux_loss_coef`) included.
+        """(sequences,) float32: the load-balancing loss of each sequence, summed over layers, times `router_aux_loss_coef`.
 
-        2504 and 2510 balance each sequence for itself. 3, and transformers' own, balance all tokens of the batch together, each
-        once: every sequence then carries the same number, which depends on what shares its batch.
+        MiniMind 2504 and 2510 balance each sequence by itself. MiniMind 3 and transformers balance all tokens of the batch
+        together, each counted once: every sequence then has the same loss, which depends on the rest of the batch. The result is
+        differentiable with respect to the routers.
 
-        read, readers: (S,) positions in the flattened rows and the sequence, from 0 to below `sequences`, each belongs to; see
-            `Batch`. A prefix that two sequences share is listed for both.
-        Returns: (sequences,) float32, differentiable with respect to the routers.
-        Source: MiniMind's MoEGate and MOEFeedForward; Switch Transformer, arXiv 2101.03961, eq. 4 to 6.
+        read, readers: (S,) int64, positions in the flattened rows, and the sequence (0 to sequences - 1) of each; see `Batch`. A
+            prefix that two sequences share is listed for both.
+
+        Source: MiniMind's MoEGate and MOEFeedForward; Switch Transformer, arXiv:2101.03961, eq. 4 to 6.
         """
         assert self.logits, "no router ran while recording"
-        coefficient, generation = self.config.router_aux_loss_coef, getattr(self.config, "minimind", None)
+        coefficient: float = self.config.router_aux_loss_coef
+        generation = getattr(self.config, "minimind", None)
         if generation in (None, "3"):
-            read = read.unique()
+            read = torch.unique(read)
         if generation is None:
             return (coefficient * self._of_transformers(read)).expand(sequences)
-        top, each = self.config.num_experts_per_tok, generation != "3"
-        owners, count = (readers, sequences) if each else (torch.zeros_like(read), 1)
+        top: int = self.config.num_experts_per_tok
+        by_sequence = generation != "3"
+        owners, count = (readers, sequences) if by_sequence else (torch.zeros_like(read), 1)
         layers = [_imbalance(logits[read], top, owners, count) for logits in self.logits.values()]
         total = coefficient * torch.stack(layers).sum(0)  # (count,)
-        return total / top if each else total.expand(sequences)
+        return total / top if by_sequence else total.expand(sequences)
 
     def _of_transformers(self, read: torch.Tensor) -> torch.Tensor:
+        """(): transformers' own loss over the positions `read`, (S,)."""
         from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-        balance: Any = load_balancing_loss_func  # its annotations miss what its docstring allows
+        # the annotations of the function exclude arguments that its docstring allows
+        balance: Any = load_balancing_loss_func
         logits = tuple(logits[read].float() for logits in self.logits.values())
-        return balance(logits, logits[0].shape[-1], self.config.num_experts_per_tok)
+        loss: torch.Tensor = balance(logits, logits[0].shape[-1], self.config.num_experts_per_tok)
+        return loss
 
 
 def has_balance(model: nn.Module) -> bool:
@@ -65,25 +74,26 @@ def has_balance(model: nn.Module) -> bool:
 
 @contextmanager
 def recording(model: nn.Module) -> Iterator[Routing]:
-    """Record what every router says in the one forward pass that runs within.
+    """Record the router logits of the one forward pass that runs in this context.
 
-    The hooks keep references and compute nothing, so that a checkpointed layer does the same with and without them; when
-    it runs again for its backward pass, what it said first stands.
+    The hooks keep references and compute nothing, so that a checkpointed layer does the same with and without them. When such
+    a layer runs again in backward, the logits of its first run are kept.
 
     Raises:
-        ModelError: transformers is too old to tell what MiniMind's routers say.
+        ModelError: transformers is too old to give the logits of MiniMind's routers.
     """
     assert has_balance(model), f"{type(model).__name__} has no load-balancing loss"
     if getattr(model.config, "minimind", None):
         require_mixtures()
     routing = Routing(model.config)
 
-    def keep(router: nn.Module, inputs: tuple, output: Any) -> None:
+    def keep(router: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         parts = output if isinstance(output, tuple) else (output,)
-        routing.logits.setdefault(router, _logits(router, parts) if (at := places[router]) is None else parts[at])
+        index = routers[router]
+        routing.logits.setdefault(router, _logits(router, parts) if index is None else parts[index])
 
-    places = _routers(model)
-    handles = [router.register_forward_hook(keep) for router in places]
+    routers = _routers(model)
+    handles = [router.register_forward_hook(keep) for router in routers]
     try:
         yield routing
     finally:
@@ -92,10 +102,10 @@ def recording(model: nn.Module) -> Iterator[Routing]:
 
 
 def _routers(model: nn.Module) -> dict[nn.Module, int | None]:
-    """Each router, and where in its output the logits stand; None: see `_logits`.
+    """Each router -> the index of the logits in its output; None where `_logits` finds them (MiniMind).
 
-    Of another family as the model's own class declares it for `output_router_logits`; empty where it declares none, or several
-    kinds.
+    For another family both follow from the model class's declaration for `output_router_logits`; without one, or with several
+    kinds of routers, the result is empty.
     """
     config: Any = model.config
     if generation := GENERATIONS.get(getattr(config, "minimind", "")):
@@ -109,17 +119,19 @@ def _routers(model: nn.Module) -> dict[nn.Module, int | None]:
 
 
 def _logits(router: Any, parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Of logits, weights and choices, whose order changes with the version of transformers, what has a number for every expert.
+    """(T, experts): the output part with a number for every expert. The order of the parts depends on transformers' version.
 
-    So have the weights where a token goes to all experts; then the loss is the same constant from either.
+    The weights have as many numbers where a token goes to all experts; the loss is then the same constant from either.
     """
     return next(part for part in parts if part.is_floating_point() and part.shape[-1] == len(router.weight))
 
 
 def _imbalance(logits: torch.Tensor, top: int, owners: torch.Tensor, count: int) -> torch.Tensor:
-    """Experts x sum over experts of (tokens that chose it / tokens) x (its mean score), of each sequence; even routing gives `top`.
+    """(count,): for each sequence, experts x sum over experts of (share of tokens that chose it) x (mean score).
 
-    logits: (S, experts) of the tokens; owners: (S,) their sequences, `count` of them. top: experts a token. Returns: (count,).
+    Even routing gives `top`.
+
+    logits: (S, experts) of the tokens. top: experts per token. owners: (S,) sequence of each token. count: number of sequences.
     """
     experts = logits.shape[-1]
     scores = logits.float().softmax(-1)

@@ -1,4 +1,4 @@
-"""A digest of what a model computes: the bytes of its weights, and the settings that make the same weights another model."""
+"""A digest of what a model computes: the bytes of its weights, and the settings that change what the same weights compute."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-# Settings that no tensor's shape shows. Those a config does not have, or has as None, do not count.
+# Settings that no tensor's shape shows. A setting that a config lacks, or has as None, does not count.
 SETTINGS = (
     "model_type",
     *("num_attention_heads", "num_key_value_heads", "head_dim"),
@@ -23,7 +23,7 @@ SETTINGS = (
 
 
 def fingerprint(model: nn.Module) -> str:
-    """blake2b-128 over name, dtype, shape and bytes of every stored tensor, a tied one once, and over `SETTINGS`.
+    """blake2b-128, hex, over name, dtype, shape and bytes of every stored tensor, a tied one once, and over `SETTINGS`.
 
     The same model gives the same digest whatever file, directory or name it came from.
     """
@@ -49,7 +49,7 @@ def _settings(config: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers to 6 digits: a .gguf keeps 1e-5 in float32, and 10000 and 10000.0 are one base."""
+    """The value with numbers rounded to 6 digits: a .gguf stores 1e-5 in float32, and 10000 and 10000.0 are the same base."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items() if item is not None}
     if isinstance(value, list | tuple):

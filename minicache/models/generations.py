@@ -1,26 +1,27 @@
-"""The three generations of MiniMind: what a file of each does not carry, and its tensors under transformers' names, both ways.
+"""The three generations of MiniMind: the settings that their files lack, and the names of tensors there and in transformers.
 
-A dense layer keeps its tensors one to one. The experts of a layer, a tensor each in the file, lie stacked in transformers, and the
-shared experts, which all see every token, side by side as one wide one.
+The tensors of a dense layer correspond one to one. The routed experts of a layer are a tensor each in the file and one stacked
+tensor in transformers; the shared experts, which all see every token, are concatenated into one wide expert.
 Source: jingyaogong/minimind, model/model.py (2504), model/model_minimind.py (2510, 3).
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from minicache.errors import ModelError
 
 State = dict[str, torch.Tensor]
-NOT_WEIGHTS = ("freqs_cos", "freqs_sin", "pos_cis", "attention.mask")  # tables some versions saved; computed anew
-
-MIXTURES_SINCE = (5, 14)  # of transformers
+# Tables that some versions saved and that are computed anew.
+NOT_WEIGHTS = ("freqs_cos", "freqs_sin", "pos_cis", "attention.mask")
+# The first version of transformers whose mixtures of experts can be used.
+MIXTURES_SINCE = (5, 14)
 
 
 @dataclass(frozen=True)
 class Experts:
-    """Where a transformers family keeps a mixture-of-experts layer: router, stacked experts, and the wide shared one."""
+    """Names in a mixture-of-experts layer of a transformers family: router, stacked experts, and the wide shared expert."""
 
     family: str
     router: str
@@ -30,11 +31,12 @@ class Experts:
 
 @dataclass(frozen=True)
 class Generation:
-    """What the file of a generation does not carry, and how its keys read.
+    """The settings that a file of this generation lacks, and the form of its keys.
 
-    marker: a key that only this generation has. balance: coefficient of the load-balancing loss.
-    words: (as in transformers' dense models, as in the file), applied in order.
-    interleaved: rotary positions turn neighbouring dimensions, not the two halves. head_norms: q and k are normalised.
+    marker: a key that only this generation has. dense: the transformers family of its dense models.
+    heads, kv_heads, rms_eps, experts_per_token: defaults. balance: coefficient of the load-balancing loss.
+    words: (part of a name in transformers' dense models, the same part in the file), replaced in order.
+    interleaved: rotary positions rotate neighbouring dimensions, not the two halves. head_norms: q and k are normalised.
     """
 
     name: str
@@ -67,22 +69,40 @@ WORDS_2504 = (
 GRANITE = Experts("granitemoeshared", "block_sparse_moe.router.weight", "block_sparse_moe.experts.", "shared_mlp.")
 QWEN3_MOE = Experts("qwen3_moe", "mlp.gate.weight", "mlp.experts.")
 THREE = Generation(
-    "3", "model.layers.0.self_attn.q_norm.weight", "qwen3", QWEN3_MOE, 8, 4, 1e-6, 1, 5e-4, head_norms=True
+    name="3",
+    marker="model.layers.0.self_attn.q_norm.weight",
+    dense="qwen3",
+    experts=QWEN3_MOE,
+    heads=8,
+    kv_heads=4,
+    rms_eps=1e-6,
+    experts_per_token=1,
+    balance=5e-4,
+    head_norms=True,
 )
-MID = Generation("2510", "model.layers.0.self_attn.q_proj.weight", "llama", GRANITE, 8, 2, 1e-5, 2, 0.1)
-FIRST = Generation(
-    "2504", "layers.0.attention.wq.weight", "llama", GRANITE, 8, 2, 1e-5, 2, 0.1, WORDS_2504, interleaved=True
+MID = Generation(
+    name="2510",
+    marker="model.layers.0.self_attn.q_proj.weight",
+    dense="llama",
+    experts=GRANITE,
+    heads=8,
+    kv_heads=2,
+    rms_eps=1e-5,
+    experts_per_token=2,
+    balance=0.1,
 )
-GENERATIONS = {
-    generation.name: generation for generation in (THREE, MID, FIRST)
-}  # the newest first: its marker decides
+FIRST = replace(MID, name="2504", marker="layers.0.attention.wq.weight", words=WORDS_2504, interleaved=True)
+# The newest first: files of generation 3 also have the marker of 2510.
+GENERATIONS = {generation.name: generation for generation in (THREE, MID, FIRST)}
 
 
 def require_mixtures() -> None:
-    """Older versions keep Granite's experts under other names, and some give Qwen3-MoE's scores where its logits should be.
+    """Require a transformers version that computes MiniMind's mixtures of experts.
+
+    Older versions keep Granite's experts under other names, and some give Qwen3-MoE's scores in place of its logits.
 
     Raises:
-        ModelError: transformers is too old for a mixture of experts of MiniMind's.
+        ModelError: the installed version is older than MIXTURES_SINCE.
     """
     from transformers import __version__
 
@@ -96,7 +116,7 @@ def require_mixtures() -> None:
 
 @dataclass(frozen=True)
 class Counts:
-    """Layers, routed experts a layer (0: dense) and shared experts a layer."""
+    """Numbers of layers, of routed experts per layer (0: dense) and of shared experts per layer."""
 
     layers: int
     experts: int
@@ -104,7 +124,7 @@ class Counts:
 
 
 def count(state: State, generation: Generation) -> Counts:
-    """What the keys of a file say, complete or not."""
+    """The counts that follow from the keys of a file, which may be incomplete."""
     gate = state.get(_file_key("model.layers.0.mlp.gate.weight", generation))
     experts = max(len(gate) if gate is not None else 0, _highest(r"\.experts\.(\d+)\.", state))
     shared = _highest(r"\.shared_experts\.(\d+)\.", state) or int(any(".shared_experts." in key for key in state))
@@ -112,7 +132,7 @@ def count(state: State, generation: Generation) -> Counts:
 
 
 def file_keys(generation: Generation, counts: Counts) -> dict[str, str]:
-    """Every tensor of a checkpoint: its name in the manner of transformers' dense models -> its key in the file."""
+    """For every tensor of a checkpoint, its name in the form of transformers' dense models -> its key in the file."""
     blocks = [f"experts.{index}." for index in range(counts.experts)] or [""]
     blocks += [f"shared_experts.{index}." for index in range(counts.shared)]
     parts = [f"self_attn.{part}_proj" for part in "qkvo"] + ["input_layernorm", "post_attention_layernorm"]
@@ -125,14 +145,17 @@ def file_keys(generation: Generation, counts: Counts) -> dict[str, str]:
 
 
 def turned(plain: State, generation: Generation, heads: dict[str, int], back: bool) -> State:
-    """`plain` with the rows of q and k in the order the other side's rotary positions need; heads: of "q" and of "k"."""
+    """`plain` with the rows of q and k in transformers' order of rotary positions; `back`: in the generation's own order.
+
+    heads: numbers of heads of "q" and "k".
+    """
     if not generation.interleaved:
         return plain
     return {name: _turned_rows(name, weight, heads, back) for name, weight in plain.items()}
 
 
 def _turned_rows(name: str, weight: torch.Tensor, heads: dict[str, int], back: bool) -> torch.Tensor:
-    """A head's rows 0 1 2 3 … as 0 2 … 1 3 …: rotating halves then does what rotating pairs did before. `back` undoes it."""
+    """The rows 0 1 2 3 … of each head as 0 2 … 1 3 …, so that rotating halves does what rotating pairs did; `back` undoes it."""
     found = re.search(r"self_attn\.([qk])_proj", name)
     if not found:
         return weight
@@ -143,7 +166,7 @@ def _turned_rows(name: str, weight: torch.Tensor, heads: dict[str, int], back: b
 
 
 def stack(plain: State, experts: Experts, counts: Counts) -> State:
-    """Tensors of a mixture of experts, one an expert, as transformers keeps them."""
+    """The tensors of a mixture of experts, one for each expert in `plain`, as transformers stacks them."""
     state = {name: weight for name, weight in plain.items() if ".mlp." not in name}
     for layer in range(counts.layers):
         here, mlp = f"model.layers.{layer}.", f"model.layers.{layer}.mlp."
@@ -160,7 +183,7 @@ def stack(plain: State, experts: Experts, counts: Counts) -> State:
 
 
 def unstack(state: State, experts: Experts) -> tuple[State, Counts]:
-    """What `stack` was given, from what it gave."""
+    """The inverse of `stack`: one tensor for each expert, and the counts."""
     plain = {name: weight for name, weight in state.items() if ".mlp." not in name and ".block_sparse_moe." not in name}
     plain = {name: weight for name, weight in plain.items() if not experts.shared or experts.shared not in name}
     layers, shared = _highest(r"(?:^|\.)layers\.(\d+)\.", state), 0
@@ -169,12 +192,13 @@ def unstack(state: State, experts: Experts) -> tuple[State, Counts]:
         plain[mlp + "gate.weight"] = state[here + experts.router]
         gate_up, down = state[f"{here}{experts.stacked}gate_up_proj"], state[f"{here}{experts.stacked}down_proj"]
         width = down.shape[2]
-        for index, both in enumerate(gate_up):
-            plain |= _named(f"{mlp}experts.{index}.", both[:width], both[width:], down[index])
-        wide = state.get(f"{here}{experts.shared}input_linear.weight")  # (2 x shared x width, hidden)
+        for index, expert in enumerate(gate_up):
+            plain |= _named(f"{mlp}experts.{index}.", expert[:width], expert[width:], down[index])
+        # (2 x shared x width, hidden)
+        wide = state.get(f"{here}{experts.shared}input_linear.weight")
         if wide is not None:
-            downs = state[f"{here}{experts.shared}output_linear.weight"].split(width, 1)
-            gates, ups = (half.split(width) for half in wide.chunk(2))
+            downs = torch.split(state[f"{here}{experts.shared}output_linear.weight"], width, 1)
+            gates, ups = (torch.split(half, width) for half in wide.chunk(2))
             shared = len(gates)
             for index, parts in enumerate(zip(gates, ups, downs, strict=True)):
                 plain |= _named(f"{mlp}shared_experts.{index}.", *parts)

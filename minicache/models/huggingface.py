@@ -11,20 +11,30 @@ ATTENTION = "sdpa"
 
 
 def load(source: str, trust_remote_code: bool) -> nn.Module:
+    """The causal language model at `source`, in the precision it is stored in.
+
+    Raises:
+        ModelError: there is none, or transformers cannot load it.
+    """
     from transformers import AutoModelForCausalLM
 
     model = _from_pretrained(
         AutoModelForCausalLM, source, trust_remote_code, dtype="auto", attn_implementation=ATTENTION
     )
-    if (
-        Path(source).suffix == ".gguf"
-    ):  # by now plain tensors; as a quantized model it could not be saved or trained again
+    if Path(source).suffix == ".gguf":
+        # The weights are plain tensors by now. A model marked as quantized could not be saved or trained.
         model.hf_quantizer, model.is_quantized = None, False
         vars(model.config).pop("quantization_config", None)
+    assert isinstance(model, nn.Module)
     return model
 
 
 def save_tokenizer(source: str, directory: Path, trust_remote_code: bool) -> None:
+    """Write the files of the tokenizer at `source` into a directory.
+
+    Raises:
+        ModelError: there is none, transformers cannot load it, or it has no fast version.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = _from_pretrained(AutoTokenizer, source, trust_remote_code)
@@ -34,14 +44,19 @@ def save_tokenizer(source: str, directory: Path, trust_remote_code: bool) -> Non
 
 
 def quiet() -> None:
-    """No progress bars of transformers' own: ours are the ones a person watches."""
+    """Turn off the progress bars of transformers: the commands show their own."""
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    turn_off: Any = logging.disable_progress_bar
+    turn_off()
 
 
 def _from_pretrained(cls: Any, source: str, trust_remote_code: bool, **options: Any) -> Any:
-    """Any transformers class from a directory, a hub id or a .gguf file."""
+    """An object of a transformers class, from a directory, a hub id or a .gguf file.
+
+    Raises:
+        ModelError: there is none, or transformers cannot load it.
+    """
     path = Path(source)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -53,7 +68,8 @@ def _from_pretrained(cls: Any, source: str, trust_remote_code: bool, **options: 
     quiet()
     try:
         return cls.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
-    except Exception as error:  # of damaged files transformers raises anything
+    # transformers may raise anything on a damaged file
+    except Exception as error:
         line = " ".join(str(error).split()) or type(error).__name__
         hint = " (add --trust-remote-code if you trust its authors)" if "trust_remote_code" in line else ""
         what = "transformers cannot load it" if path.exists() else "no such directory, and no hub id that can be loaded"

@@ -1,6 +1,8 @@
-"""One door to all families: which loader a source needs, what it gives, how it is saved again."""
+"""Loading and saving a model of any family: a Hugging Face directory or hub id, a .gguf file, a MiniMind .pth, an adapter."""
 
+import logging
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -17,12 +19,14 @@ from minicache.errors import ModelError
 from minicache.models import huggingface, lora, minimind
 from minicache.models.fingerprint import fingerprint
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class LoadedModel:
     """A causal language model in the precision it was stored in, on the CPU, in eval mode.
 
-    source: what the user named. family: the architecture (transformers' `model_type`).
+    model: a transformers model. source: its name, as the user gave it.
     """
 
     model: nn.Module
@@ -30,76 +34,101 @@ class LoadedModel:
 
     @property
     def family(self) -> str:
-        return self.model.config.model_type  # type: ignore[union-attr, return-value]
+        """The architecture: transformers' `model_type`."""
+        config: Any = self.model.config
+        return str(config.model_type)
 
     @property
     def vocabulary(self) -> int:
-        return self.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        """Number of token embeddings."""
+        model: Any = self.model
+        return int(model.get_input_embeddings().num_embeddings)
 
     @cached_property
     def fingerprint(self) -> str:
-        """See `minicache.models.fingerprint`."""
-        return fingerprint(self.model)
+        """Digest of the weights and settings; see `minicache.models.fingerprint`."""
+        digest = fingerprint(self.model)
+        log.debug("%s: digest of the weights %s", self.source, digest)
+        return digest
 
 
-# suffix of a file -> its loader, given the file and what the name says behind a colon; anything else is a Hugging Face
-# directory or hub id
+# Suffix of a file -> its loader, given the path and the options behind the colon of the name. Any other source is a Hugging
+# Face directory or hub id.
 FAMILIES: dict[str, Callable[[Path, str], nn.Module]] = {".pth": minimind.load, ".pt": minimind.load}
 
 
 def split_source(source: str) -> tuple[str, str]:
-    """A model's name as the place it lies at and what is said behind the colon: "a.pth:heads=16" -> ("a.pth", "heads=16")."""
+    """The path and the options in a model's name: "a.pth:heads=16" -> ("a.pth", "heads=16")."""
     suffixes = "|".join(re.escape(suffix) for suffix in FAMILIES)
     found = re.fullmatch(rf"(.+(?:{suffixes})):(.*)", source, re.DOTALL)
     return (found[1], found[2]) if found else (source, "")
 
 
 def lasting_name(source: str) -> str:
-    """A model's name under which it is found from any working directory: a path made absolute, a hub id as it is."""
-    place, said = split_source(source)
-    return f"{Path(place).resolve()}{':' if said else ''}{said}" if Path(place).exists() else source
+    """A name of the model that holds from any working directory: a path becomes absolute, a hub id stays as it is."""
+    place, options = split_source(source)
+    return f"{Path(place).resolve()}{':' if options else ''}{options}" if Path(place).exists() else source
 
 
 def load_model(source: str, trust_remote_code: bool = False) -> LoadedModel:
-    """Load a model directory, hub id, .gguf file or MiniMind .pth file; an adapter's directory as its base with it merged, float32.
+    """The model in a directory, hub id, .gguf file or MiniMind .pth file; for an adapter, its base with it merged, float32.
 
-    What a .pth file does not carry can be said in its name: "model.pth:heads=16,kv_heads=8" (see `minimind.Options`).
+    The name of a .pth file can carry settings that the file lacks: "model.pth:heads=16,kv_heads=8" (see `minimind.Options`).
 
     Raises:
-        ModelError: it does not exist, is of no known kind, needs code of its own that was not allowed, or is not what its name
-            says.
+        ModelError: the source does not exist, is of no known kind, needs code of its own that was not allowed, or does not fit
+            its name.
     """
+    started = time.perf_counter()
     place, options = split_source(source)
     path = Path(place)
     if base := lora.base_of(path):
-        try:
-            below = load_model(base, trust_remote_code)
-        except ModelError as error:
-            raise ModelError(
-                f"{place}: the model that this adapter belongs to: {error}; base_model_name_or_path in {lora.ADAPTER} says where"
-            ) from error
-        lora.check_base(path, base, below.fingerprint)
-        merged = lora.with_adapter(below.model, path).merge_and_unload()
-        return LoadedModel(merged.eval().requires_grad_(False), source)
-    if path.suffix in FAMILIES:
-        if not path.is_file():
-            raise ModelError(f"{place}: no such file")
+        model = _merged(path, base, trust_remote_code)
+    elif path.suffix not in FAMILIES:
+        model = huggingface.load(source, trust_remote_code)
+    elif path.is_file():
         model = FAMILIES[path.suffix](path, options)
     else:
-        model = huggingface.load(source, trust_remote_code)
+        raise ModelError(f"{place}: no such file")
+    _log_loaded(model, source, time.perf_counter() - started)
     return LoadedModel(model.eval().requires_grad_(False), source)
+
+
+def _merged(directory: Path, base: str, trust_remote_code: bool) -> nn.Module:
+    """The base model with the adapter in `directory` merged into it, float32.
+
+    Raises:
+        ModelError: the base cannot be loaded, or is not the one that the adapter was trained on.
+    """
+    try:
+        below = load_model(base, trust_remote_code)
+    except ModelError as error:
+        raise ModelError(
+            f"{directory}: the base model of this adapter, base_model_name_or_path in {lora.ADAPTER}: {error}"
+        ) from error
+    lora.check_base(directory, base, below.fingerprint)
+    merged: nn.Module = lora.with_adapter(below.model, directory).merge_and_unload()
+    return merged
+
+
+def _log_loaded(model: nn.Module, source: str, seconds: float) -> None:
+    if log.isEnabledFor(logging.DEBUG):
+        parameters = list(model.parameters())
+        dtypes = ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters}))
+        count = sum(parameter.numel() for parameter in parameters)
+        log.debug("%s: %s, %s, %d parameters, %.1f s", source, type(model).__name__, dtypes, count, seconds)
 
 
 def save_model(model: Any, tokenizer_dir: Path, directory: Path, weights: dict[str, Any] | None = None) -> None:
     """Write a complete Hugging Face directory: weights (or the adapter's) in safetensors, config, tokenizer. Whole or not at all.
 
-    weights: those of a model in shards, gathered.
+    weights: the gathered weights of a sharded model.
 
     Raises:
         OutputError: the disk is full or cannot be written.
     """
     huggingface.quiet()
-    # peft would ask the hub whether the base's embeddings were resized; they never are
+    # otherwise peft asks the hub whether the base's embeddings were resized, which they never are
     options: dict[str, Any] = {"save_embedding_layers": False} if hasattr(model, "get_base_model") else {}
     with folder_written_whole(directory) as draft:
         try:
@@ -111,7 +140,7 @@ def save_model(model: Any, tokenizer_dir: Path, directory: Path, weights: dict[s
 
 
 def save_tokenizer(source: str, directory: Path, chat_template: str | None, trust_remote_code: bool = False) -> None:
-    """Write the files of the tokenizer at `source`, with `chat_template` in place of its own if given.
+    """Write the files of the tokenizer at `source`; `chat_template`, if given, replaces its own template.
 
     Raises:
         ModelError: there is no tokenizer at `source`, or it has no fast version.
@@ -127,19 +156,24 @@ def save_tokenizer(source: str, directory: Path, chat_template: str | None, trus
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The decoder layers of a transformers model, as far as its code marks them; without their parts."""
+    """The decoder layers of a transformers model; empty if its code does not mark them."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Keep a decoder layer's input only, and compute the rest again in backward (Chen et al. 2016, arXiv:1604.06174).
+    """Keep only the input of each decoder layer, and compute the layer again in backward.
 
-    transformers' own switch works in train mode alone, and that would turn dropout on.
+    transformers' own switch works in train mode only, which would turn dropout on.
+
+    Raises:
+        ModelError: the model's code does not mark its layers.
+
+    Source: Chen et al. 2016, arXiv:1604.06174.
     """
     layers = layers_of(model)
     if not layers:
-        raise ModelError("--activation-checkpointing: this model's code has no layers that say they can; leave it off")
+        raise ModelError("--activation-checkpointing: this model's code marks no layers for it; leave it off")
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

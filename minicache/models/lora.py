@@ -17,9 +17,9 @@ ADAPTER, BASE = "adapter_config.json", "base.json"
 
 
 def add_lora(model: nn.Module, source: str, options: LoraOptions, seed: int) -> nn.Module:
-    """New adapters that change nothing yet (their second factor is zero). No dropout: both stages run in eval mode.
+    """The model with new adapters, whose second factor is zero, so that they change nothing yet.
 
-    source: what the base is called; the adapter's file remembers it.
+    There is no dropout: both stages run in eval mode. source: the name of the base, which the adapter's file records.
 
     Raises:
         ConfigError: peft is not installed, or the model has no such modules.
@@ -37,15 +37,20 @@ def add_lora(model: nn.Module, source: str, options: LoraOptions, seed: int) -> 
 
 
 def adapt(model: nn.Module, config: Any, source: str) -> nn.Module:
-    """peft's adapters by its own configuration, which names the base as `source`."""
+    """The model with the adapters of a peft configuration, which records `source` as the base."""
     with _quiet():
-        adapted = _peft().get_peft_model(model, config)
+        adapted: Any = _peft().get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = source
+    assert isinstance(adapted, nn.Module)
     return adapted
 
 
 def _targets(model: nn.Module, asked: str) -> str | list[str]:
-    """'all-linear', or the modules named; peft itself would take no notice of a wrong name among right ones."""
+    """'all-linear', or the names of modules, checked: peft ignores an unknown name among known ones.
+
+    Raises:
+        ConfigError: the model has no linear module of a name.
+    """
     if asked == "all-linear":
         return asked
     linear = sorted({name.split(".")[-1] for name, part in model.named_modules() if isinstance(part, nn.Linear)})
@@ -60,22 +65,33 @@ def _targets(model: nn.Module, asked: str) -> str | list[str]:
 
 
 def base_of(directory: Path) -> str | None:
-    """What an adapter's directory says its base is; None if it is no adapter's."""
+    """The name of the base model in an adapter's directory; None if the directory holds no adapter.
+
+    Raises:
+        ModelError: the adapter's configuration cannot be read.
+    """
     file = directory / ADAPTER
     try:
-        return json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"] if file.is_file() else None
+        name: str | None = (
+            json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"] if file.is_file() else None
+        )
+        return name
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{file}: cannot be read as an adapter's configuration: {error}") from error
 
 
 def write_base(model: nn.Module, directory: Path) -> None:
-    """Beside an adapter that knows it (`base_fingerprint`): which weights it belongs to. A name can come to mean others."""
+    """Write the digest of the base's weights beside an adapter that has it (`base_fingerprint`): a name may change its weights."""
     if base := getattr(model, "base_fingerprint", None):
         (directory / BASE).write_text(json.dumps({"weights": base}) + "\n", encoding="utf-8")
 
 
 def check_base(directory: Path, name: str, fingerprint: str) -> None:
-    """Raises ModelError: what lies at the base's name now are not the weights that the adapter was trained on."""
+    """Require that `fingerprint`, of the model that the base's name now means, is that of the adapter's base.
+
+    Raises:
+        ModelError: the adapter was trained on other weights.
+    """
     file = directory / BASE
     try:
         expected = json.loads(file.read_text(encoding="utf-8"))["weights"] if file.is_file() else fingerprint
@@ -84,15 +100,16 @@ def check_base(directory: Path, name: str, fingerprint: str) -> None:
     if expected != fingerprint:
         raise ModelError(
             f"{directory}: an adapter of weights {expected}, but {name} now has {fingerprint}; expected the same. Put them back, "
-            f"or name their place as base_model_name_or_path in {ADAPTER}"
+            f"or write their path to base_model_name_or_path in {ADAPTER}"
         )
 
 
 def with_adapter(base: nn.Module, directory: Path) -> Any:
-    """The base and its adapter, float32, ready to be trained on; `merge_and_unload()` makes one model of them.
+    """The base with its adapter, float32, trainable; its `merge_and_unload()` makes one model of them.
 
     Raises:
-        ModelError: the adapter does not fit the base. ConfigError: peft is not installed.
+        ModelError: the adapter does not fit the base.
+        ConfigError: peft is not installed.
     """
     peft = _peft()
     try:
@@ -105,8 +122,11 @@ def with_adapter(base: nn.Module, directory: Path) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """What nobody here can change: peft 0.21 asks transformers 5.23 for an attribute that is to be renamed, and looks among
-    modules for the rank that it gives a mixture's stacked experts itself."""
+    """Hide two warnings that a user cannot act on.
+
+    peft 0.21 reads an attribute that transformers 5.23 deprecates, and matches ranks against modules although it sets those of
+    stacked experts itself.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing")
         warnings.filterwarnings(

@@ -1,10 +1,12 @@
-"""MiniMind checkpoints (.pth): a state dict and nothing else, of one of three generations, recognised by its keys.
+"""MiniMind checkpoints (.pth): a plain state dict of one of three generations, which its keys identify.
 
-Every one computes what a transformers class computes. Dense: 2504 and 2510 what Llama does (2504 with rotary positions on
-interleaved pairs, which is Llama on re-ordered rows of q and k), 3 what Qwen3 does. Mixtures of experts: 2504 and 2510 what
-GraniteMoeShared does with neutral multipliers (softmax over the top logits is the normalised top of the softmax), 3 what Qwen3-MoE
-does.
-What the file does not carry is the generation's default unless the model's name says otherwise: `model.pth:heads=16,kv_heads=8`.
+Each generation computes what a transformers class computes.
+
+- Dense: 2504 and 2510 are Llama (2504 rotates interleaved pairs, which is Llama with reordered rows of q and k); 3 is Qwen3.
+- Mixtures of experts: 2504 and 2510 are GraniteMoeShared with neutral multipliers (the softmax over the top logits equals the
+  normalised top of the softmax); 3 is Qwen3-MoE.
+
+A setting that the file lacks has the generation's default, unless the model's name sets it: `model.pth:heads=16,kv_heads=8`.
 """
 
 import math
@@ -12,6 +14,7 @@ import pickle
 from dataclasses import dataclass, fields
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,7 +38,7 @@ ROPE_THETA, POSITIONS = 1e6, 32768
 
 @dataclass(frozen=True)
 class Options:
-    """What can be said in the model's name, `model.pth:heads=16,rope_theta=1e4`. None: the generation's default."""
+    """The settings in a model's name, `model.pth:heads=16,rope_theta=1e4`. None: the generation's default."""
 
     heads: int | None = None
     kv_heads: int | None = None
@@ -49,20 +52,22 @@ WHOLE = ("heads", "kv_heads", "experts_per_token")
 
 @dataclass(frozen=True)
 class Heads:
+    """Numbers of query heads and of key and value heads, and the width of a head."""
+
     q: int
     kv: int
     size: int
 
 
 def load(path: Path, options: str = "") -> nn.Module:
-    """A MiniMind checkpoint as the transformers model that computes the same; its config names the generation in `minimind`.
+    """The transformers model that computes the same as a MiniMind checkpoint; its config names the generation in `minimind`.
 
-    options: what stands behind the colon in the model's name, see `Options`.
+    options: the text behind the colon in the model's name, see `Options`.
 
     Raises:
-        ModelError: it is no state dict of tensors, of no known generation, not whole, or the options do not fit it.
+        ModelError: the file is no state dict of tensors, is of no known generation, is not whole, or the options do not fit it.
     """
-    said, state = _parse(path, options), _read(path)
+    named, state = _parse(path, options), _read(path)
     generation = next((item for item in GENERATIONS.values() if item.marker in state), None)
     if generation is None:
         known = ", ".join(f"MiniMind {name}" for name in reversed(GENERATIONS))
@@ -73,10 +78,10 @@ def load(path: Path, options: str = "") -> nn.Module:
     if counts.experts:
         require_mixtures()
     plain = _plain(state, path, generation, counts)
-    heads = _heads(plain, path, generation, said)
+    heads = _heads(plain, path, generation, named)
     try:
         plain = turned(plain, generation, {"q": heads.q, "k": heads.kv}, back=False)
-        config = _config(plain, generation, counts, heads) | _chosen(path, generation, counts, said)
+        config = _config(plain, generation, counts, heads) | _chosen(path, generation, counts, named)
         return _build(stack(plain, generation.experts, counts) if counts.experts else plain, config)
     except (KeyError, ValueError, RuntimeError) as error:
         line = " ".join(str(error).split())[:300]
@@ -116,12 +121,16 @@ def _read(path: Path) -> State:
         ) from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ModelError(f"{path}: expected a dict of tensors, as torch.save(model.state_dict(), …) writes it")
-    # DDP and torch.compile put their own prefixes before the names.
+    # DDP and torch.compile prefix the names.
     return {key.removeprefix("_orig_mod.").removeprefix("module."): value for key, value in state.items()}
 
 
 def _plain(state: State, path: Path, generation: Generation, counts: Counts) -> State:
-    """The file's tensors under the names of transformers' dense models, every one of them and no other."""
+    """The file's tensors under the names of transformers' dense models.
+
+    Raises:
+        ModelError: a tensor is missing, unknown or quantized.
+    """
     keys = file_keys(generation, counts)
     missing = [key for key in keys.values() if key not in state]
     strange = [key for key in state.keys() - set(keys.values()) if not key.endswith(NOT_WEIGHTS)]
@@ -142,48 +151,55 @@ def _kind(generation: Generation, counts: Counts) -> str:
     return f"{'mixture-of-experts' if counts.experts else 'dense'} MiniMind {generation.name}"
 
 
-def _heads(plain: State, path: Path, generation: Generation, said: Options) -> Heads:
-    """Heads from the rows of q and k, and from one more number: the size of a head's norm, what was said, or the default.
+def _heads(plain: State, path: Path, generation: Generation, named: Options) -> Heads:
+    """The heads, from the rows of q and k and one more number: the width of a head's norm, the name's option, or the default.
 
-    Two numbers of heads and the two of rows determine each other, so whatever does not fit is an error and not a guess.
+    Raises:
+        ModelError: these numbers do not fit each other.
     """
     rows, kv_rows = (plain[f"model.layers.0.self_attn.{part}_proj.weight"].shape[0] for part in "qk")
     norm = plain.get("model.layers.0.self_attn.q_norm.weight")  # (head size,)
-    heads = said.heads or (rows // len(norm) if norm is not None else None)
+    heads = named.heads or (rows // len(norm) if norm is not None else None)
     if heads is None:
-        heads = rows * said.kv_heads // kv_rows if said.kv_heads else generation.heads
+        heads = rows * named.kv_heads // kv_rows if named.kv_heads else generation.heads
     size = rows // heads
     kv = kv_rows // size if size else 0
     fits = kv and rows == heads * size and kv_rows == kv * size and size % 2 == 0 and heads % kv == 0
-    fits = fits and (norm is None or len(norm) == size) and said.kv_heads in (None, kv)
-    if fits and (norm is not None or said.heads or said.kv_heads or kv == generation.kv_heads):
+    fits = fits and (norm is None or len(norm) == size) and named.kv_heads in (None, kv)
+    if fits and (norm is not None or named.heads or named.kv_heads or kv == generation.kv_heads):
         return Heads(heads, kv, size)
-    asked = f"{said.heads or heads} heads and {said.kv_heads or generation.kv_heads} kv heads"
-    origin = "as said" if said.heads or said.kv_heads else "the default"
+    asked = f"{named.heads or heads} heads and {named.kv_heads or generation.kv_heads} kv heads"
+    origin = "as named" if named.heads or named.kv_heads else "the default"
     has = f"q has {rows} rows, k {kv_rows}" + (f", a head {len(norm)}" if norm is not None else "")
-    raise ModelError(f"{path}: {has}: {asked} ({origin}) do not fit; say which do: {path.name}:heads=N,kv_heads=M")
+    raise ModelError(
+        f"{path}: {has}: {asked} ({origin}) do not fit; name those that do: {path.name}:heads=N,kv_heads=M"
+    )
 
 
-def _chosen(path: Path, generation: Generation, counts: Counts, said: Options) -> dict:
-    """What no tensor tells: settings of the config, said or default."""
-    chosen = {
-        "rms_norm_eps": said.rms_eps or generation.rms_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": said.rope_theta or ROPE_THETA},
+def _chosen(path: Path, generation: Generation, counts: Counts, named: Options) -> dict[str, Any]:
+    """The settings of the config that do not follow from the tensors: from the model's name, or the default.
+
+    Raises:
+        ModelError: the number of experts per token does not fit the model.
+    """
+    chosen: dict[str, Any] = {
+        "rms_norm_eps": named.rms_eps or generation.rms_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": named.rope_theta or ROPE_THETA},
     }
     if not counts.experts:
-        if said.experts_per_token:
-            raise ModelError(f"{path}: experts_per_token={said.experts_per_token}: a dense model has no experts")
+        if named.experts_per_token:
+            raise ModelError(f"{path}: experts_per_token={named.experts_per_token}: a dense model has no experts")
         return chosen
-    active = said.experts_per_token or generation.experts_per_token
-    # 2504 and 2510 weigh a single expert by its softmax score, which no class here does.
+    active = named.experts_per_token or generation.experts_per_token
+    # 2504 and 2510 weight a single expert by its softmax score, which GraniteMoeShared does not.
     least = 2 if generation.experts.shared else 1
     if not least <= active <= counts.experts:
         raise ModelError(f"{path}: experts_per_token={active}: expected {least} to {counts.experts}, as many as it has")
     return chosen | {"num_experts_per_tok": active}
 
 
-def _config(plain: State, generation: Generation, counts: Counts, heads: Heads) -> dict:
-    """What the tensors tell: settings of the config."""
+def _config(plain: State, generation: Generation, counts: Counts, heads: Heads) -> dict[str, Any]:
+    """The settings of the config that follow from the tensors."""
     embedding = plain["model.embed_tokens.weight"]
     vocabulary, hidden = embedding.shape
     width = plain[f"model.layers.0.mlp.{'experts.0.' if counts.experts else ''}gate_proj.weight"].shape[0]
@@ -199,7 +215,8 @@ def _config(plain: State, generation: Generation, counts: Counts, heads: Heads) 
         "head_dim": heads.size,
         "max_position_embeddings": POSITIONS,
         "tie_word_embeddings": torch.equal(embedding, plain["lm_head.weight"]),
-        "dtype": reduce(torch.promote_types, (weight.dtype for weight in plain.values())),  # none loses a digit
+        # the smallest type in which no weight loses a digit
+        "dtype": reduce(torch.promote_types, (weight.dtype for weight in plain.values())),
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
@@ -212,10 +229,11 @@ def _config(plain: State, generation: Generation, counts: Counts, heads: Heads) 
     return config | {"num_experts": counts.experts, "moe_intermediate_size": width, "norm_topk_prob": True}
 
 
-def _build(state: State, settings: dict) -> nn.Module:
+def _build(state: State, settings: dict[str, Any]) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    family: Any = AutoModelForCausalLM
     config = AutoConfig.for_model(**settings)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=config.dtype)
+    model: nn.Module = family.from_config(config, attn_implementation="sdpa", dtype=config.dtype)
     model.load_state_dict(state)
     return model

@@ -1,4 +1,4 @@
-"""A model that came from a MiniMind checkpoint, written as one again."""
+"""Saving a model that was loaded from a MiniMind checkpoint as one again."""
 
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,16 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 def save_pth(model: nn.Module, path: Path, dtype: str = "float16") -> str:
-    """Write the state dict that the model's MiniMind generation loads: its keys, all of them, each a tensor of its own.
+    """Write the state dict that the model's MiniMind generation loads: all its keys, none tied. Whole or not at all.
 
-    dtype: "float32" or "float16" (what MiniMind itself writes). The file appears whole or not at all.
+    dtype: "float32" or "float16" (which MiniMind itself writes).
 
     Returns:
-        The name under which `load_model` reads it as the same model: the path, and behind a colon what no such file carries
-        and is not the generation's default.
+        The name under which `load_model` reads it as the same model: the path, and behind a colon the settings that the file
+        lacks and that differ from the generation's defaults.
 
     Raises:
-        ModelError: the model came from no MiniMind checkpoint, or its numbers do not fit the precision.
+        ModelError: the model was not loaded from a MiniMind checkpoint, or its numbers do not fit the precision.
         OutputError: the disk is full or cannot be written.
     """
     if dtype not in DTYPES:
@@ -50,14 +50,14 @@ def _generation(model: nn.Module, path: Path) -> Generation:
     generation = GENERATIONS.get(str(getattr(config, "minimind", None)))
     if generation is None or config.model_type not in (generation.dense, generation.experts.family):
         raise ModelError(
-            f"{path}: only a model that was loaded from a MiniMind .pth can be written as one, because of what only that "
-            f"generation's code computes; this is a {config.model_type} model; save it as a Hugging Face directory"
+            f"{path}: only a model that was loaded from a MiniMind .pth can be written as one, because MiniMind's code computes "
+            f"nothing else; this is a {config.model_type} model; save it as a Hugging Face directory"
         )
     return generation
 
 
 def _plain(model: nn.Module, generation: Generation) -> tuple[State, Counts]:
-    """The model's tensors, one an expert, with rows of q and k in the order of the generation's rotary positions."""
+    """The model's tensors, one for each expert, with rows of q and k in the order of the generation's rotary positions."""
     config: Any = model.config
     state = model.state_dict()
     if config.model_type == generation.dense:
@@ -72,21 +72,22 @@ def _write(state: State, path: Path) -> None:
     with written_whole(path) as draft:
         try:
             torch.save(state, draft)
-        except RuntimeError as error:  # what torch's zip writer makes of a full disk
+        # torch's zip writer raises it when the disk is full
+        except RuntimeError as error:
             raise OSError(" ".join(str(error).split())[:200]) from error
 
 
 def _name(path: Path, config: Any, generation: Generation, counts: Counts) -> str:
-    said = {}
+    settings: dict[str, float] = {}
     if not generation.head_norms and (config.num_attention_heads, config.num_key_value_heads) != (
         generation.heads,
         generation.kv_heads,
     ):
-        said = {"heads": config.num_attention_heads, "kv_heads": config.num_key_value_heads}
+        settings = {"heads": config.num_attention_heads, "kv_heads": config.num_key_value_heads}
     if counts.experts and config.num_experts_per_tok != generation.experts_per_token:
-        said["experts_per_token"] = config.num_experts_per_tok
+        settings["experts_per_token"] = config.num_experts_per_tok
     if config.rms_norm_eps != generation.rms_eps:
-        said["rms_eps"] = config.rms_norm_eps
+        settings["rms_eps"] = config.rms_norm_eps
     if (theta := config.rope_parameters["rope_theta"]) != ROPE_THETA:
-        said["rope_theta"] = theta
-    return f"{path}:{','.join(f'{name}={value}' for name, value in said.items())}" if said else str(path)
+        settings["rope_theta"] = theta
+    return f"{path}:{','.join(f'{name}={value}' for name, value in settings.items())}" if settings else str(path)

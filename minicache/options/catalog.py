@@ -1,8 +1,8 @@
-"""The names that options take, each one line in a dict: losses, divergences, schedules, optimizers, layouts.
+"""The names that options accept, one line each in a dict: losses, divergences, schedules, optimizers, layouts.
 
-An entry says where its code lies as "module:name", imported by `code_of` when it is first used, so that this file and the
-command line need no torch. To add one, write the function and add the line; help, checks, docs and errors follow from it.
-Formats of rows stand in data/formats.py and trackers in trackers/, in dicts of the same kind.
+An entry names its code as "module:name", which `code_of` imports at first use, so that this file and the command line need no
+torch. To add an entry, write the function and add the line; help, checks, docs and errors follow from it. Row formats are in
+data/formats.py and trackers in trackers/, in dicts of the same kind.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 
 class Entry(Protocol):
-    """A line of one of these dicts."""
+    """An entry of one of these dicts."""
 
     @property
     def code(self) -> str: ...
@@ -22,7 +22,7 @@ class Entry(Protocol):
 class LossEntry:
     """A preference loss. code: a function (Logps, beta, LossOptions) -> (B,) losses.
 
-    reads: names of `LossOptions` that it looks at. from_ln_2: it is ln 2 where policy and reference agree.
+    reads: names of the `LossOptions` that it reads. from_ln_2: it equals ln 2 where policy and reference agree.
     over_the_batch: it compares pairs with each other, so that a batch cannot be split.
     """
 
@@ -34,7 +34,7 @@ class LossEntry:
 
 @dataclass(frozen=True)
 class DivergenceEntry:
-    """An f-divergence. code: a function (ratios, alpha) -> what takes their place. reads: as of a loss."""
+    """An f-divergence. code: a function (log ratios, alpha) -> the values that replace them. reads: as in `LossEntry`."""
 
     code: str
     reads: tuple[str, ...] = ()
@@ -42,9 +42,9 @@ class DivergenceEntry:
 
 @dataclass(frozen=True)
 class ScheduleEntry:
-    """A schedule. code: a function (progress from 0 to 1, floor) -> share of the peak learning rate.
+    """A learning-rate schedule. code: a function (progress from 0 to 1, floor) -> share of the peak learning rate.
 
-    reads: names of train's options that it looks at. counts_from_1: its first step after the warm-up has made progress already.
+    reads: names of train's options that it reads. counts_from_1: progress is above 0 at the first step after the warm-up.
     """
 
     code: str
@@ -56,8 +56,8 @@ class ScheduleEntry:
 class OptimizerEntry:
     """An optimizer. code: a function (parameter groups, lr) -> torch's Optimizer.
 
-    state_bytes: of its state, for each trained parameter. extra: the extra of the distribution that it needs, a package by the
-    name in `package`. by_name: its state is tensors by the parameters' names, which shards can share out. gpu_only: it needs a GPU.
+    state_bytes: bytes of its state per trained parameter. package, extra: the package that it needs, and the extra of this
+    distribution that installs it. by_name: its state is tensors by parameter name, which can be sharded. gpu_only: it needs a GPU.
     """
 
     code: str
@@ -70,9 +70,9 @@ class OptimizerEntry:
 
 @dataclass(frozen=True)
 class LayoutEntry:
-    """A way to lay out pairs as rows of tokens. code: a `Layout`. about: for the help.
+    """A way to lay out pairs as rows of tokens. code: a `Layout`. about: a few words for the help.
 
-    branches: several sequences share a row, which a model must be able to tell apart.
+    branches: several sequences share a row, so that the model's attention must keep them apart.
     """
 
     code: str
@@ -119,12 +119,14 @@ SCHEDULES: dict[str, ScheduleEntry] = {
 }
 
 OPTIMIZERS: dict[str, OptimizerEntry] = {
-    "adamw": OptimizerEntry(f"{_OPTIM}adamw", 8, by_name=True),
-    "adamw-8bit": OptimizerEntry(f"{_OPTIM}adamw_8bit", 2, "bitsandbytes", "8bit"),
-    "paged-adamw-8bit": OptimizerEntry(f"{_OPTIM}paged_adamw_8bit", 2, "bitsandbytes", "8bit", gpu_only=True),
+    "adamw": OptimizerEntry(code=f"{_OPTIM}adamw", state_bytes=8, by_name=True),
+    "adamw-8bit": OptimizerEntry(code=f"{_OPTIM}adamw_8bit", state_bytes=2, package="bitsandbytes", extra="8bit"),
+    "paged-adamw-8bit": OptimizerEntry(
+        code=f"{_OPTIM}paged_adamw_8bit", state_bytes=2, package="bitsandbytes", extra="8bit", gpu_only=True
+    ),
 }
 
-# In the order in which `auto` tries them; the values of the others are compared with those of `padded`.
+# In the order in which `auto` tries them. Their logprobs are compared with those of `padded`.
 LAYOUTS: dict[str, LayoutEntry] = {
     "packed": LayoutEntry("minicache.scoring.batch:PACKED", "no padding"),
     "shared": LayoutEntry("minicache.scoring.batch:SHARED", "prefix once"),
@@ -133,11 +135,11 @@ LAYOUTS: dict[str, LayoutEntry] = {
 
 
 def code_of(entry: Entry) -> Any:
-    """The object that an entry names, imported now."""
+    """The object that an entry names, imported at this call."""
     module, _, name = entry.code.partition(":")
     return getattr(import_module(module), name)
 
 
 def names_of(entries: Mapping[str, Entry], *before: str) -> Callable[[], tuple[str, ...]]:
-    """The names in a dict when they are asked for, behind those that stand before."""
+    """A function that returns `before` and the names that are in the dict when it is called."""
     return lambda: (*before, *entries)

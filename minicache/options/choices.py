@@ -1,4 +1,4 @@
-"""Names that options take and that no other code hangs on, and the bounds of a cache's arrays."""
+"""Names that options accept and that need no code of their own, and the bounds of a cache's arrays."""
 
 from minicache.options.catalog import LAYOUTS
 
@@ -11,17 +11,18 @@ SPECIAL_TEXT = ("plain", "refuse", "allow")
 LOGPS = ("mean", "sum")
 PARALLEL = ("ddp", "fsdp", "hybrid")
 ON_MAX_KL = ("warn", "stop")
-# Sizes of a cache's arrays follow from these.
+# The sizes of a cache's arrays follow from these: tokens of a side, and pairs of a block.
 MOST_LENGTH, MOST_BLOCK_PAIRS = 2**24, 2**20
+# Suffixes of files, which the name of a directory to create does not have.
 NO_DIRECTORIES = (".pt", ".bin", ".ckpt", ".safetensors", ".gguf", ".zip", ".tar", ".gz", ".onnx")
 
 
 def layouts() -> tuple[str, ...]:
-    """The names that --layout takes."""
+    """The names that --layout accepts."""
     return ("auto", *LAYOUTS)
 
 
 def layout_help() -> str:
-    """What each layout is, for the help of --layout."""
+    """The help of --layout, with a few words on each layout."""
     *others, last = (f"{name} ({entry.about})" for name, entry in LAYOUTS.items())
-    return f"auto, or how pairs lie in memory: {', '.join(others)}, {last}."
+    return f"How pairs are laid out in memory: auto, {', '.join(others)} or {last}."

@@ -1,8 +1,8 @@
-"""How an option is declared: once, as a field of a dataclass, with its default, help and bounds.
+"""The declaration of an option: once, as a field of a dataclass, with its default, help and bounds.
 
     lr: float = option(1e-6, "Peak learning rate.", above=0, panel="Optimizer")
 
-The command line, its help, docs/commands.md and the checks are all made of that declaration. No torch.
+The command line, its help, docs/commands.md and the checks are all derived from that declaration. No torch.
 """
 
 import math
@@ -12,18 +12,20 @@ from typing import Any, TypedDict, Unpack
 
 from minicache.errors import ConfigError
 
-KEY = "option"  # in the metadata of a field
+# The key of an `Option` in the metadata of a field.
+KEY = "option"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """What a person sees of an option, and which values it may have.
+    """How an option appears on the command line, and which values it allows.
 
-    help: one line; `{names}` stands for the names in `choices`. shown: name on the command line, if not the field's own.
-    aliases: other spellings. argument: it stands without a name. panel: the part of `--help` that it belongs to.
-    least, most: bounds that are allowed; above, below: bounds that are not. what: what a number in them is, such as "a share".
-    choices: the names allowed, asked for when they are needed, so that a name added to a dict counts.
-    movable: a resumed run may have another value, because it changes no number.
+    help: one line, in which `{names}` is replaced by the names in `choices`.
+    shown: its name on the command line, if it is not the field's name. aliases: other names. argument: it is positional.
+    metavar: the placeholder of its value in the help. panel: its part of `--help`.
+    least, most: inclusive bounds. above, below: exclusive bounds. what: the meaning of the number, such as "a share", for errors.
+    choices: a function that returns the allowed names, called when they are needed, so that names added to a dict count.
+    movable: a resumed run may have another value, because the option changes no number.
     """
 
     help: str
@@ -42,11 +44,15 @@ class Option:
 
     @property
     def text(self) -> str:
-        """The help, with the names of the choices in it."""
+        """The help, with the names of the choices filled in."""
         return self.help.replace("{names}", listed(self.choices(), "or")) if self.choices else self.help
 
     def check(self, name: str, value: Any) -> None:
-        """Raises ConfigError unless each number or name in `value` is allowed. None is no value."""
+        """Check each number or name in `value`, which may be a tuple or list; None is no value. name: for the error.
+
+        Raises:
+            ConfigError: a value is not allowed.
+        """
         for each in value if isinstance(value, tuple | list) else (value,):
             if each is None or isinstance(each, bool):
                 continue
@@ -74,7 +80,7 @@ class Option:
 
 
 class Rules(TypedDict, total=False):
-    """What `option` takes beside default and help: fields of `Option`."""
+    """The keyword arguments of `option`: fields of `Option`."""
 
     shown: str
     aliases: tuple[str, ...]
@@ -101,7 +107,7 @@ def needed(help: str, **rules: Unpack[Rules]) -> Any:
 
 
 def options_of(config: type) -> list[tuple[Field[Any], Option]]:
-    """The options that a dataclass declares, those of the groups within it in their places."""
+    """The options that a dataclass declares, in order, including those of the dataclasses in its fields."""
     found: list[tuple[Field[Any], Option]] = []
     for item in fields(config):
         if KEY in item.metadata:
@@ -112,18 +118,22 @@ def options_of(config: type) -> list[tuple[Field[Any], Option]]:
 
 
 def check_options(config: Any) -> None:
-    """Raises ConfigError for the first option of this config whose value is not allowed; groups check themselves."""
+    """Check the options of a config, without those of the dataclasses in its fields, which check themselves.
+
+    Raises:
+        ConfigError: the value of an option is not allowed.
+    """
     for item in fields(config):
         if KEY in item.metadata:
             item.metadata[KEY].check(flag(item.name), getattr(config, item.name))
 
 
 def flag(name: str) -> str:
-    """A field's name as a person types it."""
+    """The option of a field on the command line: `--max-length` for `max_length`."""
     return f"--{name.replace('_', '-')}"
 
 
 def listed(names: Iterable[str], last: str) -> str:
-    """`a, b or c`."""
+    """The names as a list in a sentence: `a, b or c`, where `last` is "or"."""
     *others, end = names
     return f"{', '.join(others)} {last} {end}" if others else end

@@ -1,4 +1,4 @@
-"""Configs and flat dictionaries: the parameters of a command, run.json."""
+"""Configs from and to flat dictionaries: the parameters of a command, and run.json."""
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -13,7 +13,11 @@ Config = TypeVar("Config")
 
 
 def fill(config: type[Config], given: Mapping[str, Any]) -> Config:
-    """A config from values by name; groups of options are filled from the same names. What is missing keeps its default."""
+    """The config with these values by name, also those of the dataclasses in its fields; missing values keep their defaults.
+
+    Raises:
+        ConfigError: a value is not allowed or has a type that the option never has.
+    """
     require_types(config, given)
     values = {}
     for item in fields(config):  # type: ignore[arg-type]
@@ -31,7 +35,11 @@ def _typed(kind: Any, value: Any) -> Any:
 
 
 def require_types(config: type, given: Mapping[str, Any]) -> None:
-    """Raises ConfigError: a value is of a type that the option by its name never has. Other names are passed over."""
+    """Check the types of values by name. Names that are no options of the config are ignored.
+
+    Raises:
+        ConfigError: a value has a type that the option never has.
+    """
     for item in fields(config):
         if isinstance(item.type, type) and is_dataclass(item.type):
             require_types(item.type, given)
@@ -50,7 +58,7 @@ def _fits(kind: Any, value: object) -> bool:
 
 
 def flat(config: Any) -> dict[str, Any]:
-    """The opposite of `fill`, as JSON holds it."""
+    """The values of a config by name, as JSON can hold them: the inverse of `fill`."""
     values: dict[str, Any] = {}
     for item in fields(config):
         value = getattr(config, item.name)

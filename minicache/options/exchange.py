@@ -1,4 +1,4 @@
-"""Options of the commands that bring caches and policies into other programs' files and back."""
+"""Options of `export` and `import-cache`: policies and caches as other programs' files, and back."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,25 +20,25 @@ from minicache.options.where import Where
 
 FILES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 OTHER_FILES = (*NO_DIRECTORIES, ".pth", ".json", ".csv", ".tsv", ".txt", ".arrow", ".zst", ".feather")
-# Pairs in a block of a cache that is not scored here: a kill loses nothing but writing.
+# Pairs in a block of an imported cache: a kill loses no scores, only writing.
 BLOCK_PAIRS = 4096
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """A policy in another form: a Hugging Face directory, or MiniMind's if `out` ends in .pth."""
+    """Options of `export --policy`: writes a Hugging Face directory, or a MiniMind file if `out` ends in .pth."""
 
     policy: str = needed("A run directory, one of its checkpoints, a model directory, hub id or file.")
     out: Path = needed(
-        "Of a policy: a directory to make, or a .pth file (of a MiniMind model). Of a cache: a .parquet, .jsonl, "
+        "For a policy: a directory to create, or a .pth file (MiniMind models only). For a cache: a .parquet, .jsonl, "
         ".jsonl.gz or .jsonl.zst file, or a directory for datasets.load_from_disk."
     )
     dtype: str = option(
         "auto",
-        "Of a policy: auto (as it is stored; a .pth in float16), float32, float16 or bfloat16.",
+        "For a policy: auto (as it is stored; a .pth in float16), float32, float16 or bfloat16.",
         choices=lambda: DTYPES,
     )
-    tokenizer: str | None = option(None, "Where a policy's tokenizer is, if not with the model.")
+    tokenizer: str | None = option(None, "The policy's tokenizer, if it is not with the model.")
     trust_remote_code: bool = option(False, texts.TRUST)
 
     def __post_init__(self) -> None:
@@ -48,17 +48,17 @@ class ExportConfig:
                 f"--out {self.out}: expected a name that ends in .pth, or the name of a directory to make"
             )
         if self.out.suffix == ".pth" and self.tokenizer:
-            raise ConfigError("--tokenizer: a .pth file holds none; expected it with a directory as --out only")
+            raise ConfigError("--tokenizer: a .pth file holds none; leave it out, or name a directory as --out")
         if self.out.suffix == ".pth" and self.dtype == "bfloat16":
             raise ConfigError("--dtype bfloat16: MiniMind's files are in float16 or float32; choose one of these")
 
 
 @dataclass(frozen=True)
 class ExportCacheConfig:
-    """A cache as a table: `out` is a file of a kind in FILES, or a directory for `datasets.load_from_disk`."""
+    """Options of `export --ref-cache`. out: a file with a suffix in FILES, or a directory for `datasets.load_from_disk`."""
 
-    ref_cache: Where = needed("Write a reference cache instead, as a table.", metavar="PATH")
-    out: Path = needed("A file or a directory, as of a policy.")
+    ref_cache: Where = needed("Export a reference cache instead, as a table.", metavar="PATH")
+    out: Path = needed("A file or a directory, as for a policy.")
 
     def __post_init__(self) -> None:
         if not self.out.name.endswith(FILES) and self.out.suffix.lower() in (*FILES, *OTHER_FILES):
@@ -69,21 +69,25 @@ class ExportCacheConfig:
 
 @dataclass(frozen=True)
 class ImportConfig:
-    """A table as a cache: as `export` wrote it, or another program's rows of pairs with the reference's logprobs.
+    """Options of `import-cache`: `file` is a table that `export` wrote, or another program's pairs with reference logprobs.
 
-    The options from logps on are of another program's file; none of them goes with an exported one.
+    The options from logps on are for another program's file only.
     """
 
-    file: str = needed("What export wrote; or another program's parquet, jsonl or JSON file.", argument=True)
-    ref_cache: Where = needed("The reference cache to make.", metavar="PATH")
-    model: str | None = option(None, "Whose logprobs they are. Needed, but for an export whose --identity is given.")
-    identity: str | None = option(None, "Of an export: the digest its identity must have, as export printed it.")
+    file: str = needed("A table from export, or another program's parquet, jsonl or JSON file.", argument=True)
+    ref_cache: Where = needed("The reference cache to create.", metavar="PATH")
+    model: str | None = option(
+        None, "The model whose logprobs the file holds. Not needed for a table from export if --identity is given."
+    )
+    identity: str | None = option(
+        None, "For a table from export: the digest its identity must have, as export printed it."
+    )
     logps: str | None = option(
         None,
-        "Another program's logprobs: the 'sum' over an answer, or the 'mean' a token.",
+        "Another program's logprobs: the 'sum' over an answer, or the 'mean' per token.",
         choices=lambda: LOGPS,
     )
-    dtype: str | None = option(None, "The precision they were computed in: {names}.", choices=lambda: DTYPES[1:])
+    dtype: str | None = option(None, "The precision in which they were computed: {names}.", choices=lambda: DTYPES[1:])
     tokenizer: str | None = option(None, texts.AS_STAGE_ONE)
     chat_template: Path | None = option(None, texts.AS_STAGE_ONE)
     format: str | None = option(None, texts.AS_STAGE_ONE, choices=texts.formats)
@@ -101,23 +105,31 @@ class ImportConfig:
 
     @property
     def of_encoding(self) -> dict[str, str | int | Path]:
-        """The options given that say how rows become pairs, by name."""
+        """The values, by name, of the options that say how rows become pairs, as far as they are given."""
         names = ("tokenizer", "chat_template", "format", "max_length", "truncate", "loss_on", "think", "special_text")
         given = {name: getattr(self, name) for name in (*names, "block_pairs", "on_bad_row")}
         return {name: value for name, value in given.items() if value is not None}
 
     def require_known(self) -> None:
-        """Of an exported file. Raises ConfigError unless the user says what it is, and says nothing else."""
+        """Check the options for a table from `export`.
+
+        Raises:
+            ConfigError: an option for another program's file is given.
+        """
         if wrong := [name for name in ("logps", "dtype", *self.of_encoding) if getattr(self, name) is not None]:
             names = ", ".join(map(flag, wrong))
-            raise ConfigError(f"{names}: {self.file} was exported from a cache and says this itself; leave it out")
+            raise ConfigError(f"{names}: {self.file} was exported from a cache and holds this itself; leave it out")
 
     def require_stated(self) -> None:
-        """Of another program's file. Raises ConfigError unless the user says whose logprobs it holds."""
+        """Check the options for another program's file.
+
+        Raises:
+            ConfigError: --identity is given, or one of --model, --logps and --dtype is not.
+        """
         if self.identity:
-            raise ConfigError(f"--identity: {self.file} was not exported from a cache and has none; say --model")
-        said = {"--model": self.model, "--logps": self.logps, "--dtype": self.dtype}
-        if missing := ", ".join(name for name, value in said.items() if value is None):
+            raise ConfigError(f"--identity: {self.file} was not exported from a cache and has none; add --model")
+        needed = {"--model": self.model, "--logps": self.logps, "--dtype": self.dtype}
+        if missing := ", ".join(name for name, value in needed.items() if value is None):
             raise ConfigError(
                 f"{self.file}: another program's file; expected {missing} too: the model whose logprobs it holds, 'sum' or "
                 f"'mean', and the precision they were computed in ({', '.join(DTYPES[1:])})"

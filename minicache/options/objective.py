@@ -1,4 +1,4 @@
-"""What `--loss` says: one preference loss, or several with weights; which options it reads, whether it begins at ln 2."""
+"""The value of --loss: one preference loss, or several with weights; and whether it begins at ln 2."""
 
 import math
 from collections.abc import Mapping
@@ -8,10 +8,10 @@ from minicache.options.catalog import LOSSES
 
 
 def parse_loss(text: str) -> dict[str, float]:
-    """`sigmoid`, or several with weights: `sigmoid:0.8,bco_pair:0.2`. A loss without a weight has 1.
+    """Name -> weight of each loss in `sigmoid` or `sigmoid:0.8,bco_pair:0.2`. A loss without a weight has weight 1.
 
     Raises:
-        ConfigError: an unknown name, a weight that is no number above 0, or a name twice.
+        ConfigError: a name is unknown or appears twice, or a weight is not a number above 0.
     """
     weights: dict[str, float] = {}
     for part in text.split(","):
@@ -32,11 +32,12 @@ def parse_loss(text: str) -> dict[str, float]:
 
 
 def starts_at_ln_2(settings: Mapping[str, object]) -> bool:
-    """Whether the loss is ln 2 where policy and reference agree, of settings by their names in run.json."""
+    """Whether the loss is ln 2 where policy and reference agree. settings: by their names in run.json."""
     if settings.get("sft_weight") or settings.get("wpo") or settings.get("init_from"):
         return False
     try:
         losses = parse_loss(str(settings.get("loss")))
-    except ConfigError:  # of a later version's loss nothing is known
+    # the loss of a later version is unknown
+    except ConfigError:
         return False
     return math.isclose(sum(losses.values()), 1) and all(LOSSES[name].from_ln_2 for name in losses)

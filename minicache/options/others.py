@@ -9,18 +9,18 @@ from minicache.options.choices import DTYPES, LOGPS
 from minicache.options.declare import check_options, needed, option
 from minicache.options.where import Where, different
 
-CACHE_ARGUMENT = "A reference cache, a directory or a URL."
+CACHE_ARGUMENT = "A reference cache: a directory or a URL."
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """A policy against a cache. loss, logps, beta: None takes what the run was trained with, else train's default."""
+    """Options of `evaluate`. loss, logps, beta: None is the value of the policy's run, or train's default without a run."""
 
     policy: str = needed("A run directory, model directory, hub id or file.")
     ref_cache: Where = needed(texts.REF_CACHE, metavar="PATH")
-    loss: str | None = option(None, "As of train. (Default: the run's.)")
+    loss: str | None = option(None, "As for train. (Default: the run's.)")
     logps: str | None = option(None, "{names}. (Default: the run's.)", choices=lambda: LOGPS)
-    beta: float | None = option(None, "As of train. (Default: the run's.)", above=0)
+    beta: float | None = option(None, "As for train. (Default: the run's.)", above=0)
     dtype: str = option("auto", texts.DTYPE, choices=lambda: DTYPES)
     tokens_per_batch: int | None = option(None, texts.TOKENS_PER_BATCH, least=1)
     scratch: Path | None = option(None, texts.SCRATCH)
@@ -32,14 +32,14 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """Looking at a cache. `pair` is a position in it; `model` is only used to verify."""
+    """Options of `inspect-cache`. pair: an index in the cache. model: only used with `verify`."""
 
-    ref_cache: Where = needed("The reference cache, a directory or a URL.", argument=True)
-    pair: int | None = option(None, "Show this pair, decoded; from 0.", least=0)
+    ref_cache: Where = needed("The reference cache: a directory or a URL.", argument=True)
+    pair: int | None = option(None, "Show the pair with this index (from 0), decoded.", least=0)
     verify: bool = option(False, "Re-read everything and check every digest.")
     model: str | None = option(None, "With --verify: also re-score a sample with this model.")
-    plot: Path | None = option(None, "Also draw the histograms here: png, svg or pdf.")
-    html: Path | None = option(None, "Also write all this as a page here, over what is there.")
+    plot: Path | None = option(None, "Also draw the histograms to this file: png, svg or pdf.")
+    html: Path | None = option(None, "Also write all this as an HTML page to this file, replacing it.")
     trust_remote_code: bool = option(False, texts.TRUST)
 
     def __post_init__(self) -> None:
@@ -48,7 +48,7 @@ class InspectConfig:
             if getattr(self, name) and (self.verify or self.pair is not None):
                 raise ConfigError(f"--{name}: {what} the whole cache; expected it without --pair and --verify")
         if self.verify and self.pair is not None:
-            raise ConfigError("--pair: --verify looks at all pairs; expected one of the two, got both")
+            raise ConfigError("--pair: --verify checks all pairs; expected one of the two, got both")
         if self.model and not self.verify:
             raise ConfigError("--model: is used by --verify only; expected both, got --model alone")
         if self.trust_remote_code and not self.model:
@@ -57,12 +57,12 @@ class InspectConfig:
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """Several caches of one identity as one, `ref_cache`, which must not exist yet."""
+    """Options of `merge`. caches: several with one identity. ref_cache: the merged cache, which must not exist yet."""
 
     caches: tuple[Where, ...] = needed(
         "Complete reference caches of one model, tokenizer and options.", argument=True, metavar="CACHES..."
     )
-    ref_cache: Where = needed("The reference cache to make, a directory or a URL.", metavar="PATH")
+    ref_cache: Where = needed("The reference cache to create: a directory or a URL.", metavar="PATH")
 
     def __post_init__(self) -> None:
         if len(self.caches) < 2 or not different(self.caches):
@@ -73,7 +73,7 @@ class MergeConfig:
 
 @dataclass(frozen=True)
 class DiffConfig:
-    """Two caches to compare."""
+    """Options of `diff`: two caches to compare."""
 
     a: Where = needed(CACHE_ARGUMENT, argument=True, metavar="CACHE")
     b: Where = needed(CACHE_ARGUMENT, argument=True, metavar="CACHE")
@@ -81,27 +81,27 @@ class DiffConfig:
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """Reference and policy answer the same prompts: texts, those of a file, or those of some pairs of a cache.
+    """Options of `compare`: reference and policy answer prompts from texts, from a file, or from pairs of a cache.
 
-    system: opens every conversation that has no system turn of its own. seed: of sampling, and of which answer is called A.
+    system: the system turn of conversations without one. seed: of sampling, and of which answer is called A.
     """
 
     policy: str = needed("A run directory, one of its checkpoints, or a model directory.")
     reference: str | None = option(None, "The model to compare with. (Default: what the run started from.)")
     prompt: tuple[str, ...] = option((), "A prompt; may be given several times.")
     prompts: Path | None = option(
-        None, "A file: one prompt a line, or jsonl, json or parquet rows of prompts or messages."
+        None, "A file: one prompt per line, or jsonl, json or parquet rows of prompts or messages."
     )
     ref_cache: Where | None = option(None, "Take prompts from the pairs of this cache.", metavar="PATH")
-    pairs: int | None = option(None, "How many of them, evenly spread. (Default: 16.)", least=1)
-    system: str | None = option(None, "System turn of conversations that have none.")
-    max_new_tokens: int = option(128, "Tokens of the longest answer.", least=1)
-    temperature: float = option(0.0, "0: the likeliest token each time; above, sampled.", least=0)
-    top_p: float = option(1.0, "Sample from the likeliest tokens of this share.", above=0, most=1)
+    pairs: int | None = option(None, "Number of those pairs, evenly spread. (Default: 16.)", least=1)
+    system: str | None = option(None, "System turn of conversations without one.")
+    max_new_tokens: int = option(128, "Most tokens of an answer.", least=1)
+    temperature: float = option(0.0, "0: always the likeliest token; above 0: sampled.", least=0)
+    top_p: float = option(1.0, "Sample from the likeliest tokens with this total probability.", above=0, most=1)
     seed: int = option(42, "Seed of sampling, and of which answer is A on the page.", least=0)
     batch_size: int = option(8, "Prompts answered at once.", least=1)
-    jsonl: Path | None = option(None, "Write one object a prompt here, over what is there.")
-    html: Path | None = option(None, "Write a page for blind votes here, over what is there.")
+    jsonl: Path | None = option(None, "Write one object per prompt to this file, replacing it.")
+    html: Path | None = option(None, "Write an HTML page for blind votes to this file, replacing it.")
     trust_remote_code: bool = option(False, texts.TRUST)
 
     def __post_init__(self) -> None:
@@ -111,13 +111,13 @@ class CompareConfig:
         if not all(text.strip() for text in self.prompt):
             raise ConfigError("--prompt: expected some text, got none")
         if self.pairs and not self.ref_cache:
-            raise ConfigError("--pairs: says how many of a cache's prompts to take; expected --ref-cache beside it")
+            raise ConfigError("--pairs: is the number of prompts from --ref-cache; expected both, got --pairs alone")
         if self.system and self.ref_cache:
             raise ConfigError(
                 "--system: the prompts of --ref-cache are tokens already; use it with --prompt, --prompts"
             )
         if self.top_p < 1 and not self.temperature:
-            raise ConfigError("--top-p: does nothing to greedy answers; expected --temperature above 0 beside it")
+            raise ConfigError("--top-p: does nothing to greedy answers; expected --temperature above 0 with it")
         named = [file.absolute() for file in (self.prompts, self.jsonl, self.html) if file]
         if len(set(named)) < len(named):
             raise ConfigError("--prompts, --jsonl, --html: expected different files, got one twice")
@@ -125,22 +125,22 @@ class CompareConfig:
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """A run as a page."""
+    """Options of `report`: a run as an HTML page."""
 
     run: Path = needed("The run directory.", argument=True)
-    out: Path | None = option(None, "Written over what is there. (Default: report.html in the run.)")
+    out: Path | None = option(None, "The page, replaced if it exists. (Default: report.html in the run.)")
     answers: Path | None = option(
-        None, "What compare --jsonl wrote. (Default: answers.jsonl or compare.jsonl in the run.)"
+        None, "The file of compare --jsonl. (Default: answers.jsonl or compare.jsonl in the run.)"
     )
 
 
 @dataclass(frozen=True)
 class PlotConfig:
-    """Curves of runs as a picture. smooth: weight of the past in a running mean."""
+    """Options of `plot`: curves of runs as a picture. smooth: weight of the past in a running mean."""
 
-    runs: tuple[Path, ...] = needed("Run directories; several are drawn over each other.", argument=True)
-    out: Path | None = option(None, "png, svg or pdf, written over what is there. (Default: curves.png in the run.)")
-    smooth: float = option(0.0, "0: as logged; nearer to 1: smoother.", least=0, below=1)
+    runs: tuple[Path, ...] = needed("Run directories; the curves of several share axes.", argument=True)
+    out: Path | None = option(None, "A png, svg or pdf, replaced if it exists. (Default: curves.png in the run.)")
+    smooth: float = option(0.0, "0: as logged; closer to 1: smoother.", least=0, below=1)
 
     def __post_init__(self) -> None:
         if not self.runs:

@@ -4,8 +4,8 @@ from typing import Any
 
 from minicache.errors import ConfigError
 
-# What the defaults of each generation's train_dpo.py were, of both stages (github.com/jingyaogong/minimind). AdamW's decay is
-# torch's default there.
+# The defaults of each generation's train_dpo.py, for both stages. Its weight decay is the default of torch's AdamW.
+# Source: github.com/jingyaogong/minimind.
 _MINIMIND: dict[str, Any] = {
     "loss_on": "assistant",
     "max_length": 1024,
@@ -25,7 +25,11 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def recipe(name: str | None) -> dict[str, Any]:
-    """Options by name, of both stages. Raises ConfigError: there is no such recipe."""
+    """The options of a recipe by name, for both stages; empty for None.
+
+    Raises:
+        ConfigError: there is no such recipe.
+    """
     if name is not None and name not in RECIPES:
         raise ConfigError(f"--recipe: expected one of {', '.join(RECIPES)}, got {name!r}")
     return RECIPES[name] if name else {}

@@ -25,21 +25,22 @@ from minicache.options.where import Where
 
 @dataclass(frozen=True)
 class PrecomputeConfig:
-    """Stage one. `model` and `tokenizer` are a directory, a hub id or a file; sizes are in tokens or pairs.
+    """Options of stage one. model, tokenizer: a directory, a hub id or a file. Sizes are in tokens or pairs.
 
-    A value that cannot work is a `ConfigError` at construction, before any file is opened or model loaded.
+    Raises:
+        ConfigError: a value cannot work. Construction raises it, before any file is opened or model loaded.
     """
 
     model: str = needed("The SFT model: directory, hub id, .gguf or MiniMind .pth.")
     data: tuple[str, ...] = needed("Preference files: jsonl, json, parquet; plain, gzip or zstd.")
     ref_cache: Where = needed(texts.REF_CACHE, metavar="PATH")
-    tokenizer: str | None = option(None, "Where the tokenizer is, if not with the model (a .pth has none).")
-    chat_template: Path | None = option(None, "A Jinja template to use for the tokenizer's own.")
-    format: str = option("auto", "{names}.", choices=texts.formats)
-    max_length: int = option(1024, "Tokens of prompt and answer together.", least=2, most=MOST_LENGTH)
+    tokenizer: str | None = option(None, "The tokenizer, if it is not with the model (a .pth has none).")
+    chat_template: Path | None = option(None, "A Jinja template that replaces the tokenizer's own.")
+    format: str = option("auto", "Row format: {names}.", choices=texts.formats)
+    max_length: int = option(1024, "Most tokens of prompt and answer together.", least=2, most=MOST_LENGTH)
     truncate: str = option(
         "right",
-        "What a longer side loses: 'right' its end, 'left' the prompt's beginning; or 'refuse'.",
+        "How a longer side is cut: 'right' at its end, 'left' at the prompt's beginning; or 'refuse' the row.",
         choices=lambda: TRUNCATE,
     )
     loss_on: str = option(
@@ -50,7 +51,7 @@ class PrecomputeConfig:
     )
     special_text: str = option(
         "plain",
-        "<|im_end|> and its like, typed in a content: 'plain' text, 'refuse' the row, or 'allow'.",
+        "The text of a special token, such as <|im_end|>, in a content: 'plain' text, 'refuse' the row, or 'allow'.",
         choices=lambda: SPECIAL_TEXT,
     )
     dtype: str = option("auto", texts.DTYPE, aliases=("--ref-dtype",), choices=lambda: DTYPES)
@@ -61,8 +62,12 @@ class PrecomputeConfig:
     parallel: str = option("ddp", texts.PARALLEL, choices=lambda: PARALLEL)
     tokens_per_batch: int | None = option(None, texts.TOKENS_PER_BATCH, least=1)
     per_token: bool = option(False, "Also store each counted token's logprob.")
-    on_bad_row: str = option("skip", "'skip' and list it, or 'fail'.", choices=lambda: ON_BAD_ROW)
-    shard: str | None = option(None, "Be job K of N that share one cache, each scoring its own blocks.", metavar="K/N")
+    on_bad_row: str = option(
+        "skip", "A row that cannot be used: 'skip' and list it, or 'fail'.", choices=lambda: ON_BAD_ROW
+    )
+    shard: str | None = option(
+        None, "Run as job K of N that share one cache; each scores its own blocks.", metavar="K/N"
+    )
     trust_remote_code: bool = option(False, texts.TRUST)
 
     def __post_init__(self) -> None:
@@ -73,5 +78,5 @@ class PrecomputeConfig:
 
     @property
     def share(self) -> tuple[int, int]:
-        """The job's number, from 1, and the number of jobs."""
+        """The number of this job, from 1, and the number of jobs."""
         return split_share(self.shard)

@@ -1,4 +1,4 @@
-"""Options of a sweep: which of train's may have several values, and the run that each combination makes. No torch."""
+"""Options of `sweep`: those of train that may have several values, and the run of each combination. No torch."""
 
 import re
 from collections import Counter
@@ -15,8 +15,7 @@ from minicache.options.dictionaries import fill
 from minicache.options.train import TrainConfig
 from minicache.options.unused import require_read, why_unread
 
-# Options of train that may have several values: those that change how a run learns, not where things lie. Their order is that
-# of the values in a run's name.
+# Options of train that may have several values: those that change how a run learns. The values in a run's name have this order.
 _KINDS: dict[str, Any] = {item.name: item.type for item, _ in options_of(TrainConfig)}
 SWEPT: dict[str, type] = {
     name: _KINDS[name]
@@ -39,12 +38,12 @@ SWEPT: dict[str, type] = {
 }
 
 
-SHARD = Option(help="Be job K of N that share one sweep, each doing its own runs.", metavar="K/N")
+SHARD = Option(help="Run as job K of N that share one sweep; each does its own runs.", metavar="K/N")
 
 
 @dataclass(frozen=True)
 class SweepRun:
-    """One combination. options: those that have several values, by name. config: all; its `out` is the run's directory."""
+    """One combination. options: the values, by name, that differ between runs. config: all options; `out` is the run directory."""
 
     name: str
     options: dict[str, Any]
@@ -53,7 +52,7 @@ class SweepRun:
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """runs: all combinations, in order. shard: "K/N": do every N-th of them, from the K-th, as one of N independent jobs."""
+    """A sweep. runs: all combinations, in order. shard: "K/N" does every N-th run from the K-th on, as one of N jobs."""
 
     out: Path
     runs: tuple[SweepRun, ...]
@@ -63,20 +62,21 @@ class SweepConfig:
         split_share(self.shard)
         if not self.runs[0].config.validation.wanted:
             raise ConfigError(
-                "sweep compares runs on pairs that none of them is trained on; expected --holdout 0.05 or --eval-cache, got neither"
+                "sweep compares runs on pairs that none of them trains on; expected --holdout 0.05 or --eval-cache, got neither"
             )
 
     @property
     def mine(self) -> list[SweepRun]:
+        """The runs of this job."""
         number, of = split_share(self.shard)
         return list(self.runs[number - 1 :: of])
 
 
 def sweep_config(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> SweepConfig:
-    """A sweep from options by name. given: of those in SWEPT the list of texts a person wrote. defaults: a recipe's.
+    """The sweep with these options by name. given: for an option in SWEPT, the texts that the user wrote. defaults: of a recipe.
 
     Raises:
-        ConfigError: a value that cannot be, a combination twice, or none of SWEPT is given.
+        ConfigError: a value is not allowed, a combination appears twice, or no option in SWEPT is given.
     """
     swept = {name: _values(name, given[name]) for name in SWEPT if given.get(name)}
     if not swept:
@@ -96,7 +96,11 @@ def sweep_config(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Sweep
 
 
 def _require_read(runs: Sequence[SweepRun], given: Mapping[str, Any], varied: Collection[str]) -> None:
-    """Raises ConfigError: an option that no run reads, or one that varies and makes runs alike, because one does not read it."""
+    """Check that the runs read the given options. varied: names of options with several values.
+
+    Raises:
+        ConfigError: no run reads an option, or a run does not read an option that varies, which would make equal runs.
+    """
     for name in given:
         reasons = [why for run in runs if (why := why_unread(run.config, name))]
         if name in varied and reasons:
@@ -106,7 +110,11 @@ def _require_read(runs: Sequence[SweepRun], given: Mapping[str, Any], varied: Co
 
 
 def _values(name: str, texts: Sequence[str]) -> list[Any]:
-    """`0.1,0.3` -> two values. A --loss with a colon in it is one, a mixture: its commas belong to it."""
+    """The values in texts like `0.1,0.3`. A --loss with a colon is a single value, a mixture with commas.
+
+    Raises:
+        ConfigError: a value is not of the option's type.
+    """
     pieces = [
         piece.strip() for text in texts for piece in ([text] if name == "loss" and ":" in text else text.split(","))
     ]
@@ -118,6 +126,6 @@ def _values(name: str, texts: Sequence[str]) -> list[Any]:
 
 
 def _as_name(value: Any) -> str:
-    """A value as part of a directory's name."""
+    """The value as part of a directory's name."""
     text = format(value, "g") if isinstance(value, float) else str(value)
     return re.sub(r"[^\w.+-]", "-", text.replace(",", "+"))

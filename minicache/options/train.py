@@ -1,15 +1,15 @@
 """Options of `train`."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from minicache.errors import ConfigError
 from minicache.options import texts
 from minicache.options.catalog import DIVERGENCES, OPTIMIZERS, SCHEDULES, names_of
+from minicache.options.checks import check_caches
 from minicache.options.choices import DTYPES, LOGPS, ON_MAX_KL, PARALLEL, layout_help, layouts
 from minicache.options.declare import check_options, flag, needed, option, options_of
-from minicache.options.where import Where, different, split_weight
+from minicache.options.where import Where, split_weight
 from minicache.trackers import TRACKERS
 
 LOSS, OPTIMIZER, LORA = "Loss", "Optimizer", "LoRA"
@@ -18,19 +18,19 @@ MEMORY, VALIDATION, LOGS = "Memory and speed", "Validation", "Checkpoints and lo
 
 @dataclass(frozen=True)
 class LossOptions:
-    """What some losses read beside beta; options/catalog.py says which loss reads which.
+    """Options that some losses read beside beta; options/catalog.py says which loss reads which.
 
-    f_divergence, f_alpha: what takes the place of the log ratio in losses on the difference of the sides.
-    ld_alpha: None is 1, all tokens alike.
+    f_divergence, f_alpha: the function that replaces the log ratio in losses on the difference of the sides.
+    ld_alpha: None is 1, equal weights of all tokens.
     """
 
-    label_smoothing: float = option(0.0, "Share of labels taken to be flipped.", panel=LOSS, least=0, below=0.5)
-    f_divergence: str = option("reverse_kl", "{names}.", panel=LOSS, choices=names_of(DIVERGENCES))
-    f_alpha: float = option(0.5, "Its alpha, for --f-divergence alpha.", panel=LOSS)
+    label_smoothing: float = option(0.0, "Assumed share of flipped labels.", panel=LOSS, least=0, below=0.5)
+    f_divergence: str = option("reverse_kl", "f-divergence: {names}.", panel=LOSS, choices=names_of(DIVERGENCES))
+    f_alpha: float = option(0.5, "Alpha of --f-divergence alpha.", panel=LOSS)
     discopop_tau: float = option(0.05, "Temperature of the discopop loss.", panel=LOSS, above=0)
     simpo_gamma: float = option(0.5, "Target margin of the simpo loss.", panel=LOSS)
-    sft_weight: float = option(0.0, "Weight of an SFT loss on the chosen answers beside it (RPO).", panel=LOSS, least=0)
-    wpo: bool = option(False, "Weight pairs by the policy's own likelihood of them.", panel=LOSS)
+    sft_weight: float = option(0.0, "Weight of an added SFT loss on the chosen answers (RPO).", panel=LOSS, least=0)
+    wpo: bool = option(False, "Weight each pair by its likelihood under the policy (WPO).", panel=LOSS)
     ld_alpha: float | None = option(
         None,
         "Weight of tokens beyond the other answer's length (LD-DPO). Needs a cache made with --per-token.",
@@ -46,9 +46,11 @@ class LossOptions:
 
 @dataclass(frozen=True)
 class LoraOptions:
-    """Low-rank adapters instead of all weights."""
+    """Options of low-rank adapters, which are trained instead of all weights."""
 
-    lora_rank: int = option(0, "Train adapters of this rank instead of all weights; 0: none.", panel=LORA, least=0)
+    lora_rank: int = option(
+        0, "Train adapters of this rank instead of all weights; 0: all weights.", panel=LORA, least=0
+    )
     lora_alpha: float | None = option(None, "Scale of the adapters. (Default: twice the rank.)", panel=LORA, above=0)
     lora_targets: str = option("all-linear", "all-linear, or names of modules: q_proj,v_proj.", panel=LORA)
 
@@ -62,14 +64,14 @@ class LoraOptions:
 
 @dataclass(frozen=True)
 class ValidationOptions:
-    """Pairs that are not trained on, scored every so many steps.
+    """Options of validation on pairs that are not trained on.
 
-    holdout: chosen by the pairs' digests, so that a pair falls on the same side in every run.
+    holdout: pairs are held out by their digests, so that a pair is on the same side in every run.
     """
 
     holdout: float = option(
         0.0,
-        "Share of the pairs to validate on instead of training; the best model on them is the one saved.",
+        "Share of the pairs that is held out for validation; the model that is best on it is saved.",
         panel=VALIDATION,
         what="a share of the pairs",
         least=0,
@@ -77,7 +79,7 @@ class ValidationOptions:
     )
     eval_cache: Where | None = option(
         None,
-        "Validate on another reference cache of the same model instead.",
+        "Validate on this reference cache of the same model instead.",
         panel=VALIDATION,
         metavar="PATH",
         movable=True,
@@ -86,9 +88,9 @@ class ValidationOptions:
         None, "Steps between validations. (Default: ten validations in a run.)", panel=VALIDATION, least=1
     )
     patience: int | None = option(
-        None, "End after so many validations without a lower loss.", panel=VALIDATION, least=1
+        None, "Stop after this many validations without a lower loss.", panel=VALIDATION, least=1
     )
-    min_gain: float = option(0.0, "How much lower the loss must be, for --patience.", panel=VALIDATION, least=0)
+    min_gain: float = option(0.0, "By how much the loss must be lower, for --patience.", panel=VALIDATION, least=0)
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -109,33 +111,34 @@ class ValidationOptions:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Stage two. `batch_size` is in pairs, over all processes.
+    """Options of stage two.
 
-    ref_cache: one or several; all with a weight behind a colon, the share in an epoch's pairs, or none.
-    save_dtype: small updates are lost in half precision; auto is the precision of the weights that the run started from.
+    ref_cache: one or several; either all have a weight behind a colon, the share of an epoch's pairs, or none has.
+    batch_size: pairs per optimizer step, over all processes.
+    save_dtype: half precision loses small updates; auto is the precision of the weights that the run started from.
     """
 
     ref_cache: Where | tuple[Where, ...] = needed(
-        "The reference cache, or several of one kind (a/:0.7 --ref-cache b/:0.3: their shares in an epoch). Needed unless "
-        "--resume knows it from the run.",
+        "The reference cache, or several of one kind with their shares of an epoch (a/:0.7 --ref-cache b/:0.3). Needed, "
+        "except with --resume.",
         metavar="PATH[:WEIGHT]",
         movable=True,
     )
-    out: Path = needed("The run directory to make, or with --resume to go on with.", movable=True)
+    out: Path = needed("The run directory to create, or to continue with --resume.", movable=True)
     data: tuple[str, ...] = option(
-        (), "Train on the pairs of these preference files alone; the cache must hold them.", movable=True
+        (), "Train only on the pairs of these preference files; the cache must hold them.", movable=True
     )
-    format: str = option("auto", "Of --data, as precompute-ref takes it.", choices=texts.formats, movable=True)
+    format: str = option("auto", "Row format of --data, as for precompute-ref.", choices=texts.formats, movable=True)
     model: str | None = option(
         None,
         "Where the reference's weights are now. (Default: where stage one found them.)",
         movable=True,
     )
-    init_from: str | None = option(None, "Start from other weights than the reference's, on purpose.")
-    resume: bool = option(False, "Go on from the run's newest checkpoint, with the run's own options.", movable=True)
-    epochs: float = option(1.0, "Times over the data; fractions too.", above=0)
-    max_steps: int | None = option(None, "Optimizer steps, whatever --epochs says.", least=1)
-    batch_size: int = option(32, "Pairs an optimizer step, over all processes.", least=1)
+    init_from: str | None = option(None, "Start from these weights instead of the reference's.")
+    resume: bool = option(False, "Continue from the run's newest checkpoint, with the run's own options.", movable=True)
+    epochs: float = option(1.0, "Passes over the data; may be a fraction.", above=0)
+    max_steps: int | None = option(None, "Number of optimizer steps; overrides --epochs.", least=1)
+    batch_size: int = option(32, "Pairs per optimizer step, over all processes.", least=1)
     seed: int = option(42, "Seed of the order of pairs, and of new adapters.", least=0)
     loss: str = option(
         "sigmoid",
@@ -144,23 +147,25 @@ class TrainConfig:
     )
     logps: str = option(
         "mean",
-        "Compare logprobs as 'mean' a token (MiniMind till 2510) or as 'sum' (DPO paper, TRL, MiniMind 3).",
+        "Compare logprobs as 'mean' per token (MiniMind until 2510) or as 'sum' (DPO paper, TRL, MiniMind 3).",
         panel=LOSS,
         choices=lambda: LOGPS,
     )
     beta: float = option(
         0.1,
-        "The higher, the closer the policy stays to the reference. Suits one --logps, not both.",
+        "The higher, the closer the policy stays to the reference. A good value depends on --logps.",
         panel=LOSS,
         above=0,
     )
-    beta_end: float | None = option(None, "Beta at the last step; it changes linearly.", panel=LOSS, above=0)
+    beta_end: float | None = option(
+        None, "Beta at the last step; it changes linearly from --beta.", panel=LOSS, above=0
+    )
     loss_options: LossOptions = LossOptions()
     lr: float = option(1e-6, "Peak learning rate.", panel=OPTIMIZER, above=0)
-    schedule: str = option("cosine", "{names}.", panel=OPTIMIZER, choices=names_of(SCHEDULES))
+    schedule: str = option("cosine", "Learning-rate schedule: {names}.", panel=OPTIMIZER, choices=names_of(SCHEDULES))
     min_lr: float = option(
         0.0,
-        "Share of --lr that cosine and linear end at.",
+        "Final learning rate of cosine and linear, as a share of --lr.",
         panel=OPTIMIZER,
         what="a share",
         least=0,
@@ -168,48 +173,50 @@ class TrainConfig:
     )
     warmup: float = option(
         0.1,
-        "Steps in which the learning rate rises: below 1 a share of all, else a number.",
+        "Steps of linear warm-up: below 1 a share of all steps, else a number.",
         panel=OPTIMIZER,
         least=0,
     )
     optimizer: str = option("adamw", "{names} (bitsandbytes).", panel=OPTIMIZER, choices=names_of(OPTIMIZERS))
-    weight_decay: float = option(0.0, "AdamW's, on matrices only.", panel=OPTIMIZER, least=0)
-    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm; 0: they are not.", panel=OPTIMIZER, least=0)
+    weight_decay: float = option(0.0, "Weight decay of AdamW, on matrices only.", panel=OPTIMIZER, least=0)
+    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm; 0: no clipping.", panel=OPTIMIZER, least=0)
     lora: LoraOptions = LoraOptions()
     dtype: str = option("auto", texts.DTYPE, panel=MEMORY, choices=lambda: DTYPES)
     layout: str = option("auto", layout_help(), panel=MEMORY, choices=layouts)
     parallel: str = option("ddp", texts.PARALLEL, panel=MEMORY, choices=lambda: PARALLEL, movable=True)
     tokens_per_micro_batch: int | None = option(
         None,
-        "Token slots at once; accumulation follows. (Default: what fits in memory.)",
+        "Token slots of a micro-batch; accumulation follows from it. (Default: as many as fit in memory.)",
         panel=MEMORY,
         least=1,
         movable=True,
     )
     scratch: Path | None = option(None, texts.SCRATCH, panel=MEMORY, movable=True)
     activation_checkpointing: bool = option(
-        False, "Less memory, a third more time: layers are computed again in backward.", panel=MEMORY
+        False, "Compute layers again in backward: less memory, a third more time.", panel=MEMORY
     )
     compile: bool = option(False, "torch.compile the decoder; the first steps take long.", panel=MEMORY)
     validation: ValidationOptions = ValidationOptions()
     max_kl: float | None = option(
         None,
-        "Farthest the policy should move from the reference (kl in the log), nats a token.",
+        "Largest distance of the policy from the reference (kl in the log), nats per token.",
         panel=VALIDATION,
         above=0,
     )
-    on_max_kl: str = option("warn", "Beyond --max-kl: {names}.", panel=VALIDATION, choices=lambda: ON_MAX_KL)
+    on_max_kl: str = option(
+        "warn", "What happens above --max-kl: {names}.", panel=VALIDATION, choices=lambda: ON_MAX_KL
+    )
     save_every: int = option(500, "Steps between checkpoints; 0: none.", panel=LOGS, least=0, movable=True)
-    keep_last: int = option(1, "Checkpoints that stay, beside the best.", panel=LOGS, least=1, movable=True)
+    keep_last: int = option(1, "Number of checkpoints to keep, beside the best.", panel=LOGS, least=1, movable=True)
     async_save: bool = option(
         False,
-        "Write checkpoints while training goes on, from a copy in the CPU's memory.",
+        "Write checkpoints while training continues, from a copy in the CPU's memory.",
         panel=LOGS,
         movable=True,
     )
     save_dtype: str = option(
         "float32",
-        "Of the final model: float32 (as trained), bfloat16, float16, or auto (as it was stored before).",
+        "Precision of the final model: float32 (as trained), bfloat16, float16, or auto (as it was stored before).",
         panel=LOGS,
         choices=lambda: DTYPES,
         movable=True,
@@ -217,7 +224,7 @@ class TrainConfig:
     log_every: int = option(10, "Steps between log lines.", panel=LOGS, least=1)
     tracker: tuple[str, ...] = option(
         (),
-        "Also tell {names}; may be given several times.",
+        "Also log to {names}; may be given several times.",
         panel=LOGS,
         choices=lambda: tuple(TRACKERS),
         movable=True,
@@ -225,10 +232,10 @@ class TrainConfig:
     trust_remote_code: bool = option(False, texts.TRUST, movable=True)
 
     def __post_init__(self) -> None:
-        _check_caches(self.caches)
+        check_caches(self.caches)
         check_options(self)
         if self.on_max_kl != "warn" and self.max_kl is None:
-            raise ConfigError("--on-max-kl: says what happens above --max-kl; expected both, got --on-max-kl alone")
+            raise ConfigError("--on-max-kl: is used with --max-kl only; expected both, got --on-max-kl alone")
         if self.warmup > 1 and self.warmup % 1:
             raise ConfigError(
                 f"--warmup: expected a share of the steps below 1, or a number of steps, got {self.warmup}"
@@ -236,28 +243,10 @@ class TrainConfig:
 
     @property
     def caches(self) -> list[tuple[Where, float | None]]:
-        """Where each reference cache is, and its weight, if it has one."""
+        """The path or URL of each reference cache, and its weight, if it has one."""
         several = self.ref_cache if isinstance(self.ref_cache, tuple | list) else (self.ref_cache,)
         return [split_weight(where) for where in several]
 
 
-# What a resumed run may be given anew: where things lie now, and what changes no number.
+# Options that may change when a run is resumed: paths, and options that change no number.
 MOVABLE = {item.name for item, declared in options_of(TrainConfig) if declared.movable}
-
-
-def _check_caches(caches: list[tuple[Where, float | None]]) -> None:
-    weights = [weight for _, weight in caches]
-    for where, weight in caches:
-        path, _, rest = str(where).rpartition(":")
-        if weight is None and path and re.fullmatch(r"-[0-9.e-]+|nan|inf", rest):
-            raise ConfigError(f"--ref-cache {where}: expected a weight above 0, got {rest}")
-    if len(caches) == 1 and weights[0] is not None:
-        raise ConfigError(
-            "--ref-cache: a weight is a share beside other caches; expected several, or one without a weight"
-        )
-    if None in weights and any(weights):
-        raise ConfigError("--ref-cache: expected a weight for each cache (a/:0.7 b/:0.3) or for none, got some without")
-    if 0 in weights:
-        raise ConfigError("--ref-cache: a weight of 0 takes no pairs; expected one above 0, or leave the cache out")
-    if not different(where for where, _ in caches):
-        raise ConfigError("--ref-cache: one cache is named twice; expected different ones")

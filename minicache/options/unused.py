@@ -1,4 +1,4 @@
-"""Options that a person gives and that nothing would read: refused by name."""
+"""Options that the user gives and that nothing would read: they are refused by name."""
 
 from collections.abc import Callable, Collection, Mapping
 
@@ -31,7 +31,7 @@ def _read_by_schedule(config: TrainConfig, name: str) -> str | None:
 
 
 def _read_with_data(config: TrainConfig, name: str) -> str | None:
-    return None if config.data else "says how --data is read; expected both, got --format alone"
+    return None if config.data else "is the format of --data; expected both, got --format alone"
 
 
 def _read_without_lora(config: TrainConfig, name: str) -> str | None:
@@ -42,7 +42,7 @@ def _read_without_init_from(config: TrainConfig, name: str) -> str | None:
     return "the run starts from --init-from; expected one of the two" if config.init_from else None
 
 
-# Option -> why this run would not read it, or None.
+# Option -> a function that returns why a run would not read it, or None.
 RULES: Mapping[str, Callable[[TrainConfig, str], str | None]] = {
     **dict.fromkeys((item.name for item, _ in options_of(LossOptions) if item.name in OF_SOME_LOSSES), _read_by_loss),
     "min_lr": _read_by_schedule,
@@ -53,14 +53,17 @@ RULES: Mapping[str, Callable[[TrainConfig, str], str | None]] = {
 
 
 def why_unread(config: TrainConfig, name: str) -> str | None:
-    """Why a run with these options would not look at the option of this name; None if it would."""
+    """Why a run with this config would not read the option with this name; None if it would."""
     return RULES[name](config, name) if name in RULES else None
 
 
 def require_read(config: TrainConfig, given: Collection[str]) -> None:
-    """Raises ConfigError: an option that a person gave, with another value than its default, would not be read.
+    """Check that a run reads each given option that differs from its default.
 
-    given: names of the options on the command line. A run of an earlier release may hold such options, and goes on.
+    given: names of the options on the command line. Those in a run.json of an earlier release are not checked, so that it resumes.
+
+    Raises:
+        ConfigError: an option would not be read.
     """
     values = {item.name: None for item, _ in options_of(TrainConfig)}
     for group in (config, config.loss_options, config.lora):

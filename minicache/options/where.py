@@ -1,4 +1,4 @@
-"""Where a reference cache lies: a directory or a URL, with a weight behind it where several are mixed."""
+"""The place of a reference cache: a directory or a URL, with a weight behind it if several are mixed."""
 
 import re
 from collections.abc import Iterable
@@ -7,11 +7,16 @@ from urllib.parse import unquote, urlsplit
 
 from minicache.errors import ConfigError
 
-Where = Path | str  # of a reference cache: a directory, or the URL of a place in an object store
+# The place of a reference cache: a directory, or a URL in an object store.
+Where = Path | str
 
 
 def local_path(where: Where) -> Path | None:
-    """The directory that it names, by path or as `file:///path`; None if it lies in an object store."""
+    """The directory of a path or a `file:///path` URL; None for a place in an object store.
+
+    Raises:
+        ConfigError: a file URL has another form.
+    """
     if isinstance(where, Path) or "://" not in where:
         return Path(where)
     parts = urlsplit(where)
@@ -23,7 +28,7 @@ def local_path(where: Where) -> Path | None:
 
 
 def different(places: Iterable[Where]) -> bool:
-    """Whether no two of them are one place."""
+    """Whether no two of these are the same place."""
     named = [(place, local_path(place)) for place in places]
     return len({path.resolve() if path else str(url).rstrip("/") for url, path in named}) == len(named)
 

@@ -78,10 +78,11 @@ def _wait(children: list[subprocess.Popen], asked: StopFlag) -> int:
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        port: int = probe.getsockname()[1]
+        return port
 
 
-def _end(children: list[subprocess.Popen]) -> None:
+def _end(children: list[subprocess.Popen[bytes]]) -> None:
     deadline = time.monotonic() + 10
     for child in children:
         if child.poll() is None:

@@ -1,5 +1,6 @@
-"""The processes of a run: who am I, what device do I have, sums over all. One process is a world of size 1."""
+"""The processes of a run: rank, size, device, and collectives over them. A single process is a world of size 1."""
 
+import logging
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -7,10 +8,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
 
 from minicache.errors import ConfigError
 
-# Rank 0 reads and encodes the data while the others wait for it, for hours if need be.
+log = logging.getLogger(__name__)
+
+# Timeout of the collectives: rank 0 reads and encodes the data, possibly for hours, while the others wait.
 PATIENCE = timedelta(days=2)
 
 
@@ -24,16 +28,17 @@ class World:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0."""
         return self.rank == 0
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over all processes, in place."""
+        """`values`, any shape, summed over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def any(self, value: bool) -> bool:
-        """Whether it is true of any process."""
+        """Whether `value` is true in any process."""
         return bool(self.sum(torch.tensor(float(value), device=self.device)).item()) if self.size > 1 else value
 
     def broadcast(self, value: Any) -> Any:
@@ -52,36 +57,45 @@ class World:
         return values
 
     def barrier(self) -> None:
+        """Wait until all processes are here."""
         if self.size > 1:
             dist.barrier()
 
 
 def join_world() -> World:
-    """Join the process group that torchrun's environment describes, if there is one.
+    """The world of this process: the process group that torchrun's environment describes, joined, or a single process.
 
     Raises:
-        ConfigError: torchrun was told to restart, and its processes could not find each other afterwards.
+        ConfigError: torchrun may restart the processes, which then could not find each other.
     """
     size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     rank = int(os.environ.get("RANK", 0))
-    cuda = torch.cuda.is_available()
+    cuda, backend = torch.cuda.is_available(), "none"
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if size > 1:
         store = _fresh_store(size)
         place: dict[str, Any] = {"store": store, "rank": rank, "world_size": size} if store else {}
-        # gloo beside NCCL: for what processes tell each other from the CPU's memory
+        # gloo beside NCCL, for collectives on tensors in the CPU's memory
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=PATIENCE, device_id=device if cuda else None, **place)
+    log.debug("rank %d of %d on %s, backend %s", rank, size, device, backend)
     return World(rank, size, device)
 
 
-def _fresh_store(size: int) -> dist.Store | None:
-    """Where restarted processes do not find the addresses of those before them, as they do in torchrun's own store.
+def _fresh_store(size: int) -> PrefixStore | None:
+    """A store without the addresses of the processes before a restart, which torchrun's own store keeps; None if not needed.
 
-    Source: github.com/pytorch/pytorch/issues/135712. torchrun's count of restarts is the same for all on one node only.
+    torchrun counts restarts per node, so the count is the same for all processes on a single node only.
+
+    Raises:
+        ConfigError: restarts are on, and the processes run on several nodes.
+
+    Source: github.com/pytorch/pytorch/issues/135712.
     """
+    # torch does not declare that it exports TCPStore
+    c10d: Any = dist
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if not shared or os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
         return None
@@ -90,10 +104,11 @@ def _fresh_store(size: int) -> dist.Store | None:
             "torchrun --max-restarts on several nodes: restarted processes would find the addresses of the dead ones in torchrun's "
             "store; export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every node before torchrun"
         )
-    server = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, is_master=False)
-    return dist.PrefixStore(f"restart-{os.environ['TORCHELASTIC_RESTART_COUNT']}", server)
+    server = c10d.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, is_master=False)
+    return PrefixStore(f"restart-{os.environ['TORCHELASTIC_RESTART_COUNT']}", server)
 
 
 def leave_world() -> None:
+    """Leave the process group, if this process joined one."""
     if dist.is_initialized():
         dist.destroy_process_group()

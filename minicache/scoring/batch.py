@@ -1,7 +1,7 @@
-"""Pairs -> tensors: several ways to lay out the same tokens, which options/catalog.py names; the scorer sees none of them.
+"""Pairs -> tensors: the layouts that options/catalog.py names. The scorer works the same with any of them.
 
-A `Batch` says what the model reads and, apart from that, a flat list of predictions: at which position, of which token, for
-which sides of which pairs.
+A `Batch` holds what the model reads and, separately, a flat list of predictions: the position, the predicted token, and the sides
+of pairs that it counts for.
 """
 
 from collections.abc import Callable
@@ -19,18 +19,19 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Batch:
-    """`pairs` pairs as tensors, all int64.
+    """`pairs` pairs as int64 tensors.
 
     input_ids: (rows, length), padded at the right with id 0.
-    position_ids: (rows, length), or None where each row counts from 0.
-    mask: who sees whom, as attention.py makes masks of it: (rows, 3), prefix, chosen and rejected of a pair a row;
-        (1, 1, pairs, 4), start, prefix, chosen and rejected of the pairs of a packed row; or None for plain causal attention,
-        in which padding after a row's end changes nothing before it.
-    sources: (K,), positions in the flattened rows whose output predicts.
-    targets: (K,), the ids they predict.
-    places: (K,), where each target lies in the pairs' concatenated tokens.
-    members, owners: (M,), which prediction counts for which side, 2 x pair + side. One of a shared token counts for two.
-    read, readers: (S,), positions in the flattened rows and the side that reads them: every token of every side.
+    position_ids: (rows, length), or None if each row counts from 0.
+    mask: the spans from which attention.py makes masks. With a pair per row, (rows, 3): prefix, chosen, rejected. For a packed row,
+        (1, 1, pairs, 4): start, prefix, chosen, rejected of each pair. None is plain causal attention, in which padding after the
+        end of a row changes nothing before it.
+    sources: (K,) positions in the flattened rows whose outputs predict.
+    targets: (K,) the ids that they predict.
+    places: (K,) positions of the targets in the pairs' concatenated tokens.
+    members, owners: (M,) index of a prediction, and the side that it counts for, 2 x pair + side. A prediction of a shared token
+        counts for two sides.
+    read, readers: (S,) position in the flattened rows, and the side that reads it, for every token of every side.
     """
 
     pairs: int
@@ -46,10 +47,11 @@ class Batch:
     readers: torch.Tensor
 
     def to(self, device: torch.device) -> "Batch":
+        """The batch on a device."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self) -> "Batch":
-        """In page-locked memory, from which a copy to the GPU need not be waited for."""
+        """The batch in page-locked memory, from which copies to a GPU are asynchronous."""
         return self._each(torch.Tensor.pin_memory)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
@@ -58,15 +60,16 @@ class Batch:
         return replace(self, **changed)  # type: ignore[arg-type]
 
     def sum_by_side(self, values: torch.Tensor) -> torch.Tensor:
-        """(K,) values of predictions -> (pairs, 2), their sums over each side."""
+        """(pairs, 2): sums over each side. values: (K,) of predictions."""
         return self.sum_members(values[self.members])
 
     def sum_members(self, values: torch.Tensor) -> torch.Tensor:
-        """(M,) -> (pairs, 2). A copy, since FSDP hooks into what a module returns, and a view could lose the hook."""
+        """(pairs, 2): sums over each side. values: (M,) of members."""
+        # a copy, because FSDP registers hooks on the outputs of a module, and a view could lose the hook
         return values.new_zeros(2 * self.pairs).index_add(0, self.owners, values).view(-1, 2).clone()
 
     def ranks(self) -> torch.Tensor:
-        """(M,): the how-manieth counted token of its side each member is, from 0."""
+        """(M,) int64: the index of each member among the counted tokens of its side, from 0."""
         order = torch.argsort(self.owners * (self.places.max() + 1) + self.places[self.members])
         counts = torch.bincount(self.owners, minlength=2 * self.pairs)
         ranks = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[self.owners[order]]
@@ -75,10 +78,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class _Flat:
-    """Pairs one after another, `prefix | chosen's rest | rejected's rest`, and where each token belongs. Vectorised over tokens.
+    """The tokens of B pairs, one after another, each `prefix | chosen's rest | rejected's rest`, and what each token belongs to.
 
-    tokens, counted: (T,); pair: (T,) which of the batch's pairs; within: (T,) position in the pair's tokens.
-    starts: (B,) where each pair begins; prefix, chosen, rejected: (B,) lengths of the parts.
+    tokens, counted: (T,) ids, and whether they count in the loss. pair: (T,) index of the pair in the batch. within: (T,) position
+    in the pair's tokens. starts: (B,) start of each pair in `tokens`. prefix, chosen, rejected: (B,) lengths of the parts.
     """
 
     tokens: Indices
@@ -92,83 +95,105 @@ class _Flat:
 
     @classmethod
     def of(cls, table: PairTable, indices: Indices) -> "_Flat":
+        """The tokens of the pairs of a table at these indices, (B,)."""
         lengths = table.lengths[indices].astype(np.int64)  # (B, 3)
         totals = lengths.sum(1)
         starts = np.concatenate([[0], totals.cumsum()[:-1]])
         pair = np.repeat(np.arange(len(indices)), totals)
         within = np.arange(len(pair)) - starts[pair]
-        taken = table.offsets[indices][pair] + within
-        return cls(table.tokens[taken].astype(np.int64), table.loss_mask[taken] > 0, pair, within, starts, *lengths.T)
+        selected = table.offsets[indices][pair] + within
+        return cls(
+            tokens=table.tokens[selected].astype(np.int64),
+            counted=table.loss_mask[selected] > 0,
+            pair=pair,
+            within=within,
+            starts=starts,
+            prefix=lengths[:, 0],
+            chosen=lengths[:, 1],
+            rejected=lengths[:, 2],
+        )
 
     @property
     def in_prefix(self) -> NDArray[np.bool_]:
+        """(T,)"""
         return self.within < self.prefix[self.pair]
 
     @property
     def in_rejected(self) -> NDArray[np.bool_]:
+        """(T,)"""
         return self.within >= (self.prefix + self.chosen)[self.pair]
 
     @property
     def positions(self) -> Indices:
-        """(T,) in the sequence a token belongs to: those of rejected go on where the prefix ends."""
+        """(T,): position of each token in its own sequence; those of rejected continue after the prefix."""
         return np.where(self.in_rejected, self.within - self.chosen[self.pair], self.within)
 
     def sides(self, selected: NDArray[np.bool_] | slice) -> tuple[Indices, Indices]:
-        """Of the selected tokens: (M,) which of them, and the side that each counts for; a prefix token is listed for both."""
-        pair, both, rejected = self.pair[selected], self.in_prefix[selected], self.in_rejected[selected]
-        repeats = 1 + both
-        members = np.repeat(np.arange(len(pair)), repeats)
+        """(M,) each: index among the selected tokens, and the side it belongs to; a prefix token is listed for both sides."""
+        pair, shared, rejected = self.pair[selected], self.in_prefix[selected], self.in_rejected[selected]
+        members = np.repeat(np.arange(len(pair)), 1 + shared)
         second = np.concatenate([[False], members[1:] == members[:-1]])
         return members, 2 * pair[members] + (rejected[members] | second)
 
     def batch(self, place: Indices, shape: tuple[int, int], mask: torch.Tensor | None) -> Batch:
-        """The batch in which token t stands at `place[t]` of the flattened rows."""
+        """The batch in which token t is at `place[t]` of the flattened rows. place: (T,). mask: see `Batch`."""
         input_ids, position_ids = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         input_ids.ravel()[place] = self.tokens
         position_ids.ravel()[place] = self.positions
         counted = np.flatnonzero(self.counted)
         assert (self.positions[counted] > 0).all(), "the first token cannot count: nothing predicts it"
+        # the first token of rejected's rest is predicted at the end of the prefix, which lies before chosen's rest
         opens = self.in_rejected[counted] & (self.positions[counted] == self.prefix[self.pair[counted]])
         before = np.where(opens, counted - 1 - self.chosen[self.pair[counted]], counted - 1)
         members, owners = self.sides(self.counted)
         read, readers = self.sides(slice(None))
-        tensors = (place[before], self.tokens[counted], counted, members, owners, place[read], readers)
-        return Batch(
-            len(self.starts),
-            torch.from_numpy(input_ids),
-            torch.from_numpy(position_ids),
-            mask,
-            *(torch.from_numpy(tensor) for tensor in tensors),
+        tensors = _tensors(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            sources=place[before],
+            targets=self.tokens[counted],
+            places=counted,
+            members=members,
+            owners=owners,
+            read=place[read],
+            readers=readers,
         )
+        return Batch(pairs=len(self.starts), mask=mask, **tensors)
+
+
+def _tensors(**arrays: Indices) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def padded(table: PairTable, indices: Indices) -> Batch:
-    """Every side a row of its own: chosen of the first pair, rejected of the first pair, chosen of the second, …"""
+    """A batch with a row for each side: chosen of the first pair, rejected of the first pair, chosen of the second, …"""
     flat = _Flat.of(table, indices)
-    read, readers = flat.sides(slice(None))  # a prefix token is read twice: once in each row
+    # a prefix token is read twice, once in each row
+    read, readers = flat.sides(slice(None))
     shape = (2 * len(indices), int(max((flat.prefix + np.maximum(flat.chosen, flat.rejected)).max(), 1)))
     place = readers * shape[1] + flat.positions[read]
     input_ids = np.zeros(shape, np.int64)
     input_ids.ravel()[place] = flat.tokens[read]
     counted = flat.counted[read]
     assert (flat.positions[read][counted] > 0).all(), "the first token cannot count: nothing predicts it"
-    count = np.arange(int(counted.sum()))
-    tensors = (
-        place[counted] - 1,
-        flat.tokens[read][counted],
-        read[counted],
-        count,
-        readers[counted],
-        place,
-        readers,
+    tensors = _tensors(
+        input_ids=input_ids,
+        sources=place[counted] - 1,
+        targets=flat.tokens[read][counted],
+        places=read[counted],
+        members=np.arange(int(counted.sum())),
+        owners=readers[counted],
+        read=place,
+        readers=readers,
     )
-    return Batch(
-        len(indices), torch.from_numpy(input_ids), None, None, *(torch.from_numpy(tensor) for tensor in tensors)
-    )
+    return Batch(pairs=len(indices), position_ids=None, mask=None, **tensors)
 
 
 def shared(table: PairTable, indices: Indices) -> Batch:
-    """A pair a row, its prefix once; two branches after it, positions restarting, rejected blind to chosen."""
+    """A batch with a row for each pair: the prefix once, then two branches, each at the positions after the prefix.
+
+    Rejected does not see chosen.
+    """
     flat = _Flat.of(table, indices)
     length = int((flat.prefix + flat.chosen + flat.rejected).max())
     spans = np.stack([flat.prefix, flat.chosen, flat.rejected], 1)
@@ -176,7 +201,7 @@ def shared(table: PairTable, indices: Indices) -> Batch:
 
 
 def packed(table: PairTable, indices: Indices) -> Batch:
-    """All pairs in one row, no padding at all. The mask is the pairs' spans: start, prefix, chosen, rejected."""
+    """A batch with all pairs in one row, without padding."""
     flat = _Flat.of(table, indices)
     spans = np.stack([flat.starts, flat.prefix, flat.chosen, flat.rejected], 1)
     total = len(flat.tokens)
@@ -184,18 +209,21 @@ def packed(table: PairTable, indices: Indices) -> Batch:
 
 
 def _two_rows(lengths: NDArray[np.int32]) -> Indices:
-    return 2 * (lengths[:, 0] + lengths[:, 1:].max(1)).astype(np.int64)
+    slots: Indices = 2 * (lengths[:, 0] + lengths[:, 1:].max(1)).astype(np.int64)
+    return slots
 
 
 def _whole_pairs(lengths: NDArray[np.int32]) -> Indices:
-    return lengths.sum(1, dtype=np.int64)
+    slots: Indices = lengths.sum(1, dtype=np.int64)
+    return slots
 
 
 @dataclass(frozen=True)
 class Layout:
-    """make: lays out pairs of a table. costs: their lengths (n, 3), as in `EncodedPair` -> the token slots of each, (n,).
+    """A way to lay out pairs as rows of tokens.
 
-    pads: each costs as much as its batch's longest.
+    make: (table, indices) -> their batch. costs: lengths of pairs, (n, 3) as in `EncodedPair` -> token slots of each, (n,).
+    pads: each pair takes as many slots as the longest of its batch.
     """
 
     make: Callable[[PairTable, Indices], Batch]
@@ -209,5 +237,6 @@ PACKED = Layout(packed, _whole_pairs, pads=False)
 
 
 def layout_named(name: str) -> Layout:
-    """A layout of LAYOUTS."""
-    return code_of(LAYOUTS[name])
+    """The layout with this name in LAYOUTS."""
+    layout: Layout = code_of(LAYOUTS[name])
+    return layout

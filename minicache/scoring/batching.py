@@ -1,4 +1,4 @@
-"""Lengths -> batches of indices under a token budget. Numpy only."""
+"""Lengths of pairs -> batches of indices under a token budget. Numpy only."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ Item = TypeVar("Item")
 
 
 def ahead(items: Iterator[Item], depth: int = 2) -> Iterator[Item]:
-    """The same items, made by a thread of their own while the ones before are used."""
+    """The same items, made in a thread, up to `depth` ahead of their use."""
     end = object()
     with ThreadPoolExecutor(1) as thread:
         coming = deque(thread.submit(next, items, end) for _ in range(depth))
@@ -23,10 +23,10 @@ def ahead(items: Iterator[Item], depth: int = 2) -> Iterator[Item]:
 
 
 def by_length(costs: Indices, budget: int, pads: bool) -> list[Indices]:
-    """Group pairs of similar length, longest first, so that a batch stays within `budget` token slots.
+    """Batches of indices, longest pairs first, in which pairs of similar length take at most `budget` token slots.
 
-    costs: (N,) slots of each pair. pads: in a batch each pair costs as much as its longest.
-    A pair that alone exceeds the budget is a batch of its own.
+    A pair that exceeds the budget is a batch of its own. costs: (N,) slots of each pair. pads: each pair takes as many slots as the
+    longest of its batch.
     """
     batches: list[Indices] = []
     start, order = 0, np.argsort(-costs, kind="stable")
@@ -42,9 +42,9 @@ def by_length(costs: Indices, budget: int, pads: bool) -> list[Indices]:
 
 
 def balance(costs: Indices, shares: int) -> list[Indices]:
-    """Split items into `shares` groups of nearly equal cost: the dearest first, each to the cheapest group so far.
+    """The indices of items in `shares` groups of nearly equal cost: largest cost first, each to the cheapest group so far.
 
-    The groups together hold every index once, each in ascending order; a group may be empty.
+    The indices of a group ascend; a group may be empty. costs: (N,).
     """
     groups: list[list[int]] = [[] for _ in range(shares)]
     totals = np.zeros(shares)

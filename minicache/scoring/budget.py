@@ -1,4 +1,4 @@
-"""How many token slots one forward and backward may take, from what is free in memory and what a slot of this model needs."""
+"""The token slots of one forward and backward pass, from the free memory and the memory that a slot of the model needs."""
 
 import os
 from pathlib import Path
@@ -12,22 +12,24 @@ from minicache.pairs import PairTable
 from minicache.scoring.head import CHUNK_NUMBERS
 from minicache.scoring.scorer import Scorer
 
-# More at once makes no step faster: by then the device is busy.
+# More slots make no step faster, because the device is busy already.
 MOST = {"cpu": 8192, "cuda": 65536}
-RESERVE = 0.85  # of what is free: for what an allocator cannot use, and what was not foreseen
+# Share of the free memory to use; the rest is for fragmentation and for what the estimate misses.
+RESERVE = 0.85
 
 
 def training_budget(
     scorer: Scorer, table: PairTable, optimizer: str, checkpointing: bool, device: torch.device, processes: int
 ) -> int:
-    """Token slots of a micro-batch: a power of two, so that small differences in what is free change nothing.
+    """Token slots of a micro-batch: a power of two, so that small differences in free memory change nothing.
 
-    Runs the model on the table's shortest pairs. checkpointing: whether layers will be computed again in backward; they must not
-    be yet. processes: how many share the CPU's memory.
+    Runs the model on the table's shortest pairs. optimizer: a name in OPTIMIZERS. checkpointing: whether layers will be computed
+    again in backward; this must not be in effect yet. processes: number of processes that share the CPU's memory.
     """
     most = MOST.get(device.type, MOST["cpu"])
     trained = sum(_here(parameter).numel() for parameter in scorer.parameters() if parameter.requires_grad)
-    gradients = 8 if processes > 1 else 4  # DDP keeps a second set to send
+    # bytes per parameter; DDP keeps a second set of gradients to send
+    gradients = 8 if processes > 1 else 4
     vocabulary, width = scorer.model.get_input_embeddings().weight.shape
     head = 3 * 4 * CHUNK_NUMBERS.get(device.type, 0) + 4 * vocabulary * width
     free = RESERVE * free_bytes(device, processes) - trained * (gradients + OPTIMIZERS[optimizer].state_bytes) - head
@@ -36,18 +38,19 @@ def training_budget(
 
 
 def slot_bytes(scorer: Scorer, table: PairTable, checkpointing: bool, device: torch.device) -> float:
-    """Bytes that forward keeps for backward and backward needs beside them, a token slot."""
+    """Bytes per token slot that forward keeps for backward and that backward needs beside them."""
     order = np.argsort(table.lengths.sum(1), kind="stable")
     (first, slots), (second, more) = (_saved(scorer, table, order[:pairs], device) for pairs in (1, 2))
     saved = (second - first) / max(1, more - slots) if more > slots else first / slots
     config = scorer.model.config.get_text_config()
     if not checkpointing:
         return 1.25 * saved
-    return config.num_hidden_layers * config.hidden_size * 4 + 2 * saved / config.num_hidden_layers
+    layers, width = int(config.num_hidden_layers), int(config.hidden_size)
+    return layers * width * 4 + 2 * saved / layers
 
 
 def _saved(scorer: Scorer, table: PairTable, indices: np.ndarray, device: torch.device) -> tuple[int, int]:
-    """Bytes kept for backward, weights not counted, and token slots of one forward over these pairs."""
+    """Bytes kept for backward, without the weights, and token slots, of one forward pass over these pairs."""
     weights = {_here(parameter).untyped_storage().data_ptr() for parameter in scorer.parameters()}
     kept: dict[int, int] = {}
 
@@ -65,12 +68,12 @@ def _saved(scorer: Scorer, table: PairTable, indices: np.ndarray, device: torch.
 
 
 def _here(parameter: torch.Tensor) -> torch.Tensor:
-    """Of a parameter in shards, this process's."""
+    """The parameter, or this rank's shard of it."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def free_bytes(device: torch.device, processes: int = 1) -> float:
-    """Memory that can still be taken on the device; of a CPU's an equal share for each process. Infinite where nothing tells."""
+    """Free bytes on the device; on a CPU, the equal share of one of `processes`. Infinite if the system does not report it."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -90,9 +93,9 @@ def _machine_bytes() -> float:
 
 
 def job_bytes(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
-    """What a container's or batch job's control groups, this process's and those above it, may still take. Infinite without limit.
+    """Bytes that this process's control groups (of a container or batch job) still allow. Infinite without a limit.
 
-    Source: docs.kernel.org/admin-guide/cgroup-v2.html, memory. What files hold in memory can be taken back.
+    The kernel can reclaim cached pages of files, which count as free. Source: docs.kernel.org/admin-guide/cgroup-v2.html, memory.
     """
     try:
         (path,) = (line[3:] for line in own.read_text().splitlines() if line.startswith("0::"))
@@ -104,6 +107,7 @@ def job_bytes(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/sel
             limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
             held = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
             room = min(room, limit - used + int(held["inactive_file"]) + int(held["active_file"]))
-        except (OSError, ValueError, KeyError):  # no limit there
+        # this group has no limit
+        except (OSError, ValueError, KeyError):
             continue
     return max(0.0, room)

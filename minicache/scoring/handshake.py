@@ -1,5 +1,7 @@
 """The check that a model reproduces the values in a cache."""
 
+import logging
+
 import numpy as np
 import torch
 
@@ -9,25 +11,35 @@ from minicache.scoring.batching import Indices
 from minicache.scoring.scorer import Scorer
 from minicache.scoring.tables import score_table
 
+log = logging.getLogger(__name__)
+
+# Pairs that are scored again.
 SAMPLE = 8
 
 
 def sample_differences(scorer: Scorer, cached: CachedPairs, device: torch.device) -> tuple[Indices, np.ndarray]:
-    """Re-score a few pairs spread over the cache; (n,) indices and (n, 2) |difference| of mean logprobs, nats a token."""
+    """Score a few pairs, spread over the cache, again.
+
+    Returns:
+        (n,) indices of the pairs; (n, 2) float64 |difference| of the mean logprobs, nats per token.
+    """
     sample = np.unique(np.linspace(0, len(cached.table) - 1, SAMPLE).astype(np.int64))
     differences = np.zeros((len(sample), 2))
-    # one at a time: another batch shape than stage one's, as in training
+    # one at a time, so that batches have other shapes than in stage one, as in training
     for indices, _, scores in score_table(scorer, cached.table, sample, 1, device):
         difference = np.abs(scores.logp_mean.double().cpu().numpy() - cached.reference.logp_mean[indices])
         differences[np.searchsorted(sample, indices)] = difference
+        log.debug("pair %d: chosen and rejected differ by %.3g and %.3g nats per token", indices[0], *difference[0])
     return sample, differences
 
 
 def check_reproduces(scorer: Scorer, cached: CachedPairs, device: torch.device, tolerance: float, what: str) -> float:
-    """The handshake: the model must give what the cache says. Returns the largest difference, nats a token.
+    """The largest difference of a mean logprob, nats per token, between the model and the cache, on a sample of pairs.
+
+    what: the name of the model in the error.
 
     Raises:
-        HandshakeError: naming the pairs that differ, and by how much.
+        HandshakeError: a difference exceeds the tolerance; it lists pairs and differences.
     """
     sample, differences = sample_differences(scorer, cached, device)
     worst = differences.max(1)
@@ -38,6 +50,6 @@ def check_reproduces(scorer: Scorer, cached: CachedPairs, device: torch.device, 
         )
         raise HandshakeError(
             f"{what} does not reproduce the cache: {int(bad.sum())} of {len(sample)} pairs re-scored differ by more than "
-            f"{tolerance:g} nats a token ({listed}). Expected the same weights, config and code as when the cache was made"
+            f"{tolerance:g} nats per token ({listed}). Expected the same weights, config and code as when the cache was made"
         )
     return float(worst.max())

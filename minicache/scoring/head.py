@@ -1,7 +1,7 @@
-"""Hidden states -> logprobs of given tokens, in chunks: the (K, vocabulary) logits exist neither in forward nor for backward.
+"""Hidden states -> logprobs of given tokens, in chunks: the whole (K, vocabulary) logits never exist.
 
-Per-token upstream gradients are not known until the loss is, so backward computes each chunk's logits again: a third more
-matrix work in the head for memory that does not grow with K.
+The gradients of the logprobs are known only after the loss, so backward computes the logits of each chunk again: a third more
+matrix work in the head, for memory that does not grow with K.
 """
 
 from dataclasses import dataclass
@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-# Logits of one chunk, in numbers: few enough to stay small beside a model, many enough to keep the device busy.
+# Logits (numbers, not bytes) of one chunk: small beside a model, enough to keep the device busy.
 CHUNK_NUMBERS = {"cpu": 2**23, "cuda": 2**27}
 
 
 @dataclass(frozen=True)
 class Head:
-    """A model's output layer: logits = cap * tanh(scale * (hidden @ weight.T + bias) / cap), without the cap if there is none.
+    """A model's output layer: logits = cap * tanh(scale * (hidden @ weight.T + bias) / cap), or without tanh if cap is None.
 
-    linear: its weight is (vocabulary, hidden). scale: Granite's 1 / logits_scaling, Cohere's logit_scale. cap: Gemma's.
+    linear: with weight (vocabulary, hidden). scale: Granite's 1 / logits_scaling, Cohere's logit_scale. cap: Gemma's soft cap.
     """
 
     linear: nn.Linear
@@ -27,9 +27,9 @@ class Head:
 
     @classmethod
     def of(cls, model: Any) -> "Head | None":
-        """The head of a transformers model; None if it is no plain linear layer.
+        """The head of a transformers model; None if it is not a plain linear layer.
 
-        Whether that is all that the family does to its logits is for the caller to find out (`Scorer` compares).
+        The family may change its logits in other ways too, so the caller must compare them (see `own_head`).
         """
         linear, config = model.get_output_embeddings(), model.config.get_text_config()
         if type(linear) is not nn.Linear:
@@ -38,29 +38,30 @@ class Head:
         return cls(linear, float(scale), getattr(config, "final_logit_softcapping", None))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(K, hidden) -> (K, vocabulary) float32."""
+        """(K, vocabulary) float32. hidden: (K, hidden)."""
         bias = self.linear.bias
         return self.finish(_matmul(hidden, self.linear.weight.to(hidden.dtype)) + (0 if bias is None else bias.float()))
 
     def finish(self, logits: torch.Tensor) -> torch.Tensor:
-        """Scale and cap, in place."""
+        """Scale and cap logits, (K, vocabulary), in place."""
         if self.scale != 1:
             logits.mul_(self.scale)
         return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
 
     def logps(self, hidden: torch.Tensor, targets: torch.Tensor, distribution: bool) -> tuple[torch.Tensor, ...]:
-        """hidden: (K, hidden), in the precision of the matrix product. targets: (K,) int64.
+        """The logprobs of the targets, (K,) float32, nats; with `distribution` also entropy and log sum p^2, (K,) each.
 
-        Returns:
-            (K,) float32 each: the targets' logprobs; if asked for, without gradients, entropy and log sum p^2 of the distribution.
+        The latter two have no gradients. hidden: (K, hidden), in the precision of the matrix product. targets: (K,) int64.
         """
-        weight, bias = self.linear.weight, self.linear.bias
-        chunk = max(1, CHUNK_NUMBERS.get(hidden.device.type, 2**23) // weight.shape[0])
-        return _Logps.apply(hidden, weight, bias, targets, self, chunk, distribution)
+        apply: Any = _Logps.apply
+        outputs: tuple[torch.Tensor, ...] = apply(
+            hidden, self.linear.weight, self.linear.bias, targets, self, distribution
+        )
+        return outputs
 
 
 def _matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left @ right.T in float32: of half precisions the products are summed in float32 and, where it can be had, stay so."""
+    """left @ right.T in float32. On CUDA products of half precision are not rounded to it after their summation in float32."""
     if left.dtype == torch.float32:
         return left @ right.T
     if left.is_cuda:
@@ -69,6 +70,8 @@ def _matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 class _Logps(torch.autograd.Function):
+    """`Head.logps` with gradients for hidden, weight and bias."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -77,15 +80,15 @@ class _Logps(torch.autograd.Function):
         bias: torch.Tensor | None,
         targets: torch.Tensor,
         head: Head,
-        chunk: int,
         distribution: bool,
     ) -> tuple[torch.Tensor, ...]:
+        chunk = max(1, CHUNK_NUMBERS.get(hidden.device.type, 2**23) // weight.shape[0])
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.head, ctx.chunk = head, chunk
         with torch.autocast(hidden.device.type, enabled=False):
             parts = [
                 _forward(head.logits(h), t, distribution)
-                for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)
+                for h, t in zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True)
             ]
         outputs = tuple(torch.cat(column) for column in zip(*parts, strict=True))
         ctx.mark_non_differentiable(*outputs[1:])
@@ -112,15 +115,15 @@ class _Logps(torch.autograd.Function):
                     grad_weight.addmm_(grad.T, hidden[piece])
                 else:
                     grad_weight += _matmul(grad.T, hidden[piece].T)
-        given = (
+        grad_parameters = (
             grad_weight.to(weight.dtype) if grad_weight is not None else None,
             grad_bias.to(bias.dtype) if grad_bias is not None else None,
         )
-        return grad_hidden, *given, None, None, None, None
+        return grad_hidden, *grad_parameters, None, None, None
 
 
 def _forward(logits: torch.Tensor, targets: torch.Tensor, distribution: bool) -> tuple[torch.Tensor, ...]:
-    """(k, vocabulary) float32, which it overwrites -> the outputs of these positions."""
+    """The outputs of `Head.logps` for a chunk. logits: (k, vocabulary) float32, overwritten. targets: (k,)."""
     normalizer = logits.logsumexp(1)  # (k,)
     logps = logits.gather(1, targets[:, None])[:, 0] - normalizer
     if not distribution:
@@ -129,13 +132,16 @@ def _forward(logits: torch.Tensor, targets: torch.Tensor, distribution: bool) ->
 
 
 def entropy_and_concentration(logps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(k, vocabulary) logprobs of whole distributions -> -sum p log p and log sum p^2, (k,) each, nats."""
+    """-sum p log p and log sum p^2, (k,) each, nats. logps: (k, vocabulary), logprobs of whole distributions."""
     probabilities = logps.exp()
     return -torch.linalg.vecdot(probabilities, logps), torch.linalg.vecdot(probabilities, probabilities).log()
 
 
 def _backward(head: Head, logits: torch.Tensor, targets: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """Of the logits before scale and cap, (k, vocabulary) float32: grad * (onehot - p), through tanh and scale."""
+    """The gradient of the logits before scale and cap, (k, vocabulary) float32: grad * (onehot - p), through tanh and scale.
+
+    logits: (k, vocabulary) float32, overwritten. targets, grad: (k,).
+    """
     slope = None if head.cap is None else 1 - (logits / head.cap) ** 2
     grads = logits.sub_(logits.logsumexp(1, keepdim=True)).exp_().mul_(-grad[:, None])
     grads.scatter_add_(1, targets[:, None], grad[:, None])

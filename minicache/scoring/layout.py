@@ -1,4 +1,6 @@
-"""Which layout of batches a model can be scored in."""
+"""The choice of a layout of batches in which a model can be scored."""
+
+import logging
 
 import numpy as np
 import torch
@@ -13,11 +15,13 @@ from minicache.scoring.handshake import SAMPLE
 from minicache.scoring.scorer import Scorer
 from minicache.trackers import Tracker
 
+log = logging.getLogger(__name__)
+
 
 def settle_layout(scorer: Scorer, table: PairTable, asked: str, device: torch.device, tracker: Tracker) -> None:
-    """Give the scorer the layout asked for, or of `auto` the first that gives this model the values of `padded`.
+    """Set the scorer's layout: the one asked for, or for `auto` the first with which the model gives the values of `padded`.
 
-    Why a layout before it was not taken is noted.
+    The tracker notes why `auto` did not use its first choice.
 
     Raises:
         ConfigError: the layout asked for by name cannot be used with this model.
@@ -25,6 +29,7 @@ def settle_layout(scorer: Scorer, table: PairTable, asked: str, device: torch.de
     problems: list[str] = []
     for name in LAYOUTS if asked == "auto" else (asked,):
         problem = _problem(scorer, table, name, device)
+        log.debug("layout %s: %s", name, problem or "used")
         if problem is None:
             scorer.layout_name = name
             for line in problems[:1]:
@@ -35,7 +40,7 @@ def settle_layout(scorer: Scorer, table: PairTable, asked: str, device: torch.de
 
 
 def _problem(scorer: Scorer, table: PairTable, layout: str, device: torch.device) -> str | None:
-    """Why this model cannot be scored in this layout, by its configuration or by a few short pairs; None if it can."""
+    """Why this model cannot be scored in this layout, by its configuration or on a few short pairs; None if it can."""
     if layout == "padded":
         return None
     if LAYOUTS[layout].branches and (reason := why_not_branching(scorer.model)):
@@ -47,9 +52,11 @@ def _problem(scorer: Scorer, table: PairTable, layout: str, device: torch.device
         with torch.no_grad():
             expected, found = map(scorer, batches)
         if device.type == "cuda" and any(parameter.requires_grad for parameter in scorer.parameters()):
-            scorer(batches[1]).logp_sum.sum().backward()  # FlexAttention compiles that apart, and not for every model
+            # FlexAttention compiles backward separately, and not for every model
+            scorer(batches[1]).logp_sum.sum().backward()
             scorer.zero_grad(set_to_none=True)
-    except Exception as error:  # whatever a model's own code or a compiler makes of it
+    # a model's own code or a compiler may raise anything
+    except Exception as error:
         return " ".join(str(error).split())[:160] or type(error).__name__
     worst = float((expected.logp_mean - found.logp_mean).abs().max())
-    return None if worst <= TOLERANCE[scorer.dtype] else f"it gives other logprobs, by up to {worst:.2g} nats a token"
+    return None if worst <= TOLERANCE[scorer.dtype] else f"it gives other logprobs, by up to {worst:.2g} nats per token"

@@ -1,5 +1,6 @@
-"""A cache's pairs, for every process of a run: in its own memory, or in one scratch file for all of a machine."""
+"""Loading a cache's pairs in every process of a run: into its own memory, or into one scratch file per machine."""
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -19,26 +20,32 @@ from minicache.processes.world import World
 from minicache.scoring.budget import free_bytes
 from minicache.trackers import Tracker
 
-MOST = 0.25  # of the machine's free memory for the copies of all its processes: the model is yet to come
+log = logging.getLogger(__name__)
+
+# Most of the machine's free memory for the copies of all its processes: the model is loaded after them.
+MOST = 0.25
 
 
 def load_pairs(
     cache: ReferenceCache | JoinedCaches, scratch: Path | None, world: World, tracker: Tracker
 ) -> CachedPairs:
-    """All pairs, every block checked. To be called by all processes, each of which gets the same columns.
+    """All pairs, every block checked. All processes must call this; each gets the same columns.
 
-    scratch: decode into a file in this directory, which goes with the run. None: in memory where there is room for it.
+    scratch: decode into a file in this directory, which is gone when the run ends. None: into memory if they fit.
 
     Raises:
-        CacheError: as `ReferenceCache.load`. OutputError: the scratch directory cannot hold the pairs.
+        CacheError: as `ReferenceCache.load`.
+        OutputError: the scratch directory cannot hold the pairs.
     """
     tracker.begin("reading the cache", None)
     contents = cache.contents
     size, processes = contents.decoded_bytes, int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
     too_large = size > MOST * free_bytes(torch.device("cpu"), processes)
     if not (scratch or world.any(too_large)):
+        log.debug("%d bytes of pairs are decoded into memory", size)
         return contents.load()
     directory = scratch or usual_directory()
+    log.debug("%d bytes of pairs are decoded into a file in %s", size, directory)
     tracker.note(
         f"{contents.parts[0].path}: {size / 1e6:,.0f} MB of pairs are decoded into a file in {directory}, not into memory"
     )
@@ -46,7 +53,7 @@ def load_pairs(
 
 
 def _load_into(contents: Contents, directory: Path, size: int, world: World) -> CachedPairs:
-    """The first process of each machine fills a file that the others see."""
+    """All pairs, in a file that the first process of each machine fills and the others map."""
     local = int(os.environ.get("LOCAL_RANK", 0)) if world.size > 1 else 0
     run = world.broadcast(uuid4().hex)
     file = directory / f"minidpo-{run}-{world.rank - local}"
@@ -67,7 +74,7 @@ def _load_into(contents: Contents, directory: Path, size: int, world: World) -> 
 
 @contextmanager
 def _in_all(world: World) -> Iterator[None]:
-    """What one process fails in, all do, for the same reason: nobody waits for one that has ended."""
+    """Raise an error of one process in all of them, so that none waits for one that has ended."""
     problem = None
     try:
         yield
@@ -79,7 +86,7 @@ def _in_all(world: World) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Sources:
-    """Where a run's pairs and model come from: from disk, unless somebody has read them before and hands them in."""
+    """The functions that load a run's pairs and model. A sweep replaces them to load each once for all runs."""
 
     pairs: Callable[[ReferenceCache | JoinedCaches, Path | None, World, Tracker], CachedPairs] = load_pairs
     model: Callable[[str, bool], LoadedModel] = load_model

@@ -1,6 +1,6 @@
-"""(model, batch) -> logprobs: the only code that computes them, for reference, policy, evaluation and verification.
+"""(model, batch) -> logprobs: the only code that computes them, for the reference, the policy, evaluation and verification.
 
-Whatever the model's precision, log-softmax, sums and means are float32. The head runs on counted positions only.
+Log-softmax, sums and means are float32 in every precision of the model. The head runs on counted positions only.
 """
 
 from collections.abc import Iterator
@@ -22,17 +22,21 @@ from minicache.scoring.batching import Indices, by_length
 from minicache.scoring.head import Head, entropy_and_concentration
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-CHUNK = 256  # positions
+# Positions whose distribution `_of_the_distribution` computes at once.
+CHUNK = 256
 
 
 @dataclass(frozen=True)
 class PairScores:
-    """Scores of B pairs; column 0 is chosen, column 1 rejected.
+    """Scores of B pairs with K predictions; column 0 is chosen, column 1 rejected. All tensors are float32.
 
-    logp_sum: (B, 2) float32, nats. token_count: (B, 2) float32. token_logps: (K,) float32, in the order of the batch.
-    Of the whole distribution, if asked for, without gradients: entropy: (B, 2) float32, its mean over the counted tokens, nats;
-    alignment: (B, 2) float32, mean of log p(token) - log sum p^2, nats (Zhou et al. 2024, WPO, arXiv:2406.11827, section 3.2).
-    balance: (B,) float32, a mixture of experts' load-balancing loss; None for a dense model.
+    logp_sum: (B, 2), nats. token_count: (B, 2), counted tokens. token_logps: (K,), nats, in the order of the batch's predictions.
+
+    With `distribution`, else None:
+    entropy: (B, 2), mean entropy over the counted tokens, nats, without gradients.
+    alignment: (B, 2), mean of log p(token) - log sum p^2, nats, without gradients. Source: Zhou et al. 2024, WPO,
+        arXiv:2406.11827, section 3.2.
+    balance: (B,), load-balancing loss of a mixture of experts; None for a dense model.
     """
 
     logp_sum: torch.Tensor
@@ -44,34 +48,39 @@ class PairScores:
 
     @property
     def logp_mean(self) -> torch.Tensor:
-        """(B, 2) float32, nats a token."""
+        """(B, 2) float32, nats per token."""
         return self.logp_sum / self.token_count
 
 
 class Scorer(nn.Module):
-    """A model that scores batches. A module, so that DDP can wrap it and reduce gradients through its forward.
+    """A model that scores batches. It is a module, so that DDP can wrap it and reduce gradients through its forward.
 
-    The model runs in eval mode in both stages: dropout would make the policy differ from itself as the reference.
-    The decoder and the head run apart, so that the logits of counted positions alone are made, in chunks (head.py). Of a model
-    whose logits are not just that, the model's own forward makes them, of counted positions too but all at once.
+    The model runs in eval mode in both stages: with dropout the policy would differ from itself as the reference. Decoder and head
+    run separately, so that only the logits of counted positions are computed, in chunks (head.py). If that does not give the
+    model's own logits, its own forward computes them, also for counted positions only, but all at once.
     """
 
     def __init__(self, model: Any, dtype: str, layout: str = "padded", head_is_own: bool | None = None) -> None:
-        """head_is_own: what `own_head` says of the model, where it is known without running it."""
+        """Wrap a transformers model.
+
+        dtype: precision of the passes. head_is_own: whether `own_head` finds a head; None runs the model to find out.
+        """
         super().__init__()
         self.layout_name = layout
         self.model = model.eval()
         self.dtype = dtype
         self.has_balance = has_balance(model)
         self.head = own_head(model) if head_is_own is None else Head.of(model) if head_is_own else None
-        self.lockstep: World | None = None  # of shards: the processes that must run each forward together
+        # The processes that must run each forward together, if the model is sharded.
+        self.lockstep: World | None = None
 
     def forward(self, batch: Batch, distribution: bool = False) -> PairScores:
+        """The scores of a batch. distribution: also those of the whole distribution over the vocabulary."""
         record = recording(self.model) if distribution and self.has_balance else nullcontext()
         with self._precision(batch.input_ids.device), record as routing:
             token_logps, *of_distribution = self._token_logps(batch, distribution)
         counts = batch.sum_by_side(torch.ones_like(token_logps))
-        scores = PairScores(batch.sum_by_side(token_logps), counts, token_logps)
+        scores = PairScores(logp_sum=batch.sum_by_side(token_logps), token_count=counts, token_logps=token_logps)
         if not distribution:
             return scores
         entropy, concentration = of_distribution
@@ -85,42 +94,45 @@ class Scorer(nn.Module):
 
     @property
     def layout(self) -> Layout:
+        """The layout of its batches."""
         return layout_named(self.layout_name)
 
     def batches(self, table: PairTable, indices: Indices, budget: int) -> Iterator[tuple[Indices, Batch]]:
-        """These pairs of a table, grouped by length under a budget of token slots: their indices, and they as a batch."""
+        """Batches of pairs of a table, grouped by length under a budget of token slots: (n,) indices and the batch."""
         for chosen in by_length(self.layout.costs(table.lengths[indices]), budget, self.layout.pads):
             batch = self.layout.make(table, indices[chosen])
             yield indices[chosen], batch.pin() if torch.cuda.is_available() else batch
 
     def _token_logps(self, batch: Batch, distribution: bool) -> tuple[torch.Tensor, ...]:
-        """(K,) each; see `Head.logps`."""
+        """The outputs of `Head.logps` for the batch's predictions, (K,) each."""
         mask = for_device(batch.mask, batch.input_ids.shape[1])
         inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "attention_mask": mask}
-        given = {name: value for name, value in inputs.items() if value is not None}
+        inputs = {name: value for name, value in inputs.items() if value is not None}
         if self.head is None:
             with _only_positions(self.model, batch.sources):
-                logits = self.model(**given, use_cache=False).logits[0]  # (K, vocabulary)
+                logits = self.model(**inputs, use_cache=False).logits[0]  # (K, vocabulary)
             logps = -cross_entropy(logits.float(), batch.targets, reduction="none")
             return (logps, *_of_the_distribution(logits)) if distribution else (logps,)
-        hidden = decoder_of(self.model)(**given, use_cache=False).last_hidden_state  # (rows, length, hidden)
+        # (rows, length, hidden)
+        hidden = decoder_of(self.model)(**inputs, use_cache=False).last_hidden_state
         hidden = hidden.flatten(0, 1)[batch.sources]
         return self.head.logps(hidden.to(DTYPES[self.dtype]), batch.targets, distribution)
 
-    def _precision(self, device: torch.device) -> AbstractContextManager:
+    def _precision(self, device: torch.device) -> AbstractContextManager[Any]:
         if self.dtype == "float32":
             return nullcontext()
         return torch.autocast(device.type, DTYPES[self.dtype])
 
 
 def decoder_of(model: Any) -> nn.Module:
-    """The model without its head; of an adapted one (peft) that of its base, which holds the adapters."""
-    return (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model
+    """The model without its head; for an adapted model (peft), that of its base, which holds the adapters."""
+    decoder: nn.Module = (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model
+    return decoder
 
 
 @torch.no_grad()
 def own_head(model: Any) -> Head | None:
-    """The model's head as we compute it, if that gives the model's own logits."""
+    """The model's head as `Head` computes it; None if that does not give the model's own logits."""
     head = Head.of(model)
     if head is None:
         return None
@@ -134,16 +146,17 @@ def own_head(model: Any) -> Head | None:
 
 @torch.no_grad()
 def _of_the_distribution(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(K, vocabulary) -> entropy (K,) and log sum p^2 (K,), float32, nats. In pieces: a second set of logits need not fit."""
+    """Entropy and log sum p^2, (K,) float32 each, nats. logits: (K, vocabulary)."""
     parts = []
-    for piece in logits.split(CHUNK):
+    # in pieces, because a float32 copy of all logits may not fit in memory
+    for piece in torch.split(logits, CHUNK):
         parts.append(torch.stack(entropy_and_concentration(piece.float().log_softmax(1))))
     entropy, concentration = torch.cat(parts, dim=1)
     return entropy, concentration
 
 
 class _only_positions:
-    """Within this context the model's head sees the given positions of the flattened rows, (K,), and no others."""
+    """Context in which the model's head sees only the given positions of the flattened rows, (K,)."""
 
     def __init__(self, model: Any, positions: torch.Tensor) -> None:
         self.head, self.positions = model.get_output_embeddings(), positions
@@ -158,7 +171,7 @@ class _only_positions:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> str:
-    """'auto' is bfloat16 on CUDA and float32 elsewhere.
+    """The precision that `dtype` names; 'auto' is bfloat16 on CUDA and float32 elsewhere.
 
     Raises:
         ConfigError: the GPU has no bfloat16.
@@ -166,5 +179,5 @@ def resolve_dtype(dtype: str, device: torch.device) -> str:
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     if dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise ConfigError("--dtype bfloat16: this GPU has none; choose float16 or float32")
+        raise ConfigError("--dtype bfloat16: this GPU does not support it; choose float16 or float32")
     return dtype

@@ -1,4 +1,4 @@
-"""A model over several processes: a copy for each (DDP), or one in shards (FSDP2), which no process ever holds whole twice.
+"""A model over several processes: a copy on each (DDP), or shards (FSDP2), of which no process ever holds all twice.
 
 Source: Zhao et al. 2023, PyTorch FSDP, arXiv:2304.11277; `torch.distributed.fsdp.fully_shard`.
 """
@@ -21,13 +21,14 @@ from minicache.scoring.scorer import DTYPES, Scorer, own_head
 
 
 def is_sharded(parallel: str, world: World) -> bool:
+    """Whether --parallel and the number of processes make shards of the model."""
     return parallel != "ddp" and world.size > 1
 
 
 def spread(model: nn.Module | None, dtype: str, parallel: str, world: World) -> Scorer:
-    """The scorer of a model, float32, on each process's device: the whole model, or this process's shard of it.
+    """The scorer of a model, float32, on this rank's device: with the whole model, or with this rank's shard of it.
 
-    model: on rank 0; of shards the others need none.
+    model: needed on all ranks, or on rank 0 only if it is to be sharded.
 
     Raises:
         ConfigError: the model cannot be sharded, or the processes cannot be grouped as asked.
@@ -40,18 +41,16 @@ def spread(model: nn.Module | None, dtype: str, parallel: str, world: World) -> 
     skeleton = _skeleton(plan)
     layers = layers_of(skeleton)
     if not layers:
-        raise ConfigError(
-            f"--parallel {parallel}: this model's code marks no layers to cut it at; expected --parallel ddp"
-        )
+        raise ConfigError(f"--parallel {parallel}: this model's code marks no layers to shard; expected --parallel ddp")
     scorer = Scorer(skeleton, dtype, head_is_own=plan["head_is_own"])
     scorer.lockstep = world
-    # Layers are gathered in the precision they compute in. What flows between them stays float32, as under autocast alone.
+    # Layers are gathered in the precision they compute in. The activations between them stay float32, as with autocast alone.
     half = MixedPrecisionPolicy(
         param_dtype=DTYPES[dtype] if dtype != "float32" else None, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=half)
-    # embeddings and head are let go after each forward too: what runs between steps must meet the shards, not the whole
+    # Embeddings and head are resharded after each forward too: code between steps must see the shards, not the whole.
     whole = MixedPrecisionPolicy(cast_forward_inputs=False)
     fully_shard(scorer, mesh=mesh, mp_policy=whole, reshard_after_forward=True)
     scorer.to_empty(device=world.device)
@@ -71,7 +70,7 @@ def _mesh(parallel: str, world: World) -> DeviceMesh:
 
 
 def _describe(model: nn.Module) -> dict[str, Any]:
-    """What the other ranks need to know to build the same modules without weights."""
+    """All that the other ranks need to build the same modules without weights."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     return {
         "class": type(base),
@@ -84,7 +83,7 @@ def _describe(model: nn.Module) -> dict[str, Any]:
 
 
 def _skeleton(plan: dict[str, Any]) -> nn.Module:
-    """The same modules on the device `meta`: shapes and names, no memory."""
+    """The same modules on the device `meta`, with shapes and names but without memory."""
     with torch.device("meta"):
         model: nn.Module = plan["class"](plan["config"]).to(torch.float32)
         if adapter := plan["adapter"]:
@@ -97,11 +96,12 @@ def _skeleton(plan: dict[str, Any]) -> nn.Module:
 
 
 def _fill(skeleton: nn.Module, model: nn.Module | None, world: World) -> None:
-    """Rank 0's weights and buffers into everyone's shards, a tensor at a time."""
+    """Copy rank 0's weights and buffers into the shards of all ranks, a tensor at a time."""
     whole = {} if model is None else model.state_dict()
     set_model_state_dict(skeleton, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     mine = {} if model is None else dict(model.named_buffers())
-    for name, buffer in skeleton.named_buffers():  # also those that no state dict holds, like rotary frequencies
+    # also the buffers that no state dict holds, such as rotary frequencies
+    for name, buffer in skeleton.named_buffers():
         if name in mine:
             buffer.copy_(mine[name])
         dist.broadcast(buffer, src=0)

@@ -1,5 +1,6 @@
 """Scoring many pairs of a table, in batches that fit in memory."""
 
+import logging
 from collections.abc import Iterator
 
 import numpy as np
@@ -7,11 +8,15 @@ import torch
 
 from minicache.errors import ModelError
 from minicache.pairs import PairTable
+from minicache.processes.world import World
 from minicache.scoring.batch import Batch
 from minicache.scoring.batching import Indices, ahead
 from minicache.scoring.scorer import PairScores, Scorer
 
-SLOTS = {"cpu": 16384, "cuda": 65536}  # of a forward pass: more at once makes it no faster
+log = logging.getLogger(__name__)
+
+# Token slots of a forward pass. More make it no faster.
+SLOTS = {"cpu": 16384, "cuda": 65536}
 
 
 def score_table(
@@ -24,15 +29,17 @@ def score_table(
 ) -> Iterator[tuple[Indices, Batch, PairScores]]:
     """Score some pairs of a table in batches of similar length, without gradients.
 
-    budget: token slots of a batch; None begins with as many as can make it faster. Where a batch does not fit in memory, it
-    and those after it are made half as large. Of a model in shards every process must call this as often as the others, with
-    few pairs, many or none: where one has no more, it takes part in the others' forward passes.
+    indices: (n,) of the pairs. budget: token slots of a batch; None begins with SLOTS. If a batch does not fit in memory, the
+    budget is halved for it and the batches after it.
+
+    If the model is sharded, every process must call this equally often, with any number of pairs: a process without pairs left
+    joins the forward passes of the others.
 
     Yields:
-        the batch's indices into the table, the batch, its scores (see `Scorer` for `distribution`).
+        (m,) indices of a batch into the table, the batch on the device, its scores (see `Scorer.forward` for `distribution`).
 
     Raises:
-        ModelError: a single pair does not fit in memory.
+        ModelError: a single pair, or a batch of a sharded model, does not fit in memory.
     """
     left, budget = np.ones(len(table), bool), budget or SLOTS[device.type]
     while len(rest := indices[left[indices]]):
@@ -42,28 +49,49 @@ def score_table(
                 scorer.lockstep.any(True)
             scores = _scores_if_they_fit(scorer, moved, distribution)
             if scores is None:
-                slots = moved.input_ids.numel()
-                if len(chosen) == 1:
-                    raise ModelError(f"a pair of {slots:,} token slots does not fit in memory; lower --max-length")
-                if scorer.lockstep:
-                    raise ModelError(
-                        f"{slots:,} token slots at once do not fit in memory, and shards cannot try again; lower their number"
-                    )
-                budget = min(budget, slots) // 2
+                budget = min(budget, _slots_to_halve(scorer, moved)) // 2
+                log.debug("out of memory: batches of %d token slots from here on", budget)
                 break
             left[chosen] = False
             yield chosen, moved, scores
     if scorer.lockstep:
-        shortest = scorer.layout.make(table, table.lengths.sum(1).argmin()[None]).to(device)
-        while scorer.lockstep.any(False):
-            _scores_if_they_fit(scorer, shortest, distribution)
+        _join_the_others(scorer, scorer.lockstep, table, device, distribution)
+
+
+def _slots_to_halve(scorer: Scorer, batch: Batch) -> int:
+    """The token slots of a batch that did not fit in memory.
+
+    Raises:
+        ModelError: it cannot be made smaller, because it is a single pair or its model is sharded.
+    """
+    slots = batch.input_ids.numel()
+    if batch.pairs == 1:
+        raise ModelError(f"a pair of {slots:,} token slots does not fit in memory; lower --max-length")
+    if scorer.lockstep:
+        raise ModelError(
+            f"{slots:,} token slots at once do not fit in memory, and a sharded model cannot try again; lower their number"
+        )
+    return slots
+
+
+def _join_the_others(
+    scorer: Scorer, processes: World, table: PairTable, device: torch.device, distribution: bool
+) -> None:
+    """Score the shortest pair of the table as long as any other process scores pairs."""
+    shortest = scorer.layout.make(table, table.lengths.sum(1).argmin()[None]).to(device)
+    while processes.any(False):
+        _scores_if_they_fit(scorer, shortest, distribution)
 
 
 def _scores_if_they_fit(scorer: Scorer, batch: Batch, distribution: bool) -> PairScores | None:
+    """The scores of a batch without gradients; None if it does not fit in memory."""
     try:
-        with torch.no_grad():  # not inference mode, whose tensors FSDP could not use in training afterwards
-            return scorer(batch, distribution)
+        # not inference mode: FSDP could not use its tensors in training afterwards
+        with torch.no_grad():
+            scores: PairScores = scorer(batch, distribution)
+            return scores
     except torch.OutOfMemoryError:
-        pass  # the error holds on to what filled the memory: it must be gone before the next attempt
+        # The error refers to the tensors that filled the memory, so it must be gone before the cache is emptied.
+        pass
     torch.cuda.empty_cache()
     return None

@@ -94,7 +94,7 @@ WRONG = {
         ["precompute-ref", "--model", "MODEL", "--data", "DATA", "--ref-cache", "NEW", "--chat-template", "absent"],
         "--chat-template absent",
     ),
-    "nothing to resume": (["train", "--out", "NEW", "--resume"], "new: no run to go on with"),
+    "nothing to resume": (["train", "--out", "NEW", "--resume"], "new: no run to resume"),
 }  # fmt: skip
 
 

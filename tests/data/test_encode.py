@@ -136,7 +136,7 @@ def test_an_answer_that_begins_like_a_think_block_loses_nothing(tokenizer_dir: P
 
 def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer_dir: Path, tmp_path: Path) -> None:
     template = "{{ messages | length }}{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}"
-    with pytest.raises(RowRefused, match="prompt's turns otherwise") as refused:
+    with pytest.raises(RowRefused, match="prompt's turns differently") as refused:
         Encoder(with_template(tokenizer_dir, tmp_path, template), 100).encode(pair_of("why"))
     assert refused.value.reason == "template"
 

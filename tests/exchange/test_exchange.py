@@ -203,7 +203,7 @@ def test_the_user_says_what_it_is(
     assert f"Expected you to say so: --identity {digest}, or --model MODEL" in refused()
     assert f"its identity is {digest}, expected 123" in refused("--identity", "123")
     assert "--max-length: " in refused("--identity", digest, "--max-length", 9)
-    assert "was exported from a cache and says this itself" in refused("--identity", digest, "--loss-on", "response")
+    assert "was exported from a cache and holds this itself" in refused("--identity", digest, "--loss-on", "response")
     tiny_llama(seed=3).save_pretrained(tmp_path / "other")
     assert "expected the model that it was exported for" in refused("--model", tmp_path / "other")
     code, stdout, stderr = cli(
@@ -221,7 +221,7 @@ def test_mistakes_at_export_are_one_line(cache: Path, tmp_path: Path, cli: Calla
         return line
 
     out = tmp_path / "pairs.parquet"
-    assert "expected --policy POLICY or --ref-cache CACHE, got none" in refused("--out", out)
+    assert "expected --policy POLICY or --ref-cache CACHE, got neither" in refused("--out", out)
     assert "got both" in refused("--out", out, "--policy", "x", "--ref-cache", cache)
     assert "a cache has its own" in refused("--out", out, "--ref-cache", cache, "--dtype", "float32")
     assert "expected a name that ends in .parquet" in refused("--out", tmp_path / "pairs.csv", "--ref-cache", cache)

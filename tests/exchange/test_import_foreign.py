@@ -179,4 +179,4 @@ def test_the_command(scored: tuple[Path, Rows], tmp_path: Path, model_dir: Path,
     code, _, stderr = cli("import-cache", file, "--ref-cache", tmp_path / "b", "--model", model_dir)
     assert code == 1 and "expected --logps, --dtype too" in stderr
     code, _, stderr = cli("import-cache", file, "--ref-cache", tmp_path / "b", "--identity", "x")
-    assert code == 1 and "--identity: " in stderr and "say --model" in stderr
+    assert code == 1 and "--identity: " in stderr and "add --model" in stderr

@@ -92,5 +92,5 @@ def test_pairs_that_trl_would_sum_otherwise_are_refused(
     example: Any, model_dir: Path, data_file: Path, tmp_path: Path
 ) -> None:
     cache = precompute_into(tmp_path / "cache", model_dir, data_file, loss_on="assistant")
-    with pytest.raises(ValueError, match="just the answers count"):
+    with pytest.raises(ValueError, match="exactly the answers count"):
         trainer_for(example, cache, model_dir, tmp_path)

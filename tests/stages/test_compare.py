@@ -103,7 +103,7 @@ def test_a_reference_that_does_not_fit_is_refused_before_it_answers(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tiny_llama(vocabulary=60).save_pretrained(tmp_path / "small")
-    with pytest.raises(ModelError, match=r"knows 60 tokens.*share a tokenizer"):
+    with pytest.raises(ModelError, match=r"has 60 token embeddings.*share a tokenizer"):
         ask(policy_dir, tmp_path / "small")
     with pytest.raises(ConfigError, match="has room for 2048 tokens"):
         ask(policy_dir, policy_dir, max_new_tokens=2048)

@@ -233,7 +233,7 @@ def test_a_grid_is_every_combination_and_a_colon_makes_a_mixture(tmp_path: Path)
         ({"lr": ["1e-3,0.001"]}, "lr-0.001 would be made twice"),
         ({"lr": ["1e-3,-1"]}, "--lr: expected a number above 0, got -1"),
         ({"lr": ["1e-3"], "shard": "3/2"}, "--shard: expected K/N"),
-        ({"lr": ["1e-3"], "holdout": 0.0}, "none of them is trained on; expected --holdout 0.05 or --eval-cache"),
+        ({"lr": ["1e-3"], "holdout": 0.0}, "none of them trains on; expected --holdout 0.05 or --eval-cache"),
         ({"batch_size": None}, "expected values of at least one of --loss, --logps, --beta"),
     ],
 )

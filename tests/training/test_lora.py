@@ -113,7 +113,7 @@ def test_an_adapter_knows_its_base(model_dir: Path, ref_cache: Path, tmp_path: P
     assert code == 1 and "an adapter of weights" in stderr and "expected the same" in stderr
     shutil.rmtree(model)
     code, _, stderr = cli("evaluate", "--policy", tmp_path / "run", "--ref-cache", ref_cache)
-    assert code == 1 and "the model that this adapter belongs to" in stderr and "base_model_name_or_path" in stderr
+    assert code == 1 and "the base model of this adapter" in stderr and "base_model_name_or_path" in stderr
     shutil.copytree(model_dir, model)
     (tmp_path / "run" / "model" / "base.json").write_text("{}")
     code, _, stderr = cli("evaluate", "--policy", tmp_path / "run", "--ref-cache", ref_cache)

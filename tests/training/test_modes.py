@@ -182,7 +182,7 @@ def test_what_a_mode_needs_is_asked_for_before_the_run_is_made(
     with pytest.raises(ConfigError, match=r"--optimizer adamw-8bit: .* pip install 'minidpo\[8bit\]'"):
         run(ref_cache, tmp_path / "run", optimizer="adamw-8bit")
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ConfigError, match=r"pip install 'minicache\[lora\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'minidpo\[lora\]'"):
         run(ref_cache, tmp_path / "run", lora=LoraOptions(lora_rank=1))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
