@@ -28,7 +28,9 @@ class Routing:
         # router -> (rows x length, experts)
         self.logits: dict[nn.Module, torch.Tensor] = {}
 
-    def loss(self, read: torch.Tensor, readers: torch.Tensor, sequences: int) -> torch.Tensor:
+    def loss(
+        self, read: torch.Tensor, readers: torch.Tensor, sequences: int, distinct: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """(sequences,) float32: the load-balancing loss of each sequence, summed over layers, times `router_aux_loss_coef`.
 
         MiniMind 2504 and 2510 balance each sequence by itself. MiniMind 3 and transformers balance all tokens of the batch
@@ -37,6 +39,7 @@ class Routing:
 
         read, readers: (S,) int64, positions in the flattened rows, and the sequence (0 to sequences - 1) of each; see `Batch`. A
             prefix that two sequences share is listed for both.
+        distinct: (T,) int64, a position of each token, that of a shared one once. None: no token is shared.
 
         Source: MiniMind's MoEGate and MOEFeedForward; Switch Transformer, arXiv:2101.03961, eq. 4 to 6.
         """
@@ -44,7 +47,7 @@ class Routing:
         coefficient: float = self.config.router_aux_loss_coef
         generation = getattr(self.config, "minimind", None)
         if generation in (None, "3"):
-            read = torch.unique(read)
+            read = read if distinct is None else distinct
         if generation is None:
             return (coefficient * self._of_transformers(read)).expand(sequences)
         top: int = self.config.num_experts_per_tok

@@ -32,6 +32,7 @@ class Batch:
     members, owners: (M,) index of a prediction, and the side that it counts for, 2 x pair + side. A prediction of a shared token
         counts for two sides.
     read, readers: (S,) position in the flattened rows, and the side that reads it, for every token of every side.
+    distinct: (T,) a position of every token of every pair, that of a shared token once.
     """
 
     pairs: int
@@ -45,6 +46,7 @@ class Batch:
     owners: torch.Tensor
     read: torch.Tensor
     readers: torch.Tensor
+    distinct: torch.Tensor
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device."""
@@ -157,6 +159,7 @@ class _Flat:
             owners=owners,
             read=place[read],
             readers=readers,
+            distinct=place,
         )
         return Batch(pairs=len(self.starts), mask=mask, **tensors)
 
@@ -185,6 +188,7 @@ def padded(table: PairTable, indices: Indices) -> Batch:
         owners=readers[counted],
         read=place,
         readers=readers,
+        distinct=place[np.concatenate([[True], read[1:] != read[:-1]])],
     )
     return Batch(pairs=len(indices), position_ids=None, mask=None, **tensors)
 

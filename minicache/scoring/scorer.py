@@ -84,7 +84,7 @@ class Scorer(nn.Module):
         if not distribution:
             return scores
         entropy, concentration = of_distribution
-        balance = routing.loss(batch.read, batch.readers, 2 * batch.pairs) if routing else None
+        balance = routing.loss(batch.read, batch.readers, 2 * batch.pairs, batch.distinct) if routing else None
         return replace(
             scores,
             entropy=batch.sum_by_side(entropy) / counts,

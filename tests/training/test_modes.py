@@ -14,6 +14,7 @@ from torch.nn.functional import logsigmoid
 from minicache.cache.reader import ReferenceCache
 from minicache.errors import ConfigError, ModelError
 from minicache.models import balance, load_model
+from minicache.options.catalog import LAYOUTS
 from minicache.options.train import LoraOptions, TrainConfig
 from minicache.stages.train import TrainReport, train
 from minicache.trackers import Silent
@@ -55,6 +56,15 @@ def test_the_balance_loss_is_logged_and_stays_sane(mixtures: dict[str, Path], tm
     )  # of two layers, every expert chosen as often; picks are counted apart where a token has several
     assert (aux > 0.5 * even).all() and (aux < 8 * even).all() and aux[-4:].mean() < aux[:4].mean() * 1.1
     assert loss[0] == pytest.approx(math.log(2), abs=1e-6)  # the metric is the preference loss alone
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_the_balance_loss_is_the_same_in_every_layout(mixtures: dict[str, Path], tmp_path: Path, name: str) -> None:
+    """A token that both sides share is balanced once, also where it lies in two rows."""
+    for layout in LAYOUTS:
+        run(mixtures[name], tmp_path / layout, max_steps=1, layout=layout, tokens_per_micro_batch=4096)
+    (first, *others) = (curve(tmp_path / layout, "aux_loss")[0] for layout in LAYOUTS)
+    assert others == pytest.approx([first] * len(others), rel=1e-5)
 
 
 def test_a_dense_model_has_none(ref_cache: Path, tmp_path: Path) -> None:
