@@ -9,7 +9,7 @@ from minicache.errors import CacheMismatch, Difference
 from minicache.options.choices import LOSS_ON, MOST_BLOCK_PAIRS, MOST_LENGTH, SPECIAL_TEXT, THINK, TRUNCATE
 
 FORMAT_VERSION = 1
-# Largest difference of a pair's mean logprob, nats a token, that rounding explains. Batch shapes differ between the stages, and
+# Largest difference of a pair's mean logprob, nats per token, that rounding explains. Batch shapes differ between the stages, and
 # with them the order of sums; float32 noise is around 1e-6, that of half precisions is of the size of their last bits.
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 POSSIBLE: dict[str, range | tuple[str, ...]] = {

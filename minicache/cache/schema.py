@@ -61,7 +61,7 @@ def array_specs(identity: Identity) -> dict[str, ArraySpec]:
 class RefBlock:
     """The reference's scores of some pairs.
 
-    logp_mean: (N, 2) float32, masked mean logprob of chosen and rejected, nats a token. token_count: (N, 2) int32.
+    logp_mean: (N, 2) float32, masked mean logprob of chosen and rejected, nats per token. token_count: (N, 2) int32.
     token_logps: (T,) float32, NaN where a token does not count; None if the cache does not keep them.
     """
 
@@ -88,7 +88,7 @@ class ScoredPair:
     """A pair and its scores by the reference.
 
     index: its position in the cache. file, line: where it came from. logp_mean: (2,) float32, mean logprob of chosen and rejected,
-    nats a token. token_count: (2,) int32 tokens in that mean. token_logps: (n,) float32 beside the pair's tokens, NaN where one
+    nats per token. token_count: (2,) int32 tokens in that mean. token_logps: (n,) float32 beside the pair's tokens, NaN where one
     does not count; None unless the cache was made with --per-token.
     """
 

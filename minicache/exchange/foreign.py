@@ -122,7 +122,7 @@ def _require_likely(means: NDArray[np.float64], vocabulary: int, config: ImportC
     typical, least = float(np.median(means)), -2 * math.log(vocabulary)
     if typical < least:
         raise DataError(
-            f"{config.file}: typically {typical:.3g} nats a token; a uniform guess over {vocabulary:,} tokens has "
+            f"{config.file}: typically {typical:.3g} nats per token; a uniform guess over {vocabulary:,} tokens has "
             f"{-math.log(vocabulary):.3g}. Expected means if --logps {config.logps} is right; are the columns sums (--logps sum)?"
         )
 

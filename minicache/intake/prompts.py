@@ -1,4 +1,4 @@
-"""The prompts of `compare`: from the command line, from a file, or of a cache's pairs. No torch."""
+"""The prompts of `compare`: from the command line, from a file, or from the pairs of a cache. No torch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,15 +16,17 @@ from minicache.options.others import CompareConfig
 from minicache.options.where import Where
 from minicache.pairs import CHOSEN, EncodedPair, Ints
 
-ROWS = {".jsonl", ".json", ".ndjson", ".parquet"}  # anything else is plain text, one prompt a line
+# Files of rows; every other file is plain text with one prompt per line.
+ROWS = {".jsonl", ".json", ".ndjson", ".parquet"}
 DEFAULT_PAIRS = 16
 
-Asked = tuple[str, tuple[Turn, ...]]  # where it stands, its turns
+# The origin of a prompt, for messages, and its turns.
+Asked = tuple[str, tuple[Turn, ...]]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt. text: as a person reads it. turns: () if it came as tokens. ids: (n,) what the models are given."""
+    """A prompt. text: for people to read. turns: () if it came as tokens. ids: (n,) tokens for the models."""
 
     text: str
     turns: tuple[Turn, ...]
@@ -62,7 +64,7 @@ def _lines(file: Path) -> Iterator[tuple[int, object]]:
         raise DataError(f"--prompts {file}: cannot be read: {error}") from error
     found = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
     if not found:
-        raise DataError(f"--prompts {file}: expected one prompt a line, found none")
+        raise DataError(f"--prompts {file}: expected one prompt per line, found none")
     yield from found
 
 
@@ -99,7 +101,7 @@ def _of_cache(path: Where, pairs: int | None, tokenizer: ChatTokenizer) -> list[
 
 
 def prompt_ids(pair: EncodedPair) -> Ints:
-    """(n,) ids before the answer: the prefix both sides share, without the beginning of an answer that both have."""
+    """(n,) ids before the answers: the shared prefix, without the counted tokens at its end, with which both answers begin."""
     _, mask = pair.side(CHOSEN)
     end = pair.lengths[0]
     while end and mask[end - 1]:

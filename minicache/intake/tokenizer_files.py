@@ -1,4 +1,4 @@
-"""The tokenizer's files that a cache holds: whether they are those of its identity, and how they travel in a table. No torch."""
+"""The tokenizer's files of a cache: checked against its identity, packed into a table and unpacked from it. No torch."""
 
 import base64
 import binascii
@@ -9,22 +9,23 @@ from minicache.cache.identity import Identity, digest_of
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import DataError, ModelError
 
-MOST_BYTES = 2**28  # of one file: what comes from a stranger does not fill the disk
+# The largest file to unpack: a table from a stranger must not fill the disk.
+MOST_BYTES = 2**28
 
 
 def template_digest(tokenizer: ChatTokenizer) -> str:
-    """Digest of a template for an identity: of its text and the special tokens that it may name."""
+    """The digest of a template for an identity: of its text and of the special tokens that it may name."""
     return digest_of([tokenizer.template, tokenizer.special])
 
 
 def fits(directory: Path, identity: Identity) -> bool:
-    """Whether the files there are those that the identity names. Raises ModelError: they cannot be read."""
+    """Whether the files in a directory are those that the identity names. Raises ModelError: they cannot be read."""
     tokenizer = ChatTokenizer.load(directory)
     return (tokenizer.digest, template_digest(tokenizer)) == (identity.tokenizer, identity.template)
 
 
 def pack(directory: Path) -> dict[str, str]:
-    """Name -> content, compressed, as text."""
+    """The files of a directory by name, each compressed and written as text."""
     files = sorted(file for file in directory.rglob("*") if file.is_file())
     return {
         file.relative_to(directory).as_posix(): base64.b64encode(zlib.compress(file.read_bytes())).decode()
@@ -33,9 +34,9 @@ def pack(directory: Path) -> dict[str, str]:
 
 
 def unpack(files: object, directory: Path, where: str) -> None:
-    """Write the files that `pack` packed into a new directory. Raises DataError: they are not as it packs them."""
+    """Write files from `pack` into a new directory. Raises DataError: they are not as `pack` returns them."""
     if not isinstance(files, dict) or "tokenizer.json" not in files:
-        raise DataError(f"{where}: expected the tokenizer's files in it, found none; export the cache again")
+        raise DataError(f"{where}: expected the tokenizer's files, found none; export the cache again")
     directory.mkdir()
     for name, content in files.items():
         path = PurePosixPath(name)
@@ -57,7 +58,7 @@ def _unpacked(content: object, where: str) -> bytes:
 
 
 def require_fit(directory: Path, identity: Identity, where: str) -> None:
-    """Raises DataError unless the files there are those that the identity names."""
+    """Raises DataError: the files in a directory are not those that the identity names."""
     try:
         fitting = fits(directory, identity)
     except ModelError as error:

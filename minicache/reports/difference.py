@@ -37,7 +37,7 @@ class File:
 
 @dataclass(frozen=True)
 class Spread:
-    """Of absolute differences, nats a token."""
+    """Of absolute differences, nats per token."""
 
     mean: float
     p99: float
@@ -46,7 +46,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class SharedPair:
-    """A pair that both have: where it came from, by the first; mean logprobs of chosen and rejected in each, nats a token."""
+    """A pair that both have: where it came from, by the first; mean logprobs of chosen and rejected in each, nats per token."""
 
     digest: str
     file: str

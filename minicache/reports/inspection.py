@@ -29,7 +29,7 @@ class PairLine:
 
     index: what `--pair` calls it; None if a block before it has lost its ledger row, so that nobody can count to it.
     source, line: the file it came from and the line there, from 1. lengths: tokens of prefix, chosen's rest, rejected's rest.
-    logp_mean: nats a token of chosen and rejected; margin: their difference. Both None if not scored.
+    logp_mean: nats per token of chosen and rejected; margin: their difference. Both None if not scored.
     """
 
     index: int | None
@@ -52,10 +52,10 @@ class Inspection:
     shards_missing: which of them, from 1, have blocks that are unfinished. pairs, pairs_scored and all below: of the blocks there.
     tokens: stored, a shared prefix once. counted: tokens in the mean of [chosen, rejected].
     lengths: prefix, chosen, rejected, chosen_counted, rejected_counted -> min, median, mean, p95, max; {} without pairs.
-    length_histogram: tokens of whole sides. logp_histogram: mean logprobs, nats a token. None if there is nothing to count.
-    margin_histogram: of (chosen - rejected) mean logprob, nats a token; None likewise.
+    length_histogram: tokens of whole sides. logp_histogram: mean logprobs, nats per token. None if there is nothing to count.
+    margin_histogram: of (chosen - rejected) mean logprob, nats per token; None likewise.
     reference_prefers_chosen: share of scored pairs in which the reference gives chosen the higher logprob, by mean and by sum.
-    reference_margin: mean of (chosen - rejected) mean logprob, nats a token.
+    reference_margin: mean of (chosen - rejected) mean logprob, nats per token.
     refused: rows by reason; refused_rows: all of them; refused_file: where they are listed, None if there is no list.
     longest: by the longer side. highest_margin, lowest_margin: by mean logprob. lowest_logp: by the less likely side.
     """

@@ -43,7 +43,7 @@ def histogram(values: np.ndarray, integers: bool = False) -> Histogram | None:
 
 
 def margin_histogram(margins: np.ndarray) -> MarginHistogram | None:
-    """margins: (N,) nats a token. Bounds are multiples of a width, so that no bin holds pairs from both sides of 0."""
+    """margins: (N,) nats per token. Bounds are multiples of a width, so that no bin holds pairs from both sides of 0."""
     if not len(margins):
         return None
     low, high = min(float(margins.min()), 0.0), max(float(margins.max()), 0.0)

@@ -1,4 +1,4 @@
-"""Two reference caches side by side: identity, files, pairs, and how far apart the values of shared pairs are. No torch."""
+"""The differences between two reference caches: identity, files, pairs, and the values of shared pairs. No torch."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ from minicache.reports.difference import DiffReport, Side, compare_files, compar
 
 
 def diff(a: Where, b: Where) -> DiffReport:
-    """Compare two caches as far as they can be read; pairs are the same by their digests, wherever they lie.
+    """Compare two caches as far as they can be read. Pairs with the same digest are the same, wherever they lie.
 
     Raises:
         CacheNotFound, CacheMismatch, CacheDamaged: a manifest cannot be read.

@@ -1,5 +1,6 @@
 """One run at a time in a run directory. No torch."""
 
+import logging
 import os
 from pathlib import Path
 from types import TracebackType
@@ -7,6 +8,8 @@ from types import TracebackType
 from minicache.cache.places.claims import FileClaim
 from minicache.errors import RunBusy
 from minicache.training.run_directory import LOCK, RECORD, is_unused
+
+log = logging.getLogger(__name__)
 
 
 class RunLock:
@@ -17,11 +20,15 @@ class RunLock:
         self._claim = FileClaim(out / LOCK)
 
     def take(self) -> bool:
-        """Whether no other process is at work there. Where there is nothing to write to yet, or no run, nothing is held."""
+        """Try to hold the directory; returns False if another process is at work there.
+
+        A directory that is missing, cannot be written to or is no run's needs no lock: then nothing is held.
+        """
         is_run = (self.out / RECORD).is_file() or is_unused(self.out)
         if not is_run or not os.access(self.out, os.W_OK):
             return True
         self.is_held = self._claim.take(alone=True)
+        log.debug("lock of %s: %s", self.out, "held" if self.is_held else "another process holds it")
         return self.is_held
 
     def require(self) -> None:

@@ -68,7 +68,7 @@ def test_sums_become_what_stage_one_would_have_stored(
 
 
 def test_sums_taken_for_means_are_found_out(scored: tuple[Path, Rows], tmp_path: Path, model_dir: Path) -> None:
-    with pytest.raises(DataError, match=r"nats a token; a uniform guess over 400 .*--logps sum"):
+    with pytest.raises(DataError, match=r"nats per token; a uniform guess over 400 .*--logps sum"):
         bring_in(scored[1], tmp_path, model_dir, logps="mean")
     assert [path.name for path in tmp_path.iterdir()] == ["foreign.jsonl"]
 
