@@ -1,5 +1,6 @@
-"""The place of a cache by the path or URL that a user gives, and holding it alone."""
+"""The place of a cache by the user's path or URL, and holding it alone."""
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,12 +11,14 @@ from minicache.cache.places.place import POLL_SECONDS, Place
 from minicache.errors import ConfigError, OutputError
 from minicache.options.where import Where, local_path
 
+log = logging.getLogger(__name__)
+
 
 def place_at(where: Where) -> Place:
     """The place at a path or URL.
 
     Raises:
-        ConfigError: it is empty, or a URL, and the library for object stores is missing or does not know its kind.
+        ConfigError: it is empty, or a URL and the library for object stores is missing or does not know its scheme.
     """
     if where == "":
         raise ConfigError("expected the path of a cache, got an empty one (a shell variable that is not set?)")
@@ -32,17 +35,18 @@ def place_at(where: Where) -> Place:
 
 
 def take_alone(claim: Claim) -> bool:
-    """Hold a claim alone and return True; False if its holder is at work. Waits while it is not known whether the holder lives."""
+    """Hold a claim alone; returns False if its holder is alive. Waits until that is known."""
     while not claim.take(alone=True):
         if claim.is_alive:
             return False
+        log.debug("waiting for a claim: not known yet whether its holder is alive")
         time.sleep(POLL_SECONDS)
     return True
 
 
 @contextmanager
 def claimed(where: Where) -> Iterator[None]:
-    """Keep other runs from writing into a cache within the block; for one process of a run.
+    """Keep other runs from writing into a cache within the block. One process of a run calls it.
 
     Raises:
         OutputError: another run writes into this cache.
