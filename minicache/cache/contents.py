@@ -73,10 +73,11 @@ class Contents:
             name: np.empty(shape, dtype) if buffer is None else np.ndarray(shape, dtype, buffer, place)
             for name, (shape, dtype, place) in self._layout()[0].items()
         }
-        reference = [column for name, column in columns.items() if name.startswith("ref/")]
-        return CachedPairs(
-            PairTable(*(columns[f"pairs/{item.name}"] for item in fields(PairTable))), RefBlock(*reference)
-        )
+        tables = [
+            {name.removeprefix(group): column for name, column in columns.items() if name.startswith(group)}
+            for group in ("pairs/", "ref/")
+        ]
+        return CachedPairs(PairTable(**tables[0]), RefBlock(**tables[1]))
 
     def _layout(self) -> tuple[dict[str, tuple[tuple[int, ...], str, int]], int]:
         """Shape, dtype and first byte of each column, in the order of the tables' fields; the number of bytes of all."""

@@ -43,18 +43,22 @@ def array_specs(identity: Identity) -> dict[str, ArraySpec]:
     capacity = -(-most // chunk) * chunk
     token_fill = 65535 if identity.token_dtype == "uint16" else -1
     specs = {
-        "pairs/tokens": ArraySpec((capacity,), identity.token_dtype, chunk, token_fill, compress=True),
-        "pairs/loss_mask": ArraySpec((capacity,), "uint8", chunk, 255, compress=True),
-        "pairs/lengths": ArraySpec((block, 3), "int32", block, -1),
-        "pairs/digest": ArraySpec((block, 2), "uint64", block, 2**64 - 1),
-        "pairs/source": ArraySpec((block, 2), "int64", block, -1),
-        "ref/logp_mean": ArraySpec((block, 2), "float32", block, float("nan")),
-        "ref/token_count": ArraySpec((block, 2), "int32", block, -1),
-        "ledger/pairs": ArraySpec((len(LEDGER_COLUMNS),), "int64", len(LEDGER_COLUMNS), -1),
-        "ledger/ref": ArraySpec((len(LEDGER_COLUMNS),), "int64", len(LEDGER_COLUMNS), -1),
+        "pairs/tokens": ArraySpec(
+            shape=(capacity,), dtype=identity.token_dtype, chunk=chunk, fill=token_fill, compress=True
+        ),
+        "pairs/loss_mask": ArraySpec(shape=(capacity,), dtype="uint8", chunk=chunk, fill=255, compress=True),
+        "pairs/lengths": ArraySpec(shape=(block, 3), dtype="int32", chunk=block, fill=-1),
+        "pairs/digest": ArraySpec(shape=(block, 2), dtype="uint64", chunk=block, fill=2**64 - 1),
+        "pairs/source": ArraySpec(shape=(block, 2), dtype="int64", chunk=block, fill=-1),
+        "ref/logp_mean": ArraySpec(shape=(block, 2), dtype="float32", chunk=block, fill=float("nan")),
+        "ref/token_count": ArraySpec(shape=(block, 2), dtype="int32", chunk=block, fill=-1),
+        "ledger/pairs": ArraySpec(shape=(len(LEDGER_COLUMNS),), dtype="int64", chunk=len(LEDGER_COLUMNS), fill=-1),
+        "ledger/ref": ArraySpec(shape=(len(LEDGER_COLUMNS),), dtype="int64", chunk=len(LEDGER_COLUMNS), fill=-1),
     }
     if identity.per_token:
-        specs["ref/token_logps"] = ArraySpec((capacity,), "float32", chunk, float("nan"), compress=True)
+        specs["ref/token_logps"] = ArraySpec(
+            shape=(capacity,), dtype="float32", chunk=chunk, fill=float("nan"), compress=True
+        )
     return specs
 
 

@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import secrets
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,9 +19,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minicache.data.files import is_parquet, read_rows, zstd
+from minicache.data.files import is_parquet, read_rows
 from minicache.disk import folder_written_whole, written_whole
 from minicache.errors import ConfigError, DataError, OutputError
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 KEY = b"minicache"
 ARROW_FILE, STATE_FILE = "data-00000-of-00001.arrow", "state.json"

@@ -32,7 +32,7 @@ def hash_files(files: tuple[str, ...]) -> dict[str, str]:
 def encoder_of(identity: Identity, tokenizer: ChatTokenizer) -> Encoder:
     """The encoder that makes pairs with the options of this identity."""
     names = (item.name for item in fields(Encoder) if item.name != "tokenizer")
-    return Encoder(tokenizer, **{name: getattr(identity, name) for name in names})
+    return Encoder(tokenizer=tokenizer, **{name: getattr(identity, name) for name in names})
 
 
 def holds_all(blocks: Blocks, given: dict[str, str], format: str) -> bool:
@@ -76,7 +76,7 @@ def take_in(
     tracker.begin("encoding", None)
     # From now on a kill leaves sources in the log that are known to be unfinished.
     cache.write_log()
-    filling = Filling(cache, stored.holes, fail, stored.places())
+    filling = Filling(cache=cache, holes=stored.holes, fail=fail, places=stored.places())
     try:
         for number in todo:
             filling.read(number, numbers[number], encoder, format, tracker)
@@ -122,5 +122,5 @@ def _register(sources: list[Source], sha256: str, file: str, format: str) -> int
     for number, source in enumerate(sources):
         if source.sha256 == sha256:
             return number
-    sources.append(Source(file, Path(file).stat().st_size, sha256, format))
+    sources.append(Source(name=file, size=Path(file).stat().st_size, sha256=sha256, format=format))
     return len(sources) - 1

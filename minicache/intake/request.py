@@ -75,7 +75,7 @@ class Request:
     @property
     def manifest(self) -> Manifest:
         """The manifest of a new, empty cache for this request."""
-        return Manifest(self.identity, Log(lasting_name(self.config.model), now(), _versions()))
+        return Manifest(self.identity, Log(model=lasting_name(self.config.model), created=now(), versions=_versions()))
 
     def require_same(self, blocks: Blocks) -> None:
         """Raises CacheMismatch: the cache has another identity. Any size of a block will do, unless one is asked for."""

@@ -22,4 +22,4 @@ def diff(a: Where, b: Where) -> DiffReport:
     ]
     differences = first.identity.differences(second.identity)
     shared = compare_values(first, mine, others, at, at_other) if len(at) else None
-    return DiffReport(sides[0], sides[1], differences, compare_files(first, second), shared)
+    return DiffReport(a=sides[0], b=sides[1], identity=differences, files=compare_files(first, second), shared=shared)

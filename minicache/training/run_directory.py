@@ -14,7 +14,9 @@ from minicache.training.progress import Outcome
 RECORD, LOCK = "run.json", ".lock"
 NEEDED = ("ref_cache", "out")
 # The defaults of the options. A record that lacks an option is of an earlier version, which behaved as by the default.
-DEFAULTS = {name: value for name, value in flat(TrainConfig("cache", Path("run"))).items() if name not in NEEDED}
+DEFAULTS = {
+    name: value for name, value in flat(TrainConfig(ref_cache="cache", out=Path("run"))).items() if name not in NEEDED
+}
 
 
 @dataclass(frozen=True)

@@ -75,12 +75,19 @@ def pair_logps(scores: PairScores, batch: Batch, cached: CachedPairs, indices: I
             batch.sum_members(values[batch.members] * weights) for values in (scores.token_logps, tokens)
         )
         divisor = counts if averaged else torch.ones_like(counts)
-        whole = scores.logp_sum[:, 0]
-        return Logps(policy / divisor, reference / divisor, counts, averaged, scores.alignment, whole)
-    reference = torch.from_numpy(cached.reference.logp_mean[indices]).to(counts.device)
-    if averaged:
-        return Logps(scores.logp_mean, reference, counts, averaged, scores.alignment)
-    return Logps(scores.logp_sum, reference * counts, counts, averaged, scores.alignment)
+        policy, reference, chosen_sum = policy / divisor, reference / divisor, scores.logp_sum[:, 0]
+    else:
+        means = torch.from_numpy(cached.reference.logp_mean[indices]).to(counts.device)
+        policy, reference = (scores.logp_mean, means) if averaged else (scores.logp_sum, means * counts)
+        chosen_sum = None
+    return Logps(
+        policy=policy,
+        reference=reference,
+        token_count=counts,
+        averaged=averaged,
+        alignment=scores.alignment,
+        chosen_sum=chosen_sum,
+    )
 
 
 def _ld_weights(batch: Batch, counts: torch.Tensor, alpha: float) -> torch.Tensor:

@@ -151,7 +151,7 @@ def test_a_file_says_that_it_was_changed(cache: Path, tmp_path: Path) -> None:
             imported(file, tmp_path / "back", identity=identity_of(cache))
 
 
-def test_what_it_says_of_itself_cannot_be_changed(cache: Path, tmp_path: Path) -> None:
+def test_a_changed_document_is_refused(cache: Path, tmp_path: Path) -> None:
     file = exported(cache, tmp_path / "pairs.jsonl")
     beside = document_beside(file)
     sound = json.loads(beside.read_text())
@@ -166,7 +166,7 @@ def test_what_it_says_of_itself_cannot_be_changed(cache: Path, tmp_path: Path) -
         return str(error.value)
 
     assert "does not fit its digest" in refused(lambda d: d["minicache"]["identity"].update(dtype="float16"))
-    assert "exported in form 2" in refused(lambda d: d.update(export=2))
+    assert "has export format 2" in refused(lambda d: d.update(export=2))
     assert "without a minicache manifest" in refused(lambda d: d.pop("minicache"))
     assert "its ledger does not fit" in refused(lambda d: d["ledger"].pop())
     assert "its document was changed" in refused(lambda d: d.pop("ledger"))

@@ -133,7 +133,7 @@ def test_other_tokens_than_were_scored(scored: tuple[Path, Rows], tmp_path: Path
     ]
     (tmp_path / "same").mkdir()
     bring_in(counted, tmp_path / "same", model_dir)
-    with pytest.raises(DataError, match=r"foreign.jsonl:\d+: chosen_token_count, .* that count"):
+    with pytest.raises(DataError, match=r"foreign.jsonl:\d+: chosen_token_count, .* tokens count"):
         bring_in(counted, tmp_path, model_dir, max_length=30)
     for names in ("chosen_ids", "rejected_ids"), ("chosen_input_ids", "rejected_input_ids"):
         tokens = [
