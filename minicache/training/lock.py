@@ -1,6 +1,5 @@
 """One run at a time in a run directory. No torch."""
 
-import logging
 import os
 from pathlib import Path
 from types import TracebackType
@@ -8,8 +7,6 @@ from types import TracebackType
 from minicache.cache.places.claims import FileClaim
 from minicache.errors import RunBusy
 from minicache.training.run_directory import LOCK, RECORD, is_unused
-
-log = logging.getLogger(__name__)
 
 
 class RunLock:
@@ -28,7 +25,6 @@ class RunLock:
         if not is_run or not os.access(self.out, os.W_OK):
             return True
         self.is_held = self._claim.take(alone=True)
-        log.debug("lock of %s: %s", self.out, "held" if self.is_held else "another process holds it")
         return self.is_held
 
     def require(self) -> None:

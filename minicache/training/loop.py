@@ -36,7 +36,7 @@ def optimize(run: Run, resumed: dict[str, Any] | None, tracker: Tracker) -> Outc
     """
     training = begin(run, resumed)
     progress = training.progress
-    log.debug("%d of %d steps to take, %d token slots a micro-batch", run.steps - progress.step, run.steps, run.budget)
+    log.debug("%d of %d steps are done", progress.step, run.steps)
     tracker.begin("training", pairs_in(run.steps, len(run.training), run.config.batch_size))
     tracker.advance(pairs_in(progress.step, len(run.training), run.config.batch_size), 0)
     stopped = _take_steps(run, training, tracker)
