@@ -50,6 +50,7 @@ class FileClaim:
     def __init__(self, file: Path) -> None:
         self.file, self.is_safe = file, has_fcntl
         self._descriptor: int | None = None
+        self._logged: tuple[bool, bool] | None = None
 
     def take(self, alone: bool) -> bool:
         """As `Claim.take`. A hold that cannot be changed is lost. On a file system without locks every call succeeds.
@@ -58,7 +59,10 @@ class FileClaim:
             OutputError: the lock file cannot be opened.
         """
         is_held = self._try_to_take(alone)
-        log.debug("%s, %s: %s", self.file, "alone" if alone else "shared", "held" if is_held else "refused")
+        # A process that waits asks every second: only changes are logged.
+        if self._logged != (logged := (alone, is_held)):
+            log.debug("%s, %s: %s", self.file, "alone" if alone else "shared", "held" if is_held else "refused")
+            self._logged = logged
         return is_held
 
     def _try_to_take(self, alone: bool) -> bool:

@@ -38,7 +38,7 @@ class Directory(Place):
         try:
             is_directory, is_cache = path.is_dir(), (path / ROOT).is_file()
         except OSError as error:
-            raise CacheNotFound(f"{path}: cannot be looked into: {error.strerror}") from error
+            raise CacheNotFound(f"{path}: cannot be accessed: {error.strerror}") from error
         if not is_directory:
             if path.exists():
                 raise CacheNotFound(f"{path}: is a file, no cache; `minidpo import-cache` reads files of `export`")

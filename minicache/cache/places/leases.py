@@ -65,7 +65,6 @@ class Lease:
             if not alone and self._renewing is None and not self.place.has(self.name):
                 return True
             if self._renewing is None and not self._acquire():
-                log.debug("%s: refused, another process holds it (known to be alive: %s)", self.name, self.is_alive)
                 return False
         if not alone:
             self.release()
@@ -90,6 +89,7 @@ class Lease:
     def _is_abandoned(self, e_tag: str | None) -> bool:
         if self._seen is None or self._seen[0] != e_tag:
             self.is_alive = self._seen is not None
+            log.debug("%s: another process holds it%s", self.name, ", and renews it" if self.is_alive else "")
             self._seen = e_tag, time.monotonic()
         return time.monotonic() - self._seen[1] >= LEASE_SECONDS
 

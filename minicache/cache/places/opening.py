@@ -1,6 +1,5 @@
 """The place of a cache by the user's path or URL, and holding it alone."""
 
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +9,6 @@ from minicache.cache.places.directory import Directory
 from minicache.cache.places.place import POLL_SECONDS, Place
 from minicache.errors import ConfigError, OutputError
 from minicache.options.where import Where, local_path
-
-log = logging.getLogger(__name__)
 
 
 def place_at(where: Where) -> Place:
@@ -39,7 +36,6 @@ def take_alone(claim: Claim) -> bool:
     while not claim.take(alone=True):
         if claim.is_alive:
             return False
-        log.debug("waiting for a claim: not known yet whether its holder is alive")
         time.sleep(POLL_SECONDS)
     return True
 
