@@ -1,10 +1,12 @@
-"""The arrays of a cache, opened and checked against what they must be; single columns and ledger rows of a block.
+"""The arrays of a cache, opened and checked against their specifications; columns and ledger rows of single blocks.
 
 zarr is read a block at a time and never a row at a time: one slice costs about a millisecond (see docs/cache-format.md).
 """
 
+import logging
 from collections.abc import Iterable
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import zarr
@@ -16,6 +18,8 @@ from minicache.cache.places.place import ROOT, Place
 from minicache.cache.schema import LEDGER_COLUMNS, ArraySpec, array_specs
 from minicache.errors import CacheDamaged, CacheIncomplete
 from minicache.options.where import Where
+
+log = logging.getLogger(__name__)
 
 # What zarr raises for bytes that are not those written: checksum, decompression, size, metadata. OSError: the disk itself.
 UNREADABLE = (
@@ -29,14 +33,15 @@ UNREADABLE = (
     MemoryError,
     AssertionError,
 )
-MOST_BLOCKS = 2**24  # more is no cache, but metadata that keeps readers counting for ever
+# The most blocks of a cache: damaged or hostile metadata with more would keep readers counting for ever.
+MOST_BLOCKS = 2**24
 MOST_HELD = 2**32  # bytes
 
 
 class Arrays:
     """The arrays of one cache by name, on disk or in an object store.
 
-    manifest: what the cache says of itself. specs: what each array must be.
+    manifest: the cache's identity and log. specs: the specification of each array.
     """
 
     def __init__(self, where: Where, writable: bool) -> None:
@@ -51,15 +56,18 @@ class Arrays:
         self.specs = array_specs(self.manifest.identity)
         self.by_name = _open_arrays(self.group, self.specs, self.path)
         self._held: dict[str, np.ndarray] = {}
+        digest, pairs = self.manifest.identity.digest, self.manifest.log.pairs
+        log.debug("%s opened: %d blocks, %d pairs, identity %s", self.path, self.blocks, pairs, digest)
 
     @property
     def blocks(self) -> int:
+        """The number of blocks that the arrays have room for."""
         return self.by_name["ledger/pairs"].shape[0]
 
     def hold(self, names: Iterable[str]) -> None:
-        """Read these arrays at once and answer from memory from now on: four times as fast as one block after another.
+        """Read these arrays into memory and answer from there: four times as fast as one block after another.
 
-        Later changes are not seen. An array with a chunk that cannot be read stays on disk, so that the error can name the block.
+        Later changes are not seen. An array with an unreadable chunk is read block by block, so that the error names the block.
         """
         for name in names:
             if self.by_name[name].nbytes > MOST_HELD:
@@ -68,10 +76,10 @@ class Arrays:
                 self._held[name] = np.asarray(self.by_name[name][:])
 
     def row(self, name: str, block: int) -> NDArray[np.int64]:
-        """(5,) a block's row in one of the two ledgers.
+        """(5,) the row of a block in one of the two ledgers.
 
         Raises:
-            CacheIncomplete: never written. CacheDamaged: what is read is not what was written.
+            CacheIncomplete: it was never written. CacheDamaged: it is not as it was written.
         """
         try:
             row = self._values(name, block, len(LEDGER_COLUMNS))
@@ -87,7 +95,7 @@ class Arrays:
         return row
 
     def column(self, name: str, block: int, count: int) -> np.ndarray:
-        """(count, …) the first entries of a block's row in an array. Raises CacheDamaged."""
+        """(count, …) the first entries of a block in an array. Raises CacheDamaged."""
         try:
             values = self._values(name, block, count)
         except UNREADABLE as error:
@@ -102,7 +110,7 @@ class Arrays:
         return np.asarray(source[block, :count])
 
     def require_chunks(self, name: str, block: int, count: int) -> None:
-        """Raises CacheDamaged if a chunk that holds some of the first `count` entries is missing or empty; reads none of them."""
+        """Raises CacheDamaged: a chunk with some of the first `count` entries is missing or empty. Reads none of them."""
         for chunk in range(-(-count // self.specs[name].chunk)):
             try:
                 size = self.place.size(self.chunk_key(name, block, chunk))
@@ -112,7 +120,7 @@ class Arrays:
                 raise CacheDamaged(f"{self.path}: {name}, block {block}: a chunk is empty")
 
     def chunk_key(self, name: str, block: int, chunk: int) -> str:
-        """The name of a chunk's file."""
+        """The name of a chunk's file in the cache."""
         array = self.by_name[name]
         rest = (0,) * (array.ndim - 2)
         return f"{name}/{array.metadata.encode_chunk_key((block, chunk, *rest))}"
@@ -139,10 +147,10 @@ def _open_group(place: Place, writable: bool) -> tuple[zarr.Group, Manifest]:
     return group, Manifest.from_attributes(attributes, str(place))
 
 
-def _open_arrays(group: zarr.Group, specs: dict[str, ArraySpec], where: object) -> dict[str, zarr.Array]:
+def _open_arrays(group: zarr.Group, specs: dict[str, ArraySpec], where: object) -> "dict[str, zarr.Array[Any]]":
     """The arrays by name, each with room for as many blocks as the ledger of pairs. Raises CacheDamaged."""
-    arrays: dict[str, zarr.Array] = {}
-    # The array that grows last is opened first: whatever another process adds meanwhile, the others have room for it.
+    arrays: dict[str, zarr.Array[Any]] = {}
+    # The array that grows last is opened first: the others then have room for its blocks, even if another process adds some.
     for name in sorted(specs, key=lambda name: name != "ledger/pairs"):
         array = arrays[name] = _open_array(group, name, specs[name], f"{where}/{name}")
         found, blocks = array.shape[0], arrays["ledger/pairs"].shape[0]
@@ -153,7 +161,8 @@ def _open_arrays(group: zarr.Group, specs: dict[str, ArraySpec], where: object) 
     return arrays
 
 
-def _open_array(group: zarr.Group, name: str, spec: ArraySpec, where: str) -> zarr.Array:
+def _open_array(group: zarr.Group, name: str, spec: ArraySpec, where: str) -> "zarr.Array[Any]":
+    """One array. Raises CacheDamaged: it is missing, or not as specified."""
     try:
         array = group[name]
     except UNREADABLE as error:

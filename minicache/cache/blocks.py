@@ -1,4 +1,4 @@
-"""Reading a reference cache block by block. Refuses holes and damage; never guesses."""
+"""Reading a reference cache block by block. Missing and damaged blocks raise errors."""
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
@@ -21,13 +21,10 @@ Found = TypeVar("Found")
 
 
 class Blocks:
-    """The blocks of one cache, on disk or in an object store; `len` of them, scored or not.
-
-    arrays: what they are read from. tokenizer_dir: the tokenizer's own files.
-    """
+    """The blocks of one cache, on disk or in an object store; their number is `len`, scored or not."""
 
     def __init__(self, where: Where, writable: bool = False) -> None:
-        """Raises CacheNotFound, CacheMismatch (another format version), CacheDamaged, StoreError."""
+        """Open the cache. Raises CacheNotFound, CacheMismatch (another format version), CacheDamaged, StoreError."""
         self.arrays = Arrays(where, writable)
         self.place, self.path = self.arrays.place, self.arrays.path
 
@@ -48,16 +45,16 @@ class Blocks:
 
     @cached_property
     def tokenizer_dir(self) -> Path:
-        """The directory with the tokenizer's files. It may be a copy: to change them, use `place.put_folder`.
+        """The directory with the tokenizer's files. It may be a copy: use `place.put_folder` to change them.
 
         Raises:
-            CacheDamaged: something in it is a link or a device.
+            CacheDamaged: it contains a link or a device.
         """
         folder = self.place.folder(TOKENIZER)
         for file in [folder] if folder.is_symlink() else folder.rglob("*"):
             if file.is_symlink() or not (file.is_file() or file.is_dir()):
                 raise CacheDamaged(
-                    f"{file}: expected a file; the same precompute-ref again puts the tokenizer there anew"
+                    f"{file}: expected a file; run the same precompute-ref again to write the tokenizer anew"
                 )
         return folder
 
@@ -66,7 +63,7 @@ class Blocks:
     def each(
         self, read: Callable[[int], Found], among: Iterable[int] | None = None
     ) -> Iterator[tuple[int, Found | CacheError]]:
-        """The number of each block, or of those `among` them, and what `read` gives of it or why it is missing or damaged."""
+        """The number of each block (or of those in `among`), with the result of `read` or the error of a bad block."""
         for block in range(len(self)) if among is None else among:
             found: Found | CacheError
             try:
@@ -76,11 +73,11 @@ class Blocks:
             yield block, found
 
     def unscored(self) -> list[int]:
-        """Blocks whose scores are missing or damaged."""
+        """The blocks whose scores are missing or damaged."""
         return [block for block, found in self.each(self.ref) if isinstance(found, CacheError)]
 
     def spans(self) -> Iterator[tuple[int, range]]:
-        """Each block and its pairs' positions in the cache. Ends at a block of unknown size: no position behind it is known."""
+        """Each block and the positions of its pairs in the cache. Ends at a block of unknown size: later positions are unknown."""
         first = 0
         for block, size in self.each(self.size):
             if isinstance(size, CacheError):
@@ -105,38 +102,39 @@ class Blocks:
                 return self.pairs(block)[within], means
             number, end = block + 1, span.stop
         if number < len(self):
-            self.size(number)  # raises why it is not known
+            # Raises the error of the block where the positions end.
+            self.size(number)
         raise CacheError(f"{self.path}: there is no pair {index}; the cache holds {end}, numbered from 0")
 
     # --- one block ---
 
     def whole(self, block: int) -> CachedPairs:
-        """The pairs of one block and their scores. Raises as `pairs`."""
+        """The pairs of a block and their scores. Raises as `pairs`."""
         return CachedPairs(self.pairs(block), self.ref(block))
 
     def pairs(self, block: int) -> PairTable:
-        """The pairs of one block, checked against the ledger.
+        """The pairs of a block, checked against the ledger.
 
         Raises:
-            CacheIncomplete: never written. CacheDamaged: what is read is not what was written.
+            CacheIncomplete: they were never written. CacheDamaged: they are not as they were written.
         """
         row = self.arrays.row("ledger/pairs", block)
         pairs, tokens = int(row[1]), int(row[2])
         table = PairTable(
-            self.arrays.column("pairs/tokens", block, tokens),
-            self.arrays.column("pairs/loss_mask", block, tokens),
-            self.arrays.column("pairs/lengths", block, pairs),
-            self.arrays.column("pairs/digest", block, pairs),
-            self.arrays.column("pairs/source", block, pairs),
+            tokens=self.arrays.column("pairs/tokens", block, tokens),
+            loss_mask=self.arrays.column("pairs/loss_mask", block, tokens),
+            lengths=self.arrays.column("pairs/lengths", block, pairs),
+            digest=self.arrays.column("pairs/digest", block, pairs),
+            source=self.arrays.column("pairs/source", block, pairs),
         )
         if not np.array_equal(pairs_row(self.identity, table), row):
             raise self._unfitting("pairs/", block)
         return table
 
     def ref(self, block: int, whole: bool = True) -> RefBlock:
-        """The scores of one block, checked against the ledger. Raises as `pairs`.
+        """The scores of a block, checked against the ledger. Raises as `pairs`.
 
-        whole: with each token's logprob, if the cache has them. Without, the digest, which covers them, cannot be checked.
+        whole: read each token's logprob too, if the cache has them. Without them their digest cannot be checked.
         """
         pairs = self.arrays.row("ledger/pairs", block)
         row = self.arrays.row("ledger/ref", block)
@@ -155,7 +153,7 @@ class Blocks:
     def outline(self, block: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Lengths (n, 3) and source (n, 2) of a block's pairs, without reading their tokens, masks and digests.
 
-        If it does not raise, chunks of these are there; whether they are sound is only found by `pairs`.
+        It checks that the chunks of those exist; only `pairs` finds out whether they are sound.
 
         Raises:
             As `pairs`.
@@ -173,7 +171,7 @@ class Blocks:
         return lengths, source
 
     def counted(self, block: int, lengths: NDArray[np.int32]) -> NDArray[np.int32]:
-        """(n, 2) counted tokens of a block's pairs, by the mask alone; `lengths` as `outline` gives them. Raises as `pairs`."""
+        """(n, 2) counted tokens of a block's pairs, by the mask alone. lengths: as from `outline`. Raises as `pairs`."""
         row = self.arrays.row("ledger/pairs", block)
         mask = self.arrays.column("pairs/loss_mask", block, int(row[2]))
         if mask.sum() != row[3]:
@@ -181,11 +179,11 @@ class Blocks:
         return count_tokens(lengths, mask)
 
     def digests(self, block: int) -> NDArray[np.uint64]:
-        """(n, 2) digests of a block's pairs as they are stored, not compared with the ledger. Raises as `pairs`."""
+        """(n, 2) digests of a block's pairs as stored, without a check against the ledger. Raises as `pairs`."""
         return self.arrays.column("pairs/digest", block, self.size(block)[0])
 
     def size(self, block: int) -> tuple[int, int]:
-        """Pairs and stored tokens of a block, by the ledger. Raises as `pairs`."""
+        """The numbers of pairs and stored tokens of a block, by the ledger. Raises as `pairs`."""
         _, pairs, tokens, _, _ = self.arrays.row("ledger/pairs", block).tolist()
         return pairs, tokens
 

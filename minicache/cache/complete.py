@@ -1,4 +1,4 @@
-"""Blocks of a cache that is to be complete: what is missing or damaged raises, and the message says what to do about it."""
+"""Reading caches that must be complete: errors of missing and damaged blocks say what to do about them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from minicache.errors import CacheDamaged, CacheIncomplete
 
 
 def check_complete(blocks: Blocks) -> None:
-    """Raises CacheIncomplete unless every source was read to its end and every block of it is there."""
+    """Raises CacheIncomplete: a source was not read to its end. CacheDamaged: blocks of it are missing."""
     open_sources = [source.name for source in blocks.log.sources if not source.complete]
     if open_sources or not blocks.log.sources:
         raise CacheIncomplete(
@@ -25,7 +25,7 @@ def check_complete(blocks: Blocks) -> None:
 
 @contextmanager
 def with_advice() -> Iterator[None]:
-    """Adds to the error of a block that cannot be read what to do about it."""
+    """Add to the error of an unreadable block what to do about it."""
     try:
         yield
     except CacheIncomplete as error:
@@ -57,12 +57,12 @@ def ledgers(blocks: Blocks) -> NDArray[np.int64]:
 
 
 def whole_block(blocks: Blocks, block: int) -> CachedPairs:
-    """The pairs of one block and their scores. Raises CacheIncomplete, CacheDamaged."""
+    """The pairs of a block and their scores. Raises CacheIncomplete, CacheDamaged."""
     with with_advice():
         return blocks.whole(block)
 
 
 def each_whole_block(blocks: Blocks) -> Iterator[CachedPairs]:
-    """Block after block, each checked; one in memory at a time. Raises as `block_sizes` and `whole_block`."""
+    """All blocks in their order, checked; one at a time is in memory. Raises as `block_sizes` and `whole_block`."""
     for block in range(len(block_sizes(blocks))):
         yield whole_block(blocks, block)

@@ -1,6 +1,8 @@
 """The pairs of complete caches decoded into flat columns, in memory or in a buffer."""
 
+import logging
 import math
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
@@ -16,14 +18,18 @@ from minicache.cache.complete import block_sizes, with_advice
 from minicache.cache.schema import CachedPairs, RefBlock
 from minicache.pairs import PairTable
 
-THREADS = 4  # blocks read at once: decompression and digests leave Python's lock alone
-ALIGNMENT = 64  # bytes, of where a column begins in a buffer
+log = logging.getLogger(__name__)
+
+# Blocks read at once: decompression and digests release Python's lock.
+THREADS = 4
+# Columns begin at multiples of so many bytes in a buffer.
+ALIGNMENT = 64
 Buffer = bytearray | mmap
 Columns = TypeVar("Columns", PairTable, RefBlock)
 
 
 class Contents:
-    """All pairs of a cache, or of several of one identity one after another."""
+    """All pairs of a cache, or of several caches of one identity, one after another."""
 
     def __init__(self, parts: Sequence[Blocks]) -> None:
         self.parts = parts
@@ -31,24 +37,29 @@ class Contents:
     def load(self, buffer: Buffer | None = None) -> CachedPairs:
         """All pairs and their scores, in memory or in `buffer`, every block checked.
 
-        Several blocks are read at once, each straight to its place: at most the result and a few blocks are in memory.
+        Several blocks are read at once, each directly to its place: at most the result and a few blocks are in memory.
 
-        buffer: of `decoded_bytes`, to hold the result.
+        buffer: of `decoded_bytes` bytes, for the result.
 
         Raises:
             CacheIncomplete, CacheDamaged: naming the first block without a ledger row, else the first that does not fit its row.
         """
+        started = time.monotonic()
         places = [(blocks, block) for blocks in self.parts for block in range(len(blocks))]
         ends = self.sizes.cumsum(0)
         cached = self.columns(buffer)
         with with_advice(), ThreadPoolExecutor(THREADS) as threads:
             for _ in threads.map(_read_into, [cached] * len(places), places, ends):
                 pass
+        seconds = time.monotonic() - started
+        log.debug(
+            "%d blocks decoded: %d pairs, %d bytes, %.1f s", len(places), ends[-1][0], self.decoded_bytes, seconds
+        )
         return cached
 
     @cached_property
     def sizes(self) -> NDArray[np.int64]:
-        """(blocks, 2) pairs and stored tokens of each block. Raises as `load`, but for blocks that do not fit their ledger rows."""
+        """(blocks, 2) pairs and stored tokens of each block, by the ledgers alone. Raises as `block_sizes`."""
         return np.concatenate([block_sizes(blocks) for blocks in self.parts])
 
     @property
@@ -57,18 +68,19 @@ class Contents:
         return self._layout()[1]
 
     def columns(self, buffer: Buffer | None = None) -> CachedPairs:
-        """The columns of a buffer that `load` fills or has filled; without a buffer, new ones."""
+        """The columns in a buffer for `load`, or filled by it; without a buffer, new ones in memory."""
         columns = {
             name: np.empty(shape, dtype) if buffer is None else np.ndarray(shape, dtype, buffer, place)
             for name, (shape, dtype, place) in self._layout()[0].items()
         }
-        reference = [column for name, column in columns.items() if name.startswith("ref/")]
-        return CachedPairs(
-            PairTable(*(columns[f"pairs/{item.name}"] for item in fields(PairTable))), RefBlock(*reference)
-        )
+        tables = [
+            {name.removeprefix(group): column for name, column in columns.items() if name.startswith(group)}
+            for group in ("pairs/", "ref/")
+        ]
+        return CachedPairs(PairTable(**tables[0]), RefBlock(**tables[1]))
 
     def _layout(self) -> tuple[dict[str, tuple[tuple[int, ...], str, int]], int]:
-        """Shape, dtype and first byte of each column, one after another as the fields of their tables; bytes of all."""
+        """Shape, dtype and first byte of each column, in the order of the tables' fields; the number of bytes of all."""
         pairs, tokens = self.sizes.sum(0).tolist()
         places, end = {}, 0
         for group, table in (("pairs", PairTable), ("ref", RefBlock)):
@@ -82,14 +94,14 @@ class Contents:
 
 
 def _read_into(cached: CachedPairs, place: tuple[Blocks, int], ends: NDArray[np.int64]) -> None:
-    """Read a block into its place. ends: how many pairs and tokens there are up to its end."""
+    """Read a block into its place. ends: the numbers of pairs and of tokens up to its end."""
     blocks, block = place
     _put(cached.table, blocks.pairs(block), ends)
     _put(cached.reference, blocks.ref(block), ends)
 
 
 def _put(whole: Columns, part: Columns, ends: NDArray[np.int64]) -> None:
-    """Copy a block's columns to where they end in the whole ones: (tokens,) or (pairs, any)."""
+    """Copy a block's columns into the whole ones, (tokens,) or (pairs, any), so that they end at `ends`."""
     pairs, tokens = ends
     for item in fields(part):
         values = getattr(part, item.name)

@@ -1,4 +1,4 @@
-"""What a cache says of itself: the identity, which never changes, and the log of what happened to it."""
+"""The manifest of a cache: its identity, which never changes, and the log of what happened to it."""
 
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -12,15 +12,15 @@ ATTRIBUTE = "minicache"
 
 
 def now() -> str:
-    """The current time as manifests and claims hold it: ISO 8601, UTC, to the second."""
+    """The current time as manifests and claims store it: ISO 8601, UTC, in seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 @dataclass
 class Source:
-    """A preference file that went into the cache. `refused` counts rows by reason; `rows` = kept + duplicates + refused.
+    """A preference file of the cache. `refused` counts rows by reason; `rows` = kept + duplicates + refused.
 
-    format: as asked for. complete: whether it was read to its end; until then nothing of it is scored.
+    format: as asked for. complete: whether it was read to its end; until then none of its pairs is scored.
     """
 
     name: str
@@ -37,9 +37,9 @@ class Source:
 
 @dataclass
 class Log:
-    """What happened to the cache; changes no value. Written by one process alone.
+    """The log of a cache, which changes no value. Only one process writes it.
 
-    blocks, pairs: of the cache once every source is complete. shards: jobs of the last array, 0 without one.
+    blocks, pairs: numbers of the cache once every source is complete. shards: jobs of the last array of jobs, 0 without one.
     """
 
     model: str
@@ -53,16 +53,19 @@ class Log:
 
 @dataclass(frozen=True)
 class Manifest:
+    """Identity and log, as the attributes of the cache's zarr group store them."""
+
     identity: Identity
     log: Log
 
     def to_attributes(self) -> dict[str, Any]:
+        """The attributes of the zarr group, with digests."""
         content = {"identity": self.identity.stored, "log": asdict(self.log)}
         return {ATTRIBUTE: {**content, "identity_digest": self.identity.digest, "digest": digest_of(content)}}
 
     @classmethod
     def from_attributes(cls, attributes: dict[str, Any], where: str) -> "Manifest":
-        """Raises CacheMismatch (another format version) or CacheDamaged (edited, truncated, not ours)."""
+        """The manifest in a group's attributes. Raises CacheMismatch (another format version), CacheDamaged (changed, not ours)."""
         stored = attributes.get(ATTRIBUTE)
         if not isinstance(stored, dict) or not isinstance(stored.get("identity"), dict):
             raise CacheDamaged(
@@ -80,7 +83,7 @@ class Manifest:
                 f"{where}: zarr.json was changed after it was written; its manifest does not fit its digest"
             )
         try:
-            read = read_as(cls, content, "manifest")
+            read: Manifest = read_as(cls, content, "manifest")
             read.identity.require_possible()
         except TypeError as error:
             raise CacheMismatch(f"{where}: its manifest is of another version of this program: {error}") from error

@@ -1,6 +1,6 @@
-"""A reference cache for other programs and for the stages: pairs by position and digest, all at once, everything re-read.
+"""A reference cache for other programs and for the stages: single pairs by position or digest, all pairs, verification.
 
-docs/api.md describes it. Whole blocks are read and checked; the last one stays in memory, so pairs that lie together are read once.
+docs/api.md describes it. Whole blocks are read and checked. The last one stays in memory, so pairs that lie together are read once.
 """
 
 import re
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 
 class ReferenceCache:
-    """A cache on disk or in an object store, open for reading. blocks: its parts, which can be read while others are missing."""
+    """A cache on disk or in an object store, open for reading. blocks: its blocks, readable also in an incomplete cache."""
 
     def __init__(self, where: Where) -> None:
-        """As `open`."""
+        """Open the cache, as `open`."""
         self.blocks = Blocks(where)
         self._last: tuple[int, CachedPairs] | None = None
 
@@ -73,23 +73,24 @@ class ReferenceCache:
         """All pairs and their scores in memory. Raises as `Contents.load`."""
         return self.contents.load()
 
-    # --- pair by pair: of a cache that is not complete, what is asked for raises ---
+    # --- single pairs; all of these raise for a cache that is not complete ---
 
     def __len__(self) -> int:
         return self.log.pairs
 
     def __bool__(self) -> bool:
-        return True  # whatever its length: no pairs does not mean no cache
+        """Always true: without this, `len` would make an empty cache false."""
+        return True
 
     def __iter__(self) -> Iterator[ScoredPair]:
-        """All pairs in their order; one block in memory at a time."""
+        """All pairs in their order; one block at a time is in memory."""
         return map(self.__getitem__, range(int(self._ends[-1])))
 
     def __getitem__(self, index: int) -> ScoredPair:
-        """The pair at a position, from 0; below 0 from the end.
+        """The pair at a position, counted from 0, or from the end if below 0.
 
         Raises:
-            IndexError: there is none. CacheError: its block cannot be read.
+            IndexError: there is no such pair. CacheError: its block cannot be read.
         """
         if not isinstance(index, int | np.integer):
             raise TypeError(f"expected a position, a whole number, got {index!r}")
@@ -114,10 +115,10 @@ class ReferenceCache:
         )
 
     def find(self, digest: bytes | str) -> int | None:
-        """Position of the pair with this digest, 16 bytes or 32 hex digits; None if there is none.
+        """The position of the pair with this digest, 16 bytes or 32 hex digits; None if there is no such pair.
 
         Raises:
-            ValueError: it is no such digest. CacheError: the cache cannot be read.
+            ValueError: the argument is not a digest. CacheError: the cache cannot be read.
         """
         raw = digest
         if isinstance(digest, str):
@@ -134,7 +135,7 @@ class ReferenceCache:
 
     @property
     def complete(self) -> bool:
-        """Whether everything is there, by the ledgers alone; `verify` reads everything."""
+        """Whether all pairs and scores exist, by the ledgers alone; `verify` reads everything."""
         try:
             ledgers(self.blocks)
         except CacheError:
@@ -142,17 +143,17 @@ class ReferenceCache:
         return True
 
     def to_numpy(self) -> dict[str, np.ndarray]:
-        """Everything in memory: the arrays' names without their group -> values, as `docs/cache-format.md` has them.
+        """All arrays in memory by their names without the group, as `docs/cache-format.md` describes them.
 
-        The pairs lie one after another: (T,) in tokens, loss_mask and token_logps, (N, …) in the others; `offsets` (N + 1,) says
-        where each begins.
+        The pairs lie one after another: (T,) in tokens, loss_mask and token_logps, (N, …) in the others. `offsets` (N + 1,) holds
+        the first token of each pair.
         """
         table, reference = self.load()
         columns = {item.name: getattr(part, item.name) for part in (table, reference) for item in fields(part)}
         return {"offsets": table.offsets, **{name: column for name, column in columns.items() if column is not None}}
 
     def to_torch(self) -> "dict[str, torch.Tensor]":
-        """The same as tensors on the CPU, tokens as int32 and digests as the same bits in int64. Needs torch."""
+        """`to_numpy` as tensors on the CPU: tokens as int32, digests as the same bits in int64. Needs torch."""
         import torch
 
         same = {"uint16": "int32", "uint64": "int64"}
@@ -162,11 +163,11 @@ class ReferenceCache:
         }
 
     def check_complete(self) -> None:
-        """Raises CacheIncomplete unless every source was read to its end and every block of it is there."""
+        """Raises CacheIncomplete: a source was not read to its end. CacheDamaged: blocks of it are missing."""
         check_complete(self.blocks)
 
     def verify(self) -> Iterator[tuple[str, CacheError]]:
-        """Re-read everything: every chunk, every ledger digest, every pair's own digest. Yields (what, problem)."""
+        """Re-read everything and check every digest, of ledgers and of pairs. Yields ("manifest", "pairs" or "ref", problem)."""
         try:
             self.check_complete()
         except CacheError as error:
@@ -177,33 +178,33 @@ class ReferenceCache:
                     yield what, found
 
     def _digested_pairs(self, block: int) -> PairTable:
-        """The pairs of one block, each checked against its own digest too."""
+        """The pairs of a block, each checked against its own digest too."""
         table = self.blocks.pairs(block)
         for position in range(len(table)):
             if table[position].digest != table.digest[position].astype("<u8").tobytes():
                 raise CacheDamaged(
-                    f"{self.path}: pairs/digest, block {block}: pair {position} of it is not what was digested"
+                    f"{self.path}: pairs/digest, block {block}: pair {position} of the block does not fit its digest"
                 )
         return table
 
     @cached_property
     def _ends(self) -> NDArray[np.int64]:
-        """(blocks,) pairs up to the end of each block."""
+        """(blocks,) the number of pairs up to the end of each block."""
         return self.contents.sizes[:, 0].cumsum()
 
     @cached_property
     def _keys(self) -> tuple[NDArray[np.void], NDArray[np.int64]]:
-        """(N,) digests as 16 bytes each, and the positions in which they ascend."""
+        """(N,) digests of 16 bytes, and the positions that sort them."""
         digests = np.concatenate([self.blocks.digests(block) for block in range(len(self.contents.sizes))])
         keys = np.ascontiguousarray(digests, "<u8").view("V16").reshape(-1)
         return keys, np.argsort(keys)
 
 
 class JoinedCaches:
-    """Several caches of one identity, their pairs one after another. A block may hold more pairs in one than in another."""
+    """Several caches of one identity, their pairs one after another. Their sizes of blocks may differ."""
 
     def __init__(self, caches: list[ReferenceCache]) -> None:
-        """Raises CacheMismatch: they were made for different requests."""
+        """Join open caches. Raises CacheMismatch: they were made for different requests."""
         for other in caches[1:]:
             require_same(caches[0], other, "be trained on", ("block_pairs",))
         self.caches = caches
@@ -211,7 +212,10 @@ class JoinedCaches:
 
 
 def require_same(first: ReferenceCache, other: ReferenceCache, what: str, but: tuple[str, ...] = ()) -> None:
-    """Raises CacheMismatch unless two caches are of one identity, `but` for some fields. what: they are to do together."""
+    """Raises CacheMismatch: two caches differ in a field of their identities other than `but`.
+
+    what: the purpose of joining them, for the message, such as "be merged".
+    """
     wanted = replace(first.identity, **{name: getattr(other.identity, name) for name in but})
     other.identity.require(
         wanted,

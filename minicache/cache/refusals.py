@@ -11,12 +11,12 @@ Refusal = dict[str, str | int]
 
 
 def read_refusals(place: Place) -> list[JsonLine]:
-    """The lines of a cache's list, also those that this program did not write; none where there is no list."""
+    """The lines of a cache's list, also those that this program did not write; [] without a list."""
     return list(json_lines(place.read(REFUSED_FILE) or b""))
 
 
 def write_refusals(place: Place, lines: Iterable[str]) -> None:
-    """Write the list, a JSON object per line. What UTF-8 cannot hold is escaped as JSON does it."""
+    """Write the list, one JSON object per line. Characters that UTF-8 cannot represent are escaped as in JSON."""
     place.write(REFUSED_FILE, "".join(f"{line}\n" for line in lines).encode(errors="backslashreplace"))
 
 

@@ -1,4 +1,4 @@
-"""Cached pairs in other portions: some of a block, or blocks of another size."""
+"""Repacking of cached pairs: some pairs of a block, or blocks of another size."""
 
 from collections.abc import Iterable, Iterator
 
@@ -10,7 +10,7 @@ from minicache.pairs import PairTable
 
 
 def repack(parts: Iterable[CachedPairs], size: int) -> Iterator[CachedPairs]:
-    """Blocks of `size` pairs in the same order. As in stage one, no block holds pairs of two files; so some are smaller."""
+    """The same pairs in the same order in blocks of `size`. No block holds pairs of two files, so some are smaller."""
     pending: CachedPairs | None = None
     for part in parts:
         if pending and pending.table.source[0, 0] != part.table.source[0, 0]:
@@ -33,11 +33,11 @@ def select(cached: CachedPairs, which: slice | NDArray[np.bool_]) -> CachedPairs
     logps = None if reference.token_logps is None else reference.token_logps[tokens]
     return CachedPairs(
         PairTable(
-            table.tokens[tokens],
-            table.loss_mask[tokens],
-            table.lengths[which],
-            table.digest[which],
-            table.source[which],
+            tokens=table.tokens[tokens],
+            loss_mask=table.loss_mask[tokens],
+            lengths=table.lengths[which],
+            digest=table.digest[which],
+            source=table.source[which],
         ),
         RefBlock(reference.logp_mean[which], reference.token_count[which], logps),
     )

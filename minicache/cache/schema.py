@@ -1,7 +1,7 @@
-"""The arrays of a cache on disk: names, dtypes, chunks; what a block of them holds; the ledger's rows.
+"""The arrays of a cache: names, dtypes, chunks; the content of a block; the rows of the ledgers.
 
-One zarr-3 group. A *block* is a row of every array and the unit of work, of writing and of resuming; every chunk belongs to
-one block. The second axis of the token arrays is a virtual capacity: chunks never written do not exist.
+A cache is one zarr-3 group. A *block* is a row of every array, and the unit of work, of writing and of resuming; every chunk
+belongs to one block. The second axis of the token arrays is a virtual capacity: chunks that were never written do not exist.
 """
 
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ LEDGER_COLUMNS = ("identity", "pairs", "tokens", "counted", "digest")
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """shape[0] is the number of blocks; a chunk is one block's `chunk` entries along the second axis."""
+    """The specification of an array. shape: of one block. chunk: entries of a chunk along the first axis of a block."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -31,38 +31,43 @@ class ArraySpec:
 
     @property
     def chunks(self) -> tuple[int, ...]:
+        """The shape of a chunk in the array, whose first axis are the blocks."""
         return (1, self.chunk, *self.shape[1:])
 
 
 def array_specs(identity: Identity) -> dict[str, ArraySpec]:
-    """Every array of a cache; `shape` without the leading axis of blocks."""
+    """The specifications of all arrays of a cache, by name."""
     block = identity.block_pairs
     most = block * 2 * identity.max_length
     chunk = min(MAX_CHUNK, 1 << (most - 1).bit_length())
     capacity = -(-most // chunk) * chunk
     token_fill = 65535 if identity.token_dtype == "uint16" else -1
     specs = {
-        "pairs/tokens": ArraySpec((capacity,), identity.token_dtype, chunk, token_fill, compress=True),
-        "pairs/loss_mask": ArraySpec((capacity,), "uint8", chunk, 255, compress=True),
-        "pairs/lengths": ArraySpec((block, 3), "int32", block, -1),
-        "pairs/digest": ArraySpec((block, 2), "uint64", block, 2**64 - 1),
-        "pairs/source": ArraySpec((block, 2), "int64", block, -1),
-        "ref/logp_mean": ArraySpec((block, 2), "float32", block, float("nan")),
-        "ref/token_count": ArraySpec((block, 2), "int32", block, -1),
-        "ledger/pairs": ArraySpec((len(LEDGER_COLUMNS),), "int64", len(LEDGER_COLUMNS), -1),
-        "ledger/ref": ArraySpec((len(LEDGER_COLUMNS),), "int64", len(LEDGER_COLUMNS), -1),
+        "pairs/tokens": ArraySpec(
+            shape=(capacity,), dtype=identity.token_dtype, chunk=chunk, fill=token_fill, compress=True
+        ),
+        "pairs/loss_mask": ArraySpec(shape=(capacity,), dtype="uint8", chunk=chunk, fill=255, compress=True),
+        "pairs/lengths": ArraySpec(shape=(block, 3), dtype="int32", chunk=block, fill=-1),
+        "pairs/digest": ArraySpec(shape=(block, 2), dtype="uint64", chunk=block, fill=2**64 - 1),
+        "pairs/source": ArraySpec(shape=(block, 2), dtype="int64", chunk=block, fill=-1),
+        "ref/logp_mean": ArraySpec(shape=(block, 2), dtype="float32", chunk=block, fill=float("nan")),
+        "ref/token_count": ArraySpec(shape=(block, 2), dtype="int32", chunk=block, fill=-1),
+        "ledger/pairs": ArraySpec(shape=(len(LEDGER_COLUMNS),), dtype="int64", chunk=len(LEDGER_COLUMNS), fill=-1),
+        "ledger/ref": ArraySpec(shape=(len(LEDGER_COLUMNS),), dtype="int64", chunk=len(LEDGER_COLUMNS), fill=-1),
     }
     if identity.per_token:
-        specs["ref/token_logps"] = ArraySpec((capacity,), "float32", chunk, float("nan"), compress=True)
+        specs["ref/token_logps"] = ArraySpec(
+            shape=(capacity,), dtype="float32", chunk=chunk, fill=float("nan"), compress=True
+        )
     return specs
 
 
 @dataclass(frozen=True)
 class RefBlock:
-    """The reference's scores of some pairs.
+    """The reference's scores of N pairs with T stored tokens.
 
-    logp_mean: (N, 2) float32, masked mean logprob of chosen and rejected, nats a token. token_count: (N, 2) int32.
-    token_logps: (T,) float32, NaN where a token does not count; None if the cache does not keep them.
+    logp_mean: (N, 2) float32, mean logprob over the counted tokens of chosen and rejected, nats per token. token_count: (N, 2)
+    int32. token_logps: (T,) float32, NaN where a token does not count; None if the cache does not store them.
     """
 
     logp_mean: np.ndarray
@@ -77,7 +82,7 @@ class CachedPairs(NamedTuple):
     reference: RefBlock
 
     def token_logps(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
-        """(T,) logprobs of these pairs' tokens, one pair after another; NaN where one does not count. Needs --per-token."""
+        """(T,) logprobs of these pairs' tokens, one pair after another; NaN for tokens that do not count. Needs --per-token."""
         assert self.reference.token_logps is not None
         offsets = self.table.offsets
         return np.concatenate([self.reference.token_logps[offsets[i] : offsets[i + 1]] for i in indices])
@@ -87,9 +92,9 @@ class CachedPairs(NamedTuple):
 class ScoredPair:
     """A pair and its scores by the reference.
 
-    index: its position in the cache. file, line: where it came from. logp_mean: (2,) float32, mean logprob of chosen and rejected,
-    nats a token. token_count: (2,) int32 tokens in that mean. token_logps: (n,) float32 beside the pair's tokens, NaN where one
-    does not count; None unless the cache was made with --per-token.
+    index: position in the cache. file, line: origin of the pair. logp_mean: (2,) float32, mean logprob of chosen and rejected,
+    nats per token. token_count: (2,) int32 tokens in that mean. token_logps: (n,) float32 for each of the pair's tokens, NaN for
+    those that do not count; None unless the cache was made with --per-token.
     """
 
     index: int
@@ -102,18 +107,18 @@ class ScoredPair:
 
     @property
     def logp_sum(self) -> NDArray[np.float64]:
-        """(2,) sum over each answer's counted tokens, nats: what TRL compares."""
+        """(2,) sum over the counted tokens of each answer, nats; the value that TRL uses."""
         return self.logp_mean.astype(np.float64) * self.token_count
 
 
 def pairs_row(identity: Identity, table: PairTable) -> np.ndarray:
-    """(5,) int64: the ledger's row for a block of pairs."""
+    """(5,) int64, the ledger's row for a block of pairs."""
     data = (table.tokens, table.loss_mask, table.lengths, table.digest, table.source)
     return _row(identity, len(table), len(table.tokens), int(table.loss_mask.sum()), data)
 
 
 def ref_row(identity: Identity, block: RefBlock, pairs: np.ndarray) -> np.ndarray:
-    """(5,) int64: the ledger's row for a scored block; `pairs`, the row of the pairs it scored, is part of its digest."""
+    """(5,) int64, the ledger's row for the scores of a block. pairs: the row of its pairs, which becomes part of the digest."""
     data = [pairs.astype("<i8"), block.logp_mean, block.token_count]
     if identity.per_token and block.token_logps is not None:
         data.append(block.token_logps)
@@ -129,5 +134,5 @@ def _row(identity: Identity, pairs: int, tokens: int, counted: int, data: Iterab
 
 
 def identity_number(identity: Identity) -> int:
-    """The identity as a ledger row holds it: the first 60 bits of its digest."""
+    """The identity as a ledger row stores it: the first 60 bits of its digest."""
     return int(identity.digest[:15], 16)

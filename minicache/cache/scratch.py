@@ -1,9 +1,9 @@
-"""Room for decoded pairs in a file instead of in memory, mapped by all processes of a machine.
+"""A file for decoded pairs instead of memory, mapped by all processes of a machine.
 
-What of it is in memory is the system's page cache: as much as there is room for, one copy for all processes. The file has a name
-only until every process has mapped it; after that the system frees it with the last process that uses it, however that ends.
-So nothing stays behind, and no later run can mistake it for its own. Windows keeps the name of a file in use: there it is
-removed when it is closed.
+The system's page cache holds as much of it in memory as there is room for, in one copy for all processes. The file has a name only
+until every process has mapped it; then the system frees it when the last of these processes ends, also if it is killed. So no
+file stays behind that a later run could take for its own. Windows keeps the name of an open file: there the file is removed when
+it is closed.
 """
 
 import errno
@@ -19,7 +19,7 @@ from minicache.errors import OutputError
 
 
 def usual_directory() -> Path:
-    """Where scratch files go by default: not /tmp, which on many machines is memory itself."""
+    """The default directory of scratch files: not /tmp, which is memory on many machines."""
     if os.name == "nt":
         return Path(gettempdir())
     return Path(os.environ.get("TMPDIR") or "/var/tmp")
@@ -29,7 +29,7 @@ class ScratchFile:
     """A file of a given size for the one process that fills it, through `buffer`."""
 
     def __init__(self, file: Path, size: int) -> None:
-        """Make the file, without taking any room yet.
+        """Make the file, without allocating its bytes.
 
         Raises:
             OutputError: it cannot be made.
@@ -46,10 +46,10 @@ class ScratchFile:
             raise
 
     def reserve(self) -> None:
-        """Allocate the room now: a disk that is full while `buffer` is written to ends the process without a message.
+        """Allocate the bytes now: a disk that gets full while `buffer` is written ends the process without a message.
 
         Raises:
-            OutputError: the disk has less room than that.
+            OutputError: the disk has less room.
         """
         with _in_place(self.file, self.size):
             # Allocating until it fails would leave other programs without any room for a while.
@@ -59,7 +59,9 @@ class ScratchFile:
                 os.posix_fallocate(self._descriptor, 0, self.size)
 
     def unname(self) -> None:
-        with suppress(PermissionError):  # Windows
+        """Remove the file's name; processes that have mapped the file go on using it."""
+        # Windows does not remove the name of an open file.
+        with suppress(PermissionError):
             self.file.unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -69,7 +71,7 @@ class ScratchFile:
 
 
 def map_scratch(file: Path, size: int) -> mmap.mmap:
-    """The bytes of a scratch file that a process of this machine has made, to read.
+    """The bytes of a scratch file that another process of this machine has made, for reading.
 
     Raises:
         OutputError: there is no such file.
@@ -84,6 +86,7 @@ def map_scratch(file: Path, size: int) -> mmap.mmap:
 
 @contextmanager
 def _in_place(file: Path, size: int) -> Iterator[None]:
+    """Turn an OSError into an OutputError that names --scratch."""
     try:
         yield
     except OSError as error:

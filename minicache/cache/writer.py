@@ -1,14 +1,18 @@
 """Creating a reference cache and writing blocks into it.
 
-Crash safety: the data of a block is written and flushed first, the ledger row last. A block whose row is missing or does not fit
-the data is simply not done, so a kill at any instant costs at most the blocks in flight. The processes of a run may write
-different blocks at the same time without locks; only one of them creates, grows, and writes the log, and holds off other runs.
+Crash safety: the data of a block is written and flushed first, its ledger row last. A block whose row is missing or does not fit
+the data counts as not written, so a kill at any instant costs at most the blocks in flight. The processes of a run may write
+different blocks at the same time without locks. Only one of them creates the cache, grows it and writes the log, and its claim
+keeps other runs out.
 """
 
+import logging
 import shutil
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import zarr
@@ -26,12 +30,14 @@ from minicache.disk import writing
 from minicache.options.where import Where
 from minicache.pairs import PairTable
 
+log = logging.getLogger(__name__)
+
 
 class CacheWriter:
-    """A cache on disk or in an object store, open for writing. blocks: what can be read of it."""
+    """A cache on disk or in an object store, open for writing. blocks: reads it."""
 
     def __init__(self, where: Where) -> None:
-        """Raises as `ReferenceCache.open`."""
+        """Open an existing cache. Raises as `ReferenceCache.open`."""
         self.blocks = Blocks(where, writable=True)
         self._arrays = self.blocks.arrays
 
@@ -53,10 +59,10 @@ class CacheWriter:
 
     @classmethod
     def create(cls, where: Where, manifest: Manifest, write_tokenizer: Callable[[Path], object]) -> "CacheWriter":
-        """Make an empty cache. It appears there complete or not at all; `write_tokenizer` fills its tokenizer directory.
+        """Make an empty cache, complete or not at all. write_tokenizer: fills the directory of the tokenizer's files.
 
         Raises:
-            OutputError: something else lies there, or it cannot be written.
+            OutputError: something lies there already, or it cannot be written.
         """
         place = place_at(where)
         place.require_free()
@@ -74,22 +80,23 @@ class CacheWriter:
         return cls(where)
 
     def remove_leftovers_of(self, blocks: Iterable[int]) -> None:
-        """Delete what killed writers left half-written of these blocks. Only while no other process writes them."""
+        """Delete unfinished files of killed writers in these blocks. No other process may write these blocks meanwhile."""
         self.place.remove_partial(f"{name}/c/{block}" for block in blocks for name in self._arrays.specs)
 
     def grow(self, blocks: int) -> None:
-        """Make room for `blocks` blocks. The ledger of pairs grows last: what it has room for, every array has."""
+        """Make room for `blocks` blocks. The ledger of pairs grows last, so every array has room for each of its rows."""
         self._resize([name for name, array in self._others() if array.shape[0] < blocks], blocks)
         if len(self.blocks) < blocks:
             self._resize(["ledger/pairs"], blocks)
 
     def shrink(self, blocks: int) -> None:
-        """Drop blocks from the end, which a failed call had added. The ledger of pairs shrinks first."""
+        """Drop blocks of a failed call from the end. The ledger of pairs shrinks first."""
         if len(self.blocks) > blocks:
             self._resize(["ledger/pairs"], blocks)
         self._resize([name for name, array in self._others() if array.shape[0] > blocks], blocks)
 
-    def _others(self) -> list[tuple[str, zarr.Array]]:
+    def _others(self) -> "list[tuple[str, zarr.Array[Any]]]":
+        """All arrays but the ledger of pairs."""
         return [(name, array) for name, array in self._arrays.by_name.items() if name != "ledger/pairs"]
 
     def _resize(self, names: list[str], blocks: int) -> None:
@@ -99,7 +106,7 @@ class CacheWriter:
             self.place.flush((f"{name}/{ROOT}" for name in names), folders=False)
 
     def write_log(self, log: Log | None = None) -> None:
-        """Store the log as it is now; `log`, if given, takes its place."""
+        """Store the log. log: replaces the present one."""
         if log is not None:
             self._arrays.manifest = replace(self._arrays.manifest, log=log)
         with writing(self.place):
@@ -107,6 +114,7 @@ class CacheWriter:
             self.place.flush([ROOT])
 
     def write_pairs(self, block: int, table: PairTable) -> None:
+        """Store the pairs of a block."""
         self._commit(
             "ledger/pairs",
             block,
@@ -121,7 +129,7 @@ class CacheWriter:
         )
 
     def write_ref(self, block: int, scores: RefBlock) -> None:
-        """Store a block's scores. All mean logprobs must be finite."""
+        """Store the scores of a block. All mean logprobs must be finite."""
         assert np.isfinite(scores.logp_mean).all(), "non-finite scores must be refused before they are written"
         columns = {"ref/logp_mean": scores.logp_mean, "ref/token_count": scores.token_count}
         if self.identity.per_token:
@@ -131,13 +139,16 @@ class CacheWriter:
         self._commit("ledger/ref", block, row, columns)
 
     def _commit(self, ledger: str, block: int, row: np.ndarray, columns: dict[str, np.ndarray]) -> None:
+        """Write and flush the columns of a block, then its ledger row."""
+        started = time.monotonic()
         with writing(self.place):
             self.place.flush([key for name, values in columns.items() for key in self._write(name, block, values)])
             self._arrays.by_name[ledger][block] = row
             self.place.flush([self._arrays.chunk_key(ledger, block, 0)])
+        log.debug("%s, block %d written: %d pairs, %.1f s", ledger, block, row[1], time.monotonic() - started)
 
     def _write(self, name: str, block: int, values: np.ndarray) -> list[str]:
-        """Write whole chunks, padded with the fill value, so that nothing is read and no other block is touched."""
+        """Write whole chunks, padded with the fill value; returns their names. zarr need not read, nor touch other blocks."""
         spec = self._arrays.specs[name]
         chunks = -(-len(values) // spec.chunk)
         padded = np.full((chunks * spec.chunk, *spec.shape[1:]), spec.fill, spec.dtype)
@@ -147,7 +158,7 @@ class CacheWriter:
 
 
 def _create_arrays(draft: Path, manifest: Manifest) -> None:
-    """Make the zarr group with its manifest and arrays without blocks."""
+    """Make the zarr group with its manifest and with arrays of no blocks."""
     group = zarr.create_group(zarr.storage.LocalStore(draft), attributes=manifest.to_attributes())
     for name, spec in array_specs(manifest.identity).items():
         group.create_array(

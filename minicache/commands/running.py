@@ -1,4 +1,4 @@
-"""What every command uses: the consoles, logging, running a stage in several processes, errors as one line."""
+"""Shared parts of all commands: the consoles, running a stage in as many processes as asked for, errors of one line."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ from minicache.screen.live import Screen
 from minicache.screen.results import show_error
 from minicache.trackers import Silent
 
-# Results go to `out`, progress and errors to `err`.
+# Reports go to stdout, progress and errors to stderr.
 out, err = Console(), Console(stderr=True)
 log = logging.getLogger(__name__)
 
@@ -36,13 +36,13 @@ def log_everything() -> None:
 def run_stage(name: str, config: Any, nproc: int, show: Callable[[Console, Any], object] | None) -> Any:
     """Run a stage in `nproc` processes, show its report on rank 0, and return it.
 
-    name: the name of the stage's module in stages/ and of its function; "module.function" if they differ. show: (console, report).
+    name: of the stage's module in stages/ and of the function in it; "module.function" if they differ.
     """
     if nproc > 1 and "WORLD_SIZE" not in os.environ:
         from minicache.processes.launch import launch
 
         raise typer.Exit(launch(nproc, sys.argv[1:]))
-    # no progress bars of transformers beside our own
+    # Hides the progress bars of transformers, which would disturb ours.
     os.environ.setdefault("TQDM_DISABLE", "1")
     screen_ = Screen(err)
     screen_.begin("starting", None)
@@ -61,11 +61,11 @@ def run_stage(name: str, config: Any, nproc: int, show: Callable[[Console, Any],
 
 @contextmanager
 def errors_as_one_line(interrupted: str = "nothing was written") -> Iterator[None]:
-    """A user's error is one red line (and a table, where identities differ) and exit code 1, an interruption 130.
+    """Turn a user's error into one red line and exit code 1, an interruption into a yellow line and exit code 130.
 
-    Anything else is a bug and shows its traceback.
+    A table of differing fields follows where identities differ. Any other exception is a bug and shows its traceback.
 
-    interrupted: what a person should know then, unless the stage itself has more to say.
+    interrupted: the text of the yellow line, unless the stage raised KeyboardInterrupt with a text of its own.
     """
     try:
         with Interruptible(), _peers():
@@ -73,26 +73,27 @@ def errors_as_one_line(interrupted: str = "nothing was written") -> Iterator[Non
     except MinicacheError as error:
         log.debug("the traceback behind the error", exc_info=True)
         if int(os.environ.get("RANK", 0)) and not isinstance(error, ProcessLost):
-            time.sleep(3)  # what every rank runs into, rank 0 tells: by now the launcher has ended this one
+            # Rank 0 reports an error that all ranks have; the launcher ends the other ranks while they sleep here.
+            time.sleep(3)
         show_error(err, str(error))
         if isinstance(error, CacheMismatch) and error.differences:
             err.print(differences_table(error.differences, error.sides))
         raise typer.Exit(1) from error
     except KeyboardInterrupt as interruption:
-        told = str(interruption) or interrupted
-        if not int(os.environ.get("RANK", 0)):  # all ranks were: one tells
-            err.print(f"interrupted; {told}", style="yellow")
+        # All ranks were interrupted; one of them reports it.
+        if not int(os.environ.get("RANK", 0)):
+            err.print(f"interrupted; {str(interruption) or interrupted}", style="yellow")
         raise typer.Exit(130) from None
 
 
 @contextmanager
 def _peers() -> Iterator[None]:
-    """Turn the errors of torch.distributed, when another process has died, into a `ProcessLost`."""
+    """Turn the network errors of torch.distributed, which follow the death of another process, into ProcessLost."""
     try:
         yield
     except RuntimeError as error:
-        # recognized by name, because commands do not import torch
         text = " ".join(str(error).split())
+        # The class is recognised by its name, so that torch need not be imported.
         if not (type(error).__name__.startswith("Dist") or "gloo" in text):
             raise
         raise ProcessLost(
@@ -102,7 +103,7 @@ def _peers() -> Iterator[None]:
 
 
 def print_json(console: Console, report: Any) -> None:
-    """Print a report as JSON."""
+    """Print a report as JSON: dataclasses as objects, other values as text."""
 
     def plain(value: Any) -> Any:
         return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)

@@ -1,6 +1,8 @@
-"""The document that travels with an exported cache, and the way back."""
+"""The document of an exported cache, and making the same cache again from the exported table."""
 
+import logging
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -25,11 +27,14 @@ from minicache.intake.tokenizer_files import pack, require_fit, unpack
 from minicache.options.exchange import ImportConfig
 from minicache.trackers import Tracker
 
-VERSION = 1  # of the document that travels with a table
+log = logging.getLogger(__name__)
+
+# Of the document.
+VERSION = 1
 
 
 def document_of(cache: ReferenceCache) -> dict[str, Any]:
-    """The cache's manifest, its ledger block by block, and its tokenizer."""
+    """The document of a cache: its manifest, the rows of its ledgers, and its tokenizer's files."""
     return {
         "export": VERSION,
         **cache.blocks.manifest.to_attributes(),
@@ -38,16 +43,17 @@ def document_of(cache: ReferenceCache) -> dict[str, Any]:
     }
 
 
-# --- the way back ---
+# --- import ---
 
 
 def import_exported(config: ImportConfig, document: dict[str, Any], tracker: Tracker) -> Manifest:
     """Make the cache again that `export --ref-cache` wrote with this document; returns its manifest.
 
     Raises:
-        DataError: the file was changed. ConfigError: the user did not state whose values it holds. CacheMismatch: it holds others.
-        OutputError: the cache cannot be written.
+        DataError: the file was changed. ConfigError: the user did not state which model's values it holds. CacheMismatch: it
+            holds those of another. OutputError: the cache cannot be written.
     """
+    started = time.monotonic()
     manifest, ledger = _read(config.file, document)
     _require_stated(config, manifest, tracker)
     out = place_at(config.ref_cache)
@@ -61,10 +67,12 @@ def import_exported(config: ImportConfig, document: dict[str, Any], tracker: Tra
         claims.enter_context(claimed(draft))
         _write_blocks(cache, _blocks(config.file, manifest, ledger), tracker)
         cache.write_log(replace(manifest.log, shards=0))
+    log.debug("%s: %d rows imported, %.1f s", config.file, manifest.log.pairs, time.monotonic() - started)
     return manifest
 
 
 def _write_blocks(cache: CacheWriter, blocks: Iterator[CachedPairs], tracker: Tracker) -> None:
+    """Append blocks of pairs with their scores to an empty cache."""
     for block, cached in enumerate(blocks):
         cache.grow(block + 1)
         cache.write_pairs(block, cached.table)
@@ -73,10 +81,10 @@ def _write_blocks(cache: CacheWriter, blocks: Iterator[CachedPairs], tracker: Tr
 
 
 def _read(file: str, document: dict[str, Any]) -> tuple[Manifest, np.ndarray]:
-    """The cache's manifest and its ledgers (blocks, 2, 5), as the document has them. Raises DataError, CacheMismatch."""
+    """The manifest and the ledgers (blocks, 2, 5) in the document. Raises DataError, CacheMismatch."""
     if document.get("export") != VERSION:
         raise DataError(
-            f"{file}: was exported in form {document.get('export')!r}, this program reads {VERSION}; use the version that wrote it"
+            f"{file}: has export format {document.get('export')!r}, this program reads {VERSION}; use the version that wrote it"
         )
     try:
         manifest = Manifest.from_attributes({ATTRIBUTE: document.get(ATTRIBUTE)}, file)
@@ -84,14 +92,14 @@ def _read(file: str, document: dict[str, Any]) -> tuple[Manifest, np.ndarray]:
     except CacheMismatch:
         raise
     except (CacheError, TypeError, ValueError, OverflowError) as error:
-        raise DataError(f"{file}: what it says of itself was changed: {error}; export the cache again") from error
+        raise DataError(f"{file}: its document was changed: {error}; export the cache again") from error
     if not _fits(ledger, manifest):
         raise DataError(f"{file}: its ledger does not fit its manifest; export the cache again")
     return manifest, ledger
 
 
 def _fits(ledger: np.ndarray, manifest: Manifest) -> bool:
-    """Whether a ledger has the manifest's number of blocks and pairs, and no block is empty or too large."""
+    """Whether a ledger has the manifest's numbers of blocks and pairs, and no block is empty or too large."""
     if ledger.shape != (manifest.log.blocks, 2, len(LEDGER_COLUMNS)) or not manifest.log.blocks:
         return False
     pairs = ledger[:, 0, 1]
@@ -100,11 +108,15 @@ def _fits(ledger: np.ndarray, manifest: Manifest) -> bool:
 
 
 def _require_stated(config: ImportConfig, manifest: Manifest, tracker: Tracker) -> None:
-    """Refuse the file unless the user confirms, by the weights or by the digest, whose values it holds."""
+    """Check the user's statement, by a model's weights or by the digest, which model's values the file holds.
+
+    Raises:
+        ConfigError: there is no statement. CacheMismatch: the file holds values of another model.
+    """
     digest = manifest.identity.digest
     if not config.model and not config.identity:
         raise ConfigError(
-            f"{config.file}: says that its logprobs are of {manifest.log.model}, identity {digest}. Expected you to say so: "
+            f"{config.file}: contains logprobs of {manifest.log.model}, identity {digest}. Expected you to confirm it: "
             f"--identity {digest}, or --model MODEL to compare the weights"
         )
     if config.identity and config.identity != digest:
@@ -122,7 +134,7 @@ def _require_stated(config: ImportConfig, manifest: Manifest, tracker: Tracker) 
 
 
 def _blocks(file: str, manifest: Manifest, ledger: np.ndarray) -> Iterator[CachedPairs]:
-    """The blocks of the cache that was exported. Raises DataError: a row was changed, left out or added."""
+    """The blocks of the exported cache. Raises DataError: a row was changed, left out or added."""
     rows = read_table(file)
     miscounted = f"{file}: expected the {manifest.log.pairs} rows exported, got {{}}; export the cache again"
     for block, (pairs, scores) in enumerate(ledger):
@@ -142,10 +154,11 @@ def _blocks(file: str, manifest: Manifest, ledger: np.ndarray) -> Iterator[Cache
 
 
 def _row(file: str, number: int, row: object, manifest: Manifest) -> ExportedRow:
+    """The pair of a row, checked. Raises DataError."""
     where = f"{file}:{number}"
     if isinstance(row, RowRefused):
         raise DataError(f"{where}: {row}; export the cache again")
     exported = from_row(row, manifest.identity, where)
     if not 0 <= exported.pair.source[0] < (files := len(manifest.log.sources)):
-        raise DataError(f"{where}: is of file number {exported.pair.source[0]}, expected one below {files}")
+        raise DataError(f"{where}: has the file number {exported.pair.source[0]}, expected one below {files}")
     return exported

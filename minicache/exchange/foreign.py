@@ -1,6 +1,8 @@
-"""Another program's rows with the reference's logprobs -> a cache. They are encoded as by `precompute-ref`, not scored again."""
+"""Another program's rows with the reference's logprobs -> a cache. Rows are encoded as by `precompute-ref`, but not scored."""
 
+import logging
 import math
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,19 +24,21 @@ from minicache.options.stage_one import PrecomputeConfig
 from minicache.pairs import CHOSEN, REJECTED, EncodedPair, PairTable
 from minicache.trackers import Tracker
 
-# Names of the logprobs of chosen and rejected: in TRL; in older TRL; in open-instruct's cache, put into columns.
+log = logging.getLogger(__name__)
+
+# Columns of the logprobs of chosen and rejected: in TRL; in older TRL; in open-instruct's cache, written as columns.
 LOGPS = (
     ("ref_chosen_logps", "ref_rejected_logps"),
     ("reference_chosen_logps", "reference_rejected_logps"),
     ("chosen_logps", "rejected_logps"),
 )
 COUNTS = ("chosen_token_count", "rejected_token_count")
-# For each side, the columns of ids that together are all of it: TRL's, open-instruct's.
+# For each side, the columns of ids that together make up the whole side: TRL's, open-instruct's.
 IDS = (
     (("prompt_ids", "chosen_ids"), ("prompt_ids", "rejected_ids")),
     (("chosen_input_ids",), ("rejected_input_ids",)),
 )
-# nats; a sum that is 0 may be rounded up to this
+# Nats: a sum of 0 may be rounded up to this.
 ROUNDING = 1e-3
 ADVICE = (
     "The logprobs are of other tokens: expected the model, template and options (--max-length, …) they were made with"
@@ -45,8 +49,9 @@ def import_foreign(config: ImportConfig, tracker: Tracker) -> Manifest:
     """Encode the rows as stage one does, and store the file's logprobs instead of scoring; returns the manifest.
 
     Raises:
-        DataError: a row lacks a logprob, has one that cannot be, or was scored as other tokens. MinicacheError: as `precompute`.
+        DataError: a row lacks a logprob, has an impossible one, or was scored with other tokens. MinicacheError: as `precompute`.
     """
+    started = time.monotonic()
     assert config.model and config.logps and config.dtype
     names = _names(config.file)
     tracker.begin(f"loading {config.model}", None)
@@ -62,7 +67,7 @@ def import_foreign(config: ImportConfig, tracker: Tracker) -> Manifest:
         )
         prepare(request, loaded, config.dtype, torch.device("cpu"), tracker, claims)
         cache = CacheWriter(draft)
-        tracker.begin("taking over the logprobs", cache.log.pairs)
+        tracker.begin("copying the logprobs", cache.log.pairs)
         rows = read_rows(config.file)
         for block in range(len(cache.blocks)):
             table = cache.blocks.pairs(block)
@@ -70,6 +75,7 @@ def import_foreign(config: ImportConfig, tracker: Tracker) -> Manifest:
             _require_likely(means, cache.identity.vocabulary, config)
             cache.write_ref(block, RefBlock(means.astype(np.float32), table.token_counts))
             tracker.advance(len(table), len(table.tokens))
+    log.debug("%s: %d rows imported, %.1f s", config.file, cache.log.pairs, time.monotonic() - started)
     return cache.blocks.manifest
 
 
@@ -89,7 +95,7 @@ def _means(
 
 
 def _names(file: str) -> tuple[str, str]:
-    """The two columns that hold the logprobs, found in the first row."""
+    """The two columns of the logprobs, found in the first row. Raises DataError: there is not exactly one such pair."""
     _, row = next(read_rows(file))
     found = [pair for pair in LOGPS if isinstance(row, dict) and (pair[0] in row or pair[1] in row)]
     if len(found) != 1:
@@ -102,7 +108,7 @@ def _names(file: str) -> tuple[str, str]:
 def _rows_of(
     rows: Iterator[tuple[int, object]], lines: NDArray[np.int64], file: str
 ) -> Iterator[tuple[int, dict[str, Any], str]]:
-    """(position, row, "file:line") of each pair of a block. The pairs of a cache lie in the order of the file's lines."""
+    """(position, row, "file:line") of each pair of a block; the pairs of a cache have the order of the file's lines."""
     for index, line in enumerate(lines.tolist()):
         row = next(row for number, row in rows if number == line)
         assert isinstance(row, dict)
@@ -110,6 +116,7 @@ def _rows_of(
 
 
 def _logps(row: dict[str, Any], names: tuple[str, str], where: str) -> list[float]:
+    """The logprobs of chosen and rejected in a row. Raises DataError: one of them is not a logprob."""
     values = [row.get(name) for name in names]
     for name, value in zip(names, values, strict=True):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not -math.inf < value <= ROUNDING:
@@ -118,11 +125,11 @@ def _logps(row: dict[str, Any], names: tuple[str, str], where: str) -> list[floa
 
 
 def _require_likely(means: NDArray[np.float64], vocabulary: int, config: ImportConfig) -> None:
-    """Refuse means that are too low to be means. means: (n, 2) nats per token; a uniform guess has -ln(vocabulary)."""
+    """Raises DataError: values too low to be means. means: (n, 2) nats per token; a uniform guess has -ln(vocabulary)."""
     typical, least = float(np.median(means)), -2 * math.log(vocabulary)
     if typical < least:
         raise DataError(
-            f"{config.file}: typically {typical:.3g} nats a token; a uniform guess over {vocabulary:,} tokens has "
+            f"{config.file}: typically {typical:.3g} nats per token; a uniform guess over {vocabulary:,} tokens has "
             f"{-math.log(vocabulary):.3g}. Expected means if --logps {config.logps} is right; are the columns sums (--logps sum)?"
         )
 
@@ -130,12 +137,12 @@ def _require_likely(means: NDArray[np.float64], vocabulary: int, config: ImportC
 def _check_tokens(
     row: dict[str, Any], pair: EncodedPair, counts: NDArray[np.int32], request: PrecomputeConfig, where: str
 ) -> None:
-    """Refuse a row that was scored with other tokens, or another number of them, if it names them."""
+    """Raises DataError: a row with counts or ids of tokens was scored with other tokens than this pair's."""
     theirs = [row.get(name) for name in COUNTS]
     if any(count is not None and count != ours for count, ours in zip(theirs, counts.tolist(), strict=True)):
         raise DataError(
-            f"{where}: {', '.join(COUNTS)} are {theirs[0]}, {theirs[1]}; with these options it is {counts[CHOSEN]}, "
-            f"{counts[REJECTED]} that count. {ADVICE}"
+            f"{where}: {', '.join(COUNTS)} are {theirs[0]}, {theirs[1]}; with these options {counts[CHOSEN]}, "
+            f"{counts[REJECTED]} tokens count. {ADVICE}"
         )
     for columns in IDS:
         for side, names in enumerate(columns):
@@ -146,9 +153,9 @@ def _check_tokens(
 def _check_ids(
     row: dict[str, Any], names: tuple[str, ...], ours: list[int], request: PrecomputeConfig, where: str
 ) -> None:
-    """Refuse a side whose ids, in the columns `names`, are not ours."""
+    """Raises DataError: the ids of a side, in the columns `names`, are not `ours`."""
     theirs = [token for name in names for token in row[name]]
-    # what would be left of them after truncation from the left is not known
+    # What truncation from the left would leave of them is not known.
     if len(theirs) > request.max_length and request.truncate == "left":
         return
     theirs = theirs[: request.max_length]
@@ -156,6 +163,6 @@ def _check_ids(
         pairs = enumerate(zip(theirs, ours, strict=False))
         at = next((i for i, (a, b) in pairs if a != b), min(len(theirs), len(ours)))
         raise DataError(
-            f"{where}: {' and '.join(names)} hold {len(theirs)} tokens, with these options it is {len(ours)}, and they "
+            f"{where}: {' and '.join(names)} hold {len(theirs)} tokens, with these options there are {len(ours)}, and they "
             f"differ from token {at} on. {ADVICE}"
         )

@@ -1,6 +1,6 @@
 """Cached pairs as rows of a table, and back: what `export --ref-cache` writes and `import-cache` reads. No torch.
 
-Columns for other programs (text, sums) stand beside those from which a pair is rebuilt token by token and bit by bit.
+Some columns are for other programs (text, sums); from the rest a pair and its scores are rebuilt exactly.
 """
 
 from dataclasses import dataclass
@@ -36,14 +36,14 @@ TYPES = {
     "rejected_loss_mask": "list<uint8>",
 }
 PER_TOKEN = {"ref_token_logps": "list<float>"}
-# no other program's file has all of these
+# No other program's file has all of these columns.
 OF_EXPORTS = ("digest", "prompt_ids", "chosen_loss_mask")
 
 
 def prompt_length(pair: EncodedPair) -> int:
-    """The number of tokens before the answers. The shared prefix reaches into the answers if they begin with the same tokens.
+    """The number of tokens before the answers. The shared prefix extends into the answers if they begin with the same tokens.
 
-    The answers begin with the run of counted tokens in which the sides part, or after the prefix if they part outside a run.
+    The answers begin with the run of counted tokens in which the sides diverge, or after the prefix if they diverge outside one.
     """
     prefix, chosen, _ = pair.lengths
     if not (pair.loss_mask[prefix] or pair.loss_mask[prefix + chosen]):
@@ -53,7 +53,7 @@ def prompt_length(pair: EncodedPair) -> int:
 
 
 def is_plain(pair: EncodedPair, prompt: int) -> bool:
-    """Whether all tokens of the answers count and none of the prompt: what a program assumes that gets no mask."""
+    """Whether all tokens of the answers count and none of the prompt, as programs without a mask assume."""
     return not pair.loss_mask[:prompt].any() and bool(pair.loss_mask[max(prompt, 1) :].all())
 
 
@@ -80,8 +80,10 @@ def _text_columns(pairs: list[EncodedPair], prompts: list[int], tokenizer: ChatT
 
 
 def _score_columns(reference: RefBlock) -> Columns:
-    """Sums of logprobs and counts of tokens. In float64 the sums are exact, and so is the way back to the means: 24 bits of a mean
-    times a count below 2**29."""
+    """Sums of logprobs and counts of tokens. The sums are float64, from which the means are restored exactly.
+
+    A mean has 24 bits and a count is below 2**29, so their product fits the 53 bits of float64.
+    """
     sums = reference.logp_mean.astype(np.float64) * reference.token_count
     return {
         "ref_chosen_logps": sums[:, CHOSEN],
@@ -92,7 +94,7 @@ def _score_columns(reference: RefBlock) -> Columns:
 
 
 def _origin_columns(pairs: list[EncodedPair], table: PairTable, sources: list[Source]) -> Columns:
-    """Each pair's digest, and the file and line that it is from."""
+    """Digest, file and line of each pair."""
     numbers, lines = table.source.T
     return {
         "digest": [pair.digest.hex() for pair in pairs],
@@ -115,8 +117,10 @@ def _token_columns(pairs: list[EncodedPair], prompts: list[int]) -> Columns:
 
 
 def _texts(pair: EncodedPair, prompt: int, tokenizer: ChatTokenizer) -> tuple[str, str, str]:
-    """Prompt, chosen and rejected as text. An answer is cut from the whole text: some tokenizers decode the beginning of a text
-    differently from its middle."""
+    """Prompt, chosen and rejected as text.
+
+    An answer is cut from the decoded side: some tokenizers decode the beginning of a text differently from its middle.
+    """
     sides = [pair.side(side)[0] for side in (CHOSEN, REJECTED)]
     shared = tokenizer.decode(sides[CHOSEN][:prompt])
     answers = []
@@ -127,7 +131,7 @@ def _texts(pair: EncodedPair, prompt: int, tokenizer: ChatTokenizer) -> tuple[st
 
 
 def _counted_logps(table: PairTable, token_logps: NDArray[np.float32]) -> Ragged:
-    """The logprobs of the counted tokens, in stored order. Other tokens have none."""
+    """The logprobs of the counted tokens, in stored order."""
     counted = table.loss_mask == 1
     assert np.array_equal(counted, np.isfinite(token_logps)), (
         "a logprob stands where no token counts, or lacks where one does"
@@ -137,14 +141,17 @@ def _counted_logps(table: PairTable, token_logps: NDArray[np.float32]) -> Ragged
 
 
 def _storable(name: str) -> str:
-    """A file's name, with bytes that are not UTF-8 escaped."""
+    """A file's name with its non-UTF-8 bytes escaped."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True)
 class ExportedRow:
-    """One pair, rebuilt. logp_mean: (2,) float32, nats per token. token_logps: (n,) float32, NaN for tokens that do not count;
-    None in a cache without them."""
+    """A rebuilt pair.
+
+    logp_mean: (2,) float32, nats per token. token_logps: (n,) float32, NaN for tokens that do not count; None in a cache without
+    them.
+    """
 
     pair: EncodedPair
     logp_mean: NDArray[np.float32]
@@ -152,10 +159,10 @@ class ExportedRow:
 
 
 def from_row(row: Any, identity: Identity, where: str) -> ExportedRow:
-    """The pair of a row, checked against its digest and its counts. where: file and row, for messages.
+    """The pair of a row, checked against its digest and counts. where: file and row, for messages.
 
     Raises:
-        DataError: the row is not what was exported.
+        DataError: the row is not as it was exported.
     """
     try:
         pair = _pair(row)
@@ -177,10 +184,10 @@ def from_row(row: Any, identity: Identity, where: str) -> ExportedRow:
 
 
 def _require_same_tokens(pair: EncodedPair, digest: object, identity: Identity, where: str) -> None:
-    """Raises DataError: tokens or masks are not those of the digest, or no cache of this identity holds them."""
+    """Raises DataError: tokens or masks do not fit the digest, or cannot be in a cache of this identity."""
     if pair.digest.hex() != digest:
         raise DataError(
-            f"{where}: its tokens or masks have the digest {pair.digest.hex()}, the row says {str(digest)[:40]!r}: something was "
+            f"{where}: its tokens or masks have the digest {pair.digest.hex()}, the row has {str(digest)[:40]!r}: something was "
             "changed after the export; export the cache again"
         )
     longest = pair.lengths[0] + max(pair.lengths[1:])
@@ -191,7 +198,7 @@ def _require_same_tokens(pair: EncodedPair, digest: object, identity: Identity, 
 
 
 def _at_counted_tokens(logps: NDArray[np.float32], pair: EncodedPair, where: str) -> NDArray[np.float32]:
-    """(n,) the logprobs of the counted tokens, each at its token's place, NaN elsewhere."""
+    """(n,) the logprobs of the counted tokens at the places of their tokens, NaN elsewhere. Raises DataError."""
     if logps.shape != (int(pair.loss_mask.sum()),):
         raise DataError(f"{where}: expected {pair.loss_mask.sum()} numbers in ref_token_logps, got {logps.size}")
     spread = np.full(len(pair.tokens), np.nan, np.float32)
@@ -200,6 +207,7 @@ def _at_counted_tokens(logps: NDArray[np.float32], pair: EncodedPair, where: str
 
 
 def _pair(row: Any) -> EncodedPair:
+    """The pair of a row. Raises ValueError, TypeError, KeyError and others: the row has other columns or values."""
     prompt = row["prompt_ids"]
     sides: list[NDArray[Any]] = []
     for side in ("chosen", "rejected"):
@@ -212,7 +220,7 @@ def _pair(row: Any) -> EncodedPair:
 
 
 def to_block(rows: list[ExportedRow], identity: Identity) -> CachedPairs:
-    """The rows as a block of a cache."""
+    """The pairs and scores of these rows as a block of a cache."""
     table = PairTable.from_pairs([row.pair for row in rows], identity.token_dtype)
     logps = [row.token_logps for row in rows if row.token_logps is not None]
     means = np.stack([row.logp_mean for row in rows])

@@ -1,13 +1,14 @@
 """Tables of named columns in files that other programs read: parquet, jsonl, a directory of Hugging Face `datasets`.
 
-A table is written and read in parts, so memory stays flat. A JSON document that describes the table travels with it: for parquet
-and the directory in the schema's metadata, for a jsonl file beside it as FILE.minicache.json.
+A table is written and read in parts, so the memory in use does not grow with it. A JSON document describes the table: in the
+schema's metadata of parquet and of the directory, in FILE.minicache.json beside a jsonl file.
 """
 
 import gzip
 import io
 import json
 import secrets
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,19 +19,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minicache.data.files import is_parquet, read_rows, zstd
+from minicache.data.files import is_parquet, read_rows
 from minicache.disk import folder_written_whole, written_whole
 from minicache.errors import ConfigError, DataError, OutputError
 
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
 KEY = b"minicache"
 ARROW_FILE, STATE_FILE = "data-00000-of-00001.arrow", "state.json"
-# rows
+# Rows.
 READ_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
 class Ragged:
-    """A column with a list in each row. values: (V,) of all lists. offsets: (rows + 1,) where each begins; the last is V."""
+    """A column with a list in each row. values: (V,) of all lists. offsets: (rows + 1,) beginning of each list; the last is V."""
 
     values: NDArray[np.generic]
     offsets: NDArray[np.int64]
@@ -51,12 +57,12 @@ Row = dict[str, Any]
 
 @contextmanager
 def table_at(out: Path, types: dict[str, str], document: dict[str, Any]) -> Iterator[Write]:
-    """A function that writes a part of the table. After a block that ends well the whole table is at `out`, else nothing.
+    """A function that writes a part of the table. If the block succeeds, the whole table is at `out`, otherwise nothing.
 
-    out: its name decides the kind. types: an arrow type's name for each column, or "list<…>" of one.
+    out: its suffix decides the format. types: name of an arrow type for each column, or "list<…>" of one.
 
     Raises:
-        OutputError: something lies there, or the disk refuses. ConfigError: pyarrow is not installed.
+        OutputError: `out` exists, or the disk refuses. ConfigError: pyarrow is not installed.
     """
     if out.exists():
         raise OutputError(f"{out}: exists already; name another --out or remove it")
@@ -90,10 +96,10 @@ def _arrow_table(out: Path, types: dict[str, str], document: dict[str, Any]) -> 
 
 
 def read_document(file: str) -> dict[str, Any] | None:
-    """The document that was written with the table; None for a table without one.
+    """The document of a table; None for a table without one.
 
     Raises:
-        DataError: it is there and cannot be read.
+        DataError: it exists and cannot be read.
     """
     path = Path(file)
     text: str | bytes | None = None
@@ -107,15 +113,16 @@ def read_document(file: str) -> dict[str, Any] | None:
         elif document_beside(path).is_file():
             text = document_beside(path).read_bytes()
         document = None if text is None else json.loads(text)
-    except (OSError, ValueError, RecursionError) as error:  # pyarrow's own are kinds of these
-        raise DataError(f"{file}: what it says of itself cannot be read: {' '.join(str(error).split())}") from None
+    # pyarrow's exceptions are subclasses of these.
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{file}: its document cannot be read: {' '.join(str(error).split())}") from None
     if document is not None and not isinstance(document, dict):
-        raise DataError(f"{file}: what it says of itself is no JSON object")
+        raise DataError(f"{file}: its document is no JSON object")
     return document
 
 
 def read_table(file: str) -> Iterator[tuple[int, Any]]:
-    """(row number or line from 1, row) of a table that `table_at` wrote. Raises DataError as `read_rows`."""
+    """(number of the row or line from 1, row) of a table of `table_at`. Raises DataError as `read_rows`."""
     path = Path(file)
     if not (path / ARROW_FILE).is_file():
         yield from read_rows(file)
@@ -134,10 +141,12 @@ def read_table(file: str) -> Iterator[tuple[int, Any]]:
 
 
 def document_beside(file: Path) -> Path:
+    """The file of a jsonl table's document."""
     return file.with_name(f"{file.name}.minicache.json")
 
 
 def _pyarrow(file: Path) -> Any:
+    """The library. Raises ConfigError: it is not installed."""
     try:
         import pyarrow
         import pyarrow.ipc
@@ -148,12 +157,14 @@ def _pyarrow(file: Path) -> Any:
 
 
 def _type(arrow: Any, kind: str) -> Any:
+    """The arrow type of a name in `types`."""
     inner = kind.removeprefix("list<").removesuffix(">")
     scalar = arrow.type_for_alias(inner)
     return scalar if inner == kind else arrow.list_(scalar)
 
 
 def _batch(arrow: Any, schema: Any, part: Columns) -> Any:
+    """A part of the table as a record batch."""
     arrays = []
     for field in schema:
         column = part[field.name]
@@ -167,7 +178,7 @@ def _batch(arrow: Any, schema: Any, part: Columns) -> Any:
 
 @contextmanager
 def _text_writer(out: Path, draft: Path) -> Iterator[io.TextIOWrapper]:
-    """A text stream, compressed as the name of `out` says. No date is stored in it: the same table gives the same bytes."""
+    """A text stream, compressed by the suffix of `out`. It contains no date: the same table gives the same bytes."""
     with draft.open("wb") as raw:
         stream: Any = raw
         if out.suffix == ".gz":
@@ -179,6 +190,7 @@ def _text_writer(out: Path, draft: Path) -> Iterator[io.TextIOWrapper]:
 
 
 def _lines(part: Columns) -> Iterator[str]:
+    """The rows of a part as JSON lines."""
     columns = [column if isinstance(column, list) else column.tolist() for column in part.values()]
     for values in zip(*columns, strict=True):
         row = dict(zip(part, values, strict=True))
@@ -186,7 +198,7 @@ def _lines(part: Columns) -> Iterator[str]:
 
 
 def _describe(directory: Path) -> None:
-    """Write the two small files without which `datasets.load_from_disk` does not open an arrow file."""
+    """Write the two small files that `datasets.load_from_disk` needs beside an arrow file."""
     state: dict[str, Any] = {
         "_data_files": [{"filename": ARROW_FILE}],
         "_fingerprint": secrets.token_hex(8),

@@ -1,11 +1,12 @@
 """The first half of stage one: rows of preference files -> blocks of encoded pairs in the cache.
 
 A block never holds pairs of two files, and files are read in the order of their numbers. So the place of a pair depends on the
-files alone: not on the number of calls, on kills, or on what was damaged and made anew.
+files alone: not on the number of calls, on kills, or on blocks that were damaged and rewritten.
 """
 
 import copy
 import hashlib
+import logging
 from dataclasses import fields
 from pathlib import Path
 
@@ -20,20 +21,22 @@ from minicache.intake.filling import Filling
 from minicache.intake.stored import Stored, sources_of_holes
 from minicache.trackers import Tracker
 
+log = logging.getLogger(__name__)
+
 
 def hash_files(files: tuple[str, ...]) -> dict[str, str]:
-    """sha256 -> file, each content once."""
+    """The files by their sha256; files with equal content count once."""
     return {_sha256(file): file for file in files}
 
 
 def encoder_of(identity: Identity, tokenizer: ChatTokenizer) -> Encoder:
-    """An encoder that makes pairs as those of a cache of this identity were made."""
+    """The encoder that makes pairs with the options of this identity."""
     names = (item.name for item in fields(Encoder) if item.name != "tokenizer")
-    return Encoder(tokenizer, **{name: getattr(identity, name) for name in names})
+    return Encoder(tokenizer=tokenizer, **{name: getattr(identity, name) for name in names})
 
 
 def holds_all(blocks: Blocks, given: dict[str, str], format: str) -> bool:
-    """Whether the cache holds all these files to their end, by its log, and no file that is unfinished.
+    """Whether, by the cache's log, all these files were read to their end and no other file is unfinished.
 
     Raises:
         CacheMismatch: a file was read in another format.
@@ -46,19 +49,20 @@ def holds_all(blocks: Blocks, given: dict[str, str], format: str) -> bool:
 def take_in(
     cache: CacheWriter, encoder: Encoder, given: dict[str, str], format: str, fail: bool, tracker: Tracker
 ) -> None:
-    """Encode what the cache does not hold yet of the files `hash_files` gave and write it into free blocks, in their order.
+    """Encode the pairs that the cache does not hold yet and write them into free blocks, in the order of the files.
 
-    A file that is complete by the log is not read again, unless it may hold the pairs of a damaged block. A killed call goes on
-    when it is repeated: stored pairs are recognised by digest and source. If not all of its files are given again, what it had
-    stored is dropped; nothing of it was scored.
+    given: the files as `hash_files` returns them. A file that is complete by the log is read again only if it may hold the pairs
+    of a damaged block. A killed call resumes when it is repeated: stored pairs are recognised by digest and source. If not all of
+    its files are given again, its stored pairs are dropped; none of them was scored.
 
     Raises:
-        DataError: a file cannot be read, no row became a pair, or (with `fail`) one row was refused.
+        DataError: a file cannot be read, no row became a pair, or (with `fail`) a row was refused.
         ModelError: the tokenizer gives ids that the model does not know.
         CacheMismatch: a file was read in another format before.
         CacheDamaged: a block is damaged and its pairs are not in these files.
             After any of these the cache is as before.
-        OutputError, StoreError: the disk is full, the object store away. What is written stays, and the same call goes on.
+        OutputError, StoreError: the disk is full, the object store cannot be reached. What is written stays, and the same call
+            resumes.
     """
     _require_format(cache.blocks, given, format)
     _drop_abandoned(cache, given, tracker)
@@ -70,8 +74,9 @@ def take_in(
     if not todo:
         return
     tracker.begin("encoding", None)
-    cache.write_log()  # from now on a kill leaves a source that is known to be unfinished
-    filling = Filling(cache, stored.holes, fail, stored.places())
+    # From now on a kill leaves sources in the log that are known to be unfinished.
+    cache.write_log()
+    filling = Filling(cache=cache, holes=stored.holes, fail=fail, places=stored.places())
     try:
         for number in todo:
             filling.read(number, numbers[number], encoder, format, tracker)
@@ -85,11 +90,13 @@ def take_in(
 
 
 def _sha256(file: str) -> str:
+    """The digest of a file's content."""
     with Path(file).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _require_format(blocks: Blocks, given: dict[str, str], format: str) -> None:
+    """Raises CacheMismatch: the cache read one of the files in another format."""
     for source in blocks.log.sources:
         if source.sha256 in given and source.format != format:
             raise CacheMismatch(
@@ -99,11 +106,11 @@ def _require_format(blocks: Blocks, given: dict[str, str], format: str) -> None:
 
 
 def _drop_abandoned(cache: CacheWriter, given: dict[str, str], tracker: Tracker) -> None:
-    """Drop what an interrupted call has stored, unless all files of that call are given again."""
+    """Drop the pairs of an interrupted call, unless all files of that call are given again."""
     unread = [source for source in cache.log.sources if not source.complete]
     if missing := [source.name for source in unread if source.sha256 not in given]:
         tracker.note(
-            f"reading {', '.join(missing)} was interrupted, and is not asked for now: what came of that call is dropped"
+            f"reading {', '.join(missing)} was interrupted, and it is not in --data now: the pairs of that call are dropped"
         )
         cache.shrink(cache.log.blocks)
         cache.log.sources = [source for source in cache.log.sources if source.complete]
@@ -111,9 +118,9 @@ def _drop_abandoned(cache: CacheWriter, given: dict[str, str], tracker: Tracker)
 
 
 def _register(sources: list[Source], sha256: str, file: str, format: str) -> int:
-    """The number of this file's content in the log; a new one gets the next number."""
+    """The number of a file with this content in the log; a new content gets the next number."""
     for number, source in enumerate(sources):
         if source.sha256 == sha256:
             return number
-    sources.append(Source(file, Path(file).stat().st_size, sha256, format))
+    sources.append(Source(name=file, size=Path(file).stat().st_size, sha256=sha256, format=format))
     return len(sources) - 1

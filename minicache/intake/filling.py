@@ -1,6 +1,8 @@
-"""Rows of preference files -> encoded pairs in the free blocks of a cache, and what was refused or met twice."""
+"""Rows of preference files -> encoded pairs in the free blocks of a cache; counts of refused and repeated rows."""
 
 import json
+import logging
+import time
 from contextlib import closing
 from dataclasses import dataclass, field
 
@@ -14,13 +16,15 @@ from minicache.errors import CacheDamaged, DataError, ModelError, RowRefused
 from minicache.pairs import EncodedPair, PairTable
 from minicache.trackers import Tracker
 
+log = logging.getLogger(__name__)
+
 
 @dataclass
 class Filling:
-    """Files being encoded and written into the free blocks of a cache.
+    """Files that are being encoded and written into the free blocks of a cache.
 
-    holes: blocks to fill first. fail: whether a refused row ends it. places: digest -> file and line of every stored or pending
-    pair. pending: pairs of the block to come.
+    holes: blocks to fill first. fail: whether a refused row is an error. places: digest -> file and line of every stored or
+    pending pair. pending: pairs of the next block.
     """
 
     cache: CacheWriter
@@ -31,8 +35,8 @@ class Filling:
     refusals: list[Refusal] = field(default_factory=list)
 
     def read(self, number: int, file: str, encoder: Encoder, format: str, tracker: Tracker) -> None:
-        """Encode one file from its beginning and write its pairs; the last of its blocks may be smaller."""
-        source = self.cache.log.sources[number]
+        """Encode a file from its beginning and write its pairs; its last block may be smaller."""
+        started, source = time.monotonic(), self.cache.log.sources[number]
         source.rows = source.kept = source.duplicates = source.truncated = 0
         source.refused = {}
         rows = RowEncoder(encoder, file, format, number).encode_by_all_cores(read_rows(file))
@@ -47,8 +51,11 @@ class Filling:
         if self.pending:
             self._write_block()
         source.complete = True
+        seconds = time.monotonic() - started
+        log.debug("%s, format %s: %d of %d rows kept, %.1f s", file, format, source.kept, source.rows, seconds)
 
     def _keep(self, source: Source, pair: EncodedPair, truncated: bool) -> None:
+        """Count a pair; append it to the next block, unless it is stored already or repeats another."""
         place = self.places.get(pair.digest)
         if place not in (None, pair.source):
             source.duplicates += 1
@@ -62,24 +69,28 @@ class Filling:
                 self._write_block()
 
     def finish(self, numbers: set[int]) -> None:
-        """Check that the blocks hold just what the files give, list what was refused, and close the log."""
-        log = self.cache.log
+        """Check that the blocks hold exactly the pairs of the files, list the refused rows, and complete the log.
+
+        numbers: of the files that this call has read.
+        """
         if not self.places:
             first = self.refusals[0]
             raise DataError(
                 f"no row became a pair: {len(self.refusals)} refused, the first at "
                 f"{first['file']}:{first['line']}: {first['reason']}: {first['message']}"
             )
-        if self.holes or len(self.places) != sum(source.kept for source in log.sources):
+        manifest = self.cache.log
+        if self.holes or len(self.places) != sum(source.kept for source in manifest.sources):
             raise CacheDamaged(
                 f"{self.cache.path}: the files give other pairs than when they were first read (by another version of a "
                 "library?); precompute into another --ref-cache"
             )
         self._list_refusals(numbers)
-        log.blocks, log.pairs = len(self.cache.blocks), len(self.places)
+        manifest.blocks, manifest.pairs = len(self.cache.blocks), len(self.places)
         self.cache.write_log()
 
     def _write_block(self) -> None:
+        """Write the pending pairs into the next free block. Raises ModelError: an id is not in the model's vocabulary."""
         largest, vocabulary = max(int(pair.tokens.max()) for pair in self.pending), self.cache.identity.vocabulary
         if largest >= vocabulary:
             raise ModelError(
@@ -92,6 +103,7 @@ class Filling:
         self.pending = []
 
     def _refuse(self, number: int, file: str, refusal: RowRefused) -> None:
+        """Count and list a refused row. Raises DataError: refused rows are errors."""
         if self.fail:
             raise DataError(
                 f"{file}:{refusal.line}: {refusal.reason}: {refusal} (--on-bad-row skip goes on without it)"
@@ -103,7 +115,7 @@ class Filling:
         )
 
     def _list_refusals(self, numbers: set[int]) -> None:
-        """Write refused.jsonl: the refused rows of every file of the cache; those of the files `numbers` are this call's."""
+        """Write refused.jsonl: this call's refused rows, and those listed before of files that it did not read."""
         place = self.cache.place
         lines = [line.text for line in read_refusals(place) if source_of(line) not in numbers]
         write_refusals(place, lines + [json.dumps(row, ensure_ascii=False) for row in self.refusals])

@@ -1,6 +1,8 @@
 """Pairs of several caches -> the blocks of one."""
 
 import json
+import logging
+import time
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -24,13 +26,15 @@ from minicache.data.tokenizers import copy_tokenizer
 from minicache.errors import CacheDamaged, CacheError, CacheMismatch
 from minicache.trackers import Tracker
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Input:
     """A cache to merge, and the columns of its N pairs that stay in memory.
 
-    numbers: new number of each of its files. files: (N,) new number of the pair's file. digests: (N, 2) uint64.
-    means: (N, 2) float32, nats a token.
+    numbers: new number of each of its files. files: (N,) new number of each pair's file. digests: (N, 2) uint64.
+    means: (N, 2) float32, nats per token.
     """
 
     cache: ReferenceCache
@@ -41,7 +45,7 @@ class Input:
 
 
 def join_sources(sources: list[Source], cache: ReferenceCache) -> NDArray[np.int64]:
-    """Add the cache's files to the list, those of one content once; returns the number there of each."""
+    """Add the cache's files to the list, equal contents once; returns the number of each file in the list."""
     known = {source.sha256: number for number, source in enumerate(sources)}
     numbers = []
     for source in cache.log.sources:
@@ -51,7 +55,7 @@ def join_sources(sources: list[Source], cache: ReferenceCache) -> NDArray[np.int
         elif sources[number].format != source.format:
             raise CacheMismatch(
                 f"{cache.path}: {source.name} was read with --format {source.format}, in another of the caches with "
-                f"{sources[number].format}; expected one format a file"
+                f"{sources[number].format}; expected one format for each file"
             )
         numbers.append(number)
     return np.array(numbers, np.int64)
@@ -61,7 +65,7 @@ def join_sources(sources: list[Source], cache: ReferenceCache) -> NDArray[np.int
 
 
 def _blocks(cache: ReferenceCache) -> Iterator[CachedPairs]:
-    """Every block, checked. Raises CacheIncomplete, CacheDamaged."""
+    """Every block, checked against its digests. Raises CacheIncomplete, CacheDamaged."""
     for _, found in cache.blocks.each(cache.blocks.whole):
         if isinstance(found, CacheError):
             raise type(found)(f"{found}; run its precompute-ref again, then merge") from found
@@ -69,7 +73,8 @@ def _blocks(cache: ReferenceCache) -> Iterator[CachedPairs]:
 
 
 def read_input(cache: ReferenceCache, numbers: NDArray[np.int64], tracker: Tracker) -> Input:
-    """Read a cache once. numbers: of its files in the new cache. Raises CacheIncomplete, CacheDamaged."""
+    """Read a cache once; returns its columns. numbers: new numbers of its files. Raises CacheIncomplete, CacheDamaged."""
+    started = time.monotonic()
     files, digests, means = [], [], []
     for table, scores in _blocks(cache):
         files.append(numbers[table.source[:, 0]])
@@ -78,11 +83,18 @@ def read_input(cache: ReferenceCache, numbers: NDArray[np.int64], tracker: Track
         tracker.advance(len(table), 0)
     if (found := sum(map(len, files))) != cache.log.pairs:
         raise CacheDamaged(f"{cache.path}: the manifest counts {cache.log.pairs} pairs, the blocks hold {found}")
-    return Input(cache, numbers, np.concatenate(files), np.concatenate(digests), np.concatenate(means))
+    log.debug("%s: %d pairs read, %.1f s", cache.path, found, time.monotonic() - started)
+    return Input(
+        cache=cache,
+        numbers=numbers,
+        files=np.concatenate(files),
+        digests=np.concatenate(digests),
+        means=np.concatenate(means),
+    )
 
 
 def choose_pairs(inputs: list[Input]) -> list[NDArray[np.bool_]]:
-    """For each cache, (N,) which of its pairs no earlier one has. Raises CacheMismatch if two disagree about a pair."""
+    """For each cache, an (N,) mask of the pairs that are in no earlier cache. Raises CacheMismatch: two disagree about a pair."""
     original = first_equal(np.concatenate([given.digests for given in inputs]))
     _require_agreement(inputs, original)
     ends = np.cumsum([len(given.files) for given in inputs])
@@ -91,10 +103,12 @@ def choose_pairs(inputs: list[Input]) -> list[NDArray[np.bool_]]:
 
 
 def first_equal(rows: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """(N,) for each of N rows the index of the first one that equals it."""
-    order = np.lexsort(rows.T)  # stable: of equal rows the first stays first
+    """(N,) for each of N rows the index of the first row that equals it."""
+    # lexsort is stable: among equal rows the first stays first.
+    order = np.lexsort(rows.T)
     ordered = rows[order]
-    begins = np.append(True, (ordered[1:] != ordered[:-1]).any(1))  # a run of equal rows
+    # Whether a run of equal rows begins here.
+    begins = np.append(True, (ordered[1:] != ordered[:-1]).any(1))
     firsts, run = order[begins], np.cumsum(begins) - 1
     result = np.empty(len(rows), np.int64)
     result[order] = firsts[run]
@@ -102,6 +116,7 @@ def first_equal(rows: NDArray[np.uint64]) -> NDArray[np.int64]:
 
 
 def _require_agreement(inputs: list[Input], original: NDArray[np.int64]) -> None:
+    """Raises CacheMismatch: a repeated pair has other logprobs than the first. original: (N,) as `first_equal` returns it."""
     tolerance = TOLERANCE[inputs[0].cache.identity.dtype]
     means = np.concatenate([given.means for given in inputs])
     differences = np.abs(means - means[original]).max(1)
@@ -113,16 +128,16 @@ def _require_agreement(inputs: list[Input], original: NDArray[np.int64]) -> None
         which = int(np.searchsorted(ends, index, side="right"))
         names.append(f"pair {index - ends[which] + len(inputs[which].files)} of {inputs[which].cache.path}")
     raise CacheMismatch(
-        f"{names[0]} is {names[1]}, but their reference logprobs differ by {differences[bad[0]]:.2g} nats a token, as do those "
+        f"{names[0]} is {names[1]}, but their reference logprobs differ by {differences[bad[0]]:.2g} nats per token, as do those "
         f"of {len(bad)} pairs by more than {tolerance:g}. Expected the same values; precompute one of the caches anew"
     )
 
 
 def count_pairs(sources: list[Source], inputs: list[Input], kept: list[NDArray[np.bool_]]) -> None:
-    """Set the files' counts to what the new cache keeps of them. `truncated` stays: which pairs those were is not stored.
+    """Set the counts of the files to the pairs that the new cache keeps. `truncated` stays: it is not stored for each pair.
 
     Raises:
-        CacheMismatch: one file gave other pairs in one cache than in another.
+        CacheMismatch: a file gave other pairs in one cache than in another.
     """
     total = np.zeros(len(sources), np.int64)
     met: set[int] = set()
@@ -144,7 +159,7 @@ def count_pairs(sources: list[Source], inputs: list[Input], kept: list[NDArray[n
 
 
 def write_merged(out: Place, inputs: list[Input], kept: list[NDArray[np.bool_]], log: Log, tracker: Tracker) -> int:
-    """Write the new cache as a draft and publish it when it is complete. Returns the number of its blocks."""
+    """Write the new cache as a draft and publish it once it is complete. Returns the number of its blocks."""
     first = inputs[0].cache
     if not first.tokenizer_dir.is_dir():
         raise CacheDamaged(f"{first.place.locate(TOKENIZER)}: is missing; run its precompute-ref again, then merge")
@@ -163,7 +178,7 @@ def write_merged(out: Place, inputs: list[Input], kept: list[NDArray[np.bool_]],
 
 
 def _kept_parts(inputs: list[Input], kept: list[NDArray[np.bool_]]) -> Iterator[CachedPairs]:
-    """The pairs of each block that are kept, with the new numbers of their files."""
+    """The kept pairs of each block, with the new numbers of their files."""
     for given, all_kept in zip(inputs, kept, strict=True):
         start = 0
         for cached in _blocks(given.cache):
@@ -177,7 +192,7 @@ def _kept_parts(inputs: list[Input], kept: list[NDArray[np.bool_]]) -> Iterator[
 
 
 def _write_refusals(draft: Path, inputs: list[Input]) -> None:
-    """Write refused.jsonl: of each file the rows that the first cache with this file lists, under the new number."""
+    """Write refused.jsonl: for each file the rows that the first cache with this file lists, under its new number."""
     lines: list[str] = []
     met: set[int] = set()
     for given in inputs:

@@ -1,5 +1,6 @@
-"""Before stage one scores: one process makes the cache, or finds it fitting, and takes in the data; alone or among shard jobs."""
+"""Preparing the cache before stage one scores: one process makes or checks it and encodes the data, alone or among shard jobs."""
 
+import logging
 import shutil
 import time
 from contextlib import ExitStack
@@ -21,17 +22,20 @@ from minicache.models import LoadedModel
 from minicache.options.stage_one import PrecomputeConfig
 from minicache.trackers import Tracker
 
+log = logging.getLogger(__name__)
+
 
 def prepare(
     config: PrecomputeConfig, loaded: LoadedModel, dtype: str, device: torch.device, tracker: Tracker, claims: ExitStack
 ) -> None:
-    """For one process of a run: afterwards the cache exists, holds every pair, and is claimed until `claims` closes.
+    """Make the cache exist, hold every pair, and stay claimed until `claims` closes. One process of a run calls it.
 
     Raises:
         MinicacheError: as `precompute`.
     """
     with TemporaryDirectory(prefix="minidpo-") as scratch:
         request = Request.of(config, loaded, dtype, device, tracker, Path(scratch))
+        log.debug("%s: identity %s, %s", request.path, request.identity.digest, request.identity.stored)
         if config.shard:
             _join_shards(request, claims)
         else:
@@ -41,17 +45,19 @@ def prepare(
 
 
 def _create_if_absent(request: Request) -> None:
+    """Make an empty cache, unless there is one."""
     if request.place.has(ROOT):
         return
     try:
         CacheWriter.create(request.path, request.manifest, lambda place: shutil.copytree(request.tokenizer_dir, place))
     except OutputError:
-        if not request.place.has(ROOT):  # another process was faster
+        # Another process may have been faster.
+        if not request.place.has(ROOT):
             raise
 
 
 def _bring_in(request: Request) -> None:
-    """Take in the data while holding the cache alone. A cache that never held any is removed if its data is bad."""
+    """Encode the data into a cache that is held alone. A cache without any data so far is removed if the data is bad."""
     cache, config = CacheWriter(request.path), request.config
     request.require_same(cache.blocks)
     is_new = not cache.log.sources
@@ -73,11 +79,11 @@ def _bring_in(request: Request) -> None:
         cache.write_log()
 
 
-# --- one job among many: one takes in the data while the others wait; then all score together ---
+# --- one job among many: one encodes the data while the others wait; then all score together ---
 
 
 def _join_shards(request: Request, claims: ExitStack) -> None:
-    """Wait until all data is in, or bring it in; then hold the cache together with the other jobs, and this shard alone."""
+    """Wait until all data is in the cache, or bring it in; then hold the cache together with other jobs and this shard alone."""
     number, of = request.config.share
     claim = request.place.claim(CLAIM_FILE)
     claims.callback(claim.release)
@@ -93,7 +99,7 @@ def _join_shards(request: Request, claims: ExitStack) -> None:
 def _claim_together(request: Request, claim: Claim) -> None:
     """Hold the cache together with the other jobs once all data is in and sound.
 
-    What the cache holds is changed only by a job that holds it alone. If that job dies, the next one goes on.
+    Only a job that holds the cache alone changes its pairs. If that job dies, the next one goes on.
     """
     wait = _Waiting(request)
     is_damaged = False
@@ -110,12 +116,13 @@ def _claim_together(request: Request, claim: Claim) -> None:
                 return
         elif _is_ready(request) and _is_sound(request):
             return
-        # Something has changed since it was looked at, or is damaged: only a job that holds the cache alone may mend it.
+        # The cache has changed since it was checked, or is damaged: only a job that holds it alone may repair it.
         is_damaged = not alone
         claim.release()
 
 
 def _require_locks(request: Request, claim: Claim) -> None:
+    """Raises OutputError: the file system has no locks that several jobs can share."""
     if not claim.is_safe:
         raise OutputError(
             f"{request.path}: its file system has no locks that several jobs can hold together (Windows has none), which "
@@ -124,25 +131,25 @@ def _require_locks(request: Request, claim: Claim) -> None:
 
 
 class _Waiting:
-    """Waits for a moment; the first time it says what for."""
+    """Waits for a moment; the first call shows the reason."""
 
     def __init__(self, request: Request) -> None:
         self.request, self.is_announced = request, False
 
     def __call__(self, alone: bool) -> None:
         if not self.is_announced:
-            what = "to take in the data" if alone else "to score"
+            what = "to encode the data" if alone else "to score"
             self.request.tracker.begin(f"waiting {what}: another job is writing into {self.request.path}", None)
             self.is_announced = True
         time.sleep(POLL_SECONDS)
 
 
 def _is_ready(request: Request) -> bool:
-    """Whether the cache's log says that all data is in and that it is shared among as many jobs as asked."""
+    """Whether, by the cache's log, all data is in it and it is shared among as many jobs as asked for."""
     try:
         blocks = Blocks(request.path)
     except (CacheNotFound, CacheDamaged):
-        # It is being made, changed or removed. If it is really damaged, the job that holds it alone finds that out.
+        # It is being made, changed or removed. If it is damaged after all, the job that holds it alone reports that.
         return False
     request.require_same(blocks)
     of = request.config.share[1]
@@ -150,14 +157,14 @@ def _is_ready(request: Request) -> bool:
 
 
 def _is_sound(request: Request) -> bool:
-    """Whether the pairs of this shard's blocks can be read, and those of block 0, which every job looks at."""
+    """Whether the pairs of this shard's blocks can be read, and those of block 0, from which every job chooses its layout."""
     blocks, (number, of) = Blocks(request.path), request.config.share
     own = {0, *range(number - 1, len(blocks), of)}
     return not any(isinstance(found, CacheError) for _, found in blocks.each(blocks.pairs, own))
 
 
 def _mend_tokenizer(cache: CacheWriter, sound: Path) -> None:
-    """Put the tokenizer's files into the cache again if those there are missing or damaged."""
+    """Write the tokenizer's files into the cache again if they are missing or damaged there."""
     try:
         intact = fits(cache.blocks.tokenizer_dir, cache.identity)
     except (MinicacheError, ValueError):

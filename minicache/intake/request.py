@@ -1,4 +1,4 @@
-"""What a call of stage one asks for, and the cache that it describes: identity, tokenizer, files."""
+"""The request of a call of stage one, and the cache that it describes: identity, tokenizer, files."""
 
 import platform
 from dataclasses import dataclass, replace
@@ -25,13 +25,15 @@ from minicache.options.stage_one import PrecomputeConfig
 from minicache.options.where import Where
 from minicache.trackers import Tracker
 
-BLOCK_SECONDS = 60  # what a kill may cost
-ASSUMED_FLOPS = {"cpu": 5e10, "cuda": 1e14}  # a careful guess; only the size of a block depends on it
+# Seconds to score a block: a kill costs about as much.
+BLOCK_SECONDS = 60
+# FLOP/s, a conservative guess; only the size of a block depends on it.
+ASSUMED_FLOPS = {"cpu": 5e10, "cuda": 1e14}
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a call asks for. tokenizer_dir: its files, as they are to lie in the cache. files: sha256 -> name."""
+    """The request of a call. tokenizer_dir: the tokenizer's files as the cache will hold them. files: sha256 -> name."""
 
     config: PrecomputeConfig
     identity: Identity
@@ -58,7 +60,7 @@ class Request:
         tracker: Tracker,
         scratch: Path,
     ) -> "Request":
-        """scratch: where the tokenizer's files are put."""
+        """The request for these options and this reference. scratch: a directory for the tokenizer's files."""
         tokenizer_dir = scratch / "tokenizer"
         tokenizer = _tokenizer(config, tokenizer_dir)
         return cls(
@@ -72,11 +74,11 @@ class Request:
 
     @property
     def manifest(self) -> Manifest:
-        """Of the new cache, with nothing in it."""
-        return Manifest(self.identity, Log(lasting_name(self.config.model), now(), _versions()))
+        """The manifest of a new, empty cache for this request."""
+        return Manifest(self.identity, Log(model=lasting_name(self.config.model), created=now(), versions=_versions()))
 
     def require_same(self, blocks: Blocks) -> None:
-        """Raises CacheMismatch. The size of a block is the cache's own, unless one is asked for."""
+        """Raises CacheMismatch: the cache has another identity. Any size of a block will do, unless one is asked for."""
         block_pairs = self.config.block_pairs or blocks.identity.block_pairs
         blocks.identity.require(
             replace(self.identity, block_pairs=block_pairs),
@@ -87,6 +89,7 @@ class Request:
 
 
 def _tokenizer(config: PrecomputeConfig, directory: Path) -> ChatTokenizer:
+    """The tokenizer with the chat template asked for; its files are written to `directory`."""
     template = None
     if config.chat_template:
         try:
@@ -95,7 +98,7 @@ def _tokenizer(config: PrecomputeConfig, directory: Path) -> ChatTokenizer:
             raise DataError(f"--chat-template {config.chat_template}: cannot be read: {error}") from error
     save_tokenizer(config.tokenizer or config.model, directory, template, config.trust_remote_code)
     tokenizer = ChatTokenizer.load(directory)
-    # A policy is to be prompted in the form of conversation that it was trained on, so the template stays with the tokenizer.
+    # A policy should be prompted with the template that it was trained with, so the template stays with the tokenizer.
     (directory / "chat_template.jinja").write_text(tokenizer.template, encoding="utf-8")
     return tokenizer
 
@@ -123,7 +126,7 @@ def _identity(
 
 
 def _block_pairs(loaded: LoadedModel, max_length: int, device: torch.device) -> int:
-    """Pairs that take about BLOCK_SECONDS to score: a power of two, at most 4096."""
+    """The number of pairs that take about BLOCK_SECONDS to score: a power of two from 16 to 4096."""
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
     seconds_a_pair = 2 * parameters * min(max_length, 512) / ASSUMED_FLOPS[device.type]
     return 1 << int(np.clip(np.log2(BLOCK_SECONDS / seconds_a_pair), 4, 12))

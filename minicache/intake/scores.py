@@ -1,5 +1,7 @@
-"""Blocks of pairs -> their scores in the cache."""
+"""The second half of stage one: blocks of pairs -> their scores in the cache."""
 
+import logging
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -18,11 +20,13 @@ from minicache.scoring.scorer import Scorer
 from minicache.scoring.tables import score_table
 from minicache.trackers import Tracker
 
+log = logging.getLogger(__name__)
+
 
 def score_blocks(
     cache: CacheWriter, scorer: Scorer, budget: int | None, shard: tuple[int, int], world: World, tracker: Tracker
 ) -> tuple[list[int], int]:
-    """Score the unscored blocks of a shard, each rank its share. Returns these blocks and the number of their pairs."""
+    """Score the unscored blocks of a shard, each rank its share; returns these blocks and the number of their pairs."""
     todo, sizes, done = world.broadcast(_todo(cache, *shard) if world.is_main else None)
     if done:
         cached = cache.blocks.whole(done[0])
@@ -39,18 +43,21 @@ def score_blocks(
         tracker.advance(round(pairs * scale), round(tokens * scale))
 
     tracker.begin("scoring", pairs)
-    with ThreadPoolExecutor(1) as writer:  # a block is written while the next is scored
+    # A block is written while the next one is scored.
+    with ThreadPoolExecutor(1) as writer:
         written: Future[None] | None = None
         for block in (todo[index] for index in share):
-            table = cache.blocks.pairs(block)
+            table, started = cache.blocks.pairs(block), time.monotonic()
             scores = _score(scorer, table, budget, cache.identity.per_token, world.device, advance)
+            log.debug("block %d scored: %d pairs, %.1f s", block, len(table), time.monotonic() - started)
             _check_finite(cache, table, scores)
             if written:
                 written.result()
             written = writer.submit(cache.write_ref, block, scores)
     if written:
         written.result()
-    if scorer.lockstep:  # ranks with more blocks need the parts of the model that the others hold
+    # Ranks with more blocks need the shards of the model that the others hold.
+    if scorer.lockstep:
         table, nothing = cache.blocks.pairs(todo[0]), np.empty(0, np.int64)
         for _ in range(max(map(len, shares)) - len(share)):
             assert not list(score_table(scorer, table, nothing, budget, world.device))
@@ -59,12 +66,12 @@ def score_blocks(
 
 
 def _todo(cache: CacheWriter, number: int, of: int) -> tuple[list[int], np.ndarray, list[int]]:
-    """Blocks to score of shard `number` (from 1) of so many; their sizes: (n, 2) pairs and stored tokens; blocks already scored."""
+    """The unscored blocks of shard `number` (from 1) of `of`; (n, 2) their pairs and stored tokens; the scored blocks."""
     unscored = cache.blocks.unscored()
     todo = [block for block in unscored if block % of == number - 1]
     done = set(range(len(cache.blocks))) - set(unscored)
     sizes = np.array([cache.blocks.size(block) for block in todo], np.int64).reshape(-1, 2)
-    # First those whose pairs were found sound; blocks of other shards were not looked at.
+    # First the blocks whose pairs this job has checked: its shard's and block 0.
     return todo, sizes, sorted(done, key=lambda block: (block > 0 and block % of != number - 1, block))
 
 
@@ -76,6 +83,7 @@ def _score(
     device: torch.device,
     advance: Callable[[int, int], None],
 ) -> RefBlock:
+    """The scores of a block of pairs."""
     logp_mean = np.full((len(table), 2), np.nan, np.float32)
     token_logps = np.full(len(table.tokens), np.nan, np.float32) if per_token else None
     for indices, batch, scores in score_table(scorer, table, np.arange(len(table)), budget, device):
@@ -88,6 +96,7 @@ def _score(
 
 
 def _check_finite(cache: CacheWriter, table: PairTable, scores: RefBlock) -> None:
+    """Raises ModelError: a mean logprob is not finite."""
     if len(bad := np.flatnonzero(~np.isfinite(scores.logp_mean).all(axis=1))):
         file, line = table.source[bad[0]].tolist()
         raise ModelError(

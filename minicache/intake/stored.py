@@ -1,4 +1,4 @@
-"""What the blocks of pairs of a cache hold, and which of its files the missing ones came from."""
+"""The stored blocks of pairs of a cache, and the files that missing blocks came from."""
 
 from dataclasses import dataclass
 
@@ -11,13 +11,14 @@ from minicache.errors import CacheDamaged, CacheError
 
 @dataclass(frozen=True)
 class Stored:
-    """What the blocks of pairs hold. blocks: of each sound one, digest (n, 2) and source (n, 2); holes: the others."""
+    """The stored blocks of pairs. blocks: digest (n, 2) and source (n, 2) of each sound block; holes: all other blocks."""
 
     blocks: dict[int, tuple[np.ndarray, np.ndarray]]
     holes: list[int]
 
     @classmethod
     def read(cls, blocks: Blocks) -> "Stored":
+        """Read all blocks of pairs."""
         stored = cls({}, [])
         for block, table in blocks.each(blocks.pairs):
             if isinstance(table, CacheError):
@@ -27,10 +28,11 @@ class Stored:
         return stored
 
     def file(self, block: int) -> int:
+        """The number of the file that a sound block's pairs came from."""
         return int(self.blocks[block][1][0, 0])
 
     def places(self) -> dict[bytes, tuple[int, int]]:
-        """Digest of a pair -> file and line it came from."""
+        """Digest of each stored pair -> its file and line."""
         places = {}
         for digest, source in self.blocks.values():
             keys = digest.astype("<u8").tobytes()
@@ -40,16 +42,17 @@ class Stored:
 
 
 def sources_of_holes(blocks: Blocks, before: Log, stored: Stored, given: set[int]) -> set[int]:
-    """Files that may hold a hole's pairs: from that of the sound block before it to that of the one after.
+    """Numbers of the files that may hold a hole's pairs: from the file of the sound block before it to that of the one after.
 
     before: the log when the call began. given: the numbers of the call's files.
 
     Raises:
-        CacheDamaged: not all of them are given.
+        CacheDamaged: not all of these files are given.
     """
     needed: set[int] = set()
     for hole in stored.holes:
-        if hole >= before.blocks:  # of a call that was interrupted, and whose files are all given
+        # A block of an interrupted call, whose files are all given.
+        if hole >= before.blocks:
             continue
         first = max((stored.file(block) for block in stored.blocks if block < hole), default=0)
         last = min((stored.file(block) for block in stored.blocks if block > hole), default=len(before.sources) - 1)

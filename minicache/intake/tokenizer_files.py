@@ -44,7 +44,7 @@ def unpack(files: object, directory: Path, where: str) -> None:
         DataError: `files` is not a result of `pack`.
     """
     if not isinstance(files, dict) or "tokenizer.json" not in files:
-        raise DataError(f"{where}: expected the tokenizer's files in it, found none; export the cache again")
+        raise DataError(f"{where}: expected the tokenizer's files, found none; export the cache again")
     directory.mkdir()
     for name, content in files.items():
         path = PurePosixPath(name)

@@ -81,32 +81,33 @@ class LayoutEntry:
 
 
 _LOSS, _OPTIM, _SCHEDULE = "minicache.training.losses:", "minicache.training.optim:", "minicache.training.schedules:"
-_DIVERGENCE = ("f_divergence", "f_alpha")
-_SMOOTHED = ("label_smoothing", *_DIVERGENCE)
+_DIVERGENCE = "minicache.training.divergences:"
+_WITH_DIVERGENCE = ("f_divergence", "f_alpha")
+_SMOOTHED = ("label_smoothing", *_WITH_DIVERGENCE)
 
 LOSSES: dict[str, LossEntry] = {
     "sigmoid": LossEntry(f"{_LOSS}sigmoid", _SMOOTHED, from_ln_2=True),
     "robust": LossEntry(f"{_LOSS}robust", _SMOOTHED, from_ln_2=True),
-    "hinge": LossEntry(f"{_LOSS}hinge", _DIVERGENCE),
-    "ipo": LossEntry(f"{_LOSS}ipo", _DIVERGENCE),
+    "hinge": LossEntry(f"{_LOSS}hinge", _WITH_DIVERGENCE),
+    "ipo": LossEntry(f"{_LOSS}ipo", _WITH_DIVERGENCE),
     "exo_pair": LossEntry(f"{_LOSS}exo_pair", _SMOOTHED),
     "nca_pair": LossEntry(f"{_LOSS}nca_pair"),
     "bco_pair": LossEntry(f"{_LOSS}bco_pair"),
     "sppo_hard": LossEntry(f"{_LOSS}sppo_hard"),
     "apo_zero": LossEntry(f"{_LOSS}apo_zero"),
     "apo_down": LossEntry(f"{_LOSS}apo_down"),
-    "discopop": LossEntry(f"{_LOSS}discopop", ("discopop_tau", *_DIVERGENCE)),
-    "sigmoid_norm": LossEntry(f"{_LOSS}sigmoid_norm", _DIVERGENCE, from_ln_2=True),
+    "discopop": LossEntry(f"{_LOSS}discopop", ("discopop_tau", *_WITH_DIVERGENCE)),
+    "sigmoid_norm": LossEntry(f"{_LOSS}sigmoid_norm", _WITH_DIVERGENCE, from_ln_2=True),
     "simpo": LossEntry(f"{_LOSS}simpo", ("simpo_gamma",)),
     "aot": LossEntry(f"{_LOSS}aot", ("label_smoothing",), from_ln_2=True, over_the_batch=True),
     "aot_unpaired": LossEntry(f"{_LOSS}aot_unpaired", ("label_smoothing",), from_ln_2=True, over_the_batch=True),
 }
 
 DIVERGENCES: dict[str, DivergenceEntry] = {
-    "reverse_kl": DivergenceEntry(f"{_LOSS}reverse_kl"),
-    "forward_kl": DivergenceEntry(f"{_LOSS}forward_kl"),
-    "js": DivergenceEntry(f"{_LOSS}jensen_shannon"),
-    "alpha": DivergenceEntry(f"{_LOSS}alpha_divergence", ("f_alpha",)),
+    "reverse_kl": DivergenceEntry(f"{_DIVERGENCE}reverse_kl"),
+    "forward_kl": DivergenceEntry(f"{_DIVERGENCE}forward_kl"),
+    "js": DivergenceEntry(f"{_DIVERGENCE}jensen_shannon"),
+    "alpha": DivergenceEntry(f"{_DIVERGENCE}alpha_divergence", ("f_alpha",)),
 }
 
 SCHEDULES: dict[str, ScheduleEntry] = {

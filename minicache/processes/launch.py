@@ -1,5 +1,6 @@
-"""`--nproc N`: the same run as `torchrun --nproc-per-node N -m minicache …`, with one message where torchrun prints a traceback."""
+"""`--nproc N`: the same run as `torchrun --nproc-per-node N -m minicache …`, but with one message instead of a traceback."""
 
+import logging
 import os
 import signal
 import socket
@@ -10,11 +11,15 @@ import time
 from minicache.errors import ProcessLost
 from minicache.processes.signals import INTERRUPTED, StopFlag
 
+log = logging.getLogger(__name__)
+
+Child = subprocess.Popen[bytes]
+
 
 class PassOn(StopFlag):
-    """Within this context every request to stop goes to the children, which save and end."""
+    """Within this context every request to stop is passed on to the children, which save and end."""
 
-    def __init__(self, children: list[subprocess.Popen]) -> None:
+    def __init__(self, children: list[Child]) -> None:
         super().__init__()
         self.children = children
 
@@ -26,27 +31,28 @@ class PassOn(StopFlag):
 
 
 def launch(processes: int, arguments: list[str]) -> int:
-    """Run `python -m minicache ARGUMENTS` in `processes` processes, as torchrun would; the first failure ends all.
+    """Run `python -m minicache ARGUMENTS` in `processes` processes, as torchrun would; the first failure ends all of them.
 
     Returns:
-        The exit code: 0 if every process ended well, else that of the first that failed.
+        The exit code: 0 if every process succeeded, else that of the first one that failed.
 
     Raises:
-        ProcessLost: one was killed from outside, which it could not say itself.
+        ProcessLost: a process was killed from outside, so that it could not report an error itself.
     """
-    children: list[subprocess.Popen] = []
+    children: list[Child] = []
     with PassOn(children) as asked:
         try:
             _start(children, processes, arguments)
             if asked:
-                # some were started after the request
+                # Some children were started after the request.
                 asked.request(signal.SIGTERM)
             return _wait(children, asked)
         finally:
             _end(children)
 
 
-def _start(children: list[subprocess.Popen], processes: int, arguments: list[str]) -> None:
+def _start(children: list[Child], processes: int, arguments: list[str]) -> None:
+    """Start the processes and append them to `children`."""
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // processes))
     shared = {
         "MASTER_ADDR": "127.0.0.1",
@@ -58,12 +64,14 @@ def _start(children: list[subprocess.Popen], processes: int, arguments: list[str
     for rank in range(processes):
         environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         children.append(subprocess.Popen([sys.executable, "-m", "minicache", *arguments], env=environment))
+    log.debug("started %d processes, %s threads each: %s", processes, threads, [child.pid for child in children])
 
 
-def _wait(children: list[subprocess.Popen], asked: StopFlag) -> int:
-    """The exit code of all. Once asked to stop, each may take its time to save."""
+def _wait(children: list[Child], asked: StopFlag) -> int:
+    """Wait for the children; returns the exit code of the run. Once asked to stop, each may take its time to save."""
     while any(child.poll() is None for child in children) and (asked or not any(child.poll() for child in children)):
         time.sleep(0.1)
+    log.debug("exit codes: %s", [child.returncode for child in children])
     failed = next((rank for rank, child in enumerate(children) if child.returncode), None)
     if asked or failed is None:
         return INTERRUPTED if asked else 0
@@ -76,13 +84,15 @@ def _wait(children: list[subprocess.Popen], asked: StopFlag) -> int:
 
 
 def free_port() -> int:
+    """A TCP port that no process of this machine listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
 
 
-def _end(children: list[subprocess.Popen[bytes]]) -> None:
+def _end(children: list[Child]) -> None:
+    """End all children: by SIGTERM, and after ten seconds by SIGKILL."""
     deadline = time.monotonic() + 10
     for child in children:
         if child.poll() is None:

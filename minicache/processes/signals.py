@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: heard once, however many copies of one request a terminal, a launcher and a scheduler send."""
+"""Handling of SIGINT and SIGTERM: one request to stop acts once, although terminal, launcher and scheduler may each send a copy."""
 
 import atexit
 import os
@@ -10,15 +10,17 @@ from contextlib import suppress
 from typing import Self
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-ONE_REQUEST = 1.0  # seconds within which signals are copies of the first
-INTERRUPTED = 130  # exit code
+# Seconds after a first signal in which others are copies of it.
+ONE_REQUEST = 1.0
+# The exit code.
+INTERRUPTED = 130
 
 
 class Interruptible:
-    """Within this context a first SIGINT or SIGTERM raises KeyboardInterrupt, and copies of it do no more.
+    """Within this context a first SIGINT or SIGTERM raises KeyboardInterrupt; copies of it are ignored.
 
-    One that the process was told to ignore (a shell's background job and SIGINT) stays ignored. Contexts lie within each other:
-    what an inner one has heard, the one around it has heard too.
+    A signal that the process ignored before stays ignored, such as SIGINT in a shell's background job. Contexts can be nested: a
+    signal that an inner context received counts as received in the outer one too.
     """
 
     def __init__(self) -> None:
@@ -32,8 +34,8 @@ class Interruptible:
         self._around = next((owner for owner in owners if isinstance(owner, Interruptible)), None)
         for kind, handler in self.before.items():
             if handler != signal.SIG_IGN:
-                signal.signal(kind, self._hear)
-        sys.unraisablehook = self._ask_again
+                signal.signal(kind, self._receive)
+        sys.unraisablehook = self._repeat
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -43,7 +45,7 @@ class Interruptible:
         for kind, handler in self.before.items():
             signal.signal(kind, handler)
 
-    def _hear(self, kind: int, frame: object) -> None:
+    def _receive(self, kind: int, frame: object) -> None:
         first, now = self.since is None, time.monotonic()
         self.since, self._kind = self.since or now, kind
         if first:
@@ -51,11 +53,11 @@ class Interruptible:
         elif now - self.since > ONE_REQUEST:
             self.insist(kind)
 
-    def _ask_again(self, unraisable: "sys.UnraisableHookArgs") -> None:
-        """A signal that came within a destructor or a weak reference's callback: Python drops what is raised there."""
+    def _repeat(self, unraisable: "sys.UnraisableHookArgs") -> None:
+        """Send a signal again that came within a destructor or a callback of a weak reference, where Python drops exceptions."""
         if unraisable.exc_type is KeyboardInterrupt and self.since is not None:
             self.since = None
-            # later, from beside: raised in here it would be dropped too
+            # From a timer: an exception that is raised in this hook is dropped too.
             again = threading.Timer(0.01, os.kill, (os.getpid(), self._kind))
             again.daemon = True
             again.start()
@@ -63,15 +65,16 @@ class Interruptible:
             self._hook(unraisable)
 
     def request(self, kind: int) -> None:
+        """Act on the first signal."""
         raise KeyboardInterrupt
 
     def insist(self, kind: int) -> None:
-        """Another request, later than any copy of the first."""
+        """Act on another request, which came later than any copy of the first."""
         raise KeyboardInterrupt
 
 
 class StopFlag(Interruptible):
-    """Within this context a first signal only sets the flag: what is under way is finished and saved. A later one raises."""
+    """Within this context a first signal only sets the flag, so that a step can be finished and saved. A later one raises."""
 
     def request(self, kind: int) -> None:
         pass
@@ -81,15 +84,15 @@ class StopFlag(Interruptible):
 
 
 class CommandLine(Interruptible):
-    """From here to the end of the process, around every other context: no signal gives a traceback.
+    """From here to the end of the process, around every other context, no signal causes a traceback.
 
-    What comes here finds nothing to save, because no work has begun or all has ended: copies of a request that was heard
-    within do nothing, and another one ends the process at once.
+    A signal that arrives here finds nothing to save, because no work has begun or all has ended. Copies of a request that an inner
+    context received do nothing; another one ends the process at once.
     """
 
     def __enter__(self) -> Self:
         super().__enter__()
-        # Python's own handlers are gone in its last moments, when a signal would kill
+        # Python restores the default handlers at its end, when a signal would kill the process.
         atexit.register(ignore_signals)
         return self
 
@@ -105,5 +108,6 @@ class CommandLine(Interruptible):
 
 
 def ignore_signals() -> None:
+    """Ignore SIGINT and SIGTERM from now on."""
     for kind in SIGNALS:
         signal.signal(kind, signal.SIG_IGN)

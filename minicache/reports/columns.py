@@ -1,4 +1,4 @@
-"""A number or a few for each pair of a cache, complete or not; which pairs stand out; where each came from. No torch."""
+"""A few numbers for each pair of a cache, complete or not; the pairs with extreme values; the origin of each pair. No torch."""
 
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -12,31 +12,43 @@ from minicache.errors import CacheError
 from minicache.pairs import CHOSEN, REJECTED
 from minicache.reports.inspection import PairLine
 
-# In this order: what a row of the ledger announces was written before it.
+# The arrays to read, ledgers first: a block's data is written before its ledger row.
 READ = ("ledger/ref", "ledger/pairs", "pairs/lengths", "pairs/source", "ref/logp_mean", "ref/token_count")
 
 
 @dataclass
 class Columns:
-    """A number or a few for each pair: what is kept in memory of a cache of a million."""
+    """A few numbers for each of N pairs, small enough to keep a million pairs in memory.
 
-    index: NDArray[np.int64]  # (N,) position in the cache, -1 where it is not known
-    lengths: NDArray[np.int32]  # (N, 3)
-    counted: NDArray[np.int32]  # (N, 2)
-    source: NDArray[np.int64]  # (N, 2)
-    logp_mean: NDArray[np.float32]  # (N, 2), NaN where not scored
+    index: (N,) position in the cache, -1 if it is not known. lengths: (N, 3) tokens of prefix and both rests. counted: (N, 2)
+    counted tokens. source: (N, 2) number of the file and line. logp_mean: (N, 2) nats per token, NaN if not scored.
+    """
+
+    index: NDArray[np.int64]
+    lengths: NDArray[np.int32]
+    counted: NDArray[np.int32]
+    source: NDArray[np.int64]
+    logp_mean: NDArray[np.float32]
 
     @cached_property
     def sides(self) -> NDArray[np.int32]:
+        """(N, 2) tokens of the whole sides."""
         return self.lengths[:, :1] + self.lengths[:, 1:]
 
     @cached_property
     def scored(self) -> NDArray[np.bool_]:
+        """(N,) whether a pair has scores."""
         return np.isfinite(self.logp_mean[:, CHOSEN]) & np.isfinite(self.logp_mean[:, REJECTED])
+
+    @cached_property
+    def margins(self) -> NDArray[np.float32]:
+        """(N,) mean logprob of chosen minus that of rejected, nats per token; NaN if not scored."""
+        margins: NDArray[np.float32] = self.logp_mean[:, CHOSEN] - self.logp_mean[:, REJECTED]
+        return np.where(self.scored, margins, np.float32(np.nan))
 
 
 def read_columns(cache: ReferenceCache) -> tuple[Columns, dict[int, str], dict[int, str]]:
-    """The blocks' columns; which blocks have no pairs and which of the others no scores, and why."""
+    """The columns of all readable blocks; the blocks without pairs, and the other blocks without scores, each with the reason."""
     blocks = cache.blocks
     parts: list[tuple[np.ndarray, ...]] = [
         (np.zeros(0, np.int64), np.zeros((0, 3), np.int32), *(np.zeros((0, 2), kind) for kind in ("i4", "i8", "f4")))
@@ -55,11 +67,13 @@ def read_columns(cache: ReferenceCache) -> tuple[Columns, dict[int, str], dict[i
         parts.append((index, lengths, counted, source, logp_mean))
     for block in range(len(blocks), cache.log.blocks):
         without_pairs[block] = f"{cache.path}: block {block} was written, but the arrays end before it"
-    return Columns(*(np.concatenate(part) for part in zip(*parts, strict=True))), without_pairs, unscored
+    index, lengths, counted, source, logp_mean = (np.concatenate(part) for part in zip(*parts, strict=True))
+    columns = Columns(index=index, lengths=lengths, counted=counted, source=source, logp_mean=logp_mean)
+    return columns, without_pairs, unscored
 
 
 def _read_block(blocks: Blocks, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, str | None]:
-    """Lengths (n, 3), counted tokens (n, 2), source (n, 2), mean logprobs (n, 2) or NaN, and why there are no logprobs."""
+    """Lengths (n, 3), counted tokens (n, 2), source (n, 2), mean logprobs (n, 2) or NaN, and why logprobs are missing."""
     lengths, source = blocks.outline(block)
     ((_, scores),) = blocks.each(partial(blocks.ref, whole=False), [block])
     if isinstance(scores, CacheError):
@@ -68,15 +82,16 @@ def _read_block(blocks: Blocks, block: int) -> tuple[np.ndarray, np.ndarray, np.
 
 
 def extreme(values: np.ndarray, most: int) -> np.ndarray:
-    """Indices of the smallest values that are numbers, the first of equal ones first."""
+    """Indices of the `most` smallest finite values, in ascending order; the sort is stable."""
     numbers = np.flatnonzero(np.isfinite(values))
-    if len(numbers) > most:  # sorting a million takes longer than finding those worth sorting
+    # A partition is faster than sorting a million values.
+    if len(numbers) > most:
         numbers = numbers[values[numbers] <= np.partition(values[numbers], most)[most]]
     return numbers[np.argsort(values[numbers], kind="stable")[:most]]
 
 
 def pair_lines(cache: ReferenceCache, columns: Columns, indices: np.ndarray) -> list[PairLine]:
-    """Some rows of the columns as lines of a report."""
+    """The pairs at these indices of the columns as lines of a report."""
     names = [source.name for source in cache.log.sources]
     lines = []
     for index in indices.tolist():
@@ -86,6 +101,13 @@ def pair_lines(cache: ReferenceCache, columns: Columns, indices: np.ndarray) -> 
         margin = logps[CHOSEN] - logps[REJECTED] if logps else None
         position = int(columns.index[index])
         lines.append(
-            PairLine(position if position >= 0 else None, name, line, columns.lengths[index].tolist(), logps, margin)
+            PairLine(
+                index=position if position >= 0 else None,
+                source=name,
+                line=line,
+                lengths=columns.lengths[index].tolist(),
+                logp_mean=logps,
+                margin=margin,
+            )
         )
     return lines

@@ -1,8 +1,10 @@
-"""What is in a reference cache, as plain numbers: complete or not, damaged or not. No torch.
+"""The contents of a reference cache as plain numbers, also of an incomplete or damaged one. No torch.
 
-Tokens are not read, unless one pair is asked for.
+Tokens are read only for single pairs.
 """
 
+import logging
+import time
 from collections import Counter
 from dataclasses import asdict
 
@@ -18,22 +20,33 @@ from minicache.reports.columns import READ, Columns, extreme, pair_lines, read_c
 from minicache.reports.inspection import Inspection, PairView, Segment
 from minicache.reports.statistics import histogram, length_statistics, margin_histogram, preference
 
+log = logging.getLogger(__name__)
+
 
 def inspect_cache(config: InspectConfig) -> Inspection:
-    """Read the ledger, lengths, sources and scores of every block; a missing or damaged one is reported, not raised.
+    """Read the ledger, lengths, sources and scores of every block. Missing and damaged blocks are reported, not raised.
 
-    Chunks of tokens, masks and digests must be there but are not read: damage in them is found by `verify_cache` and by stages
-    that load them. Only the masks of pairs without scores are read, to count.
+    The chunks of tokens, masks and digests must exist but are not read; `verify_cache` and the stages that load them find damage
+    there. Only the masks of pairs without scores are read, to count tokens.
 
-    Raises CacheNotFound, CacheMismatch, CacheDamaged only if the manifest or an array's metadata cannot be read.
+    Raises:
+        CacheNotFound, CacheMismatch, CacheDamaged: the manifest or an array's metadata cannot be read.
     """
+    started = time.monotonic()
     cache = ReferenceCache(config.ref_cache)
     cache.blocks.arrays.hold(READ)
     columns, without_pairs, unscored = read_columns(cache)
+    log.debug("%s: %d blocks read, %.1f s", cache.path, len(cache.blocks), time.monotonic() - started)
+    return _inspection(cache, columns, without_pairs, unscored)
+
+
+def _inspection(
+    cache: ReferenceCache, columns: Columns, without_pairs: dict[int, str], unscored: dict[int, str]
+) -> Inspection:
+    """The report on what `read_columns` has read."""
     problem = _problem(cache, None if without_pairs else len(columns.lengths))
     unfinished = dict(sorted({**without_pairs, **unscored}.items()))
-    scored = columns.logp_mean[columns.scored]
-    margins = np.where(columns.scored, columns.logp_mean[:, CHOSEN] - columns.logp_mean[:, REJECTED], np.nan)
+    scored, margins = columns.logp_mean[columns.scored], columns.margins
     refused = sum((Counter(source.refused) for source in cache.log.sources), Counter())
     blocks = max(len(cache.blocks), cache.log.blocks)
     return Inspection(
@@ -72,21 +85,27 @@ def inspect_cache(config: InspectConfig) -> Inspection:
 
 
 def inspect_pair(config: InspectConfig) -> PairView:
-    """One pair of the cache, decoded with the tokenizer that lies in it. Raises CacheError."""
+    """One pair of the cache, decoded with the cache's tokenizer. Raises CacheError."""
     assert config.pair is not None
     cache = ReferenceCache(config.ref_cache)
     tokenizer = ChatTokenizer.load(cache.tokenizer_dir)
     pair, logp_mean = cache.blocks.pair(config.pair)
     table = PairTable.from_pairs([pair], cache.identity.token_dtype)
     scores = np.full((1, 2), np.nan, np.float32) if logp_mean is None else logp_mean[None]
-    columns = Columns(np.array([config.pair]), table.lengths, table.token_counts, table.source, scores)
+    columns = Columns(
+        index=np.array([config.pair]),
+        lengths=table.lengths,
+        counted=table.token_counts,
+        source=table.source,
+        logp_mean=scores,
+    )
     (line,) = pair_lines(cache, columns, np.array([0]))
     segments = [_segments(tokenizer, pair, side) for side in (CHOSEN, REJECTED)]
     return PairView(line, table.token_counts[0].tolist(), segments)
 
 
 def _segments(tokenizer: ChatTokenizer, pair: EncodedPair, side: int) -> list[Segment]:
-    """One whole side in runs of tokens of one kind: a character of several tokens is decoded from all of them."""
+    """A whole side as runs of tokens of one kind, each decoded at once: a character may consist of several tokens."""
     ids, mask = pair.side(side)
     shared = np.arange(len(ids)) < pair.lengths[0]
     starts = np.flatnonzero(np.r_[True, (mask[1:] != mask[:-1]) | (shared[1:] != shared[:-1])])
@@ -95,7 +114,7 @@ def _segments(tokenizer: ChatTokenizer, pair: EncodedPair, side: int) -> list[Se
 
 
 def _problem(cache: ReferenceCache, pairs: int | None) -> str | None:
-    """Why the cache as a whole is not complete; None if it is. pairs: their number, None if blocks are known to be missing."""
+    """Why the cache as a whole is not complete, or None. pairs: the number found, None if blocks are known to be missing."""
     try:
         cache.check_complete()
     except CacheError as error:

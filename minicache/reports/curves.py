@@ -1,4 +1,4 @@
-"""metrics.jsonl of a run -> its curves."""
+"""The curves of a run, read from its metrics.jsonl."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,13 +7,13 @@ from typing import Any
 from minicache.errors import DataError
 from minicache.json_lines import json_lines
 
-# steps and their values, of the same length
+# Steps, and a value for each.
 Curve = tuple[list[int], list[float]]
 METRICS, FACTS, PICTURE = "metrics.jsonl", "run.json", "curves.png"
 
 
 def names_apart(runs: list[Path]) -> list[str]:
-    """Short names of the runs: of each path as many of its last parts as make all names different."""
+    """Short, different names of the runs: the fewest last parts of their paths that distinguish them."""
     parts = [run.resolve().parts for run in runs]
     most = max(map(len, parts))
     for count in range(1, most + 1):
@@ -24,10 +24,10 @@ def names_apart(runs: list[Path]) -> list[str]:
 
 
 def read_curves(run: Path) -> dict[str, Curve]:
-    """Metric -> its steps in ascending order, and their values. Of a step that is logged twice, by a resumed run, the later counts.
+    """The curve of each metric, its steps in ascending order. If a resumed run has logged a step twice, the later line counts.
 
     Raises:
-        DataError: there is no run, no metrics.jsonl, or nothing in it; or a line before the last is broken.
+        DataError: there is no run, no metrics.jsonl, or no line in it; or a line before the last is broken.
     """
     found: dict[str, dict[int, float]] = {}
     for line in _lines(run):
@@ -43,6 +43,7 @@ def read_curves(run: Path) -> dict[str, Curve]:
 
 
 def _lines(run: Path) -> Iterator[dict[str, Any]]:
+    """The lines of metrics.jsonl, without a last one that is broken. Raises DataError."""
     file = run / METRICS
     if not file.is_file():
         raise DataError(_no_run(run))
@@ -54,7 +55,7 @@ def _lines(run: Path) -> Iterator[dict[str, Any]]:
         try:
             int(line.value["step"])
         except (ValueError, TypeError, KeyError, OverflowError):
-            # a kill may cut off the last line
+            # A kill may truncate the last line.
             if line is lines[-1]:
                 return
             raise DataError(
@@ -64,6 +65,7 @@ def _lines(run: Path) -> Iterator[dict[str, Any]]:
 
 
 def _no_run(run: Path) -> str:
+    """The message for a path that is not a run directory."""
     if not run.is_dir():
         return f"{run}: no such run; expected a directory that `minidpo train --out` made"
     if inside := sorted(file.parent.name for file in run.glob(f"*/{METRICS}")):

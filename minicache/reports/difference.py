@@ -1,4 +1,4 @@
-"""What differs between two caches, as plain data."""
+"""The differences between two caches, as plain data."""
 
 from dataclasses import dataclass
 
@@ -9,12 +9,13 @@ from minicache.cache.reader import ReferenceCache
 from minicache.errors import CacheError, Difference
 from minicache.text import ranges
 
-FARTHEST = 5  # pairs that are listed
+# Pairs that are listed.
+FARTHEST = 5
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the caches. only: pairs that the other lacks. unreadable: blocks without pairs or scores, and so left out."""
+    """One of the caches. only: number of pairs that the other lacks. unreadable: blocks without pairs or scores, left out."""
 
     path: str
     pairs: int
@@ -23,12 +24,13 @@ class Side:
 
     @property
     def unreadable_blocks(self) -> str:
+        """The numbers of the unreadable blocks, in words."""
         return ranges(self.unreadable) or "none"
 
 
 @dataclass(frozen=True)
 class File:
-    """A preference file by its content. kept: pairs that each cache has of it; None where it did not go in."""
+    """A preference file by its content. kept: number of its pairs in each cache; None in a cache made without it."""
 
     name: str
     sha256: str
@@ -37,7 +39,7 @@ class File:
 
 @dataclass(frozen=True)
 class Spread:
-    """Of absolute differences, nats a token."""
+    """The distribution of absolute differences, nats per token."""
 
     mean: float
     p99: float
@@ -46,7 +48,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class SharedPair:
-    """A pair that both have: where it came from, by the first; mean logprobs of chosen and rejected in each, nats a token."""
+    """A pair of both caches: file and line in the first; mean logprobs of chosen and rejected in each cache, nats per token."""
 
     digest: str
     file: str
@@ -57,10 +59,10 @@ class SharedPair:
 
 @dataclass(frozen=True)
 class Shared:
-    """The pairs that both have.
+    """The pairs of both caches.
 
-    differences: of mean logprobs of "chosen" and of "rejected", and of their "margin". flipped: pairs of which the references
-    prefer another side. farthest: the pairs whose values differ most, if any do.
+    differences: those of the mean logprobs of "chosen" and of "rejected", and of their "margin". flipped: number of pairs of which
+    the two references prefer different sides. farthest: the pairs whose values differ most, [] if all values are equal.
     """
 
     pairs: int
@@ -71,7 +73,10 @@ class Shared:
 
 @dataclass(frozen=True)
 class DiffReport:
-    """identity: the fields that differ, found in `a`, expected in `b`. shared: None if no pair is in both."""
+    """The comparison of caches a and b.
+
+    identity: the differing fields, found in a, expected in b. shared: None if no pair is in both.
+    """
 
     a: Side
     b: Side
@@ -82,7 +87,7 @@ class DiffReport:
 
 @dataclass(frozen=True)
 class _Values:
-    """What is read of a cache. keys: (N,) digests. source: (N, 2). means: (N, 2) float32."""
+    """The readable pairs of a cache. keys: (N,) digests. source: (N, 2). means: (N, 2) float32. unreadable: the other blocks."""
 
     keys: NDArray[np.void]
     source: NDArray[np.int64]
@@ -106,6 +111,7 @@ def read_values(cache: ReferenceCache) -> _Values:
 
 
 def compare_files(first: ReferenceCache, second: ReferenceCache) -> list[File]:
+    """All preference files of the two caches, with the number of pairs from each."""
     counts: list[dict[str, int]] = [
         {source.sha256: source.kept for source in cache.log.sources} for cache in (first, second)
     ]
@@ -116,7 +122,7 @@ def compare_files(first: ReferenceCache, second: ReferenceCache) -> list[File]:
 def compare_values(
     cache: ReferenceCache, mine: _Values, others: _Values, at: NDArray[np.int64], at_other: NDArray[np.int64]
 ) -> Shared:
-    """How the values of the pairs differ that lie at `at` in one cache and at `at_other` in the other."""
+    """The differences between the values of shared pairs. at, at_other: (M,) their places in `mine` and in `others`."""
     a, b = mine.means[at].astype(np.float64), others.means[at_other].astype(np.float64)
     margins = [means[:, 0] - means[:, 1] for means in (a, b)]
     by_side = np.abs(a - b)
@@ -133,7 +139,14 @@ def compare_values(
         file, line = mine.source[at[index]].tolist()
         name = names[file] if 0 <= file < len(names) else "?"
         digest = mine.keys[at[index]].tobytes().hex()
-        listed.append(SharedPair(digest, name, line, tuple(a[index].tolist()), tuple(b[index].tolist())))
+        pair = SharedPair(
+            digest=digest,
+            file=name,
+            line=line,
+            logps_a=tuple(a[index].tolist()),
+            logps_b=tuple(b[index].tolist()),
+        )
+        listed.append(pair)
     flipped = int(((margins[0] > 0) != (margins[1] > 0)).sum())
     return Shared(len(at), spreads, flipped, listed)
 

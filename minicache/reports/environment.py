@@ -1,4 +1,4 @@
-"""What a report of a bug needs to know of a machine: versions, devices, extras. No names, no credentials, no torch at import."""
+"""The facts of a machine that a bug report needs: versions, devices, extras. No names, no credentials, no torch at import."""
 
 import importlib.util
 import os
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 
 DISTRIBUTION = "minidpo"
-# Variables that change what a run does, and hold no secret.
+# Variables that change the behaviour of a run and contain no secret.
 VARIABLES = (
     "CUDA_VISIBLE_DEVICES",
     "HF_ENDPOINT",
@@ -25,10 +25,10 @@ VARIABLES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """Everything that `minidpo env` shows; `--json` has it by these names.
+    """Everything that `minidpo env` shows; the names are those of `--json`.
 
-    packages: those that are needed, with their versions; None: missing. extras: extra -> its packages, likewise.
-    devices: a line for each GPU. problem: why torch cannot be used, if so.
+    packages: version of each required package, None if it is missing. extras: the same for the packages of each extra.
+    devices: a line for each GPU. problem: why torch cannot be used, or None.
     """
 
     minidpo: str
@@ -44,7 +44,7 @@ class Environment:
 
 
 def look_around() -> Environment:
-    """The machine and the environment of this process."""
+    """The facts of this machine and of this process's environment."""
     needed, extras = _requirements()
     devices, cuda, problem = _devices()
     return Environment(
@@ -62,12 +62,13 @@ def look_around() -> Environment:
 
 
 def _requirements() -> tuple[list[str], dict[str, list[str]]]:
-    """Names of the packages that the distribution needs, and of those of each of its extras."""
+    """The names of the packages that the distribution requires, and of those that each of its extras requires."""
     needed: list[str] = []
     extras: dict[str, list[str]] = {}
     try:
         listed = requires(DISTRIBUTION) or []
-    except PackageNotFoundError:  # run from a checkout that nobody installed
+    except PackageNotFoundError:
+        # Run from a checkout that is not installed.
         return ["torch", "transformers", "zarr", "numpy"], {}
     for line in listed:
         requirement, _, marker = line.partition(";")
@@ -83,6 +84,7 @@ def _requirements() -> tuple[list[str], dict[str, list[str]]]:
 
 
 def _version(name: str) -> str | None:
+    """The version of an installed package; None if it is missing."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -101,5 +103,6 @@ def _devices() -> tuple[list[str], str | None, str | None]:
             card = torch.cuda.get_device_properties(index)
             found.append(f"{card.name}, {card.total_memory / 2**30:,.1f} GiB, compute {card.major}.{card.minor}")
         return found, torch.version.cuda, None
-    except Exception as error:  # a broken driver or build raises what it likes, and is just what is to be reported
+    # A broken driver or build may raise anything, and is what this report should show.
+    except Exception as error:
         return [], None, " ".join(str(error).split())[:300] or type(error).__name__

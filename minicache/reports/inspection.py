@@ -1,4 +1,4 @@
-"""What `inspect-cache` finds, as plain data: the screen, a picture and other programs read it."""
+"""The findings of `inspect-cache` as plain data, which the screen, pages and other programs read."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +8,7 @@ from minicache.text import ranges
 
 @dataclass(frozen=True)
 class Histogram:
-    """edges: BINS + 1 bounds, shared by both sides; chosen, rejected: how many pairs fall between them."""
+    """A histogram of both sides. edges: BINS + 1 bounds, shared by the sides; chosen, rejected: number of pairs in each bin."""
 
     edges: list[float]
     chosen: list[int]
@@ -17,7 +17,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class MarginHistogram:
-    """edges: bounds, multiples of one width; pairs: how many fall between them."""
+    """A histogram of margins. edges: bounds, multiples of one width; pairs: number of pairs in each bin."""
 
     edges: list[float]
     pairs: list[int]
@@ -27,9 +27,9 @@ class MarginHistogram:
 class PairLine:
     """One pair of a list.
 
-    index: what `--pair` calls it; None if a block before it has lost its ledger row, so that nobody can count to it.
-    source, line: the file it came from and the line there, from 1. lengths: tokens of prefix, chosen's rest, rejected's rest.
-    logp_mean: nats a token of chosen and rejected; margin: their difference. Both None if not scored.
+    index: position in the cache, as for `--pair`; None if an earlier block has lost its ledger row, so that it is not known.
+    source, line: file and line (from 1) of the pair. lengths: tokens of prefix, chosen's rest, rejected's rest.
+    logp_mean: mean logprobs of chosen and rejected, nats per token; margin: their difference. None if not scored.
     """
 
     index: int | None
@@ -42,21 +42,21 @@ class PairLine:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Everything `inspect-cache` shows; `--json` prints just this, by these names.
+    """Everything that `inspect-cache` shows; the names are those of `--json`.
 
-    identity: what the values depend on. log: model, dates, versions, sources (rows = kept + duplicates + refused).
-    complete: training may use it, unless a byte of the tokens has changed, which are not read (`--verify` tells).
-    problem: why not, where that is no matter of a single block; otherwise None.
-    blocks: all there are or should be; blocks_with_pairs, blocks_scored: those that are there, as far as read.
-    unfinished: block -> what it lacks, as text. shards: jobs of the last `precompute-ref --shard K/N`, None if there was none;
-    shards_missing: which of them, from 1, have blocks that are unfinished. pairs, pairs_scored and all below: of the blocks there.
-    tokens: stored, a shared prefix once. counted: tokens in the mean of [chosen, rejected].
+    identity: the fields on which values depend. log: model, dates, versions, sources (rows = kept + duplicates + refused).
+    complete: whether training can use the cache. Tokens are not read; only `--verify` finds damage in them.
+    problem: why the cache as a whole is not complete, or None; problems of single blocks are in `unfinished`.
+    blocks: number of blocks that exist or should; blocks_with_pairs, blocks_scored: number of those that are readable so far.
+    unfinished: block -> what it lacks, as text. shards: jobs of the last `precompute-ref --shard K/N`, None without one;
+    shards_missing: numbers, from 1, of those with unfinished blocks. pairs, pairs_scored and all below: of the readable blocks.
+    tokens: stored tokens; a shared prefix counts once. counted: tokens in the means of [chosen, rejected].
     lengths: prefix, chosen, rejected, chosen_counted, rejected_counted -> min, median, mean, p95, max; {} without pairs.
-    length_histogram: tokens of whole sides. logp_histogram: mean logprobs, nats a token. None if there is nothing to count.
-    margin_histogram: of (chosen - rejected) mean logprob, nats a token; None likewise.
+    length_histogram: tokens of whole sides. logp_histogram: mean logprobs, nats per token. None without values.
+    margin_histogram: (chosen - rejected) mean logprobs, nats per token; None without values.
     reference_prefers_chosen: share of scored pairs in which the reference gives chosen the higher logprob, by mean and by sum.
-    reference_margin: mean of (chosen - rejected) mean logprob, nats a token.
-    refused: rows by reason; refused_rows: all of them; refused_file: where they are listed, None if there is no list.
+    reference_margin: mean of (chosen - rejected) mean logprobs, nats per token.
+    refused: number of rows by reason; refused_rows: of all reasons; refused_file: their list, None without one.
     longest: by the longer side. highest_margin, lowest_margin: by mean logprob. lowest_logp: by the less likely side.
     """
 
@@ -94,7 +94,7 @@ class Inspection:
 
     @property
     def missing(self) -> list[str]:
-        """The numbers of the blocks and shards that are missing, in words."""
+        """The numbers of unfinished blocks and missing shards, in words."""
         lines = [f"unfinished: block {ranges(map(int, self.unfinished))}"] if self.unfinished else []
         if self.shards_missing:
             which = f"{ranges(self.shards_missing)} of {self.shards}"
@@ -112,7 +112,7 @@ class Inspection:
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive tokens of one kind, as text. shared: they lie in the prefix of both sides."""
+    """Consecutive tokens of one kind, as text. shared: whether they are in the prefix of both sides."""
 
     text: str
     counted: bool
@@ -121,7 +121,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class PairView:
-    """One pair, decoded. segments: of chosen and of rejected; each is the whole side."""
+    """A decoded pair. segments: those of the whole chosen side, and of the whole rejected side."""
 
     line: PairLine
     token_count: list[int]

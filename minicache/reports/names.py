@@ -1,12 +1,14 @@
-"""Names, units and formats of what is measured, as terminal, pages and pictures show it. No torch."""
+"""Names, units and formats of metrics and statistics for terminal, pages and pictures. No torch."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-EVAL = "eval/"  # begins the name of a metric of held-out pairs
-SHOWN_PROBLEMS = 20  # problems listed of a cache; `inspect-cache --json` lists all
+# Beginning of the names of metrics over held-out pairs.
+EVAL = "eval/"
+# Problems of a cache that are listed; `inspect-cache --json` lists all of them.
+SHOWN_PROBLEMS = 20
 LENGTHS = {
     "prefix": "shared beginning",
     "chosen": "chosen",
@@ -19,26 +21,27 @@ STATISTICS = {"min": ",.0f", "median": ",.1f", "mean": ",.1f", "p95": ",.0f", "m
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is shown. heading: of a narrow column."""
+    """The display of a metric. heading: of a narrow column. form: format of its values."""
 
     heading: str
     name: str
     form: str
 
 
-METRICS = {  # metric -> how it is shown
+METRICS = {
     "loss": Metric("loss", "loss", ".4f"),
     "accuracy/policy": Metric("likelier", "chosen is likelier", ".1%"),
     "rewards/accuracy": Metric("accuracy", "reward accuracy", ".1%"),
     "rewards/margin": Metric("margin", "reward margin", "+.4f"),
     "kl": Metric("kl", "moved from the reference (KL), nats per token", ".3g"),
 }
-SUMMARY = ("loss", "rewards/accuracy", "rewards/margin", "kl")  # the metrics that say how a training goes
+# The metrics that summarise a training.
+SUMMARY = ("loss", "rewards/accuracy", "rewards/margin", "kl")
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A chart of a run. metrics: the curves in it. level: a horizontal line to compare with."""
+    """A chart of a run. metrics: its curves. level: a horizontal line for comparison, or None."""
 
     title: str
     unit: str
@@ -46,14 +49,14 @@ class Panel:
     level: float | None = None
 
     def unit_of(self, runs: Sequence[Mapping[str, Any]]) -> str:
-        """The unit, where the runs' logprobs are means or sums. runs: what their run.json say."""
+        """The unit, which may depend on whether logprobs are means or sums. runs: the entries of their run.json."""
         kinds = {str(facts.get("logps")) for facts in runs}
         units = {"mean": "nats per token", "sum": "nats per answer"}
         known = units.get(kinds.pop(), "nats") if len(kinds) == 1 else "nats: runs of mean and of sum"
         return self.unit.format(logps=known)
 
     def level_of(self, from_ln_2: bool) -> float | None:
-        """from_ln_2: all the runs' losses begin at ln 2."""
+        """The level, which is ln 2 for losses that begin there. from_ln_2: whether the losses of all runs do."""
         return math.log(2) if from_ln_2 and self.metrics == ("loss",) else self.level
 
 

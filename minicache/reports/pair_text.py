@@ -1,4 +1,4 @@
-"""Pairs of a cache as text: token by token where each has its logprob, in runs where only the mean is known."""
+"""Pairs of a cache as text: token by token if the cache has each token's logprob, otherwise in runs."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,14 +11,15 @@ from minicache.errors import CacheError
 from minicache.pairs import CHOSEN, REJECTED, EncodedPair, Ints
 from minicache.text import visible
 
-SHARED_SHOWN, OWN_SHOWN = 300, 600  # tokens: the end of the shared beginning, the beginning of each side's rest
+# Tokens shown of a pair: the last ones of the shared prefix, the first ones of each side's rest.
+SHARED_SHOWN, OWN_SHOWN = 300, 600
 
-# A run of text that does not count; [text] that does, [text, logprob] of one token that does; a number of tokens left out.
+# Text that does not count; [text] that counts; [text, logprob] of one token that counts; a number of tokens left out.
 Piece = str | list[Any] | int
 
 
 def pair_texts(cache: ReferenceCache, tokenizer: ChatTokenizer, indices: list[int]) -> dict[int, list[list[Piece]]]:
-    """Pair -> pieces of the shared beginning, of chosen's rest, of rejected's rest. A pair that cannot be read is left out."""
+    """The pieces of each pair: of its prefix, of chosen's rest, of rejected's rest. Pairs that cannot be read are left out."""
     blocks, texts = cache.blocks, {}
     wanted = {
         block: (span, chosen) for block, span in blocks.spans() if (chosen := [i for i in sorted(indices) if i in span])
@@ -37,7 +38,7 @@ def pair_texts(cache: ReferenceCache, tokenizer: ChatTokenizer, indices: list[in
 
 
 def _pieces(pair: EncodedPair, logps: np.ndarray | None, tokenizer: ChatTokenizer) -> list[list[Piece]]:
-    """logps: (n,) of all the pair's tokens, NaN where one does not count."""
+    """The pieces of a pair. logps: (n,) logprobs of all its tokens, NaN for those that do not count; None if not known."""
     prefix, chosen, _ = pair.lengths
     values = np.full(len(pair.tokens), np.nan, np.float32) if logps is None else logps
     sides = [np.arange(prefix + chosen), np.r_[0:prefix, prefix + chosen : len(pair.tokens)]]
@@ -56,7 +57,7 @@ def _pieces(pair: EncodedPair, logps: np.ndarray | None, tokenizer: ChatTokenize
 def _run(
     pair: EncodedPair, places: Ints, span: tuple[int, int], logps: np.ndarray, tokenizer: ChatTokenizer
 ) -> list[Piece]:
-    """Pieces of the tokens from span[0] to span[1] of the side that lies at `places`."""
+    """The pieces of the tokens from span[0] to span[1] of a side. places: (m,) the side's tokens in the pair."""
     ids, mask, values = pair.tokens[places], pair.loss_mask[places], logps[places]
     pieces: list[Piece] = []
     for start, stop, text in _texts(tokenizer, ids, span):
@@ -79,17 +80,16 @@ def _shown(piece: Piece) -> Piece:
 
 
 def _texts(tokenizer: ChatTokenizer, ids: Ints, span: tuple[int, int]) -> Iterator[tuple[int, int, str]]:
-    """Where each stretch of tokens begins and ends that makes whole characters, and its text.
+    """The shortest runs of tokens that make whole characters: begin, end and text of each.
 
-    Text is what decoding with the stretch before it adds: a decoder may drop the space before the very first word.
+    A run is decoded together with the one before it: a decoder may drop the space before the first word.
     """
     begin = start = span[0]
     for stop in range(span[0] + 1, span[1] + 1):
         before = tokenizer.decode(ids[begin:start]) if start > begin else ""
         text = tokenizer.decode(ids[begin:stop])
-        if (
-            text.endswith("\ufffd") and stop < span[1] and stop - start < 8
-        ):  # the rest of the character is still to come
+        # The rest of a character is missing.
+        if text.endswith("\ufffd") and stop < span[1] and stop - start < 8:
             continue
         yield start, stop, text[len(before) :]
         begin, start = start, stop

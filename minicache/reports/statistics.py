@@ -12,6 +12,7 @@ SIDES = ("chosen", "rejected")
 
 
 def length_statistics(columns: Columns) -> dict[str, dict[str, float]]:
+    """Minimum, median, mean, 95th percentile and maximum of each kind of length."""
     values = {"prefix": columns.lengths[:, 0]}
     for side, name in enumerate(SIDES):
         values[name] = columns.sides[:, side]
@@ -29,11 +30,12 @@ def length_statistics(columns: Columns) -> dict[str, dict[str, float]]:
 
 
 def histogram(values: np.ndarray, integers: bool = False) -> Histogram | None:
-    """values: (N, 2), chosen and rejected. None if there are none."""
+    """The histogram of (N, 2) values of chosen and rejected; None without values. integers: the values are whole numbers."""
     if not len(values):
         return None
     low, high = float(values.min()), float(values.max())
-    if integers:  # bins of whole numbers: none is empty only because of where its bounds fall
+    if integers:
+        # Bounds between whole numbers: every bin covers equally many of them.
         width = max(1, -(-int(high - low + 1) // BINS))
         edges = np.arange(low, low + width * (int(high - low) // width + 1) + 1, width) - 0.5
     else:
@@ -43,12 +45,13 @@ def histogram(values: np.ndarray, integers: bool = False) -> Histogram | None:
 
 
 def margin_histogram(margins: np.ndarray) -> MarginHistogram | None:
-    """margins: (N,) nats a token. Bounds are multiples of a width, so that no bin holds pairs from both sides of 0."""
+    """The histogram of (N,) margins, nats per token; None without values. No bin contains values from both sides of 0."""
     if not len(margins):
         return None
     low, high = min(float(margins.min()), 0.0), max(float(margins.max()), 0.0)
     width = (high - low) / BINS or 1.0
-    edges = np.arange(math.floor(low / width) - 1, math.ceil(high / width) + 2) * width  # one more: rounding drops none
+    # One bin more at each end, so that rounding drops no value.
+    edges = np.arange(math.floor(low / width) - 1, math.ceil(high / width) + 2) * width
     counts = np.histogram(margins, edges)[0]
     filled = np.flatnonzero(counts)
     first, last = int(filled[0]), int(filled[-1]) + 1
@@ -56,6 +59,7 @@ def margin_histogram(margins: np.ndarray) -> MarginHistogram | None:
 
 
 def preference(columns: Columns) -> dict[str, float] | None:
+    """The share of scored pairs in which the reference prefers chosen, by mean and by sum; None without scores."""
     if not columns.scored.any():
         return None
     mean = columns.logp_mean[columns.scored]

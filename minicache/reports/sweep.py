@@ -1,4 +1,4 @@
-"""What a sweep found, as plain data: the screen, a picture and other programs read it. No torch."""
+"""The results of a sweep as plain data, which the screen, a picture and other programs read. No torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,10 +7,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class RunResult:
-    """One run. options: the swept ones. state: done, failed, unfinished (it goes on) or not begun. problem: why it failed.
+    """The result of one run.
 
-    held_out: metrics (see docs/training.md) of the saved model over the held-out pairs; None unless done. steps: optimizer
-    steps done; model_step: those behind the saved model. pairs_trained: pairs in all steps. seconds: of training.
+    options: values of the swept options. state: done, failed, unfinished (the same call resumes it) or not begun. problem: why it
+    failed. held_out: metrics (see docs/training.md) of the saved model over the held-out pairs; None unless done. steps:
+    optimizer steps done; model_step: those behind the saved model. pairs_trained: pairs in all steps. seconds: of training.
     """
 
     name: str
@@ -26,12 +27,12 @@ class RunResult:
 
 @dataclass(frozen=True)
 class SweepReport:
-    """Everything `sweep` shows; `--json` and sweep.json have just this, by these names.
+    """Everything that `sweep` shows; the names are those of `--json` and sweep.json.
 
-    runs: the best first, by accuracy on held-out pairs. swept: names of the options that have values in each run.
-    reference_passes: pairs in all training steps, each of which a live reference would have run over. cached_pairs: those that
-    stage one ran it over once. reference_pairs_per_second: measured on this machine, of the same model without gradients.
-    seconds_not_spent, stage_one_seconds: the two numbers of pairs by that rate.
+    runs: the best first, by accuracy on held-out pairs. swept: names of the swept options. reference_passes: pairs in all training
+    steps, which a live reference would have scored. cached_pairs: pairs that stage one scored once. reference_pairs_per_second:
+    rate of the same model without gradients, measured on this machine. seconds_not_spent, stage_one_seconds: reference_passes and
+    cached_pairs divided by that rate.
     """
 
     out: Path

@@ -1,5 +1,7 @@
 """Reference and policy answer the same prompts: side by side on the screen, as JSON lines, or as a page for blind votes."""
 
+import logging
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,12 +18,14 @@ from minicache.processes.world import World
 from minicache.trackers import Tracker
 from minicache.training.run_directory import policy_source, run_behind
 
+log = logging.getLogger(__name__)
+
 
 def compare(config: CompareConfig, world: World, tracker: Tracker) -> list[Answers]:
-    """Both models' answers to every prompt, written to `config.jsonl` and `config.html` where these are named.
+    """The answers of both models to every prompt, also written to `config.jsonl` and `config.html` if these are named.
 
     Raises:
-        MinicacheError: a model or the prompts cannot be read, the two do not fit, or the reference is not known.
+        MinicacheError: a model or the prompts cannot be read, the models do not fit, or the reference is not known.
     """
     for file in filter(None, (config.jsonl, config.html)):
         check_writable(file)
@@ -37,7 +41,7 @@ def compare(config: CompareConfig, world: World, tracker: Tracker) -> list[Answe
 
 
 def _reference_of(run: str) -> str:
-    """What the run started from."""
+    """The model that the run of this policy started from. Raises ConfigError: it is not known."""
     behind = run_behind(run)
     if behind is None:
         raise ConfigError(f"{run} is no run directory that says what it started from; add --reference MODEL")
@@ -47,7 +51,8 @@ def _reference_of(run: str) -> str:
 def _ask(
     source: str, tokenizer: ChatTokenizer, prompts: list[Prompt], config: CompareConfig, world: World, tracker: Tracker
 ) -> list[Answer]:
-    """One model's answers. It is out of memory again when the other one is loaded."""
+    """The answers of one model. It is freed before the other one is loaded."""
+    started = time.monotonic()
     ids = [prompt.ids for prompt in prompts]
     tracker.begin(f"loading {source}", None)
     model = load_model(source, config.trust_remote_code).model
@@ -60,7 +65,9 @@ def _ask(
         seed=config.seed,
         batch_size=config.batch_size,
     )
-    return answer_all(model.to(world.device), tokenizer, ids, sampling, tracker.advance)
+    answers = answer_all(model.to(world.device), tokenizer, ids, sampling, tracker.advance)
+    log.debug("%s answered %d prompts: %.1f s", source, len(ids), time.monotonic() - started)
+    return answers
 
 
 def _side_by_side(prompt: Prompt, before: Answer, after: Answer) -> Answers:
@@ -75,13 +82,14 @@ def _side_by_side(prompt: Prompt, before: Answer, after: Answer) -> Answers:
 
 
 def _note_cut(answers: list[Answers], config: CompareConfig, tracker: Tracker) -> None:
+    """Note how many answers reached the limit of tokens."""
     cut = sum(item.reference_cut + item.policy_cut for item in answers)
     if cut:
         tracker.note(f"{cut} of {2 * len(answers)} answers were cut at --max-new-tokens {config.max_new_tokens}")
 
 
 def _write(answers: list[Answers], config: CompareConfig, names: dict[str, str]) -> None:
-    """Write the files asked for. names: of the two models."""
+    """Write the files asked for. names: those of the two models, by "reference" and "policy"."""
     shown = ("system", "max_new_tokens", "temperature", "top_p", "seed", "batch_size")
     settings = {name: getattr(config, name) for name in shown}
     if config.jsonl:

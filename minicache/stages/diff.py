@@ -1,4 +1,4 @@
-"""Two reference caches side by side: identity, files, pairs, and how far apart the values of shared pairs are. No torch."""
+"""The differences between two reference caches: identity, files, pairs, and the values of shared pairs. No torch."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ from minicache.reports.difference import DiffReport, Side, compare_files, compar
 
 
 def diff(a: Where, b: Where) -> DiffReport:
-    """Compare two caches as far as they can be read; pairs are the same by their digests, wherever they lie.
+    """Compare two caches as far as they can be read. Pairs with the same digest are the same, wherever they lie.
 
     Raises:
         CacheNotFound, CacheMismatch, CacheDamaged: a manifest cannot be read.
@@ -22,4 +22,4 @@ def diff(a: Where, b: Where) -> DiffReport:
     ]
     differences = first.identity.differences(second.identity)
     shared = compare_values(first, mine, others, at, at_other) if len(at) else None
-    return DiffReport(sides[0], sides[1], differences, compare_files(first, second), shared)
+    return DiffReport(a=sides[0], b=sides[1], identity=differences, files=compare_files(first, second), shared=shared)

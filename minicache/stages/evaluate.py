@@ -1,4 +1,4 @@
-"""A policy against a reference cache: preference accuracy, margin, KL, loss."""
+"""Evaluation of a policy against a reference cache: preference accuracy, margin, KL, loss."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -25,9 +25,10 @@ from minicache.training.validation import EvalSet, evaluate_policy, require_per_
 
 @dataclass(frozen=True)
 class EvaluateReport:
-    """metrics: means over the cache's pairs, by the names of metrics.py, under `settings` (loss and its options, logps, beta).
+    """The result of an evaluation.
 
-    same_weights: the policy has the reference's own weights.
+    metrics: means over the cache's pairs, by the names of metrics.py. settings: loss and its options, logps, beta.
+    same_weights: whether the policy has the weights of the reference.
     """
 
     policy: str
@@ -39,7 +40,7 @@ class EvaluateReport:
 
 
 def evaluate(config: EvaluateConfig, world: World, tracker: Tracker) -> EvaluateReport:
-    """Score every pair of the cache with the policy. Raises MinicacheError of any kind."""
+    """Score every pair of the cache with the policy; returns the mean metrics. Raises MinicacheError of any kind."""
     settings, options = _settings(config)
     objective = Objective.parse(settings["loss"], settings["logps"], settings["beta"], options)
     cache = ReferenceCache(config.ref_cache)
@@ -62,7 +63,7 @@ def evaluate(config: EvaluateConfig, world: World, tracker: Tracker) -> Evaluate
 
 
 def _settings(config: EvaluateConfig) -> tuple[dict[str, Any], LossOptions]:
-    """Loss, logps and beta as asked for, else as the run's validation had them, else a run's defaults; and the loss's options."""
+    """Loss, logps and beta, and the options of the loss: as asked for, else as in the run's validation, else the defaults."""
     run = run_behind(config.policy)
     used = run.options if run else DEFAULTS
     settings = {
@@ -74,6 +75,7 @@ def _settings(config: EvaluateConfig) -> tuple[dict[str, Any], LossOptions]:
 
 
 def _load(config: EvaluateConfig, cache: ReferenceCache, tracker: Tracker) -> LoadedModel:
+    """The policy. Raises CacheMismatch: its vocabulary is not that of the cache."""
     source = policy_source(config.policy)
     tracker.begin(f"loading {source}", None)
     loaded = load_model(source, config.trust_remote_code)

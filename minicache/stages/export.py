@@ -1,4 +1,4 @@
-"""A policy in the form that other programs read: a Hugging Face directory, or MiniMind's own file."""
+"""Export of a policy for other programs: a Hugging Face directory, or MiniMind's own file."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,10 @@ from minicache.training.run_directory import policy_source
 
 @dataclass(frozen=True)
 class ExportReport:
-    """out: the file or directory written. name: what to give as --model to load it; for a .pth it may add the number of heads.
+    """The result of an export.
 
-    dtype: of its weights. parameters: their number.
+    out: the file or directory written. name: the value of --model that loads it; for a .pth it may add the number of heads.
+    dtype: precision of the weights. parameters: number of the weights.
     """
 
     out: Path
@@ -30,7 +31,7 @@ class ExportReport:
 
 
 def export(config: ExportConfig, world: World, tracker: Tracker) -> ExportReport:
-    """Write the policy to `config.out`, adapters merged into their base.
+    """Write the policy to `config.out`, with adapters merged into their base.
 
     Raises:
         ModelError: the policy cannot be read, or does not fit the form. OutputError: it cannot be written.
@@ -57,7 +58,7 @@ def export(config: ExportConfig, world: World, tracker: Tracker) -> ExportReport
 def _save_directory(model: nn.Module, source: str, config: ExportConfig) -> None:
     """Write a Hugging Face directory with the tokenizer named, or else that of the policy."""
     with TemporaryDirectory(prefix="minidpo-") as scratch:
-        # not the scratch directory itself: save_model copies its permissions, which let nobody else open it
+        # Not the scratch directory itself: save_model copies its permissions, which exclude all other users.
         files = Path(scratch) / "tokenizer"
         save_tokenizer(config.tokenizer or source, files, None, config.trust_remote_code)
         save_model(model, files, config.out)

@@ -1,5 +1,7 @@
-"""A reference cache as a table that other programs train from, complete enough to become the same cache again. No torch."""
+"""Export of a reference cache as a table for other programs, from which `import-cache` makes the same cache. No torch."""
 
+import logging
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +17,15 @@ from minicache.intake.tokenizer_files import require_fit
 from minicache.options.exchange import ExportCacheConfig
 from minicache.trackers import Tracker
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class ExportCacheReport:
-    """out: the file or directory written. identity: the digest to name at import.
+    """The result of an export.
 
-    odd: the number of pairs with another mask than a program assumes that gets none: all of the answers, nothing else.
+    out: the file or directory written. identity: the digest to name at import.
+    odd: the number of pairs whose mask is not "all tokens of the answers and no others", which other programs assume.
     """
 
     out: Path
@@ -30,7 +35,7 @@ class ExportCacheReport:
 
 
 def export_cache(config: ExportCacheConfig, tracker: Tracker) -> ExportCacheReport:
-    """Write every pair with its text, its sums, and all that it is rebuilt from. One block at a time is in memory.
+    """Write every pair with its text, its sums, and the columns that rebuild it; one block at a time is in memory.
 
     Raises:
         CacheError: the cache is missing, damaged or not complete. OutputError: the table cannot be written.
@@ -43,7 +48,7 @@ def export_cache(config: ExportCacheConfig, tracker: Tracker) -> ExportCacheRepo
     tokenizer, types = ChatTokenizer.load(cache.tokenizer_dir), dict(TYPES)
     if cache.identity.per_token:
         types |= PER_TOKEN
-    odd = 0
+    odd, started = 0, time.monotonic()
     tracker.begin(f"writing {config.out}", cache.log.pairs)
     with table_at(config.out, types, document_of(cache)) as write:
         for cached in each_whole_block(cache.blocks):
@@ -51,4 +56,5 @@ def export_cache(config: ExportCacheConfig, tracker: Tracker) -> ExportCacheRepo
             write(columns)
             odd += others
             tracker.advance(len(cached.table), len(cached.table.tokens))
+    log.debug("%s: %d rows written, %.1f s", config.out, cache.log.pairs, time.monotonic() - started)
     return ExportCacheReport(out=config.out, pairs=cache.log.pairs, identity=cache.identity.digest, odd=odd)

@@ -1,6 +1,6 @@
-"""A table with the reference's logprobs -> a reference cache with the same values. An exported table becomes the same cache again.
+"""Import of a table with the reference's logprobs into a new reference cache. An exported table becomes the same cache again.
 
-The new cache appears complete or not at all. Torch is needed for another program's file and to compare weights.
+The new cache appears complete or not at all. Torch is needed only for another program's file and to compare weights.
 """
 
 from dataclasses import asdict, dataclass
@@ -18,7 +18,7 @@ from minicache.trackers import Tracker
 
 @dataclass(frozen=True)
 class ImportReport:
-    """The cache that was made. identity: its digest. sources: the files that its pairs come from."""
+    """The new cache. identity: digest of its identity. sources: the files that its pairs come from."""
 
     ref_cache: Where
     pairs: int
@@ -31,8 +31,8 @@ def import_cache(config: ImportConfig, tracker: Tracker) -> ImportReport:
     """Make a cache from a table of `export`, or from another program's rows.
 
     Raises:
-        DataError: the file cannot be read, or a row of it cannot be used. ConfigError: the user did not state whose values it
-            holds. CacheMismatch: it holds others than stated. OutputError: `ref_cache` exists or cannot be written.
+        DataError: the file cannot be read, or a row of it cannot be used. ConfigError: the user did not state which model's
+            values it holds. CacheMismatch: it holds those of another. OutputError: `ref_cache` exists or cannot be written.
     """
     place_at(config.ref_cache).require_free(is_new=True)
     document = read_document(config.file)
@@ -56,7 +56,7 @@ def import_cache(config: ImportConfig, tracker: Tracker) -> ImportReport:
 
 
 def _require_other_program(file: str) -> None:
-    """Refuse an exported table that lost its document: nothing says whose logprobs it holds, and its text is rendered."""
+    """Raises DataError: an exported table without its document. Its model is unknown, and its text is already rendered."""
     _, row = next(read_table(file))
     if isinstance(row, dict) and all(name in row for name in OF_EXPORTS):
         raise DataError(

@@ -1,4 +1,4 @@
-"""What is in a reference cache: as a report, pair by pair, as a page; and whether it is sound. Only `verify_model` needs torch."""
+"""Inspection of a reference cache: a report, single pairs, a page, and verification. Only `verify_model` needs torch."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,12 +19,12 @@ __all__ = ["inspect_cache", "inspect_pair", "verify_cache", "verify_model", "wri
 
 
 def verify_cache(config: InspectConfig) -> list[str]:
-    """Re-read everything and check every digest; one line a problem."""
+    """Re-read everything and check every digest; returns one line for each problem."""
     return [str(problem) for _, problem in ReferenceCache(config.ref_cache).verify()]
 
 
 def verify_model(config: InspectConfig, world: "World", tracker: Tracker) -> float:
-    """Re-score a sample of the cache with `config.model`. Returns the largest difference, nats a token.
+    """Re-score a sample of the cache with `config.model`; returns the largest difference, nats per token.
 
     Raises:
         CacheMismatch: the model has other weights. HandshakeError: the same weights give other logprobs.
@@ -53,10 +53,10 @@ def verify_model(config: InspectConfig, world: "World", tracker: Tracker) -> flo
 
 
 def write_cache_page(config: InspectConfig, tracker: Tracker) -> Path:
-    """Write `config.html`, over what is there; returns it.
+    """Write the page `config.html`, replacing an existing file; returns its path.
 
     Raises:
-        CacheNotFound, CacheMismatch, CacheDamaged: only if the manifest or an array's metadata cannot be read.
+        CacheNotFound, CacheMismatch, CacheDamaged: the manifest or an array's metadata cannot be read.
         OutputError: the file cannot be written.
     """
     assert config.html

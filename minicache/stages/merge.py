@@ -1,4 +1,4 @@
-"""Caches made apart with one identity -> one cache, as if made in one go. No torch; a few blocks in memory at a time."""
+"""Merging of caches with one identity into one, as if it were made in one call. No torch; a few blocks at a time are in memory."""
 
 from dataclasses import dataclass, replace
 
@@ -15,7 +15,10 @@ from minicache.trackers import Tracker
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did. given: each input and its pairs. pairs: of the new cache. twice: pairs left out, being there already."""
+    """The result of a merge.
+
+    given: each input and the number of its pairs. pairs, blocks: of the new cache. twice: repeated pairs that were left out.
+    """
 
     ref_cache: Where
     given: list[tuple[Where, int]]
@@ -25,7 +28,7 @@ class MergeReport:
 
 
 def merge(config: MergeConfig, tracker: Tracker) -> MergeReport:
-    """Write the pairs of all caches into a new one, in the order given; a pair that several have, once.
+    """Write the pairs of all caches into a new one, in the order given, each pair once.
 
     The new cache appears complete or not at all.
 
@@ -48,4 +51,10 @@ def merge(config: MergeConfig, tracker: Tracker) -> MergeReport:
     tracker.begin("writing", log.pairs)
     blocks = write_merged(out, inputs, kept, log, tracker)
     given = [(cache.path, cache.log.pairs) for cache in caches]
-    return MergeReport(out.where, given, log.pairs, blocks, sum(pairs for _, pairs in given) - log.pairs)
+    return MergeReport(
+        ref_cache=out.where,
+        given=given,
+        pairs=log.pairs,
+        blocks=blocks,
+        twice=sum(pairs for _, pairs in given) - log.pairs,
+    )

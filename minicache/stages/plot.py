@@ -1,4 +1,4 @@
-"""metrics.jsonl of runs -> their curves as a picture. No torch."""
+"""The curves of runs as a picture, from their metrics.jsonl. No torch."""
 
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ from minicache.reports.curves import FACTS, METRICS, PICTURE, names_apart, read_
 
 
 def plot(config: PlotConfig) -> Path:
-    """Draw the runs over each other; returns the file written.
+    """Draw the curves of all runs into one picture; returns the file.
 
     Raises:
-        ConfigError: no such kind of picture, or matplotlib is missing. DataError: a run has no metrics yet.
+        ConfigError: an unknown kind of picture, or matplotlib is missing. DataError: a run has no metrics yet.
         OutputError: the file cannot be written.
     """
     runs = [run.parent if run.name == METRICS else run for run in config.runs]
@@ -29,7 +29,7 @@ def plot(config: PlotConfig) -> Path:
 
 
 def _facts(run: Path) -> dict[str, Any]:
-    """What run.json says, nothing if it cannot be read: it only gives units their names."""
+    """The entries of run.json; {} if it cannot be read, because the picture takes only the names of units from it."""
     try:
         return read_json(run / FACTS)
     except OutputError:

@@ -21,10 +21,11 @@ from minicache.trackers import Tracker
 
 @dataclass(frozen=True)
 class PrecomputeReport:
-    """What stage one did.
+    """The result of stage one.
 
-    sources: every file of the cache. scored: pairs scored by this call, on all processes; scored_blocks: where they lie.
-    blocks: of the cache. shard: which, if one was asked for; missing: blocks that then still have no scores, whosever they are.
+    sources: every file of the cache. scored: pairs that this call scored, on all processes; scored_blocks: their blocks.
+    blocks: number of blocks of the cache. shard: as asked for, such as "2/8", or None; missing: with a shard, the blocks of
+    all shards that have no scores yet.
     """
 
     ref_cache: Where
@@ -39,13 +40,14 @@ class PrecomputeReport:
 
 
 def precompute(config: PrecomputeConfig, world: World, tracker: Tracker) -> PrecomputeReport:
-    """Read, encode, score and store. What is already in the cache is not done again; of a shard, only its blocks are scored.
+    """Read, encode, score and store all pairs that the cache does not hold yet; with a shard, score only its blocks.
 
     Raises:
-        MinicacheError: any of its kinds. If it was about the data, nothing of a new cache remains and an old one is as before;
-            otherwise (a full disk, a model that gives no finite logprob) what is finished stays.
+        MinicacheError: of any kind. If the data is bad, nothing of a new cache remains and an old one is as before;
+            otherwise (a full disk, a model without finite logprobs) finished blocks stay.
     """
-    for file in config.data:  # a wrong path should not cost the loading of a model
+    # A wrong path should not cost the loading of a model.
+    for file in config.data:
         next(read_rows(file))
     tracker.begin(f"loading {config.model}", None)
     sharded = is_sharded(config.parallel, world)
@@ -64,13 +66,13 @@ def precompute(config: PrecomputeConfig, world: World, tracker: Tracker) -> Prec
     refused_file = cache.place.locate(REFUSED_FILE)
     missing = cache.blocks.unscored() if config.shard and world.is_main else []
     return PrecomputeReport(
-        cache.path,
-        cache.log.sources,
-        cache.log.pairs,
-        scored,
-        refused_file,
-        blocks,
-        len(cache.blocks),
-        config.shard,
-        missing,
+        ref_cache=cache.path,
+        sources=cache.log.sources,
+        pairs=cache.log.pairs,
+        scored=scored,
+        refused_file=refused_file,
+        scored_blocks=blocks,
+        blocks=len(cache.blocks),
+        shard=config.shard,
+        missing=missing,
     )

@@ -11,7 +11,7 @@ from minicache.training.run_directory import run_facts
 
 
 def write_run_page(config: ReportConfig) -> Path:
-    """Write the page; returns the file.
+    """Write the page of a run; returns the file.
 
     Raises:
         DataError: there is no run, it has no metrics yet, or the answers cannot be read. OutputError: the file cannot be written.

@@ -1,6 +1,7 @@
-"""Many runs of stage two from one cache, one after another: pairs decoded once, the model read once; then a table of them."""
+"""Many runs of stage two from one cache, one after another, and a table of their results. Pairs and model are read once."""
 
 import gc
+import logging
 import time
 from copy import deepcopy
 from dataclasses import asdict, replace
@@ -33,16 +34,18 @@ from minicache.training.order import pairs_in
 from minicache.training.progress import Progress
 from minicache.training.run_directory import RunRecord, read_record, write_record
 
+log = logging.getLogger(__name__)
+
 REPORT, PICTURE = "sweep.json", "sweep.png"
-# To measure a forward pass by; and scored before that, so that nothing is compiled or allocated in it.
+# Pairs that the timed forward pass scores; pairs scored before it, so that nothing is compiled or allocated while timing.
 TIMED_PAIRS, WARM_UP = 32, 4
 
 
 def sweep(config: SweepConfig, world: World, tracker: Tracker) -> SweepReport:
-    """Do what is left of this job's runs, and say how all runs of the sweep stand.
+    """Do this job's remaining runs; returns the results of all runs of the sweep.
 
-    A run that diverges is recorded as failed and the next begins; everything else ends the sweep, which goes on when it is
-    called again.
+    A run that diverges is recorded as failed, and the next one begins. Every other error ends the sweep; the same call goes on
+    with it.
 
     Raises:
         MinicacheError: as `train`. KeyboardInterrupt: on SIGINT or SIGTERM, after the run's state was saved.
@@ -55,7 +58,7 @@ def sweep(config: SweepConfig, world: World, tracker: Tracker) -> SweepReport:
     rate = before.get("reference_pairs_per_second")
     if rate is None or worked:
         rate = _forward_rate(config.runs[0].config, kept, world, tracker)
-    report = world.broadcast(_report(config, rate) if world.is_main else None)
+    report: SweepReport = world.broadcast(_report(config, rate) if world.is_main else None)
     if world.is_main:
         write_json(config.out / REPORT, asdict(report))
         _draw(report, tracker)
@@ -63,7 +66,7 @@ def sweep(config: SweepConfig, world: World, tracker: Tracker) -> SweepReport:
 
 
 def _check(config: SweepConfig) -> None:
-    """What would stop a run in the midst of the sweep. Raises ConfigError."""
+    """Raises ConfigError: options with which a run would fail in the middle of the sweep."""
     for run in config.runs:
         options = run.config
         objective = Objective.parse(options.loss, options.logps, options.beta, options.loss_options)
@@ -74,27 +77,28 @@ def _check(config: SweepConfig) -> None:
 
 
 def _do(run: SweepRun, config: SweepConfig, kept: "_Kept", world: World, tracker: Tracker) -> bool:
-    """One run, begun, gone on with, or left as it is. Returns whether there was anything to do."""
+    """Begin a run, resume it, or leave it as it is. Returns whether anything was done."""
     out = run.config.out
     with RunLock(out) as lock:
         if world.is_main:
             with writing(out):
                 out.mkdir(parents=True, exist_ok=True)
         if not world.broadcast(lock.take() if world.is_main else None):
-            tracker.note(f"{run.name}: another process is at work on it, and it is left to that one")
+            tracker.note(f"{run.name}: another process is at work on it; left to that process")
             return False
         record = world.broadcast(read_record(out) if world.is_main else None)
         tracker.note(f"run {config.runs.index(run) + 1} of {len(config.runs)}: {run.name}")
         if record and record.failed and not record.outcome:
             tracker.note(f"it failed before: {record.failed}")
             return False
-        _go_on(run, record, lock, kept, world, tracker)
+        _train(run, record, lock, kept, world, tracker)
         return not (record and record.outcome)
 
 
-def _go_on(
+def _train(
     run: SweepRun, record: RunRecord | None, lock: RunLock, kept: "_Kept", world: World, tracker: Tracker
 ) -> None:
+    """Train a run, resuming it if it has a record. A run that diverges is recorded as failed."""
     sources = Sources(kept.pairs, kept.model)
     try:
         train_locked(replace(run.config, resume=record is not None), lock, world, tracker, sources)
@@ -105,7 +109,7 @@ def _go_on(
     except KeyboardInterrupt as interruption:
         saved = f"{run.name}: the state is saved; " if str(interruption) else ""
         raise KeyboardInterrupt(f"{saved}the same command goes on with the sweep") from None
-    _let_go(world)
+    _free_memory(world)
 
 
 def _write_failed(out: Path, problem: str) -> None:
@@ -114,8 +118,8 @@ def _write_failed(out: Path, problem: str) -> None:
     write_record(out, replace(record, failed=problem))
 
 
-def _let_go(world: World) -> None:
-    """Of what the run before held, so that the next finds the memory that the first one found."""
+def _free_memory(world: World) -> None:
+    """Free the memory of the last run, so that the next has as much as the first."""
     gc.collect()
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -123,7 +127,7 @@ def _let_go(world: World) -> None:
 
 
 class _Kept:
-    """Reads pairs and model once for all runs. The model stays on the CPU as it was stored; each run gets a copy to change."""
+    """Pairs and models, read once for all runs. A model stays on the CPU as it was stored; each run gets a copy to change."""
 
     def __init__(self) -> None:
         self._pairs: dict[tuple[tuple[str, int], ...], CachedPairs] = {}
@@ -132,9 +136,10 @@ class _Kept:
     def pairs(
         self, cache: ReferenceCache | JoinedCaches, scratch: Path | None, world: World, tracker: Tracker
     ) -> CachedPairs:
-        # a cache that was added to since is decoded anew
+        # The number of pairs is part of the key: a cache that has grown since is decoded again.
         key = tuple((str(part.path), part.log.pairs) for part in cache.contents.parts)
         if key not in self._pairs:
+            log.debug("decoding the pairs of %s", key)
             self._pairs[key] = load_pairs(cache, scratch, world, tracker)
         return self._pairs[key]
 
@@ -142,15 +147,16 @@ class _Kept:
         if source not in self._models:
             self._models[source] = load_model(source, trust_remote_code)
         kept = self._models[source]
-        assert kept.fingerprint  # computed here once: the copies take it along
+        # Computed once, here: the copies take it along.
+        assert kept.fingerprint
         return deepcopy(kept)
 
 
-# --- what came of it ---
+# --- results ---
 
 
 def _forward_rate(config: TrainConfig, kept: _Kept, world: World, tracker: Tracker) -> float:
-    """Pairs a second that all processes together score with the model the runs began from, as a live reference would."""
+    """Pairs per second that all processes together score with the model the runs began from, as a live reference would."""
     caches = JoinedCaches([ReferenceCache(where) for where, _ in config.caches])
     table = kept.pairs(caches, config.scratch, world, tracker).table
     tracker.begin("timing a forward pass", None)
@@ -165,7 +171,8 @@ def _forward_rate(config: TrainConfig, kept: _Kept, world: World, tracker: Track
         started = time.monotonic()
         budget = config.tokens_per_micro_batch
         for _, _, scores in score_table(scorer, table, pairs[world.rank :: world.size], budget, world.device):
-            scores.logp_sum.sum().item()  # waits for the device
+            # Reading a number waits for the device.
+            scores.logp_sum.sum().item()
         world.barrier()
     return len(sample) / (time.monotonic() - started)
 
@@ -205,6 +212,7 @@ def _result(run: SweepRun) -> RunResult:
 
 
 def _state(record: RunRecord | None) -> str:
+    """The state of a run: not begun, unfinished, failed or done."""
     if record is None:
         return "not begun"
     if record.outcome:
@@ -213,13 +221,14 @@ def _state(record: RunRecord | None) -> str:
 
 
 def _rank(result: RunResult) -> tuple[Any, ...]:
-    """The best first: by accuracy, and of two alike the one that went less far for it; those without a result last."""
+    """The key that sorts runs: highest accuracy first, among equals the lowest KL; runs without a result last."""
     if result.held_out is None:
         return (1, ("failed", "unfinished", "not begun", "done").index(result.state), result.name)
     return (0, -result.held_out["rewards/accuracy"], result.held_out["kl"], result.name)
 
 
 def _draw(report: SweepReport, tracker: Tracker) -> None:
+    """Draw the results, if there are any and matplotlib is installed."""
     if not any(result.held_out for result in report.runs):
         return
     try:

@@ -1,5 +1,6 @@
 """Stage two: a reference cache -> a trained policy. Only the policy is in memory."""
 
+import logging
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,16 +32,18 @@ from minicache.training.run_directory import RunRecord, write_record
 from minicache.training.saving import open_run, save_dtype, save_policy
 from minicache.training.state import Run
 
+log = logging.getLogger(__name__)
+
 FROM_DISK = Sources()
 
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What a run did.
+    """The result of a run.
 
-    model_step: optimizer steps behind the saved model. noise: the largest difference the handshake found, nats a token; None for a
-    run that began from other weights on purpose. stopped: why it ended before its time, if so. from_ln_2: the loss is one that is
-    ln 2 where policy and reference agree.
+    model_step: optimizer steps behind the saved model. noise: the largest difference that the handshake found, nats per token;
+    None for a run that began from other weights on purpose. stopped: the reason for an early end, or None. from_ln_2: whether
+    the loss is ln 2 where policy and reference agree.
     """
 
     out: Path
@@ -55,10 +58,10 @@ class TrainReport:
 def train(config: TrainConfig, world: World, tracker: Tracker, sources: Sources = FROM_DISK) -> TrainReport:
     """Train a policy against cached reference logprobs and save it as a Hugging Face directory, or as an adapter.
 
-    sources: who reads pairs and model; the model is this run's own, to be changed.
+    sources: reads pairs and model; the run changes the model that it gets.
 
     Raises:
-        MinicacheError: any of its kinds; the run directory is not made before everything about the request is known to fit.
+        MinicacheError: of any kind. The run directory is made only after the whole request was checked.
         KeyboardInterrupt: on SIGINT or SIGTERM, after the state was saved.
     """
     with RunLock(config.out) as lock:
@@ -68,7 +71,7 @@ def train(config: TrainConfig, world: World, tracker: Tracker, sources: Sources 
 
 
 def train_locked(config: TrainConfig, lock: RunLock, world: World, tracker: Tracker, sources: Sources) -> TrainReport:
-    """As `train`, in a run directory that rank 0 holds, or that is not there yet."""
+    """As `train`, in a run directory that rank 0 holds the lock of, or that does not exist yet."""
     config = replace(config, dtype=resolve_dtype(config.dtype, world.device))
     begun = world.broadcast(find_begun(config) if world.is_main else None)
     if begun and begun.record.outcome:
@@ -94,7 +97,7 @@ def train_locked(config: TrainConfig, lock: RunLock, world: World, tracker: Trac
 def _prepare(
     config: TrainConfig, begun: Begun | None, world: World, tracker: Tracker, sources: Sources
 ) -> tuple[Run, Policy]:
-    """Pairs and model, laid out in memory. The policy keeps no model: the run's scorer has it."""
+    """The run, with pairs and model in memory, and its policy without the model, which the run's scorer holds."""
     objective = Objective.parse(config.loss, config.logps, config.beta, config.loss_options)
     caches = JoinedCaches([ReferenceCache(where) for where, _ in config.caches])
     cached = sources.pairs(caches, config.scratch, world, tracker)
@@ -114,13 +117,21 @@ def _prepare(
         steps=training_steps(len(training), config.batch_size, config.epochs, config.max_steps),
         budget=config.tokens_per_micro_batch or kept or _budget(config, scorer, cached, world),
     )
+    log.debug(
+        "%d pairs to train on, %d to validate on, %d steps; layout %s, %d token slots a micro-batch",
+        len(training),
+        len(held_out.indices) if held_out else 0,
+        run.steps,
+        scorer.layout_name,
+        run.budget,
+    )
     return run, policy
 
 
 def _load(
     config: TrainConfig, cache: ReferenceCache, begun: Begun | None, world: World, tracker: Tracker, sources: Sources
 ) -> tuple[Scorer, Policy]:
-    """The policy on every process, whole or in shards, which rank 0 alone reads."""
+    """The policy on every process: whole, or in shards, in which case rank 0 alone reads it."""
     is_mine = world.is_main or not is_sharded(config.parallel, world)
     step = begun.step if begun else None
     policy = load_policy(config, cache, step, tracker, sources) if is_mine else Policy(None)
@@ -128,12 +139,16 @@ def _load(
 
 
 def _budget(config: TrainConfig, scorer: Scorer, cached: CachedPairs, world: World) -> int:
-    """Token slots of a micro-batch that fit in memory: rank 0's finding, so that all lay out alike."""
+    """Token slots of a micro-batch that fit in memory, by rank 0's estimate: all ranks need the same number."""
     checkpointing, local = config.activation_checkpointing, int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
-    return world.broadcast(training_budget(scorer, cached.table, config.optimizer, checkpointing, world.device, local))
+    budget: int = world.broadcast(
+        training_budget(scorer, cached.table, config.optimizer, checkpointing, world.device, local)
+    )
+    return budget
 
 
 def _record(run: Run, policy: Policy, worst: float) -> RunRecord:
+    """The record of a new run. worst: the largest difference of the handshake, nats per token."""
     return RunRecord(
         options=flat(run.config),
         started_from=policy.started_from,
@@ -150,10 +165,11 @@ def _record(run: Run, policy: Policy, worst: float) -> RunRecord:
 
 
 def _save_memory_and_time(run: Run) -> None:
+    """Apply --activation-checkpointing and --compile to the model."""
     if run.config.activation_checkpointing:
         checkpoint_activations(run.scorer.model)
     if run.config.compile:
-        # not the head: its number of positions is another in every batch
+        # Without the head: its number of positions differs in every batch.
         decoder_of(run.scorer.model).compile(dynamic=True)
 
 

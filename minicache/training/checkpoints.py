@@ -1,13 +1,15 @@
 """Checkpoints of a run: `checkpoints/step-000500/` with the policy as a model directory, `optimizer/`, and `state.pt`.
 
-`optimizer/` is torch's distributed checkpoint: every process writes its part, and any number of processes, with the model whole
-or in shards, reads what it needs. A checkpoint appears whole or not at all: it is made beside its place, flushed to disk, and
-renamed.
+`optimizer/` is a checkpoint of torch.distributed: every process writes its part, and any number of processes, with the model whole
+or in shards, reads what it needs. A checkpoint appears whole or not at all: it is written to a draft beside its place, flushed to
+disk, and renamed.
 """
 
+import logging
 import pickle
 import re
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,18 +19,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
-from minicache.disk import flush_to_disk, writing
+from minicache.disk import draft_of, make_folder, publish_folder, writing
 from minicache.errors import OutputError
 from minicache.processes.world import World
 from minicache.strict import read_as
 from minicache.training.progress import Progress
 from minicache.training.shard_index import IndexedReader
 
+log = logging.getLogger(__name__)
+
 STATE, OPTIMIZER = "state.pt", "optimizer"
-# What a state holds.
+# The entries of a state and their types.
 ENTRIES: dict[str, Any] = {
     "optimizer": dict | None,
     "scaler": dict,
@@ -58,23 +63,21 @@ def steps(run: Path) -> list[int]:
 class Saver:
     """Writes the checkpoints of a run; all processes save together.
 
-    In the background: what is saved is copied to the CPU's memory first, and written while training goes on. One is under way at
-    a time; the next waits for it.
+    In the background, the tensors are first copied to the CPU's memory, then written while training goes on. At most one
+    checkpoint is under way; the next waits for it.
     """
 
     def __init__(self, run: Path, world: World, background: bool) -> None:
         self.run, self.world = run, world
         self.thread = ThreadPoolExecutor(1) if background else None
-        # processes agree about a checkpoint among themselves, beside what training says at the same time
+        # A group of its own: the background's messages must not mix with those of training.
         self.group = dist.new_group(backend="gloo") if background and world.size > 1 else None
         self.under_way: Future[None] | None = None
-        _one_process_is_no_mistake()
+        _allow_one_process()
         if world.is_main:
-            for leftover in [
-                *(run / "checkpoints").glob(".step-*.gone"),
-                *(run / "checkpoints").glob(".step-*.saving"),
-            ]:
-                shutil.rmtree(leftover, ignore_errors=True)  # of a call that was killed
+            # Drafts of calls that were killed, this version's and earlier ones'. The lock of the run excludes other processes.
+            for leftover in (run / "checkpoints").glob(".step-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def save(
         self,
@@ -84,23 +87,19 @@ class Saver:
         write_model: Callable[[Path], None],
         keep: Callable[[list[int]], Iterable[int]],
     ) -> None:
-        """state: what `torch.load(weights_only=True)` reads back; rank 0's counts. keep: of the steps there are, those to stay.
+        """Write the checkpoint of a step, then remove all checkpoints but those that `keep` returns of the existing steps.
 
-        optimizer: its tensors by name, of shards each process's own. write_model: writes the policy to a directory, called on
-        rank 0; in the background it must not read what training changes.
+        state: values that `torch.load(weights_only=True)` reads back; rank 0's is saved. optimizer: tensors by name, in a model
+        of shards each process's own. write_model: writes the policy to a directory, called on rank 0; in the background it must
+        not read what training changes.
 
         Raises:
             OutputError: the disk is full or cannot be written; no trace of this checkpoint remains. In the background the next
-                call tells, or `wait`.
+                call raises it, or `wait`.
         """
         self.wait()
-        final = place(self.run, step)
-        draft = final.with_name(f".{final.name}.saving")
-        if self.world.is_main:
-            with writing(final):
-                shutil.rmtree(draft, ignore_errors=True)
-                draft.mkdir(parents=True)
-        self.world.barrier()
+        started, final = time.monotonic(), place(self.run, step)
+        draft = self.world.broadcast(_new_draft(final) if self.world.is_main else None)
         options: dict[str, Any] = {"checkpoint_id": draft / OPTIMIZER, "no_dist": self.world.size == 1}
 
         def finish(written: Future[Any] | None) -> None:
@@ -110,31 +109,51 @@ class Saver:
                 if self.world.is_main:
                     write_model(draft / "model")
                     torch.save(state, draft / STATE)
-                    flush_to_disk([*draft.rglob("*"), draft])
-                    shutil.rmtree(final, ignore_errors=True)
-                    draft.replace(final)
-                    flush_to_disk([final.parent])
+                    size = sum(file.stat().st_size for file in draft.rglob("*") if file.is_file())
+                    _put_in_place(draft, final)
                     prune(self.run, keep(steps(self.run)))
+                    log.debug("checkpoint of step %d: %d bytes, %.1f s", step, size, time.monotonic() - started)
 
         if self.thread:
-            written: Any = dcp.async_save(optimizer, process_group=self.group, **options)
+            written: Any = async_save(optimizer, process_group=self.group, **options)
             self.under_way = self.thread.submit(finish, written)
             return
         with writing(final), _removed_on_failure(draft):
-            dcp.save(optimizer, **options)
+            save(optimizer, **options)
         finish(None)
         self.world.barrier()
 
     def wait(self) -> None:
-        """Until nothing is under way. Raises OutputError: what was could not be written."""
+        """Wait until no checkpoint is under way. Raises OutputError: the last one could not be written."""
         if self.under_way:
             pending, self.under_way = self.under_way, None
             pending.result()
 
 
+def _new_draft(final: Path) -> Path:
+    """An empty directory beside the checkpoint's place, into which all ranks write. Raises OutputError."""
+    with writing(final):
+        make_folder(final.parent)
+        draft = draft_of(final)
+        draft.mkdir()
+        return draft
+
+
+def _put_in_place(draft: Path, final: Path) -> None:
+    """Publish a finished draft, in place of an older checkpoint of the same step if there is one."""
+    if final.exists():
+        _remove(final)
+    publish_folder(draft, final)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint. It is renamed first: a kill must not leave half a checkpoint under its name."""
+    shutil.rmtree(checkpoint.rename(draft_of(checkpoint)), ignore_errors=True)
+
+
 @contextmanager
 def _removed_on_failure(draft: Path) -> Iterator[None]:
-    """What torch's own writers raise of a full disk becomes an OSError; no half checkpoint stays."""
+    """Remove the draft if the block fails. Turns the errors of torch's writers into OSError."""
     try:
         yield
     except BaseException as error:
@@ -145,12 +164,13 @@ def _removed_on_failure(draft: Path) -> Iterator[None]:
 
 
 def load(run: Path, step: int) -> dict[str, Any]:
-    """The state that was saved: tensors and plain values, nothing that runs.
+    """The state of a checkpoint: tensors and plain values. Reading it executes nothing.
 
     Raises:
         OutputError: it cannot be read.
     """
     file = place(run, step) / STATE
+    started = time.monotonic()
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
@@ -162,33 +182,39 @@ def load(run: Path, step: int) -> dict[str, Any]:
             raise ValueError(f"progress.step: expected {step}, got {progress_of(state).step}")
     except (OSError, RuntimeError, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
         raise unreadable(file, error) from error
+    log.debug("state of step %d read from %s: %.1f s", step, file, time.monotonic() - started)
     return state
 
 
 def progress_of(state: dict[str, Any]) -> Progress:
-    return read_as(Progress, state["progress"], "progress", skip_unknown=True)
+    """The progress that a state holds. Raises ValueError, TypeError: its entry is not one."""
+    progress: Progress = read_as(Progress, state["progress"], "progress", skip_unknown=True)
+    return progress
 
 
 def load_optimizer(run: Path, step: int, tensors: dict[str, torch.Tensor], world: World) -> None:
-    """Read the optimizer's state into these tensors, or this process's shards of them.
+    """Read the optimizer's state into these tensors, or into this process's shards of them.
 
     Raises:
         OutputError: it cannot be read, or is of another optimizer.
     """
     folder = place(run, step) / OPTIMIZER
+    started = time.monotonic()
     try:
-        _one_process_is_no_mistake()
-        dcp.load(tensors, storage_reader=IndexedReader(folder), no_dist=world.size == 1)
+        _allow_one_process()
+        load_distributed(tensors, storage_reader=IndexedReader(folder), no_dist=world.size == 1)
     except (OSError, RuntimeError, ValueError, EOFError, CheckpointException, pickle.UnpicklingError) as error:
         raise unreadable(folder, error) from error
+    log.debug("%d tensors of the optimizer read from %s: %.1f s", len(tensors), folder, time.monotonic() - started)
 
 
-def _one_process_is_no_mistake() -> None:
-    """torch warns of it in every call; for good, because it does so in threads of its own too."""
+def _allow_one_process() -> None:
+    """Silence torch's warning about checkpoints of a single process. Not for one block only: it also comes from torch's threads."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 def unreadable(what: Path, error: BaseException) -> OutputError:
+    """The error for a checkpoint, or a file of it, that cannot be read."""
     line = " ".join(str(error).split())[-200:]
     return OutputError(
         f"{what}: the checkpoint cannot be read ({line}); remove its directory to resume from an earlier one"
@@ -196,7 +222,6 @@ def unreadable(what: Path, error: BaseException) -> OutputError:
 
 
 def prune(run: Path, keep: Iterable[int]) -> None:
-    """Remove all checkpoints but these."""
+    """Remove all checkpoints but those of these steps."""
     for step in set(steps(run)) - set(keep):
-        gone = place(run, step).rename(place(run, step).with_name(f".step-{step:06d}.gone"))
-        shutil.rmtree(gone, ignore_errors=True)
+        _remove(place(run, step))

@@ -1,4 +1,4 @@
-"""What must fit before the first step: cache, batches, checkpoint and policy."""
+"""Checks before the first step: that cache, batches, checkpoint, options and policy fit each other."""
 
 import os
 import shutil
@@ -19,10 +19,10 @@ from minicache.training.validation import require_per_token
 
 
 def check(run: Run, state: dict[str, Any] | None) -> None:
-    """What only the cache, the batches and the checkpoint together can tell.
+    """Check what depends on the cache, the batches and the checkpoint together.
 
     Raises:
-        ConfigError: a loss over the whole batch, and the batch is split; something that an option needs is not here.
+        ConfigError: a loss over the whole batch, and the batch is split; an option needs something that is missing.
         CacheMismatch: the cache lacks what the loss needs, or is not the one that the run began with.
     """
     if state:
@@ -53,7 +53,7 @@ def _check_same_pairs(run: Run, state: dict[str, Any]) -> None:
 
 
 def _check_sharded(run: Run) -> None:
-    """Refuse what cannot be done on shards of a parameter."""
+    """Raises ConfigError: an optimizer or a precision that does not work on shards of a parameter."""
     config = run.config
     by_name = " or ".join(name for name, entry in OPTIMIZERS.items() if entry.by_name)
     unfit = [("optimizer", name, by_name) for name, entry in OPTIMIZERS.items() if not entry.by_name]
@@ -65,7 +65,7 @@ def _check_sharded(run: Run) -> None:
 
 
 def _check_whole(run: Run, name: str) -> None:
-    """Refuse a loss over the whole batch where a batch is split, or where it would have to judge a data set."""
+    """Raises ConfigError: the loss sorts over the whole batch, but batches are split or there are held-out pairs."""
     config, layout = run.config, run.scorer.layout
     costs = layout.costs(run.cached.table.lengths)
     if run.held_out:
@@ -86,15 +86,19 @@ def _check_whole(run: Run, name: str) -> None:
 
 
 def handshake(run: Run, tracker: Tracker) -> float:
-    """Before the first step: does the policy reproduce the cache? Returns the largest difference, nats a token."""
+    """Score a few cached pairs with the policy; returns the largest difference from the cache, nats per token.
+
+    Raises:
+        HandshakeError: the policy should have the reference's weights, and does not reproduce the cache.
+    """
     tracker.begin("handshake: re-scoring a few pairs", None)
     if source := run.config.init_from:
         worst = float(sample_differences(run.scorer, run.cached, run.world.device)[1].max())
-        tracker.note(f"starts from {source}, not from the reference: they differ by up to {worst:.2g} nats a token")
+        tracker.note(f"starts from {source}, not from the reference: they differ by up to {worst:.2g} nats per token")
         return worst
     tolerance = max(TOLERANCE[run.scorer.dtype], TOLERANCE[run.cache.identity.dtype])
     worst = check_reproduces(run.scorer, run.cached, run.world.device, tolerance, "the policy")
     tracker.note(
-        f"handshake: the policy reproduces the cache within {worst:.1g} nats a token (tolerance {tolerance:g})"
+        f"handshake: the policy reproduces the cache within {worst:.1g} nats per token (tolerance {tolerance:g})"
     )
     return worst

@@ -17,7 +17,10 @@ class RunLock:
         self._claim = FileClaim(out / LOCK)
 
     def take(self) -> bool:
-        """Whether no other process is at work there. Where there is nothing to write to yet, or no run, nothing is held."""
+        """Try to hold the directory; returns False if another process is at work there.
+
+        A directory that is missing, cannot be written to or is no run's needs no lock: then nothing is held.
+        """
         is_run = (self.out / RECORD).is_file() or is_unused(self.out)
         if not is_run or not os.access(self.out, os.W_OK):
             return True

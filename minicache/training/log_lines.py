@@ -1,4 +1,4 @@
-"""The line of a logged step: means since the line before, what they cost, and whether they end the run."""
+"""The line of a logged step: means since the previous line, their cost, and whether they end the run."""
 
 import math
 import time
@@ -13,11 +13,14 @@ from minicache.training.step import beta_of
 
 
 def is_logged(run: Run, step: int) -> bool:
+    """Whether a step, counted from 0, has a line of its own."""
     return step % run.config.log_every == 0 or step == run.steps - 1
 
 
 def log_step(run: Run, training: Training, norm: torch.Tensor, tracker: Tracker) -> str | None:
-    """Write the line of the step just done, if it has one. norm: of the step's gradient. Returns a reason to end the run, or None.
+    """Write the line of the last step, if it has one; returns a reason to end the run, or None.
+
+    norm: of the step's gradient.
 
     Raises:
         RunDiverged: loss or gradient are no longer finite.
@@ -36,17 +39,20 @@ def log_step(run: Run, training: Training, norm: torch.Tensor, tracker: Tracker)
 
 
 def log_pending(training: Training, step: int, tracker: Tracker) -> None:
-    """Write validated metrics that no line of training took along: one line a step is what trackers know to resume."""
+    """Write validation metrics that no line of training has carried yet.
+
+    Usually they wait for the next line of training: a resumed tracker expects one line per step.
+    """
     if training.progress.pending:
         tracker.log(step, training.progress.pending)
         training.progress.pending = {}
 
 
 def _metrics(run: Run, training: Training, norm: torch.Tensor) -> dict[str, float]:
-    """Of the steps since the line before, which are counted anew from here."""
+    """The metrics of the steps since the previous line. Their sums start again at zero."""
     progress, config, step = training.progress, run.config, training.progress.step - 1
     started = time.monotonic()
-    # waits for the device
+    # The reduction waits for the device, so it counts as time of the steps.
     metrics = training.means.reduce(run.world)
     progress.seconds += time.monotonic() - started
     metrics |= {
@@ -59,7 +65,7 @@ def _metrics(run: Run, training: Training, norm: torch.Tensor) -> dict[str, floa
         "memory_gb": memory_gb(run.world.device),
     }
     if peak := peak_flops(run.world.device, config.dtype):
-        # FLOPs are those of all processes, the peak is that of one device
+        # FLOPs are those of all processes, the peak is that of one device.
         metrics["mfu"] = progress.flops / progress.seconds / (peak * run.world.size)
     if training.scaler.is_enabled():
         metrics["grad_scale"] = training.scaler.get_scale()
@@ -68,7 +74,10 @@ def _metrics(run: Run, training: Training, norm: torch.Tensor) -> dict[str, floa
 
 
 def _check_finite(step: int, metrics: dict[str, float], scaler: torch.amp.GradScaler) -> None:
-    """A gradient that overflowed in float16 was skipped, and the next is scaled down: no reason to end, unless that goes on."""
+    """Raises RunDiverged: loss or gradient are not finite.
+
+    A gradient that overflowed in float16 is no failure while the scale can still be lowered: that step was skipped.
+    """
     if scaler.is_enabled() and not math.isfinite(metrics["grad_norm"]) and metrics["grad_scale"] >= 1:
         del metrics["grad_norm"]
     if not all(math.isfinite(metrics.get(name, 0.0)) for name in ("loss", "grad_norm")):
@@ -79,10 +88,11 @@ def _check_finite(step: int, metrics: dict[str, float], scaler: torch.amp.GradSc
 
 
 def _check_kl(run: Run, training: Training, kl: float, tracker: Tracker) -> str | None:
+    """Compare the KL with --max-kl; returns a reason to end the run, or None after at most a warning."""
     most = run.config.max_kl
     if most is None or kl <= most:
         return None
-    text = f"the policy has moved {kl:.3g} nats a token from the reference, more than --max-kl {most:g}"
+    text = f"the policy has moved {kl:.3g} nats per token from the reference, more than --max-kl {most:g}"
     if run.config.on_max_kl == "stop":
         return text
     if not training.progress.warned:

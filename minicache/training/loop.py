@@ -1,5 +1,6 @@
-"""The optimizer steps of a run: what comes between them, and what ends it before its time."""
+"""The optimizer steps of a run, with validation and checkpoints between them, and the reasons to end early."""
 
+import logging
 import time
 from dataclasses import replace
 from typing import Any
@@ -20,11 +21,14 @@ from minicache.training.state import Run, Training
 from minicache.training.step import Share, count_step, plan, take_step
 from minicache.training.validation import evaluate_policy
 
-VALIDATIONS = 10  # in a run, unless --eval-every says otherwise
+log = logging.getLogger(__name__)
+
+# Validations of a run without --eval-every.
+VALIDATIONS = 10
 
 
 def optimize(run: Run, resumed: dict[str, Any] | None, tracker: Tracker) -> Outcome:
-    """All optimizer steps, from the first or from where the checkpoint `resumed` was made.
+    """Take all optimizer steps, from the first or from the checkpoint `resumed`; returns how the run ended.
 
     Raises:
         RunDiverged: the loss is no longer finite. ModelError: a step does not fit in memory.
@@ -32,6 +36,7 @@ def optimize(run: Run, resumed: dict[str, Any] | None, tracker: Tracker) -> Outc
     """
     training = begin(run, resumed)
     progress = training.progress
+    log.debug("%d of %d steps are done", progress.step, run.steps)
     tracker.begin("training", pairs_in(run.steps, len(run.training), run.config.batch_size))
     tracker.advance(pairs_in(progress.step, len(run.training), run.config.batch_size), 0)
     stopped = _take_steps(run, training, tracker)
@@ -44,7 +49,7 @@ def optimize(run: Run, resumed: dict[str, Any] | None, tracker: Tracker) -> Outc
 
 
 def _take_steps(run: Run, training: Training, tracker: Tracker) -> str | None:
-    """The steps that are left. Returns why they ended before their time, or None."""
+    """Take the remaining steps; returns why they ended early, or None."""
     with StopFlag() as stop:
         for mine in ahead(plan(run, training.progress.step)):
             if stopped := _between_steps(run, training):
@@ -61,7 +66,7 @@ def _take_steps(run: Run, training: Training, tracker: Tracker) -> str | None:
 
 
 def _between_steps(run: Run, training: Training) -> str | None:
-    """Validation and checkpoint where one is due; a reason to end the run, or None."""
+    """Validate and save where that is due; returns a reason to end the run, or None."""
     progress, config = training.progress, run.config
     step = progress.step
     if run.held_out and progress.validated != step and step % _eval_every(run) == 0:
@@ -69,7 +74,7 @@ def _between_steps(run: Run, training: Training) -> str | None:
     due = step > 0 and config.save_every and step % config.save_every == 0
     if due and progress.saved != step:
         save(run, training)
-    # asked in every step, so that a resumed run ends where the other did
+    # Checked in every step, so that a resumed run ends at the same step as one without interruption.
     patience = config.validation.patience
     if patience and progress.waited >= patience:
         return f"no lower validation loss in {progress.waited} validations"
@@ -77,6 +82,7 @@ def _between_steps(run: Run, training: Training) -> str | None:
 
 
 def _step_that_fits(run: Run, training: Training, mine: Share) -> torch.Tensor:
+    """As `take_step`. Raises ModelError: the step does not fit in memory."""
     try:
         return take_step(run, training, mine)
     except torch.OutOfMemoryError as error:
@@ -89,7 +95,10 @@ def _step_that_fits(run: Run, training: Training, mine: Share) -> torch.Tensor:
 
 
 def _save_if_asked_to_stop(run: Run, training: Training, stop: StopFlag) -> None:
-    """Several processes agree about it at logged steps only: each time costs them a message."""
+    """Raises KeyboardInterrupt once the state is saved, if any process was asked to stop.
+
+    Several processes ask each other at logged steps only: asking costs a message between them.
+    """
     step = training.progress.step
     if (run.world.size == 1 or is_logged(run, step - 1)) and run.world.any(bool(stop)):
         save(run, training)
@@ -98,16 +107,19 @@ def _save_if_asked_to_stop(run: Run, training: Training, stop: StopFlag) -> None
 
 
 def _eval_every(run: Run) -> int:
+    """Steps between two validations."""
     return run.config.validation.eval_every or max(1, -(-run.steps // VALIDATIONS))
 
 
 def _validate(run: Run, training: Training) -> None:
-    """Score the held-out pairs by the beta that the run ends at; keep a checkpoint of the best."""
+    """Score the held-out pairs with the beta that the run ends at; save a checkpoint of the best policy."""
     assert run.held_out
+    started = time.monotonic()
     progress, options = training.progress, run.config.validation
     objective = replace(run.objective, beta=final_beta(run.config.beta, run.config.beta_end))
     metrics = evaluate_policy(run.scorer, run.held_out, objective, run.budget, run.world, Silent())
     progress.validated, loss = progress.step, metrics["loss"]
+    log.debug("validation at step %d: loss %.6g, %.1f s", progress.step, loss, time.monotonic() - started)
     progress.pending = {f"eval/{name}": value for name, value in metrics.items()} | {"eval/beta": objective.beta}
     progress.waited += 1
     if progress.anchor is None or loss < progress.anchor - options.min_gain:

@@ -4,17 +4,17 @@ Each takes a `Logps` and returns (B,), one number per pair; the loss of a step i
 (`trl/trainer/dpo_trainer.py`, 1.16) follow different conventions, TRL's is used, and the docstring says so.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import logsigmoid, softplus
+from torch.nn.functional import logsigmoid
 
 from minicache.errors import ConfigError
-from minicache.options.catalog import DIVERGENCES, LOSSES, code_of
+from minicache.options.catalog import LOSSES, code_of
 from minicache.options.objective import parse_loss
 from minicache.options.train import LossOptions
+from minicache.training.divergences import divergence_named
 
 
 @dataclass(frozen=True)
@@ -45,43 +45,17 @@ class Logps:
 
 
 Loss = Callable[[Logps, float, LossOptions], torch.Tensor]
-Divergence = Callable[[torch.Tensor, float], torch.Tensor]
 
 
 def loss_named(name: str) -> Loss:
     """The function of a loss in LOSSES."""
-    return code_of(LOSSES[name])
-
-
-# --- f-divergences: the function that replaces the log ratio (Wang et al. 2023, Beyond Reverse KL, arXiv:2309.16240, table 1) ---
-
-
-def reverse_kl(ratios: torch.Tensor, alpha: float) -> torch.Tensor:
-    """f'(t) = log t + 1; constants cancel."""
-    return ratios
-
-
-def forward_kl(ratios: torch.Tensor, alpha: float) -> torch.Tensor:
-    """f'(t) = 1 - 1/t."""
-    return -torch.expm1(-ratios)
-
-
-def jensen_shannon(ratios: torch.Tensor, alpha: float) -> torch.Tensor:
-    """f'(t) = log(2t / (1 + t))."""
-    return math.log(2) - softplus(-ratios)
-
-
-def alpha_divergence(ratios: torch.Tensor, alpha: float) -> torch.Tensor:
-    """f'(t) = (t^(alpha-1) - 1) / (alpha - 1), in TRL's sign and with its guard against overflow; log t at alpha = 1."""
-    if abs(alpha - 1) < 1e-6:
-        return ratios
-    return torch.expm1((ratios * (alpha - 1)).clamp(max=80.0)) / (alpha - 1)
+    loss: Loss = code_of(LOSSES[name])
+    return loss
 
 
 def _scores(logps: Logps, options: LossOptions) -> torch.Tensor:
     """(B, 2) f'(ratio)."""
-    divergence: Divergence = code_of(DIVERGENCES[options.f_divergence])
-    return divergence(logps.ratios, options.f_alpha)
+    return divergence_named(options.f_divergence)(logps.ratios, options.f_alpha)
 
 
 def _delta(logps: Logps, options: LossOptions) -> torch.Tensor:
@@ -147,7 +121,8 @@ def discopop(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
     """
     logits = beta * _delta(logps, options)
     blend = torch.sigmoid(logits / options.discopop_tau)
-    exponential = torch.exp(logsigmoid(logits / options.discopop_tau) - logits)  # blend * exp(-logits), without inf * 0
+    # blend * exp(-logits), without inf * 0
+    exponential = torch.exp(logsigmoid(logits / options.discopop_tau) - logits)
     return -logsigmoid(logits) * (1 - blend) + exponential
 
 
@@ -170,7 +145,10 @@ def simpo(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
 
 
 def nca_pair(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
-    """Source: Chen et al. 2024, Noise Contrastive Alignment, arXiv:2402.05369, eq. 11 for two answers."""
+    """Noise contrastive loss on the implicit reward of each answer.
+
+    Source: Chen et al. 2024, Noise Contrastive Alignment, arXiv:2402.05369, eq. 11 for two answers.
+    """
     chosen, rejected = (beta * logps.ratios).unbind(1)
     return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
 
@@ -185,7 +163,10 @@ def bco_pair(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
 
 
 def sppo_hard(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
-    """Source: Wu et al. 2024, SPPO, arXiv:2405.00675, eq. 4.7 with win probabilities 1 and 0."""
+    """Squared distance of each log ratio from (win probability - 1/2) / beta.
+
+    Source: Wu et al. 2024, SPPO, arXiv:2405.00675, eq. 4.7 with win probabilities 1 and 0.
+    """
     chosen, rejected = logps.ratios.unbind(1)
     return (chosen - 0.5 / beta) ** 2 + (rejected + 0.5 / beta) ** 2
 
@@ -200,7 +181,7 @@ def apo_zero(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
 
 
 def apo_down(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
-    """Lowers both, rejected more: for data worse than the model's own answers. Source: as apo_zero, eq. 8."""
+    """Lowers both answers, rejected more: for data worse than the model's own answers. Source: as apo_zero, eq. 8."""
     chosen, rejected = (beta * logps.ratios).unbind(1)
     return torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen)
 
@@ -224,7 +205,7 @@ def aot_unpaired(logps: Logps, beta: float, options: LossOptions) -> torch.Tenso
 
 
 def wpo_weights(alignment: torch.Tensor) -> torch.Tensor:
-    """(B, 2) -> (B,): how likely the policy is to write both answers, each token relative to a token sampled from it.
+    """(B, 2) -> (B,): the policy's likelihood of both answers, each token relative to a token sampled from the policy.
 
     Source: Zhou et al. 2024, WPO, arXiv:2406.11827, eq. 2 with the sampled alignment of section 3.2, as TRL.
     """
@@ -233,7 +214,10 @@ def wpo_weights(alignment: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Objective:
-    """The objective of a run: weighted losses on mean or summed logprobs, and an SFT term if there is one."""
+    """The objective of a run: weighted losses on mean or summed logprobs, and an optional SFT term.
+
+    losses: weight of each loss by its name. kind: "mean" or "sum" of a side's logprobs.
+    """
 
     losses: Mapping[str, float]
     kind: str
@@ -249,7 +233,7 @@ class Objective:
         objective = cls(losses, kind, beta, options)
         if options.wpo and objective.over_the_batch:
             raise ConfigError(
-                f"--wpo: weights single pairs, which --loss {objective.over_the_batch} sorts apart; use one"
+                f"--wpo: weights single pairs, which --loss {objective.over_the_batch} sorts apart; use one of the two"
             )
         return objective
 

@@ -1,4 +1,4 @@
-"""PairScores -> named means over pairs, summed on the device and reduced over processes once per log line."""
+"""Named means of metrics over pairs: summed on the device, reduced over the processes once per log line."""
 
 import torch
 
@@ -28,16 +28,17 @@ class Means:
     """Running sums of every metric over the pairs since the last `reduce`."""
 
     def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(len(NAMES) + 1, dtype=torch.float64, device=device)  # ..., pairs
+        # The last entry counts the pairs.
+        self.sums = torch.zeros(len(NAMES) + 1, dtype=torch.float64, device=device)
 
     def add(self, losses: torch.Tensor, logps: Logps, beta: float, scores: PairScores) -> None:
-        """losses: (B,). logps: as the loss saw them. scores: of the same pairs, with their distribution."""
+        """Add the metrics of B pairs. losses: (B,). logps: as the loss was given them. scores: with entropies."""
         with torch.no_grad():
             self.sums[:-1] += pair_metrics(losses, logps, beta, scores).sum(1)
         self.sums[-1] += len(losses)
 
     def reduce(self, world: World) -> dict[str, float]:
-        """The means over the pairs of all processes; the sums start again at zero. A dense model has no aux_loss."""
+        """The means over the pairs of all processes; resets the sums. A dense model has no aux_loss."""
         sums = world.sum(self.sums).tolist()
         self.sums = torch.zeros_like(self.sums)
         means = {name: total / max(1, sums[-1]) for name, total in zip(NAMES, sums[:-1], strict=True)}
@@ -47,16 +48,16 @@ class Means:
 
 
 def pair_metrics(losses: torch.Tensor, logps: Logps, beta: float, scores: PairScores) -> torch.Tensor:
-    """(len(NAMES), B) float64.
+    """(len(NAMES), B) float64, the metrics of each pair in the order of NAMES.
 
-    rewards/accuracy: share of pairs whose implicit reward margin is above 0 (at step 0 there is none: 0).
-    accuracy/policy, accuracy/reference: share in which the model itself gives chosen the higher logprob.
+    rewards/accuracy: whether the implicit reward margin is above 0 (false at step 0, where all margins are 0).
+    accuracy/policy, accuracy/reference: whether the model itself gives chosen the higher logprob.
     kl: mean over both sides of exp(-d) - 1 + d, where d is the log ratio per counted token; the k3 estimator of
     http://joschu.net/blog/kl-approx.html. The tokens are from the data and not sampled from the policy. So it
     measures how far the policy has moved on these answers, in nats per token, and is not an unbiased KL.
     entropy: of the policy's next-token distribution at the counted tokens, mean over both sides, nats.
-    tokens/chosen, tokens/rejected: counted tokens per pair.
-    aux_loss: a mixture of experts' load-balancing loss; 0 for a dense model.
+    tokens/chosen, tokens/rejected: counted tokens.
+    aux_loss: load-balancing loss of a mixture of experts; 0 for a dense model.
     """
     policy, reference = logps.policy, logps.reference
     rewards = beta * logps.ratios

@@ -19,9 +19,10 @@ from minicache.training import checkpoints
 
 @dataclass(frozen=True)
 class Policy:
-    """A model to train, float32; what it started from; the precision its weights were stored in.
+    """A model to train, float32.
 
-    Of a whole model from a checkpoint the last two are not known: the run's record says them.
+    started_from: name of the model it started from. stored_dtype: precision in which that model's weights are stored.
+    Both are "" for a whole model from a checkpoint; the run's record holds them.
     """
 
     model: nn.Module | None
@@ -32,7 +33,9 @@ class Policy:
 def load_policy(
     config: TrainConfig, cache: ReferenceCache, resume_at: int | None, tracker: Tracker, sources: Sources
 ) -> Policy:
-    """The reference's weights, or those asked for, or those of the checkpoint at `resume_at`; with adapters if they are wanted.
+    """The policy to train: the reference, the model of --init-from, or the checkpoint at `resume_at`.
+
+    With --lora-rank it has adapters.
 
     Raises:
         ModelError: it cannot be loaded. CacheMismatch: it is not the model that the cache was made with.
@@ -48,17 +51,20 @@ def load_policy(
 
 
 def _with_adapters(config: TrainConfig, loaded: LoadedModel, source: str, checkpoint: Path | None) -> nn.Module:
-    # before the base is made float32
+    """The base model with new adapters, or with those of a checkpoint."""
+    # Before the base is converted to float32: the digest is of the weights as they are stored.
     weights = loaded.fingerprint
+    adapted: nn.Module
     if checkpoint:
         adapted = with_adapter(loaded.model, checkpoint)
     else:
         adapted = add_lora(loaded.model.to(torch.float32), source, config.lora, config.seed)
-    adapted.base_fingerprint = weights
+    adapted.base_fingerprint = weights  # type: ignore[assignment]
     return adapted
 
 
 def _load(config: TrainConfig, cache: ReferenceCache, tracker: Tracker, sources: Sources) -> LoadedModel:
+    """The model of --init-from or --model, or the one that stage one used, checked against the cache."""
     source = config.init_from or config.model or cache.log.model
     tracker.begin(f"loading {source}", None)
     try:
@@ -66,7 +72,9 @@ def _load(config: TrainConfig, cache: ReferenceCache, tracker: Tracker, sources:
     except ModelError as error:
         if config.init_from or config.model:
             raise
-        raise ModelError(f"{error} (where stage one found it; --model says where the same weights are now)") from error
+        raise ModelError(
+            f"{error} (stage one found it there; name the place of the same weights with --model)"
+        ) from error
     if loaded.vocabulary != cache.identity.vocabulary:
         raise CacheMismatch(
             f"{source}: vocabulary of {loaded.vocabulary}; {cache.path} was made with one of {cache.identity.vocabulary}"

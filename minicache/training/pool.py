@@ -1,5 +1,6 @@
-"""Which of the cached pairs a run trains on, and on which it is validated; no torch but for the copies in memory."""
+"""The choice of the cached pairs that a run trains on, and of those that it is validated on."""
 
+import logging
 from collections import Counter
 from contextlib import closing
 from hashlib import blake2b
@@ -23,8 +24,11 @@ from minicache.trackers import Tracker
 from minicache.training.order import Mixture
 from minicache.training.validation import EvalSet, require_per_token
 
-LISTED = 20  # runs of lines that an error names
-# Fields of an identity that a cache to validate on shares with the one trained on.
+log = logging.getLogger(__name__)
+
+# Ranges of lines that an error names.
+LISTED = 20
+# Fields of an identity in which the cache of --eval-cache must equal the one trained on.
 SAME_MODEL = ("weights", "tokenizer", "template", "vocabulary")
 
 
@@ -36,13 +40,14 @@ def choose_pairs(
     tracker: Tracker,
     sources: Sources,
 ) -> tuple[Mixture, EvalSet | None]:
-    """What of these pairs to train on, and what to validate on: by the pairs' digests, the files and the weights alone.
+    """The pairs to train on and those to validate on: a function of the pairs' digests, the files and the weights alone.
 
     Raises:
         CacheMismatch: a pair of --data is in none of the caches. ConfigError: a cache or a side of --holdout has no pair left.
         DataError: a file of --data cannot be read.
     """
     parts = _parts(caches, cached.table, tracker)
+    log.debug("pairs of each cache to choose from: %s", [len(part) for part in parts])
     if config.data:
         parts = _asked_for(config, caches.caches[0], cached.table, parts, world, tracker)
     pairs = np.concatenate(parts)
@@ -57,7 +62,7 @@ def choose_pairs(
 
 
 def digest_of(mixture: Mixture, table: PairTable) -> str:
-    """Of which pairs these are, in which order, and how many of them an epoch takes."""
+    """A digest of the pairs of a mixture, their order, and how many of them an epoch takes."""
     state = blake2b(repr(mixture.taken).encode(), digest_size=16)
     for part in mixture.parts:
         state.update(table.keys[part].tobytes())
@@ -65,7 +70,7 @@ def digest_of(mixture: Mixture, table: PairTable) -> str:
 
 
 def _parts(caches: JoinedCaches, table: PairTable, tracker: Tracker) -> list[Indices]:
-    """The pairs of each cache; one that several have belongs to the first."""
+    """The pairs of each cache; a pair of several caches belongs to the first."""
     ends = np.cumsum([cache.log.pairs for cache in caches.caches])
     parts = np.split(np.arange(len(table)), ends[:-1])
     if len(parts) == 1:
@@ -97,13 +102,13 @@ def _mixture(config: TrainConfig, caches: JoinedCaches, parts: list[Indices], tr
 def _asked_for(
     config: TrainConfig, cache: ReferenceCache, table: PairTable, parts: list[Indices], world: World, tracker: Tracker
 ) -> list[Indices]:
-    """What each part has of the files' pairs, in the files' order."""
+    """The pairs of each part that are in the files of --data, in the files' order."""
     asked = world.broadcast(_asked(config, cache, table, tracker) if world.is_main else None)
     return [asked[np.isin(asked, part)] for part in parts]
 
 
 def _asked(config: TrainConfig, cache: ReferenceCache, table: PairTable, tracker: Tracker) -> Indices:
-    """The pairs of the files, in their order, each once. Rows that stage one refused too are counted and left out."""
+    """The pairs of the files of --data, in their order, each once. Rows that cannot be used are counted and left out."""
     tracker.begin(f"looking up the pairs of {', '.join(config.data)}", None)
     encoder = encoder_of(cache.identity, ChatTokenizer.load(cache.tokenizer_dir))
     digests: list[bytes] = []
@@ -133,16 +138,17 @@ def _asked(config: TrainConfig, cache: ReferenceCache, table: PairTable, tracker
 
 
 def _reasons(refused: Counter[str]) -> str:
+    """The number of refused rows for each reason, in words."""
     return ", ".join(f"{count:,} {reason}" for reason, count in refused.most_common())
 
 
 def _raise_missing(config: TrainConfig, places: np.ndarray, cache: ReferenceCache) -> None:
-    """places: (n, 2) number of the file and line of each pair that no cache has."""
+    """Raises CacheMismatch. places: (n, 2) number of the file and line of each pair that is in no cache."""
     listed = []
     for number, file in enumerate(config.data):
         lines = ranges(places[places[:, 0] == number, 1].tolist()).split(", ")
         if lines != [""]:
-            more = f" and {len(lines) - LISTED:,} stretches more" if len(lines) > LISTED else ""
+            more = f" and {len(lines) - LISTED:,} more ranges" if len(lines) > LISTED else ""
             listed.append(f"{file} line {', '.join(lines[:LISTED])}{more}")
     raise CacheMismatch(
         f"{len(places):,} pairs of --data are not in the cache ({'; '.join(listed)}). Expected pairs that stage one has scored: "
@@ -154,7 +160,7 @@ def _raise_missing(config: TrainConfig, places: np.ndarray, cache: ReferenceCach
 
 
 def _held_out(share: float, cached: CachedPairs, asked: Indices) -> EvalSet | None:
-    """The pairs to validate on, of those asked for."""
+    """The pairs that --holdout keeps back; None without it. asked: (n,) all pairs of the run."""
     if not share:
         return None
     held = asked[cached.table.digest[asked, 0] < np.uint64(share * 2**64)]
@@ -168,7 +174,7 @@ def _held_out(share: float, cached: CachedPairs, asked: Indices) -> EvalSet | No
 def _of_other(
     config: TrainConfig, caches: JoinedCaches, trained: np.ndarray, world: World, tracker: Tracker, sources: Sources
 ) -> EvalSet:
-    """All pairs of the cache to validate on. trained: (n,) keys of those that the run may train on."""
+    """All pairs of --eval-cache. trained: (n,) keys of the pairs that the run may train on."""
     assert config.validation.eval_cache
     cache, other = caches.caches[0], ReferenceCache(config.validation.eval_cache)
     for name in SAME_MODEL:
@@ -179,8 +185,8 @@ def _of_other(
             )
     require_per_token(other, config.loss_options)
     pairs = sources.pairs(other, config.scratch, world, tracker)
-    if both := int(np.isin(pairs.table.keys, trained).sum()):
+    if shared := int(np.isin(pairs.table.keys, trained).sum()):
         tracker.note(
-            f"{both:,} of the {len(pairs.table):,} pairs of {other.path} are trained on too, so the validation loss is too low"
+            f"{shared:,} of the {len(pairs.table):,} pairs of {other.path} are trained on too, so the validation loss is too low"
         )
     return EvalSet(pairs, np.arange(len(pairs.table)))

@@ -1,4 +1,4 @@
-"""How far a run is, and how it ended. No torch."""
+"""The progress of a run and its outcome. No torch."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -6,13 +6,13 @@ from typing import Literal
 
 @dataclass
 class Progress:
-    """How far a run is.
+    """The progress of a run, as a checkpoint holds it.
 
     step: optimizer steps done. seconds, tokens, flops: since the last log line; total_seconds, total_tokens: of the run.
-    validated, saved: the steps of the last validation and of the last checkpoint; -1: none yet. best, best_step, validation: loss,
-    step and metrics of the best one. waited: validations since the last whose loss was lower than `anchor` by --min-gain. pending:
-    validated metrics for the next line.
-    first, last: logged lines; last_step: which the last is of. warned: of --max-kl.
+    validated, saved: the steps of the last validation and of the last checkpoint; -1: none yet. best, best_step, validation:
+    loss, step and metrics of the best validation. anchor: the loss to improve on by --min-gain; waited: validations since the
+    last that did. pending: validation metrics for the next log line. first, last: metrics of the first and the last log line;
+    last_step: the step of the last. warned: whether the warning of --max-kl was given.
     """
 
     step: int = 0
@@ -42,7 +42,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended. model_step: optimizer steps behind the saved model. stopped: why before its time, if so."""
+    """The end of a run. model_step: optimizer steps behind the saved model. stopped: the reason for an early end, or None."""
 
     model_step: int
     stopped: str | None

@@ -1,5 +1,6 @@
-"""Where a run goes on."""
+"""Finding an earlier run to resume."""
 
+import logging
 import os
 from dataclasses import dataclass
 
@@ -10,17 +11,19 @@ from minicache.options.train import MOVABLE, TrainConfig
 from minicache.training import checkpoints
 from minicache.training.run_directory import RECORD, RunRecord, is_unused, read_record
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Begun:
-    """A run that was begun before. step: of the checkpoint to go on from; None: there is none, it begins again."""
+    """A run that was begun before. step: of the checkpoint to resume from; None: without one it begins again."""
 
     record: RunRecord
     step: int | None
 
 
 def find_begun(config: TrainConfig) -> Begun | None:
-    """The run at --out to go on with; None to begin one.
+    """The run at --out to resume; None to begin one.
 
     Raises:
         OutputError: there is a run or something else at --out already. ConfigError: the run there was started with other options.
@@ -30,7 +33,8 @@ def find_begun(config: TrainConfig) -> Begun | None:
         if out.exists() and not is_unused(out):
             raise OutputError(f"{out}: exists already, and is no run; name another --out or remove it")
         return None
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, with the same command
+    # torchrun restarts a failed run with the same command.
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if not config.resume and not restarted:
         raise OutputError(f"{out}: exists already; --resume goes on with it, or name another --out")
     record = read_record(out)
@@ -38,10 +42,12 @@ def find_begun(config: TrainConfig) -> Begun | None:
         raise OutputError(f"{out}: exists already, and its {RECORD} says nothing; name another --out or remove it")
     _check_same_options(config, record)
     done = checkpoints.steps(out)
+    log.debug("%s: resuming, checkpoints after the steps %s", out, done)
     return Begun(record, done[-1] if done else None)
 
 
 def _check_same_options(config: TrainConfig, record: RunRecord) -> None:
+    """Raises ConfigError: an option differs from the run's, and may not change when it is resumed."""
     for name, value in flat(config).items():
         before = record.options.get(name)
         if name not in MOVABLE and value != before:

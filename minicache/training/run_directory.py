@@ -1,4 +1,4 @@
-"""A run directory: `run.json` with every option as used, and where its model lies. No torch."""
+"""A run directory: `run.json` with every option and result of a run, and the place of its model. No torch."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,18 +13,21 @@ from minicache.training.progress import Outcome
 
 RECORD, LOCK = "run.json", ".lock"
 NEEDED = ("ref_cache", "out")
-# Of the options; one that a run's record lacks is younger than the run, which was made as by its default.
-DEFAULTS = {name: value for name, value in flat(TrainConfig("cache", Path("run"))).items() if name not in NEEDED}
+# The defaults of the options. A record that lacks an option is of an earlier version, which behaved as by the default.
+DEFAULTS = {
+    name: value for name, value in flat(TrainConfig(ref_cache="cache", out=Path("run"))).items() if name not in NEEDED
+}
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What run.json says of a run.
+    """The content of run.json.
 
-    options: all of them as used, by name; entries that this version does not know are kept there too. started_from: the model.
-    stored_dtype: the precision its weights were stored in. handshake: the largest difference it found, nats a token. steps, pairs,
-    held_out: optimizer steps of the whole run, pairs of an epoch, pairs validated on. processes, device, layout_used,
-    token_budget: what followed from the machine. outcome: of a finished run. failed: why a sweep gave it up.
+    options: value of every option by name, and entries that this version does not know. started_from: the model that training
+    started from; stored_dtype: the precision in which its weights are stored. handshake: the largest difference that the
+    handshake found, nats per token. steps, pairs, held_out: optimizer steps of the whole run, pairs of an epoch, pairs to
+    validate on. processes, device, layout_used, token_budget: what the machine decided. outcome: of a finished run. failed: why
+    a sweep recorded the run as failed.
     """
 
     options: dict[str, Any]
@@ -43,7 +46,7 @@ class RunRecord:
 
     @property
     def flat(self) -> dict[str, Any]:
-        """As the file holds it."""
+        """The record as the file holds it."""
         found = {name: value for name, value in asdict(self).items() if name != "options" and value is not None}
         return {**self.options, **found}
 
@@ -52,7 +55,7 @@ FOUND = {name: hint for name, hint in get_type_hints(RunRecord).items() if name 
 
 
 def run_facts(run: str | Path) -> dict[str, Any]:
-    """run.json of a run directory as it is, which may lack entries; nothing for anything else.
+    """The entries of run.json as they are, perhaps not all of them; {} where there is no run.json.
 
     Raises:
         OutputError: it cannot be read, or an entry is not what `train` writes.
@@ -68,7 +71,7 @@ def run_facts(run: str | Path) -> dict[str, Any]:
 
 
 def read_record(run: str | Path) -> RunRecord | None:
-    """What run.json says of a run directory; None for anything else.
+    """The record of a run directory; None where there is no run.json.
 
     Raises:
         OutputError: it cannot be read, or is not what `train` writes.
@@ -82,21 +85,23 @@ def read_record(run: str | Path) -> RunRecord | None:
     try:
         require_types(TrainConfig, options)
         options |= {name: value for name, value in DEFAULTS.items() if name not in options}
-        return read_as(RunRecord, {"options": options, **found}, RECORD, skip_unknown=True)
+        record: RunRecord = read_as(RunRecord, {"options": options, **found}, RECORD, skip_unknown=True)
     except (ConfigError, ValueError, TypeError) as error:
         model = f"; its model is in {run}/model" if "outcome" in facts else ""
         raise OutputError(f"{file}: not as `train` writes it ({error}){model}") from error
+    return record
 
 
 def write_record(run: Path, record: RunRecord) -> None:
-    """Raises OutputError: the disk is full or cannot be written; what was there stays."""
-    for leftover in _drafts(run):  # of calls that were killed
+    """Write run.json. Raises OutputError: the disk is full or cannot be written; the old run.json stays."""
+    # Left by calls that were killed.
+    for leftover in _drafts(run):
         leftover.unlink(missing_ok=True)
     write_json(run / RECORD, record.flat)
 
 
 def run_behind(policy: str) -> RunRecord | None:
-    """The run that a policy is of: the run directory itself, its model/ or one of its checkpoints."""
+    """The record of the run that made a policy: a run directory, its model/ or one of its checkpoints; None for others."""
     path = Path(policy).absolute()
     places = [path, path.parent] if path.name == "model" else [path]
     above = [place.parents[1] for place in places if place.parent.name == "checkpoints"]
@@ -104,16 +109,17 @@ def run_behind(policy: str) -> RunRecord | None:
 
 
 def is_unused(run: Path) -> bool:
-    """Whether it is an empty directory, or was made by a call that was killed before it could write run.json."""
+    """Whether a directory is empty, or was made by a call that was killed before it wrote run.json."""
     return run.is_dir() and set(run.iterdir()) <= {*_drafts(run), run / LOCK}
 
 
 def _drafts(run: Path) -> list[Path]:
+    """The drafts of run.json, all of them leftovers: only one process writes it."""
     return list(run.glob(f".{RECORD}.*.draft"))
 
 
 def policy_source(policy: str) -> str:
-    """The model of a run directory or of one of its checkpoints, or the name as it is.
+    """The model directory of a run or a checkpoint; any other name as it is.
 
     Raises:
         OutputError: a run directory without a model yet.
@@ -130,5 +136,5 @@ def policy_source(policy: str) -> str:
 
 
 def final_beta(beta: float, beta_end: float | None) -> float:
-    """The beta that a run ends at, by which all its policies are judged: losses at one beta can be compared."""
+    """The beta that a run ends at. All its policies are validated with it: losses at different betas cannot be compared."""
     return beta if beta_end is None else beta_end

@@ -1,9 +1,9 @@
-"""The run directory: made at the start, the policy written into it at the end. Rank 0 alone."""
+"""The run directory: made at the start of a run; the policy is written into it at the end. Rank 0 alone writes."""
 
 import shutil
 from pathlib import Path
 
-from minicache.disk import writing
+from minicache.disk import folder_written_whole, writing
 from minicache.errors import OutputError
 from minicache.models import load_model, save_model
 from minicache.options.train import TrainConfig
@@ -18,10 +18,10 @@ from minicache.training.state import Run
 
 
 def open_run(run: Run, record: RunRecord, resume_at: int | None, lock: RunLock, tracker: Tracker) -> TrackerGroup:
-    """Make the run directory with run.json and metrics.jsonl, and open what else is to hear of it.
+    """Make the run directory with run.json; returns its trackers: the given one, metrics.jsonl and the tracking libraries.
 
     Raises:
-        OutputError: it cannot be written, or the disk has no room for what the run will leave: better known now than at the end.
+        OutputError: it cannot be written, or the disk has no room for the model and the checkpoints.
         RunBusy: another process has begun a run there. ConfigError: a tracking library is missing.
     """
     out, config = run.config.out, run.config
@@ -38,7 +38,7 @@ def open_run(run: Run, record: RunRecord, resume_at: int | None, lock: RunLock, 
 
 
 def _require_room(run: Run, record: RunRecord, made: bool) -> None:
-    """Raises OutputError: the disk is too small for the model and the checkpoints; a directory that was made for them goes."""
+    """Raises OutputError: the disk has no room for the model and the checkpoints. A directory that was just made is removed."""
     config, out = run.config, run.config.out
     trained = sum(parameter.numel() for parameter in run.scorer.model.parameters() if parameter.requires_grad)
     kept = config.keep_last + 2 if config.save_every and config.save_every < run.steps else 0
@@ -54,39 +54,31 @@ def _require_room(run: Run, record: RunRecord, made: bool) -> None:
 
 
 def save_dtype(config: TrainConfig, record: RunRecord) -> str:
+    """The precision to save the policy in; "auto" means that of the model it started from."""
     return record.stored_dtype if config.save_dtype == "auto" else config.save_dtype
 
 
 def save_policy(run: Run, outcome: Outcome, dtype: str) -> None:
-    """The policy, or the best of its checkpoints, in this precision; adapters stay float32. To be called by all processes."""
+    """Write the policy, or the best of its checkpoints, in this precision; adapters stay float32. All processes call it."""
     is_last = outcome.model_step == outcome.progress.step
     weights = whole_weights(run.scorer.model) if is_last and run.scorer.lockstep else None
     if not run.world.is_main:
         return
     best = None if is_last else checkpoints.place(run.config.out, outcome.model_step) / "model"
-    _clear(run.config.out)
+    place = run.config.out / "model"
+    _remove_earlier(place)
     if best and run.config.lora.lora_rank:
-        _copy(best, run.config.out)
+        with folder_written_whole(place) as draft:
+            shutil.copytree(best, draft, dirs_exist_ok=True)
         return
     model = load_model(str(best), run.config.trust_remote_code).model if best else run.scorer.model
     if not run.config.lora.lora_rank:
         model = model.to(DTYPES[dtype])
         weights = weights and {name: tensor.to(DTYPES[dtype]) for name, tensor in weights.items()}
-    save_model(model, run.cache.tokenizer_dir, run.config.out / "model", weights)
+    save_model(model, run.cache.tokenizer_dir, place, weights)
 
 
-def _clear(out: Path) -> None:
-    """Of what a call left that was killed before it could say that the run is finished."""
-    with writing(out):
-        shutil.rmtree(out / "model", ignore_errors=True)
-        shutil.rmtree(_draft(out), ignore_errors=True)
-
-
-def _copy(model: Path, out: Path) -> None:
-    with writing(out):
-        shutil.copytree(model, _draft(out))
-        _draft(out).replace(out / "model")
-
-
-def _draft(out: Path) -> Path:
-    return out / ".model.saving"
+def _remove_earlier(place: Path) -> None:
+    """Remove the model of a call that was killed before it recorded the outcome, and the draft of one of version 0.1.0."""
+    for earlier in (place, place.with_name(".model.saving")):
+        shutil.rmtree(earlier, ignore_errors=True)

@@ -10,7 +10,7 @@ def _half_cosine(progress: float) -> float:
 
 
 def cosine(progress: float, floor: float) -> float:
-    """Loshchilov & Hutter, SGDR, arXiv:1608.03983, eq. 5."""
+    """From 1 to the floor along half a cosine. Source: Loshchilov & Hutter, SGDR, arXiv:1608.03983, eq. 5."""
     return floor + (1 - floor) * _half_cosine(progress)
 
 
@@ -35,22 +35,25 @@ def minimind_3(progress: float, floor: float) -> float:
 
 
 def warmup_steps(warmup: float, steps: int) -> int:
-    """Steps of the warm-up: `warmup` itself, or below 1 that share of `steps`, a fraction of one rounded up to a whole step."""
-    share = math.ceil(warmup * steps - 1e-9)  # 0.07 * 100 is 7.000000000000001
+    """Steps of the warm-up: `warmup` itself, or below 1 that share of `steps`, rounded up."""
+    # 0.07 * 100 is 7.000000000000001
+    share = math.ceil(warmup * steps - 1e-9)
     return min(share if warmup < 1 else round(warmup), steps)
 
 
 def learning_rate(step: int, steps: int, lr: float, schedule: str, warmup: float, floor: float) -> float:
     """The rate of a step (from 0): a linear rise over the warm-up, then the schedule. The first step has a rate above 0.
 
-    warmup: as of `warmup_steps`. floor: share of `lr` that cosine and linear end at.
+    warmup: as in `warmup_steps`. floor: share of `lr` that cosine and linear end at.
     """
     rising = warmup_steps(warmup, steps)
     if step < rising:
         return lr * (step + 1) / rising
     entry = SCHEDULES[schedule]
-    done = step - rising + entry.counts_from_1  # as MiniMind's later scripts number their steps
-    return lr * code_of(entry)(done / max(1, steps - rising), floor)
+    # MiniMind's later scripts number their steps from 1.
+    done = step - rising + entry.counts_from_1
+    factor: float = code_of(entry)(done / max(1, steps - rising), floor)
+    return lr * factor
 
 
 def beta_at(step: int, steps: int, beta: float, beta_end: float | None) -> float:

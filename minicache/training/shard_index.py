@@ -1,8 +1,8 @@
-"""The index of an optimizer's distributed checkpoint, read without running anything that it says.
+"""Reading the index of an optimizer's distributed checkpoint without executing what it contains.
 
-torch keeps the index as a pickle, `.metadata`, and reads it by `pickle.load`, which runs whatever a stranger put there. Here every
-name in it but those of torch's own index stands for nothing, what they build are values without behaviour, and torch's
-objects are made of these once each is what it should be.
+torch stores the index as a pickle, `.metadata`, and reads it by `pickle.load`, which executes code that a stranger put there. Here
+only the names of torch's own index are accepted. They build nodes without behaviour, and torch's objects are made from the
+nodes after every entry has been checked.
 """
 
 import pickle
@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -25,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 INDEX = ".metadata"
 SHARDS = re.compile(r"__\d+_\d+\.distcp")
 CLASSES = "torch.distributed.checkpoint.metadata"
-# What stands for a name of torch 2.11 to 2.13 beside the classes below: sizes, an enum's number, a layout.
+# Replacements for names of torch 2.11 to 2.13 other than the classes below: sizes, an enum's number, a layout.
 PLAIN = {
     ("torch", "Size"): tuple,
     (CLASSES, "_MEM_FORMAT_ENCODING"): int,
@@ -41,7 +40,7 @@ Kind = TypeVar("Kind")
 
 
 class _Node:
-    """Stands for an object of the index: its state, and nothing that acts."""
+    """An object of the index as plain data: its class's name and its state."""
 
     name, state = "", None
 
@@ -54,12 +53,12 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in NODES:
-            # of its own in each reading: nothing that is built can change what the next is built of
+            # A new class each time: a pickle can change its classes, but not those of the next reading.
             return type(name, (_Node,), {"name": name})
         if (module, name) in PLAIN:
             return PLAIN[module, name]
         if (module, name) in PATHS:
-            # where the checkpoint was written, which is of no use
+            # The path where the checkpoint was written; not needed.
             return lambda *parts: None
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
@@ -67,7 +66,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class IndexedReader(FileSystemReader):
-    """torch's reader of the shards in a folder, with an index that was read before."""
+    """torch's reader of the shards in a folder, with an index read by `read_index`."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -78,17 +77,17 @@ class IndexedReader(FileSystemReader):
 
 
 def read_index(file: Path) -> Metadata:
-    """The index of a checkpoint that holds tensors alone, in files beside it.
+    """The index of a checkpoint that holds only tensors, in files beside it.
 
     Raises:
-        OSError: it cannot be read. ValueError: it is none, or names what a checkpoint of ours never has.
+        OSError: it cannot be read. ValueError: it is no index, or has entries that `checkpoints` never writes.
     """
     with file.open("rb") as stream:
         try:
             return _metadata(_Unpickler(stream).load())
         except OSError:
             raise
-        # of damaged bytes an unpickler raises nearly everything
+        # Damaged bytes make an unpickler raise nearly every kind of exception.
         except Exception as error:
             raise ValueError(f"{INDEX}: {error or type(error).__name__}") from error
 
@@ -118,7 +117,7 @@ def _tensor(entry: object) -> TensorStorageMetadata:
 
 
 def _properties(node: object) -> TensorProperties:
-    """Those of the class keep their state as a tuple, the dtype first; the others are the same for all of ours."""
+    """The properties of a tensor. Their state is a tuple with the dtype first; the rest is equal in all our checkpoints."""
     if not isinstance(node, _Node) or node.name != "TensorProperties":
         raise ValueError("expected TensorProperties")
     return TensorProperties(dtype=_is(torch.dtype, _is(tuple, node.state)[0]))
@@ -140,12 +139,12 @@ def _place(info: object) -> _StorageInfo:
     if not SHARDS.fullmatch(name):
         raise ValueError(f"expected a file like __0_0.distcp beside the index, got {name[:80]!r}")
     if state.keys() - {"relative_path", "offset", "length"}:
-        raise ValueError("expected shards as they are, got some to be transformed")
+        raise ValueError("expected shards stored as they are, got transformed ones")
     return _StorageInfo(relative_path=name, offset=_size((state["offset"],))[0], length=_size((state["length"],))[0])
 
 
 def _state(node: object, name: str) -> dict[str, Any]:
-    """The attributes of a node for the class of that name."""
+    """The attributes of a node. Raises ValueError: it does not stand for the class of that name."""
     if not isinstance(node, _Node) or node.name != name:
         got = node.name if isinstance(node, _Node) else type(node).__name__
         raise ValueError(f"expected {name}, got {got}")
@@ -160,6 +159,7 @@ def _size(value: object) -> torch.Size:
 
 
 def _is(kind: type[Kind], value: object) -> Kind:
+    """The value, if it is of this kind. Raises ValueError."""
     if not isinstance(value, kind):
         raise ValueError(f"expected {kind.__name__}, got {type(value).__name__}")
     return value

@@ -21,31 +21,34 @@ BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 def trainable(scorer: Scorer, world: World) -> nn.Module:
-    """What to call in training so that gradients are averaged over the processes."""
+    """The module to call in training: it averages the gradients over the processes."""
     return scorer if world.size == 1 or isinstance(scorer, FSDPModule) else DistributedDataParallel(scorer)
 
 
 def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of the weights (of adapters: theirs alone) in the CPU's memory: on rank 0, and elsewhere nothing.
+    """A copy of the weights, or of an adapter's weights alone, in the CPU's memory on rank 0; {} on other ranks.
 
     Shards are gathered one by one; all ranks take part.
     """
     adapted = hasattr(model, "get_base_model")
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapted)
     state: dict[str, Any] = get_model_state_dict(model, options=options)
-    # what was whole and on the CPU is no copy yet
+    # torch does not copy what was whole and on the CPU already.
     own = {parameter.data_ptr() for parameter in model.parameters() if not isinstance(parameter, DTensor)}
     return {name: value.clone() if value.data_ptr() in own else value for name, value in state.items()}
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """An optimizer's state by the names of the parameters; of shards this process's own. Of a new one it is made first, which
-    counts as a step until it is overwritten.
+    """An optimizer's state by the names of the parameters; in a model of shards, this process's own.
+
+    A new optimizer's state is created first; its step counts stand at 1 until `set_optimizer_tensors` overwrites them.
     """
     state = get_optimizer_state_dict(model, optimizer, options=BY_NAME)
     return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}  # type: ignore[misc]
 
 
 def set_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    settings = get_optimizer_state_dict(model, optimizer, options=BY_NAME)  # which no checkpoint needs to keep
+    """Put tensors of `optimizer_tensors` back into an optimizer."""
+    # The other entries, such as learning rates, come from the options and are in no checkpoint.
+    settings = get_optimizer_state_dict(model, optimizer, options=BY_NAME)
     set_optimizer_state_dict(model, optimizer, {**settings, **tensors}, options=BY_NAME)  # type: ignore[dict-item]

@@ -1,4 +1,4 @@
-"""What a run's checkpoint holds: made of a training under way, and put back into a new one."""
+"""The content of a checkpoint: collected from a training under way, and restored into a new one."""
 
 from dataclasses import asdict
 from typing import Any
@@ -18,7 +18,7 @@ from minicache.training.state import Run, Training
 
 
 def begin(run: Run, resumed: dict[str, Any] | None) -> Training:
-    """What the first step finds, or the step after the checkpoint `resumed`.
+    """The training state before the first step, or after the checkpoint `resumed`.
 
     Raises:
         OutputError: the checkpoint cannot be read.
@@ -45,6 +45,7 @@ def begin(run: Run, resumed: dict[str, Any] | None) -> Training:
 
 
 def _restore_optimizer(run: Run, optimizer: torch.optim.Optimizer, step: int, state: dict[str, Any]) -> None:
+    """Load the optimizer's state from the checkpoint of a step. Raises OutputError: it cannot be read."""
     if state["optimizer"]:
         try:
             optimizer.load_state_dict(state["optimizer"])
@@ -59,13 +60,13 @@ def _restore_optimizer(run: Run, optimizer: torch.optim.Optimizer, step: int, st
 def _restore(scaler: torch.amp.GradScaler, means: Means, state: dict[str, Any], world: World) -> None:
     scaler.load_state_dict(state["scaler"])
     torch.set_rng_state(state["rng"])
-    # sums over all processes
+    # The saved sums are over all processes, so one of them takes them.
     if world.is_main:
         means.sums.copy_(state["means"])
 
 
 def save(run: Run, training: Training) -> None:
-    """A checkpoint of this moment; older ones beyond --keep-last go, the best stays."""
+    """Save a checkpoint now; remove older ones beyond --keep-last, except for the best."""
     progress, config = training.progress, run.config
     sums = run.world.sum(training.means.sums.clone())
     progress.saved = progress.step
@@ -92,7 +93,7 @@ def save(run: Run, training: Training) -> None:
 
 
 def pairs_of(run: Run) -> dict[str, Any]:
-    """Which pairs a run is trained and validated on: what a resumed run must find again."""
+    """What identifies the pairs that a run is trained and validated on; a resumed run must find the same."""
     return {
         "cache": run.cache.identity.digest,
         "pairs": len(run.training),

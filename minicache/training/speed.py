@@ -1,4 +1,4 @@
-"""What a step costs and what the device could do: memory, useful FLOPs, model FLOP utilisation."""
+"""The cost of a step and the peak rate of the device: memory, useful FLOPs, model FLOP utilisation."""
 
 import re
 import resource
@@ -12,9 +12,9 @@ from torch.nn.parameter import Parameter
 from minicache.pairs import PairTable
 from minicache.scoring.batching import Indices
 
-# Dense bfloat16 matrix rate with float32 accumulation, FLOP/s; half of what the makers state "with sparsity". Sources: NVIDIA's
-# data sheets of B200, H100, H200, H20, A100, A30, A10, A40, L40S, L40, L4, and its architecture papers "RTX Blackwell", "Ada" and
-# "Ampere GA102", appendices. SUPER, D and Ti cards without a row there: twice the float32 rate, as all rows of theirs are.
+# Dense bfloat16 matrix rate with float32 accumulation, FLOP/s; half of the rate that NVIDIA states "with sparsity". Sources:
+# NVIDIA's data sheets of B200, H100, H200, H20, A100, A30, A10, A40, L40S, L40, L4, and its architecture papers "RTX Blackwell",
+# "Ada" and "Ampere GA102", appendices. SUPER, D and Ti cards without a row there: twice the float32 rate, as in all those rows.
 PEAKS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -52,7 +52,7 @@ PEAKS = {
     "RTX 3090": 71e12,
 }
 BY_NAME = {name.casefold(): peak for name, peak in PEAKS.items()}
-# Words of a device's name that change no rate: the makers', memory, the socket that a data sheet's first column is of.
+# Words of a device's name that do not change the rate: brand, memory, the SXM socket (the data sheets' first column).
 UNIMPORTANT = re.compile(r"nvidia|geforce|\d+gb|hbm\d\w*|sxm\d*")
 
 
@@ -64,7 +64,7 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
 
 
 def peak_of(name: str) -> float | None:
-    """FLOP/s of the card with just this name: a Laptop's, a Ti's or a part of a card is another than the card's."""
+    """FLOP/s of the card with exactly this name; None for others: a laptop's, a Ti or a part of a card has another rate."""
     words = re.split(r"[\s-]+", name.casefold())
     return BY_NAME.get(" ".join(word for word in words if not UNIMPORTANT.fullmatch(word)))
 
@@ -78,10 +78,10 @@ def memory_gb(device: torch.device) -> float:
 
 
 def step_flops(model: nn.Module, table: PairTable, indices: Indices) -> float:
-    """FLOPs that forward and backward of these pairs need: both sides whole, no padding, nothing recomputed.
+    """FLOPs of forward and backward over these pairs: both sides whole, without padding and recomputation.
 
-    Of a weight matrix 2 a token forward and 4 backward (2 if it is frozen); the head on counted tokens only; attention on half
-    of the square. Source: Chowdhery et al. 2022, PaLM, arXiv:2204.02311, appendix B.
+    A weight takes 2 FLOPs per token forward and 4 backward (2 if it is frozen); the head works on counted tokens only; causal
+    attention on half of the square. Source: Chowdhery et al. 2022, PaLM, arXiv:2204.02311, appendix B.
     """
     config: Any = model.config
     lengths = table.side_lengths[indices]
@@ -90,13 +90,14 @@ def step_flops(model: nn.Module, table: PairTable, indices: Indices) -> float:
     body = sum(_flops(parameter, config) for parameter in model.parameters() if not any(parameter is t for t in tables))
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    attention = 6.0 * config.num_hidden_layers * width * float((lengths.astype(float) ** 2).sum())
+    attention: float = 6.0 * config.num_hidden_layers * width * float((lengths.astype(float) ** 2).sum())
     return body * tokens + _flops(tables[1], config) * counted + attention
 
 
 def _flops(weight: Parameter, config: object) -> float:
-    """Of one token. Of stacked experts (E, rows, columns) only those that a token goes to."""
+    """FLOPs of one weight for one token. Of stacked experts (E, rows, columns), only those that a token is routed to count."""
     if weight.ndim < 2:
         return 0.0
-    used = getattr(config, "num_experts_per_tok", weight.shape[0]) / weight.shape[0] if weight.ndim == 3 else 1.0
+    experts: int = getattr(config, "num_experts_per_tok", weight.shape[0])
+    used = experts / weight.shape[0] if weight.ndim == 3 else 1.0
     return weight.numel() * used * (6.0 if weight.requires_grad else 4.0)

@@ -1,4 +1,4 @@
-"""What a run is, and what its steps change."""
+"""The two parts of a run: what stays fixed, and what its steps change."""
 
 from dataclasses import dataclass
 
@@ -20,9 +20,10 @@ from minicache.training.validation import EvalSet
 
 @dataclass(frozen=True)
 class Run:
-    """What every step needs. cache: the first, if the pairs are of several. training: those to train on. held_out: to validate on.
+    """The fixed part, which every step reads.
 
-    steps: of the whole run. budget: token slots of a micro-batch.
+    cache: the first one, if the pairs come from several. cached: all pairs and their scores. training: the pairs to train on.
+    held_out: those to validate on. steps: of the whole run. budget: token slots of a micro-batch.
     """
 
     config: TrainConfig
@@ -39,7 +40,7 @@ class Run:
 
 @dataclass
 class Training:
-    """What steps change, and a checkpoint holds."""
+    """The part that steps change. forward: the module to call. saver: writes checkpoints of the rest."""
 
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler

@@ -1,4 +1,4 @@
-"""One optimizer step: the pairs it takes, their gradients over micro-batches and processes, the update."""
+"""One optimizer step: its pairs, their gradients over micro-batches and processes, the update."""
 
 import math
 from collections.abc import Iterator
@@ -21,13 +21,16 @@ from minicache.training.validation import pair_logps
 
 
 def beta_of(run: Run, step: int) -> float:
+    """The beta of a step, counted from 0."""
     return beta_at(step, run.steps, run.config.beta, run.config.beta_end)
 
 
 @dataclass(frozen=True)
 class Part:
-    """A micro-batch. weight: of the sum of its losses: over the *global* number of pairs, times the number of processes because
-    DDP and FSDP average. 0: a process without pairs of its own only takes part.
+    """A micro-batch.
+
+    weight: factor of the sum of its losses, (number of processes) / (pairs of the global batch): DDP and FSDP average over the
+    processes. 0 for a process without pairs of its own, which still takes part in the communication.
     """
 
     indices: Indices
@@ -44,7 +47,7 @@ class Share:
 
 
 def plan(run: Run, first_step: int) -> Iterator[Share]:
-    """The steps still to come, laid out in memory; a function of cache, seed and step alone."""
+    """This rank's shares of the steps from `first_step` on; a function of cache, seed and step alone."""
     config, table, world, scorer = run.config, run.cached.table, run.world, run.scorer
     costs = scorer.layout.costs(table.lengths)
     order = global_batches(run.training, config.batch_size, config.seed, first_step)
@@ -52,7 +55,8 @@ def plan(run: Run, first_step: int) -> Iterator[Share]:
         by_rank = shares(indices, costs, world.size)
         mine = scorer.batches(table, by_rank[world.rank], run.budget)
         parts = [Part(chosen, made, world.size / len(indices)) for chosen, made in mine]
-        least = 1  # DDP waits for everyone once a step; shards in every forward pass
+        # DDP waits for all processes once in a step, a model of shards in every forward pass.
+        least = 1
         if scorer.lockstep:
             least = max(len(by_length(costs[each], run.budget, scorer.layout.pads)) for each in by_rank)
         if len(parts) < least:
@@ -62,7 +66,7 @@ def plan(run: Run, first_step: int) -> Iterator[Share]:
 
 
 def take_step(run: Run, training: Training, mine: Share) -> torch.Tensor:
-    """One optimizer step; returns the gradient's norm before clipping, a tensor, so that nothing waits for it."""
+    """Take one optimizer step; returns the gradient's norm before clipping, as a tensor: nothing waits for the device."""
     config, optimizer, scaler, step = run.config, training.optimizer, training.scaler, training.progress.step
     lr = learning_rate(step, run.steps, config.lr, config.schedule, config.warmup, config.min_lr)
     for group in optimizer.param_groups:
@@ -70,7 +74,7 @@ def take_step(run: Run, training: Training, mine: Share) -> torch.Tensor:
     _accumulate(run, training, replace(run.objective, beta=beta_of(run, step)), mine)
     scaler.unscale_(optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    # 0: no clipping; the norm is logged all the same
+    # --max-grad-norm 0 clips nothing, but the norm is logged.
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     scaler.step(optimizer)
@@ -80,12 +84,12 @@ def take_step(run: Run, training: Training, mine: Share) -> torch.Tensor:
 
 
 def _accumulate(run: Run, training: Training, objective: Objective, mine: Share) -> None:
-    """Gradients of the mean loss over one global batch; each rank adds those of its share."""
+    """Accumulate the gradients of the mean loss over one global batch; each rank adds those of its share."""
     world, forward, last = run.world, training.forward, len(mine.parts)
     chosen_tokens = float(run.cached.table.token_counts[mine.indices, 0].mean())
     for number, part in enumerate(mine.parts, start=1):
         inputs = part.batch.to(world.device)
-        # shards are reduced every time: to wait would keep whole gradients
+        # DDP reduces the gradients once, after the last part. Shards are reduced each time, or whole gradients would be kept.
         later = isinstance(forward, DistributedDataParallel) and number < last
         with forward.no_sync() if later else nullcontext():  # type: ignore[operator]
             scores = forward(inputs, distribution=True)
@@ -98,7 +102,7 @@ def _accumulate(run: Run, training: Training, objective: Objective, mine: Share)
 
 
 def count_step(run: Run, training: Training, indices: Indices, seconds: float) -> int:
-    """Keep account of a step on these pairs; returns the tokens it read."""
+    """Add a step on these pairs to the run's progress; returns the number of tokens it read."""
     progress, table = training.progress, run.cached.table
     tokens = int(table.side_lengths[indices].sum())
     progress.step += 1

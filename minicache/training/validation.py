@@ -1,4 +1,4 @@
-"""Metrics of a policy over held-out pairs, and its logprobs beside the reference's."""
+"""Metrics of a policy over held-out pairs; the logprobs of policy and reference of a batch."""
 
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -29,13 +29,13 @@ class EvalSet:
 
     @property
     def digest(self) -> str:
-        """Of which pairs these are, in any order."""
+        """A digest of the set of these pairs, in any order."""
         digests = np.sort(self.cached.table.digest[self.indices, 0])
         return blake2b(digests.astype("<u8").tobytes(), digest_size=16).hexdigest()
 
 
 def require_per_token(cache: ReferenceCache, options: LossOptions) -> None:
-    """Raises CacheMismatch: the loss weighs single tokens, and the cache does not hold what the reference said of each."""
+    """Raises CacheMismatch: the loss weights single tokens, and the cache does not hold each token's logprob."""
     if options.ld_alpha is not None and not cache.identity.per_token:
         raise CacheMismatch(
             f"--ld-alpha: needs each token's reference logprob, which {cache.path} does not hold; run precompute-ref with "
@@ -46,10 +46,10 @@ def require_per_token(cache: ReferenceCache, options: LossOptions) -> None:
 def evaluate_policy(
     scorer: Scorer, pairs: EvalSet, objective: Objective, budget: int | None, world: World, tracker: Tracker
 ) -> dict[str, float]:
-    """Mean metrics (see metrics.py) of a policy over these pairs, shared among the processes. budget: see `score_table`.
+    """The mean metrics (see metrics.py) of a policy over these pairs, which the processes share out. budget: see `score_table`.
 
     Raises:
-        ConfigError: the loss sorts over a batch, and a data set is no batch.
+        ConfigError: the loss sorts over a batch, so it is not defined for a data set.
     """
     if name := objective.over_the_batch:
         raise ConfigError(
@@ -66,24 +66,32 @@ def evaluate_policy(
 
 
 def pair_logps(scores: PairScores, batch: Batch, cached: CachedPairs, indices: Indices, objective: Objective) -> Logps:
-    """Policy's and reference's logprobs of a batch side by side, as means or as sums (mean x tokens): the same for both."""
+    """The logprobs of policy and reference for a batch, both as means or both as sums (mean x tokens)."""
     counts, averaged = scores.token_count, objective.kind == "mean"
     if objective.options.ld_alpha is not None:
         tokens = torch.from_numpy(cached.token_logps(indices)).to(counts.device)[batch.places]
         weights = _ld_weights(batch, counts, objective.options.ld_alpha)
-        both = (scores.token_logps, tokens)
-        policy, reference = (batch.sum_members(values[batch.members] * weights) for values in both)
+        policy, reference = (
+            batch.sum_members(values[batch.members] * weights) for values in (scores.token_logps, tokens)
+        )
         divisor = counts if averaged else torch.ones_like(counts)
-        whole = scores.logp_sum[:, 0]
-        return Logps(policy / divisor, reference / divisor, counts, averaged, scores.alignment, whole)
-    reference = torch.from_numpy(cached.reference.logp_mean[indices]).to(counts.device)
-    if averaged:
-        return Logps(scores.logp_mean, reference, counts, averaged, scores.alignment)
-    return Logps(scores.logp_sum, reference * counts, counts, averaged, scores.alignment)
+        policy, reference, chosen_sum = policy / divisor, reference / divisor, scores.logp_sum[:, 0]
+    else:
+        means = torch.from_numpy(cached.reference.logp_mean[indices]).to(counts.device)
+        policy, reference = (scores.logp_mean, means) if averaged else (scores.logp_sum, means * counts)
+        chosen_sum = None
+    return Logps(
+        policy=policy,
+        reference=reference,
+        token_count=counts,
+        averaged=averaged,
+        alignment=scores.alignment,
+        chosen_sum=chosen_sum,
+    )
 
 
 def _ld_weights(batch: Batch, counts: torch.Tensor, alpha: float) -> torch.Tensor:
-    """(M,) 1 for a token within the length of the shorter answer, `alpha` beyond.
+    """(M,) weights of tokens: 1 within the length of the shorter answer, `alpha` beyond.
 
     Source: Liu et al. 2024, Length Desensitization in DPO, arXiv:2409.06411, eq. 9, with counted tokens as the length, as TRL.
     """

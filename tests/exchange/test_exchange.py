@@ -141,7 +141,7 @@ def test_a_file_says_that_it_was_changed(cache: Path, tmp_path: Path) -> None:
     assert "pairs.jsonl:1: expected counts" in refused(1, ref_chosen_logps=lambda total: float("nan"))
     assert "rows 9 to 13 (block 1 of the cache)" in refused(9, ref_rejected_logps=lambda total: total - 1e-3)
     assert "rows 14 to 19 (block 2 of the cache)" in refused(14, line=lambda line: line + 1)
-    assert "pairs.jsonl:2: is of file number 7" in refused(2, source=lambda source: 7)
+    assert "pairs.jsonl:2: has the file number 7" in refused(2, source=lambda source: 7)
     assert "pairs.jsonl:2: is not as it was exported" in refused(2, prompt_ids=lambda ids: None)
     assert "pairs.jsonl:2: is not as it was exported" in refused(2, chosen_loss_mask=lambda mask: [*mask[1:], 2])
     assert "pairs.jsonl:2: expected" in refused(2, ref_token_logps=lambda logps: logps[1:])
@@ -151,7 +151,7 @@ def test_a_file_says_that_it_was_changed(cache: Path, tmp_path: Path) -> None:
             imported(file, tmp_path / "back", identity=identity_of(cache))
 
 
-def test_what_it_says_of_itself_cannot_be_changed(cache: Path, tmp_path: Path) -> None:
+def test_a_changed_document_is_refused(cache: Path, tmp_path: Path) -> None:
     file = exported(cache, tmp_path / "pairs.jsonl")
     beside = document_beside(file)
     sound = json.loads(beside.read_text())
@@ -166,10 +166,10 @@ def test_what_it_says_of_itself_cannot_be_changed(cache: Path, tmp_path: Path) -
         return str(error.value)
 
     assert "does not fit its digest" in refused(lambda d: d["minicache"]["identity"].update(dtype="float16"))
-    assert "exported in form 2" in refused(lambda d: d.update(export=2))
+    assert "has export format 2" in refused(lambda d: d.update(export=2))
     assert "without a minicache manifest" in refused(lambda d: d.pop("minicache"))
     assert "its ledger does not fit" in refused(lambda d: d["ledger"].pop())
-    assert "what it says of itself was changed" in refused(lambda d: d.pop("ledger"))
+    assert "its document was changed" in refused(lambda d: d.pop("ledger"))
     assert "the tokenizer's files" in refused(lambda d: d.pop("tokenizer"))
     assert "expected one below its directory" in refused(lambda d: d["tokenizer"].update({"../evil": "eJwDAAAAAAE="}))
     assert "cannot be unpacked" in refused(lambda d: d["tokenizer"].update({"tokenizer.json": "eJw"}))
@@ -200,7 +200,7 @@ def test_the_user_says_what_it_is(
         (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
         return line
 
-    assert f"Expected you to say so: --identity {digest}, or --model MODEL" in refused()
+    assert f"Expected you to confirm it: --identity {digest}, or --model MODEL" in refused()
     assert f"its identity is {digest}, expected 123" in refused("--identity", "123")
     assert "--max-length: " in refused("--identity", digest, "--max-length", 9)
     assert "was exported from a cache and holds this itself" in refused("--identity", digest, "--loss-on", "response")

@@ -68,7 +68,7 @@ def test_sums_become_what_stage_one_would_have_stored(
 
 
 def test_sums_taken_for_means_are_found_out(scored: tuple[Path, Rows], tmp_path: Path, model_dir: Path) -> None:
-    with pytest.raises(DataError, match=r"nats a token; a uniform guess over 400 .*--logps sum"):
+    with pytest.raises(DataError, match=r"nats per token; a uniform guess over 400 .*--logps sum"):
         bring_in(scored[1], tmp_path, model_dir, logps="mean")
     assert [path.name for path in tmp_path.iterdir()] == ["foreign.jsonl"]
 
@@ -133,7 +133,7 @@ def test_other_tokens_than_were_scored(scored: tuple[Path, Rows], tmp_path: Path
     ]
     (tmp_path / "same").mkdir()
     bring_in(counted, tmp_path / "same", model_dir)
-    with pytest.raises(DataError, match=r"foreign.jsonl:\d+: chosen_token_count, .* that count"):
+    with pytest.raises(DataError, match=r"foreign.jsonl:\d+: chosen_token_count, .* tokens count"):
         bring_in(counted, tmp_path, model_dir, max_length=30)
     for names in ("chosen_ids", "rejected_ids"), ("chosen_input_ids", "rejected_input_ids"):
         tokens = [

@@ -101,7 +101,7 @@ def test_started_at_once_killed_and_repeated_they_write_the_store_of_one(
         process.join(120)
     ends = {shard: process.exitcode for shard, (process, _) in jobs.items()}
     assert ends == {shard: -signal.SIGKILL if shard in (first, second) else 0 for shard in shards}
-    waited = [shard for shard in others if "waiting to take in the data" in said(jobs[shard][1])]
+    waited = [shard for shard in others if "waiting to encode the data" in said(jobs[shard][1])]
     assert waited, "all jobs started too late to wait for the first"
     assert {block % 4 + 1 for _, block in undone(cache)} <= {int(first[0]), int(second[0])}
     assert int(first[0]) in inspect_cache(InspectConfig(cache)).shards_missing
@@ -215,7 +215,7 @@ def test_new_data_and_another_number_of_shards_wait_until_nobody_scores(
     old, _ = stopped_while_scoring(start, cache, "--shard", "1/3")
     new = [start("--data", str(more), "--shard", "2/3"), start("--shard", "1/2")]
     for process, output in new:
-        wait_for(lambda: "waiting to take in the data" in said(output), process.is_alive)  # noqa: B023
+        wait_for(lambda: "waiting to encode the data" in said(output), process.is_alive)  # noqa: B023
     time.sleep(2 * prepare.POLL_SECONDS)
     log = ReferenceCache(cache).log
     assert len(log.sources) == 1 and log.shards == 3 and all(process.is_alive() for process, _ in new)

@@ -93,7 +93,7 @@ def test_a_signal_that_comes_within_a_destructor_is_not_lost(capfd: pytest.Captu
     assert capfd.readouterr().err == ""
 
 
-def test_what_an_inner_context_has_heard_the_one_around_it_has_heard_too() -> None:
+def test_a_signal_that_an_inner_context_received_counts_in_the_outer_one_too() -> None:
     """A copy that comes after the first context is no second request."""
     with Interruptible() as outer:
         with StopFlag() as inner:

@@ -159,7 +159,7 @@ def test_shards_divide_the_runs_among_them(ref_cache: Path, tmp_path: Path) -> N
         assert lock.take()  # as another job would that is at work on it
         report = run(ref_cache, out, listener, shard="1/2", **options)
     assert {result.name: result.state for result in report.runs}["lr-0.003"] == "not begun"
-    assert "lr-0.003: another process is at work on it, and it is left to that one" in listener.notes
+    assert "lr-0.003: another process is at work on it; left to that process" in listener.notes
     assert {result.state for result in run(ref_cache, out, shard="1/2", **options).runs} == {"done"}
 
 

@@ -18,7 +18,7 @@ from minicache.trackers import Silent
 from minicache.training import checks
 from minicache.training.checks import handshake
 
-EXPECTED = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}  # nats a token
+EXPECTED = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}  # nats per token
 
 
 def run_of(cache: Path, model: Path, dtype: str, shift: float) -> Any:

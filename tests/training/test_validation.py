@@ -312,7 +312,7 @@ def test_a_policy_that_moves_too_far(ref_cache: Path, tmp_path: Path, on_max_kl:
     notes = [text for text in listener.notes if "--max-kl" in text]
     if on_max_kl == "stop":
         assert notes == [] and far == [len(kl) - 1] and report.progress.step == len(kl) < 60
-        assert report.stopped.startswith(f"the policy has moved {kl[-1]:.3g} nats a token")
+        assert report.stopped.startswith(f"the policy has moved {kl[-1]:.3g} nats per token")
         assert outcome(tmp_path / "run")["stopped"] == report.stopped and report.model_dir.is_dir()
     else:
         assert len(notes) == 1 and notes[0].startswith(f"step {far[0]}: ") and report.stopped is None and len(kl) == 60

@@ -1,4 +1,4 @@
-"""Reading a directory that may come from a stranger: no device, no pipe, no file or chunk that is larger than any of a cache."""
+"""Reading a directory that may come from a stranger: refuses devices, pipes, and files or chunks larger than any of a cache."""
 
 import stat
 import sys
@@ -13,12 +13,13 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-MOST_BYTES = 2**26  # the largest chunk of the largest block that can be asked for has less than half of it
+# More than twice the largest chunk of the largest block that the options allow.
+MOST_BYTES = 2**26
 COMPRESSED = ("pairs/tokens/c/", "pairs/loss_mask/c/", "ref/token_logps/c/")
 
 
 class BoundedStore(LocalStore):
-    """A directory as a store of zarr. Raises ValueError for a file that no cache can hold, before it is in memory."""
+    """A directory as a store of zarr. Raises ValueError: a file that no cache can contain; checked before it is read."""
 
     async def get(
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
@@ -31,11 +32,12 @@ class BoundedStore(LocalStore):
 
 
 def require_bounded(file: Path) -> None:
-    """Raises ValueError if something is there that is no file, or one larger than any of a cache."""
+    """Raises ValueError: there is something other than a file or directory, or a file larger than any of a cache."""
     try:
         info = file.stat()
     except OSError:
-        return  # reading it raises an error that says more
+        # Reading the file raises a better error.
+        return
     if not stat.S_ISREG(info.st_mode) and not stat.S_ISDIR(info.st_mode):
         raise ValueError("neither a file nor a directory")
     if info.st_size > MOST_BYTES:
@@ -43,10 +45,12 @@ def require_bounded(file: Path) -> None:
 
 
 def _require_bounded_frame(chunk: bytes) -> None:
+    """Raises ValueError: the chunk decompresses to more bytes than any chunk of a cache."""
     try:
         size = zstd.get_frame_info(chunk).decompressed_size
     except zstd.ZstdError:
-        return  # damaged; the codec raises an error that says more
+        # The codec raises a better error for damaged bytes.
+        return
     if size is None or size > MOST_BYTES:
         raise ValueError(
             f"decompresses to {'any number of' if size is None else f'{size:,}'} bytes, expected {MOST_BYTES:,} or fewer"

@@ -1,7 +1,7 @@
 """A cache in an object store: s3://, gs://, az:// and memory://, by the library obstore. Credentials come from the environment.
 
-A PUT of one object is atomic, so a chunk is there whole or not at all; nothing is ever renamed. The object that makes a cache of
-what lies there is written last. Requests that fail for a passing reason are repeated by the library (see RETRIES).
+A PUT of one object is atomic, so a chunk is stored whole or not at all; nothing is ever renamed. The object that makes the others
+a cache is written last. The library repeats requests that fail for a temporary reason (see RETRIES).
 """
 
 import atexit
@@ -33,18 +33,17 @@ if TYPE_CHECKING:
     from obstore.store import RetryConfig
 
 RETRIES: "RetryConfig" = {"max_retries": 10, "retry_timeout": timedelta(minutes=3)}
-HASTY: "RetryConfig" = {
-    "max_retries": 3,
-    "retry_timeout": timedelta(seconds=15),
-}  # of claims: a late renewal is worth nothing
-OURS = {"pairs", "ref", "ledger", "tokenizer", "refused.jsonl", CLAIM_FILE}  # what a killed creation leaves
+# Of claims: a late renewal is worthless.
+HASTY: "RetryConfig" = {"max_retries": 3, "retry_timeout": timedelta(seconds=15)}
+# What a killed creation leaves.
+OURS = {"pairs", "ref", "ledger", "tokenizer", "refused.jsonl", CLAIM_FILE}
 
 
 class Bucket(Place):
     """A place in an object store.
 
-    objects: the store, names in it relative to the place; claims: the same, less patient.
-    taken_over: whether another run has taken this one's claim over, having seen no renewal for a while.
+    objects: the store, with names relative to the place; claims: the same store with short timeouts.
+    taken_over: whether another run has taken over the claim of this one, because it saw no renewal for a while.
     """
 
     def __init__(self, url: str, objects: Any, claims: Any) -> None:
@@ -61,13 +60,14 @@ class Bucket(Place):
         if self.has(ROOT):
             return
         with self.in_one_line():
-            next(iter(obstore.list(self.objects)), None)  # raises another error if the bucket is missing
+            # Raises another error if the bucket is missing.
+            next(iter(obstore.list(self.objects)), None)
         raise CacheNotFound(
             f"{self}: no reference cache there; `minidpo precompute-ref --ref-cache {self} …` makes one"
         )
 
     def require_free(self, is_new: bool = False) -> None:
-        """What a killed creation left may be written over."""
+        """As `Place.require_free`; objects that a killed creation left may be overwritten."""
         if self.has(ROOT):
             raise OutputError(f"{self}: holds a reference cache; name another --ref-cache or remove it")
         for name in self._names():
@@ -105,10 +105,10 @@ class Bucket(Place):
             return sum(item["size"] for items in obstore.list(self.objects) for item in items)
 
     def remove_leftovers(self) -> None:
-        """Nothing is ever half-written."""
+        """Do nothing: an object is never half-written."""
 
     def remove_partial(self, folders: Iterable[str]) -> None:
-        """Nothing is ever half-written."""
+        """Do nothing: an object is never half-written."""
 
     # --- single files ---
 
@@ -147,7 +147,7 @@ class Bucket(Place):
             self.write(f"{name}/{file.relative_to(content).as_posix()}", file.read_bytes())
 
     def flush(self, names: Iterable[str], folders: bool = True) -> None:
-        """Nothing to do: what a PUT has stored stays."""
+        """Do nothing: a PUT that succeeded is durable."""
 
     def _names(self, prefix: str = "") -> Iterator[str]:
         with self.in_one_line():
@@ -161,10 +161,10 @@ class Bucket(Place):
                 with suppress(FileNotFoundError):
                     obstore.delete(self.objects, name)
 
-    # --- what can go wrong ---
+    # --- errors ---
 
     def require_held(self) -> None:
-        """Raises StoreError: another run holds the claim by now."""
+        """Raises StoreError: another run has taken over the claim."""
         if self.taken_over:
             raise StoreError(
                 f"{self}: another run went on with this cache, having seen nothing of this one for a while; "
@@ -173,7 +173,10 @@ class Bucket(Place):
 
     @contextmanager
     def in_one_line(self, missing_is_error: bool = True) -> Iterator[None]:
-        """Turn what the library raises into one line. missing_is_error: whether a missing object means a missing bucket."""
+        """Turn the library's exceptions into a StoreError of one line.
+
+        missing_is_error: whether a missing object means a missing bucket; otherwise FileNotFoundError passes.
+        """
         try:
             yield
         except FileNotFoundError as error:
@@ -183,11 +186,11 @@ class Bucket(Place):
         except (PermissionDeniedError, UnauthenticatedError) as error:
             raise StoreError(f"{self}: access was refused; check the credentials: {_first_line(error)}") from error
         except BaseError as error:
-            if "NoSuchBucket" in str(error):  # listing what is not there
+            # The error of listing a missing bucket.
+            if "NoSuchBucket" in str(error):
                 raise self._no_bucket() from error
-            if re.search(
-                r"/latest/api/token|169\.254\.169\.254", str(error)
-            ):  # the last resort: the machine's own role
+            # The address of the machine's own role, where the library looks for credentials last.
+            if re.search(r"/latest/api/token|169\.254\.169\.254", str(error)):
                 raise StoreError(
                     f"{self}: found no credentials; expected them in the environment, as AWS_ACCESS_KEY_ID and "
                     "AWS_SECRET_ACCESS_KEY, or from a role of this machine"
@@ -201,8 +204,8 @@ class Bucket(Place):
         return StoreError(f"{self}: there is no such bucket; make it first, or check the URL")
 
 
-class _Chunks(ObjectStore):
-    """A place as a store of zarr, with errors in one line."""
+class _Chunks(ObjectStore[Any]):
+    """A place as a store of zarr, with errors of one line."""
 
     def __init__(self, place: Bucket, read_only: bool = False) -> None:
         super().__init__(place.objects, read_only=read_only)
@@ -235,9 +238,10 @@ class _Chunks(ObjectStore):
             await super().delete(key)
 
 
-@cache  # One for each URL: all users share `taken_over`, and the objects of a memory:// store.
+# One for each URL: all its users share `taken_over`, and the objects of a memory:// store.
+@cache
 def bucket_at(url: str) -> Bucket:
-    """Raises ConfigError: the URL is of no kind that the library knows, or not complete."""
+    """The place at a URL. Raises ConfigError: the library does not know this kind of URL, or it is not complete."""
     if url.startswith("memory://"):
         memory = MemoryStore()
         return Bucket(url, memory, memory)

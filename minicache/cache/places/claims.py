@@ -1,5 +1,6 @@
-"""Who may write into a cache. In a directory: file locks, which end with the process that holds them, however it ends."""
+"""Claims: the right to write into a cache. In a directory they are file locks, which end with the process that holds them."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,15 +12,19 @@ from filelock import has_fcntl, lock_descriptor
 from minicache.disk import writing
 from minicache.errors import OutputError
 
-CLAIM_FILE = "claim"  # a file and not the directory: NFS locks nothing else
-SHARD_CLAIMS = "shard-"  # files that begin so, one a job of an array at work
+log = logging.getLogger(__name__)
+
+# A file and not the directory itself: NFS locks only files.
+CLAIM_FILE = "claim"
+# Beginning of the claim files of shards, one for each job at work.
+SHARD_CLAIMS = "shard-"
 
 
 class Claim(Protocol):
     """A claim and this process's hold on it.
 
-    is_safe: False where it cannot keep apart those who share it: there are no locks, or none that can be shared.
-    is_alive: whether the holder that kept us from taking it is known to be at work still.
+    is_safe: False if the file system has no locks, or no shared ones, so that the claim excludes nobody.
+    is_alive: whether the holder that kept this process from taking the claim is known to be alive.
     """
 
     @property
@@ -29,12 +34,12 @@ class Claim(Protocol):
     def is_alive(self) -> bool: ...
 
     def take(self, alone: bool) -> bool:
-        """Try once to hold it, alone or together with others, and return whether it is held. A hold can be changed so too."""
+        """Try once to hold the claim, alone or shared; returns whether it is held. Also changes a hold from one to the other."""
 
     def release(self) -> None: ...
 
     def remove(self) -> None:
-        """Release it and leave no file behind."""
+        """Release the claim and delete its file."""
 
 
 class FileClaim:
@@ -45,15 +50,24 @@ class FileClaim:
     def __init__(self, file: Path) -> None:
         self.file, self.is_safe = file, has_fcntl
         self._descriptor: int | None = None
+        self._logged: tuple[bool, bool] | None = None
 
     def take(self, alone: bool) -> bool:
-        """As `Claim.take`. A hold that cannot be changed is lost. Where the file system has no locks, every call succeeds.
+        """As `Claim.take`. A hold that cannot be changed is lost. On a file system without locks every call succeeds.
 
         Raises:
             OutputError: the lock file cannot be opened.
         """
+        is_held = self._try_to_take(alone)
+        # A process that waits asks every second: only changes are logged.
+        if self._logged != (logged := (alone, is_held)):
+            log.debug("%s, %s: %s", self.file, "alone" if alone else "shared", "held" if is_held else "refused")
+            self._logged = logged
+        return is_held
+
+    def _try_to_take(self, alone: bool) -> bool:
         if self._descriptor is None:
-            # The directory is missing where another process removed a new cache whose data was refused.
+            # The directory is missing if another process has removed a new cache because its data was bad.
             with writing(self.file), suppress(FileNotFoundError):
                 self._descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o666)
             if self._descriptor is None:
@@ -68,7 +82,7 @@ class FileClaim:
         return False
 
     def _is_of_the_file_there(self) -> bool:
-        """Whether the open file is still the one at this path: locks on a file that was replaced exclude nobody."""
+        """Whether the open file is still the one at this path: a lock on a replaced file excludes nobody."""
         assert self._descriptor is not None
         try:
             return os.path.samestat(os.fstat(self._descriptor), self.file.stat())
@@ -82,10 +96,10 @@ class FileClaim:
 
     def remove(self) -> None:
         try:
-            # Before the release: a file that is unlocked may already be another process's.
+            # Before the release: once it is unlocked, another process may hold the file.
             self.file.unlink(missing_ok=True)
         except PermissionError:
-            # Windows removes no open file, and none that another process has opened by now.
+            # Windows cannot remove an open file, nor one that another process has opened meanwhile.
             self.release()
             with suppress(OSError):
                 self.file.unlink()
@@ -94,7 +108,7 @@ class FileClaim:
 
 @contextmanager
 def held(file: Path) -> Iterator[None]:
-    """Hold a lock file alone within the block; it is removed at the end.
+    """Hold a lock file alone within the block, and remove it at the end.
 
     Raises:
         OutputError: another process holds it, or it cannot be written.
@@ -109,7 +123,7 @@ def held(file: Path) -> Iterator[None]:
 
 
 def _share(descriptor: int) -> bool:
-    """Take the lock together with others; False if another process holds it alone. Raises OSError: no such locks here.
+    """Take a shared lock; returns False if another process holds it alone. Raises OSError: there are no shared locks.
 
     filelock has no shared lock of a file: its ReadWriteLock is an SQLite database, its SoftReadWriteLock outlives a killed holder.
     """

@@ -15,19 +15,20 @@ from minicache.cache.places.place import ROOT, Place
 from minicache.disk import flush_to_disk, with_folders, writing, written_whole
 from minicache.errors import CacheNotFound, OutputError
 
-# Of writers that were killed: claims of shards; drafts of single files, as they are named now and as 0.1.0 named them.
+# Leftovers of killed writers: claims of shards; drafts of single files, by their present names and by those of 0.1.0.
 LEFTOVERS = (f"{SHARD_CLAIMS}*", ".*.draft", "refused.tmp")
 
 
 class Directory(Place):
-    """A directory on a disk of this machine, or on one that it has mounted."""
+    """A place in a directory, on a local or a mounted file system."""
 
     def __init__(self, path: Path) -> None:
         self.where = self.path = path
 
     @property
     def home(self) -> Path:  # type: ignore[override]
-        return self.path.resolve()  # where a link leads
+        # Beside the target of a link: renaming a draft over the link would replace it.
+        return self.path.resolve()
 
     def locate(self, name: str) -> Path:
         return self.path / name
@@ -37,10 +38,10 @@ class Directory(Place):
         try:
             is_directory, is_cache = path.is_dir(), (path / ROOT).is_file()
         except OSError as error:
-            raise CacheNotFound(f"{path}: cannot be looked into: {error.strerror}") from error
+            raise CacheNotFound(f"{path}: cannot be accessed: {error.strerror}") from error
         if not is_directory:
             if path.exists():
-                raise CacheNotFound(f"{path}: is a file, no cache; `minidpo import-cache` reads what `export` wrote")
+                raise CacheNotFound(f"{path}: is a file, no cache; `minidpo import-cache` reads files of `export`")
             raise CacheNotFound(
                 f"{path}: no such directory; `minidpo precompute-ref --ref-cache {path} …` makes a cache"
             )
@@ -63,7 +64,8 @@ class Directory(Place):
             draft.replace(place)
             try:
                 flush_to_disk([place.parent])
-            except OSError:  # or the cache would be there, though this call failed
+            except OSError:
+                # A call that fails must leave no cache.
                 place.replace(draft)
                 raise
 
@@ -72,7 +74,8 @@ class Directory(Place):
         dead = draft_of(place)
         try:
             place.replace(dead)
-        except OSError:  # its folder cannot be written to
+        except OSError:
+            # The folder above it cannot be written to.
             dead = place
         shutil.rmtree(dead, ignore_errors=True)
 
@@ -85,7 +88,8 @@ class Directory(Place):
     def total_bytes(self) -> int:
         total = 0
         for file in self.path.rglob("*"):
-            with suppress(OSError):  # one that a running stage one renames or removes meanwhile
+            # A running stage one may rename or remove a file meanwhile.
+            with suppress(OSError):
                 total += file.stat().st_size if file.is_file() else 0
         return total
 
@@ -124,17 +128,17 @@ class Directory(Place):
             shutil.copytree(content, self.path / name)
 
     def flush(self, names: Iterable[str], folders: bool = True) -> None:
-        files = [self.path / name for name in names]
-        files = [file for file in files if file.exists()]  # a chunk of nothing but fill values is not stored
+        # A chunk that contains only fill values is not stored.
+        files = [file for file in (self.path / name for name in names) if file.exists()]
         flush_to_disk(with_folders(files) if folders else files)
 
 
 def draft_of(place: Path) -> Path:
-    """A new name beside `place`: zarr's threads may still be writing into the draft of an attempt that failed."""
+    """A new name beside `place`, different each time: zarr's threads may still write into the draft of a failed attempt."""
     return place.with_name(f".{place.name}.creating-{os.urandom(4).hex()}")
 
 
 def remove_drafts(place: Path) -> None:
-    """Remove the drafts of killed attempts. One of a process that is still at work goes too: `place` is no longer free for it."""
+    """Remove the drafts of killed attempts, and those of processes at work, for which `place` is no longer free."""
     for leftover in place.parent.glob(f".{escape(place.name)}.creating-*"):
         shutil.rmtree(leftover, ignore_errors=True)

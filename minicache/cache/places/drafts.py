@@ -1,4 +1,4 @@
-"""A cache that is made under another name beside its place, and appears there complete or not at all."""
+"""Making a cache as a draft beside its place, where it appears complete or not at all."""
 
 import secrets
 import shutil
@@ -14,12 +14,12 @@ from minicache.errors import OutputError
 
 @contextmanager
 def drafted(out: Place, what: str) -> Iterator[tuple[Path, ExitStack]]:
-    """The draft's name, and a stack for the claim on it, to be entered as soon as the draft is a cache.
+    """The name of a draft, and a stack on which the block enters the draft's claim as soon as it is a cache.
 
-    The draft is published at `out` when the block ends well, and gone when it does not. what: such as "merging".
+    The draft is published at `out` if the block succeeds, and removed if it fails. what: the activity, such as "merging".
 
     Raises:
-        OutputError: another process is making one there, or something lies there by now.
+        OutputError: another process is making a cache there, or something lies there now.
     """
     _remove_leftovers(out, what)
     draft = out.home.with_name(f".{out.home.name}.{what}-{secrets.token_hex(4)}")
@@ -30,7 +30,7 @@ def drafted(out: Place, what: str) -> Iterator[tuple[Path, ExitStack]]:
 
 
 def _remove_leftovers(out: Place, what: str) -> None:
-    """Remove the drafts of killed calls for this place."""
+    """Remove the drafts of killed calls for this place. Raises OutputError: another process is at work on one."""
     name = escape(out.home.name)
     for leftover in [found for begun in (".", "..") for found in out.home.parent.glob(f"{begun}{name}.{what}-*")]:
         try:

@@ -1,4 +1,4 @@
-"""The place of a cache by the path or URL that a user gives, and holding it alone."""
+"""The place of a cache by the user's path or URL, and holding it alone."""
 
 import time
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ def place_at(where: Where) -> Place:
     """The place at a path or URL.
 
     Raises:
-        ConfigError: it is empty, or a URL, and the library for object stores is missing or does not know its kind.
+        ConfigError: it is empty, or a URL and the library for object stores is missing or does not know its scheme.
     """
     if where == "":
         raise ConfigError("expected the path of a cache, got an empty one (a shell variable that is not set?)")
@@ -32,7 +32,7 @@ def place_at(where: Where) -> Place:
 
 
 def take_alone(claim: Claim) -> bool:
-    """Hold a claim alone and return True; False if its holder is at work. Waits while it is not known whether the holder lives."""
+    """Hold a claim alone; returns False if its holder is alive. Waits until that is known."""
     while not claim.take(alone=True):
         if claim.is_alive:
             return False
@@ -42,7 +42,7 @@ def take_alone(claim: Claim) -> bool:
 
 @contextmanager
 def claimed(where: Where) -> Iterator[None]:
-    """Keep other runs from writing into a cache within the block; for one process of a run.
+    """Keep other runs from writing into a cache within the block. One process of a run calls it.
 
     Raises:
         OutputError: another run writes into this cache.

@@ -1,4 +1,4 @@
-"""What a directory and a place in an object store can both do; the rest of the program does not ask which of them it has."""
+"""The interface of a cache's place, which is a directory or a part of an object store; the rest of the program need not know."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -9,14 +9,16 @@ from zarr.abc.store import Store
 from minicache.cache.places.claims import Claim
 from minicache.options.where import Where
 
-ROOT = "zarr.json"  # the file that makes a cache of what lies there: comes last, goes first
-POLL_SECONDS = 1.0  # between two looks whether the holder of a claim is still alive
+# The file that makes a cache of the others: written last, removed first.
+ROOT = "zarr.json"
+# Seconds between two checks whether the holder of a claim is alive.
+POLL_SECONDS = 1.0
 
 
 class Place(ABC):
-    """Where one cache lies. Files in it have names such as `pairs/tokens/c/0/0`.
+    """The place of one cache. Files in it have names such as `pairs/tokens/c/0/0`.
 
-    where: as a user writes it, for messages and to open it again. home: the path beside which a draft of the cache is made.
+    where: path or URL as the user gave it. home: the path beside which a draft of the cache is made.
     Failures of an object store raise StoreError; on a disk, reading raises OSError and writing OutputError.
     """
 
@@ -34,19 +36,19 @@ class Place(ABC):
 
     @abstractmethod
     def require_cache(self) -> None:
-        """Raises CacheNotFound: no cache lies here."""
+        """Raises CacheNotFound: there is no cache here."""
 
     @abstractmethod
     def require_free(self, is_new: bool = False) -> None:
-        """Raises OutputError if something lies here; with `is_new`, even if it is an empty directory."""
+        """Raises OutputError: there is something here; with `is_new`, even an empty directory is refused."""
 
     @abstractmethod
     def publish(self, draft: Path) -> None:
-        """Put the directory `draft` here, all of it at once or not at all. Raises OutputError: something lies here."""
+        """Move the directory `draft` here, completely or not at all. Raises OutputError: there is something here."""
 
     @abstractmethod
     def remove(self) -> None:
-        """Delete everything here; at no time do readers find half a cache."""
+        """Delete everything here, in such a way that no reader finds half a cache."""
 
     @abstractmethod
     def store(self, read_only: bool) -> Store:
@@ -58,15 +60,15 @@ class Place(ABC):
 
     @abstractmethod
     def total_bytes(self) -> int:
-        """The bytes of all files that lie here now."""
+        """The number of bytes of all files here."""
 
     @abstractmethod
     def remove_leftovers(self) -> None:
-        """Delete what killed writers left half-written. Only while no other process writes."""
+        """Delete unfinished files of killed writers. No other process may write here meanwhile."""
 
     @abstractmethod
     def remove_partial(self, folders: Iterable[str]) -> None:
-        """Delete such leftovers in some folders. Only while no other process writes there."""
+        """Delete unfinished files in some folders. No other process may write into these meanwhile."""
 
     # --- single files ---
 
@@ -75,7 +77,7 @@ class Place(ABC):
 
     @abstractmethod
     def size(self, name: str) -> int:
-        """Bytes of a file; raises OSError (FileNotFoundError among them) if it cannot be looked at."""
+        """The number of bytes of a file. Raises OSError: there is no such file (FileNotFoundError), or no access."""
 
     @abstractmethod
     def read(self, name: str) -> bytes | None:
@@ -83,11 +85,11 @@ class Place(ABC):
 
     @abstractmethod
     def write(self, name: str, content: bytes) -> None:
-        """Make or replace a file, whole or not at all."""
+        """Create or replace a file, completely or not at all."""
 
     @abstractmethod
     def folder(self, name: str) -> Path:
-        """A directory with the files below this name. It may be a copy, and is missing if there are no such files."""
+        """A directory with the files below this name, perhaps a copy. It does not exist if there are no such files."""
 
     @abstractmethod
     def put_folder(self, name: str, content: Path) -> None:
@@ -95,4 +97,4 @@ class Place(ABC):
 
     @abstractmethod
     def flush(self, names: Iterable[str], folders: bool = True) -> None:
-        """Make files survive a power loss; with `folders`, their names too."""
+        """Flush files, so that they survive a power loss; with `folders`, their names too."""
