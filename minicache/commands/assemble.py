@@ -60,11 +60,11 @@ class Given:
 
     @property
     def nproc(self) -> int:
-        return self.extras["nproc"]
+        return int(self.extras["nproc"])
 
     @property
     def json(self) -> bool:
-        return self.extras["json"]
+        return bool(self.extras["json"])
 
 
 def command(

@@ -157,7 +157,8 @@ def _differing(table: PairTable) -> NDArray[np.int64]:
         same = table.tokens[chosen_end[going] - back] == table.tokens[rejected_end[going] - back]
         going = going[same]
         shared[going] += 1
-    return lengths[:, 1:].max(1) - shared
+    longer: NDArray[np.int64] = lengths[:, 1:].max(1)
+    return longer - shared
 
 
 def _sketch(table: PairTable) -> Hashes:

@@ -41,7 +41,7 @@ def _reference_of(run: str) -> str:
     source = run_behind(run).get("started_from")
     if source is None:
         raise ConfigError(f"{run} is no run directory that says what it started from; add --reference MODEL")
-    return source
+    return str(source)
 
 
 def _ask(
