@@ -19,8 +19,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from minicache.cache.identity import FORMAT_VERSION, Identity
+from minicache.cache.manifest import Log, Manifest, Source
 from minicache.cache.reader import ReferenceCache
-from minicache.cache.schema import FORMAT_VERSION, CachedPairs, Identity, Log, Manifest, RefBlock, Source
+from minicache.cache.schema import CachedPairs, RefBlock
 from minicache.cache.writer import CacheWriter
 from minicache.data.encode import Encoder
 from minicache.data.files import read_rows

@@ -25,8 +25,9 @@ import numpy as np
 
 from benchmarks.growth import SAMPLE, feed, identity_of, tokenizer_files, write
 from benchmarks.measure import machine
+from minicache.cache.manifest import Log, Manifest
 from minicache.cache.reader import ReferenceCache
-from minicache.cache.schema import Log, Manifest, RefBlock
+from minicache.cache.schema import RefBlock
 from minicache.cache.writer import CacheWriter
 from minicache.data import workers
 from minicache.data.encode import Encoder
@@ -133,7 +134,7 @@ def encoding(options: argparse.Namespace) -> dict[str, float]:
     with Peak() as peak:
         take_in(cache, encoder, given, "auto", False, Silent())
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-    pairs, tokens = np.array([cache.block_size(block) for block in range(cache.blocks)]).sum(0).tolist()
+    pairs, tokens = np.array([cache.blocks.size(block) for block in range(len(cache.blocks))]).sum(0).tolist()
     return {
         "workers": min(workers.MOST, workers._cores()),
         "pairs": pairs,
@@ -150,8 +151,8 @@ def encoding(options: argparse.Namespace) -> dict[str, float]:
 def scoring(options: argparse.Namespace) -> dict[str, float]:
     """Logprobs by lot."""
     cache, draw, started = CacheWriter(options.work / "cache"), np.random.default_rng(0), time.perf_counter()
-    for block in range(cache.blocks):
-        table = cache.pairs(block)
+    for block in range(len(cache.blocks)):
+        table = cache.blocks.pairs(block)
         cache.write_ref(block, RefBlock(-draw.random((len(table), 2)).astype(np.float32), table.token_counts))
     return {"s": time.perf_counter() - started}
 
@@ -187,7 +188,7 @@ def training(options: argparse.Namespace, scratch: Path | None) -> dict[str, flo
     with peak:
         fed = feed(cache, cached, "packed", 32, FEEDING_SECONDS)
     return {
-        "decoded MB": cache.decoded_bytes / 2**20,
+        "decoded MB": cache.contents.decoded_bytes / 2**20,
         "load s": seconds,
         "load MB": loading,
         "fed pairs/s": fed,

@@ -1,12 +1,19 @@
-"""Writes docs/commands.md, the command reference, from the command line itself: `make commands`. Needs no torch."""
+"""Writes docs/commands.md and docs/names.md from the command line and the dicts behind it: `make commands`. Needs no torch."""
 
+import ast
+import importlib.util
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from minicache.cli import app
+from minicache.data.formats import FORMATS
+from minicache.options.catalog import DIVERGENCES, LAYOUTS, LOSSES, OPTIMIZERS, SCHEDULES
+from minicache.options.declare import flag
+from minicache.trackers import TRACKERS
 
 PAGE = Path(__file__).with_name("commands.md")
 ABOUT = """# Commands and options
@@ -71,5 +78,90 @@ def _line(text: str | None) -> str:
     return " ".join((text or "").split()).replace("|", "\\|").replace("<", "&lt;")
 
 
+NAMES = Path(__file__).with_name("names.md")
+ABOUT_NAMES = """# Names
+
+What options take by name, with the source of each.
+Written by `make commands` from the dicts that hold the names; a test keeps the two alike.
+"""
+
+
+def names() -> str:
+    """The whole page: a table for each kind of name."""
+    tables = [
+        ("Losses", "--loss", ["reads", "ln 2 at step 0", "over the batch"], _losses()),
+        (
+            "Divergences",
+            "--f-divergence",
+            ["reads"],
+            ([_code(name), _reads(of), _about(of.code)] for name, of in DIVERGENCES.items()),
+        ),
+        (
+            "Schedules",
+            "--schedule",
+            ["reads"],
+            ([_code(name), _reads(of), _about(of.code)] for name, of in SCHEDULES.items()),
+        ),
+        ("Optimizers", "--optimizer", ["extra", "shards", "needs a GPU"], _optimizers()),
+        ("Layouts", "--layout", [], ([_code(name), of.about] for name, of in LAYOUTS.items())),
+        ("Formats of rows", "--format", ["fields"], _formats()),
+        ("Trackers", "--tracker", ["extra", "if it does not start"], _trackers()),
+    ]
+    return "\n".join([ABOUT_NAMES, *(_names_table(*each) for each in tables)])
+
+
+def _losses() -> Iterable[list[str]]:
+    for name, of in LOSSES.items():
+        yield [_code(name), _reads(of), _yes(of.from_ln_2), _yes(of.over_the_batch), _about(of.code)]
+
+
+def _optimizers() -> Iterable[list[str]]:
+    for name, of in OPTIMIZERS.items():
+        yield [_code(name), _code(of.extra), _yes(of.by_name), _yes(of.gpu_only), _about(of.code)]
+
+
+def _formats() -> Iterable[list[str]]:
+    for name, of in FORMATS.items():
+        yield [_code(name), ", ".join(map(_code, sorted(of.fields))), _first_line(of.read.__doc__)]
+
+
+def _trackers() -> Iterable[list[str]]:
+    for name, of in TRACKERS.items():
+        yield [_code(name), _code(of.extra), of.advice, of.help]
+
+
+def _names_table(title: str, option: str, columns: list[str], rows: Iterable[list[str]]) -> str:
+    head = [f"`{option}`", *columns, ""]
+    lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+    return "\n".join([f"## {title}", "", *lines, ""])
+
+
+def _about(code: str) -> str:
+    """What the docstring behind "module:name" says, read from its source: importing it would take torch."""
+    module, _, name = code.partition(":")
+    spec = importlib.util.find_spec(module)
+    assert spec and spec.origin
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    (found,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
+    return _line(ast.get_docstring(found))
+
+
+def _first_line(text: str | None) -> str:
+    return _line((text or "").split("\n")[0])
+
+
+def _reads(entry: Any) -> str:
+    return ", ".join(_code(flag(name)) for name in entry.reads)
+
+
+def _code(name: str | None) -> str:
+    return f"`{name}`" if name else ""
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else ""
+
+
 if __name__ == "__main__":
     PAGE.write_text(reference(), encoding="utf-8")
+    NAMES.write_text(names(), encoding="utf-8")

@@ -3,13 +3,13 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from minicache.cache.access import ScoredPair
     from minicache.cache.reader import ReferenceCache
+    from minicache.cache.schema import ScoredPair
     from minicache.pairs import EncodedPair
 
 __version__ = "0.1.0"
 __all__ = ["EncodedPair", "ReferenceCache", "ScoredPair"]
-PLACES = {"EncodedPair": "pairs", "ReferenceCache": "cache.reader", "ScoredPair": "cache.access"}
+PLACES = {"EncodedPair": "pairs", "ReferenceCache": "cache.reader", "ScoredPair": "cache.schema"}
 
 
 def __getattr__(name: str) -> Any:

@@ -103,6 +103,13 @@ def test_what_is_not_whole_raises(ref_cache: Path, tmp_path: Path) -> None:
             cache.to_numpy()
 
 
+def test_a_cache_shows_what_the_page_names_and_little_more(ref_cache: Path) -> None:
+    cache = ReferenceCache.open(ref_cache)
+    documented = set(re.findall(r"`(?:cache|ReferenceCache)\.(\w+)", PAGE.read_text(encoding="utf-8")))
+    inside = {"blocks", "check_complete", "contents", "load", "path", "place", "tokenizer_dir"}
+    assert {name for name in dir(cache) if name[0] != "_"} == documented | inside
+
+
 def test_importing_costs_nothing() -> None:
     code = (
         "import sys, minicache; assert 'numpy' not in sys.modules; "

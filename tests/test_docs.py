@@ -63,6 +63,7 @@ def test_the_command_reference_is_what_the_program_says() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.reference() == module.PAGE.read_text(encoding="utf-8"), "run make commands"
+    assert module.names() == module.NAMES.read_text(encoding="utf-8"), "run make commands"
 
 
 def test_the_readmes_have_the_same_sections_commands_and_links() -> None:

@@ -1,154 +1,169 @@
-"""A reference cache as a whole: what is missing in it, all of it in memory, everything re-read."""
+"""A reference cache for other programs and for the stages: pairs by position and digest, all at once, everything re-read.
 
-import math
-from abc import ABC, abstractmethod
+docs/api.md describes it. Whole blocks are read and checked; the last one stays in memory, so pairs that lie together are read once.
+"""
+
+import re
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import cached_property
-from mmap import mmap
-from typing import TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from minicache.cache.access import PairAccess
-from minicache.cache.schema import LEDGER_COLUMNS, CachedPairs, RefBlock
-from minicache.errors import CacheDamaged, CacheError, CacheIncomplete
-from minicache.pairs import EncodedPair, PairTable
+from minicache.cache.blocks import Blocks
+from minicache.cache.complete import check_complete, ledgers, whole_block
+from minicache.cache.contents import Contents
+from minicache.cache.identity import Identity
+from minicache.cache.manifest import Log
+from minicache.cache.places.place import Place
+from minicache.cache.schema import CachedPairs, ScoredPair
+from minicache.errors import CacheDamaged, CacheError
+from minicache.options.where import Where
+from minicache.pairs import PairTable
 
-THREADS = 4  # blocks read at once: decompression and digests leave Python's lock alone
-ALIGNMENT = 64  # bytes, of where a column begins in a buffer
-Buffer = bytearray | mmap
-Columns = TypeVar("Columns", PairTable, RefBlock)
-
-
-@contextmanager
-def _with_advice() -> Iterator[None]:
-    """What to do about a block that cannot be read."""
-    try:
-        yield
-    except CacheIncomplete as error:
-        raise CacheIncomplete(f"{error}; run the same precompute-ref again to go on") from error
-    except CacheDamaged as error:
-        raise CacheDamaged(f"{error}; run the same precompute-ref again to make the block anew") from error
+if TYPE_CHECKING:
+    import torch
 
 
-class Contents(ABC):
-    """What can be decoded into flat columns: the pairs of a cache, or of several one after another."""
+class ReferenceCache:
+    """A cache on disk or in an object store, open for reading. blocks: its parts, which can be read while others are missing."""
 
-    @property
-    @abstractmethod
-    def caches(self) -> list["ReferenceCache"]:
-        """In their order; of one identity."""
+    def __init__(self, where: Where) -> None:
+        """As `open`."""
+        self.blocks = Blocks(where)
+        self._last: tuple[int, CachedPairs] | None = None
 
-    def load(self, buffer: Buffer | None = None) -> CachedPairs:
-        """All pairs and what the reference said of them, in memory or in `buffer`, every block checked.
-
-        Several blocks are read at once, each straight to its place: the most memory taken is the result and a few blocks.
-
-        buffer: of `decoded_bytes`, to hold the result.
+    @classmethod
+    def open(cls, where: Where) -> Self:
+        """The cache in a directory or at a URL (`s3://…`).
 
         Raises:
-            CacheIncomplete, CacheDamaged: naming the first block without a ledger row, else the first that does not fit its row.
+            CacheNotFound, CacheMismatch (another format version), CacheDamaged, StoreError.
         """
-        blocks = [(cache, block) for cache in self.caches for block in range(cache.blocks)]
-        ends = self._sizes.cumsum(0)
-        cached = self.columns(buffer)
-        with _with_advice(), ThreadPoolExecutor(THREADS) as threads:
-            for _ in threads.map(_read_into, [cached] * len(blocks), blocks, ends):
-                pass
-        return cached
+        return cls(where)
+
+    @property
+    def path(self) -> Where:
+        return self.blocks.path
+
+    @property
+    def place(self) -> Place:
+        return self.blocks.place
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        return self.blocks.tokenizer_dir
+
+    @property
+    def identity(self) -> Identity:
+        return self.blocks.identity
+
+    @property
+    def log(self) -> Log:
+        return self.blocks.log
 
     @cached_property
-    def _sizes(self) -> NDArray[np.int64]:
-        """(blocks, 2) pairs and stored tokens of each block of complete caches. Raises as `load`."""
-        return np.concatenate([cache.block_sizes() for cache in self.caches])
+    def contents(self) -> Contents:
+        return Contents([self.blocks])
 
-    def _layout(self) -> tuple[dict[str, tuple[tuple[int, ...], str, int]], int]:
-        """Shape, dtype and first byte of each column, one after another as the fields of their tables; bytes of all."""
-        pairs, tokens = self._sizes.sum(0).tolist()
-        places, end = {}, 0
-        for group, table in (("pairs", PairTable), ("ref", RefBlock)):
-            for name in (f"{group}/{item.name}" for item in fields(table)):
-                if spec := self.caches[0].specs.get(name):
-                    shape = (tokens if len(spec.shape) == 1 else pairs, *spec.shape[1:])
-                    places[name] = shape, spec.dtype, end
-                    size = math.prod(shape) * np.dtype(spec.dtype).itemsize
-                    end += -(-size // ALIGNMENT) * ALIGNMENT
-        return places, end
+    def load(self) -> CachedPairs:
+        """All pairs and their scores in memory. Raises as `Contents.load`."""
+        return self.contents.load()
 
-    @property
-    def decoded_bytes(self) -> int:
-        """What `load` takes. Raises as it, but for blocks that do not fit their ledger rows."""
-        return self._layout()[1]
+    # --- pair by pair: of a cache that is not complete, what is asked for raises ---
 
-    def columns(self, buffer: Buffer | None = None) -> CachedPairs:
-        """What `load` has put, or is to put, into a buffer; without one, new columns for it."""
-        columns = {
-            name: np.empty(shape, dtype) if buffer is None else np.ndarray(shape, dtype, buffer, place)
-            for name, (shape, dtype, place) in self._layout()[0].items()
-        }
-        reference = [column for name, column in columns.items() if name.startswith("ref/")]
-        return CachedPairs(
-            PairTable(*(columns[f"pairs/{item.name}"] for item in fields(PairTable))), RefBlock(*reference)
+    def __len__(self) -> int:
+        return self.log.pairs
+
+    def __bool__(self) -> bool:
+        return True  # whatever its length: no pairs does not mean no cache
+
+    def __iter__(self) -> Iterator[ScoredPair]:
+        """All pairs in their order; one block in memory at a time."""
+        return map(self.__getitem__, range(int(self._ends[-1])))
+
+    def __getitem__(self, index: int) -> ScoredPair:
+        """The pair at a position, from 0; below 0 from the end.
+
+        Raises:
+            IndexError: there is none. CacheError: its block cannot be read.
+        """
+        if not isinstance(index, int | np.integer):
+            raise TypeError(f"expected a position, a whole number, got {index!r}")
+        place = index + len(self) if index < 0 else index
+        if not 0 <= place < len(self):
+            raise IndexError(f"{self.path}: there is no pair {index}; the cache holds {len(self)}, numbered from 0")
+        block = int(np.searchsorted(self._ends, place, side="right"))
+        if self._last is None or self._last[0] != block:
+            self._last = block, whole_block(self.blocks, block)
+        (table, reference), within = self._last[1], place - int(self._ends[block]) + len(self._last[1].table)
+        file, line = table.source[within].tolist()
+        tokens = slice(*table.offsets[within : within + 2])
+        logps = reference.token_logps
+        return ScoredPair(
+            index=place,
+            pair=table[within],
+            file=self.log.sources[file].name,
+            line=line,
+            logp_mean=reference.logp_mean[within],
+            token_count=reference.token_count[within],
+            token_logps=None if logps is None else logps[tokens],
         )
 
+    def find(self, digest: bytes | str) -> int | None:
+        """Position of the pair with this digest, 16 bytes or 32 hex digits; None if there is none.
 
-class ReferenceCache(Contents, PairAccess):
-    """A cache on disk, open for reading."""
+        Raises:
+            ValueError: it is no such digest. CacheError: the cache cannot be read.
+        """
+        raw = digest
+        if isinstance(digest, str):
+            raw = bytes.fromhex(digest) if re.fullmatch("[0-9a-fA-F]{32}", digest) else b""
+        if not isinstance(raw, bytes) or len(raw) != 16:
+            raise ValueError(f"expected a digest of 16 bytes or 32 hex digits, got {digest!r}")
+        wanted = np.frombuffer(raw, "V16")
+        keys, order = self._keys
+        place = int(np.searchsorted(keys, wanted, sorter=order)[0])
+        return int(order[place]) if place < len(order) and keys[order[place]] == wanted[0] else None
+
+    def __contains__(self, digest: object) -> bool:
+        return isinstance(digest, (bytes, str)) and self.find(digest) is not None
 
     @property
-    def caches(self) -> list["ReferenceCache"]:
-        return [self]
-
-    def unscored(self) -> list[int]:
-        """Blocks whose scores are missing or damaged."""
-        return [block for block in range(self.blocks) if not self._is_scored(block)]
-
-    def _is_scored(self, block: int) -> bool:
+    def complete(self) -> bool:
+        """Whether everything is there, by the ledgers alone; `verify` reads everything."""
         try:
-            self.ref(block)
-        except (CacheIncomplete, CacheDamaged):
+            ledgers(self.blocks)
+        except CacheError:
             return False
         return True
 
+    def to_numpy(self) -> dict[str, np.ndarray]:
+        """Everything in memory: the arrays' names without their group -> values, as `docs/cache-format.md` has them.
+
+        The pairs lie one after another: (T,) in tokens, loss_mask and token_logps, (N, …) in the others; `offsets` (N + 1,) says
+        where each begins.
+        """
+        table, reference = self.load()
+        columns = {item.name: getattr(part, item.name) for part in (table, reference) for item in fields(part)}
+        return {"offsets": table.offsets, **{name: column for name, column in columns.items() if column is not None}}
+
+    def to_torch(self) -> "dict[str, torch.Tensor]":
+        """The same as tensors on the CPU, tokens as int32 and digests as the same bits in int64. Needs torch."""
+        import torch
+
+        same = {"uint16": "int32", "uint64": "int64"}
+        return {
+            name: torch.from_numpy(column.astype(same.get(str(column.dtype), column.dtype), copy=False))
+            for name, column in self.to_numpy().items()
+        }
+
     def check_complete(self) -> None:
         """Raises CacheIncomplete unless every source was read to its end and every block of it is there."""
-        open_sources = [source.name for source in self.log.sources if not source.complete]
-        if open_sources or not self.log.sources:
-            raise CacheIncomplete(
-                f"{self.path}: stage one was interrupted while reading {', '.join(open_sources) or 'data'}; "
-                "run the same precompute-ref again to go on"
-            )
-        if self.blocks < self.log.blocks:
-            raise CacheDamaged(f"{self.path}: {self.log.blocks} blocks were written, the arrays hold {self.blocks}")
-
-    def block_sizes(self) -> NDArray[np.int64]:
-        """(blocks, 2) pairs and stored tokens of each block of a complete cache. Raises as `load`, but reads the ledger alone."""
-        self.check_complete()
-        with _with_advice():
-            sizes = np.array([self.block_size(block) for block in range(self.blocks)], np.int64)
-        if (pairs := int(sizes[:, 0].sum())) != self.log.pairs:
-            raise CacheDamaged(f"{self.path}: the manifest counts {self.log.pairs} pairs, the blocks hold {pairs}")
-        return sizes
-
-    def ledgers(self) -> NDArray[np.int64]:
-        """(blocks, 2, 5) the rows of both ledgers, of pairs and of scores, of a complete cache. Raises as `load`."""
-        blocks = range(len(self.block_sizes()))
-        with _with_advice():
-            rows = [self._ledger_row(f"ledger/{what}", block) for block in blocks for what in ("pairs", "ref")]
-        return np.array(rows, np.int64).reshape(-1, 2, len(LEDGER_COLUMNS))
-
-    def each_block(self) -> Iterator[CachedPairs]:
-        """Block after block of a complete cache, each checked; one in memory at a time. Raises as `load`."""
-        yield from map(self.block, range(len(self.block_sizes())))
-
-    def block(self, block: int) -> CachedPairs:
-        """One block, checked. Raises as `load`."""
-        with _with_advice():
-            return CachedPairs(self.pairs(block), self.ref(block))
+        check_complete(self.blocks)
 
     def verify(self) -> Iterator[tuple[str, CacheError]]:
         """Re-read everything: every chunk, every ledger digest, every pair's own digest. Yields (what, problem)."""
@@ -156,53 +171,43 @@ class ReferenceCache(Contents, PairAccess):
             self.check_complete()
         except CacheError as error:
             yield "manifest", error
-        for block in range(self.blocks):
-            for what in ("pairs", "ref"):
-                try:
-                    content = getattr(self, what)(block)
-                    if isinstance(content, PairTable):
-                        self._check_digests(content, block)
-                except (CacheIncomplete, CacheDamaged) as error:
-                    yield what, error
+        for pairs, ref in zip(self.blocks.each(self._digested_pairs), self.blocks.each(self.blocks.ref), strict=True):
+            for what, (_, found) in (("pairs", pairs), ("ref", ref)):
+                if isinstance(found, CacheError):
+                    yield what, found
 
-    def _check_digests(self, table: PairTable, block: int) -> None:
+    def _digested_pairs(self, block: int) -> PairTable:
+        """The pairs of one block, each checked against its own digest too."""
+        table = self.blocks.pairs(block)
         for position in range(len(table)):
             if table[position].digest != table.digest[position].astype("<u8").tobytes():
                 raise CacheDamaged(
                     f"{self.path}: pairs/digest, block {block}: pair {position} of it is not what was digested"
                 )
+        return table
 
-    def pair(self, index: int) -> tuple[EncodedPair, NDArray[np.float32] | None]:
-        """One pair by its position in the cache, and its (2,) mean logprobs if it is scored.
+    @cached_property
+    def _ends(self) -> NDArray[np.int64]:
+        """(blocks,) pairs up to the end of each block."""
+        return self.contents.sizes[:, 0].cumsum()
 
-        Raises:
-            CacheError: there is no such pair, or its block cannot be read.
-        """
-        first = 0
-        for block in range(self.blocks):
-            pairs, _ = self.block_size(block)
-            if index < first + pairs:
-                try:
-                    scores = self.ref(block).logp_mean[index - first]
-                except CacheIncomplete:
-                    scores = None
-                return self.pairs(block)[index - first], scores
-            first += pairs
-        raise CacheError(f"{self.path}: there is no pair {index}; the cache holds {first}, numbered from 0")
+    @cached_property
+    def _keys(self) -> tuple[NDArray[np.void], NDArray[np.int64]]:
+        """(N,) digests as 16 bytes each, and the positions in which they ascend."""
+        digests = np.concatenate([self.blocks.digests(block) for block in range(len(self.contents.sizes))])
+        keys = np.ascontiguousarray(digests, "<u8").view("V16").reshape(-1)
+        return keys, np.argsort(keys)
 
 
-class JoinedCaches(Contents):
+class JoinedCaches:
     """Several caches of one identity, their pairs one after another. A block may hold more pairs in one than in another."""
 
     def __init__(self, caches: list[ReferenceCache]) -> None:
         """Raises CacheMismatch: they were made for different requests."""
         for other in caches[1:]:
             require_same(caches[0], other, "be trained on", ("block_pairs",))
-        self._caches = caches
-
-    @property
-    def caches(self) -> list[ReferenceCache]:
-        return self._caches
+        self.caches = caches
+        self.contents = Contents([cache.blocks for cache in caches])
 
 
 def require_same(first: ReferenceCache, other: ReferenceCache, what: str, but: tuple[str, ...] = ()) -> None:
@@ -214,20 +219,3 @@ def require_same(first: ReferenceCache, other: ReferenceCache, what: str, but: t
         (str(other.path), str(first.path)),
         "Expected caches made by one model, tokenizer and options",
     )
-
-
-def _read_into(cached: CachedPairs, place: tuple[ReferenceCache, int], ends: NDArray[np.int64]) -> None:
-    """Read a block into its place. ends: how many pairs and tokens there are up to its end."""
-    cache, block = place
-    _put(cached.table, cache.pairs(block), ends)
-    _put(cached.reference, cache.ref(block), ends)
-
-
-def _put(whole: Columns, part: Columns, ends: NDArray[np.int64]) -> None:
-    """Copy a block's columns to where they end in the whole ones: (tokens,) or (pairs, any)."""
-    pairs, tokens = ends
-    for item in fields(part):
-        values = getattr(part, item.name)
-        if values is not None:
-            end = tokens if values.ndim == 1 else pairs
-            getattr(whole, item.name)[end - len(values) : end] = values

@@ -1,4 +1,4 @@
-"""Cached pairs in other portions: some of a block's, or blocks filled up anew."""
+"""Cached pairs in other portions: some of a block, or blocks of another size."""
 
 from collections.abc import Iterable, Iterator
 
@@ -10,7 +10,7 @@ from minicache.pairs import PairTable
 
 
 def repack(parts: Iterable[CachedPairs], size: int) -> Iterator[CachedPairs]:
-    """Blocks of `size` pairs, in the same order. As stage one makes them, none holds pairs of two files; so some are smaller."""
+    """Blocks of `size` pairs in the same order. As in stage one, no block holds pairs of two files; so some are smaller."""
     pending: CachedPairs | None = None
     for part in parts:
         if pending and pending.table.source[0, 0] != part.table.source[0, 0]:

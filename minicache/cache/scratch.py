@@ -1,33 +1,38 @@
 """Room for decoded pairs in a file instead of in memory, mapped by all processes of a machine.
 
-What of it is in memory is the system's page cache: as much as there is room for, one copy for all. It has a name only until
-everyone has mapped it: then it goes with the last process that uses it, however that ends. So nothing stays behind, and no
-later run can take it for its own.
+What of it is in memory is the system's page cache: as much as there is room for, one copy for all processes. The file has a name
+only until every process has mapped it; after that the system frees it with the last process that uses it, however that ends.
+So nothing stays behind, and no later run can mistake it for its own. Windows keeps the name of a file in use: there it is
+removed when it is closed.
 """
 
 import errno
 import mmap
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import gettempdir
 
 from minicache.errors import OutputError
 
 
 def usual_directory() -> Path:
-    """Not /tmp, which on many machines is memory itself."""
+    """Where scratch files go by default: not /tmp, which on many machines is memory itself."""
+    if os.name == "nt":
+        return Path(gettempdir())
     return Path(os.environ.get("TMPDIR") or "/var/tmp")
 
 
 class ScratchFile:
-    """A file of so many bytes, for the one process that fills it. `buffer` writes to it."""
+    """A file of a given size for the one process that fills it, through `buffer`."""
 
     def __init__(self, file: Path, size: int) -> None:
-        """Make it, without taking any room yet.
+        """Make the file, without taking any room yet.
 
         Raises:
-            OutputError: that cannot be.
+            OutputError: it cannot be made.
         """
         self.file, self.size = file, size
         with _in_place(file, size):
@@ -41,32 +46,33 @@ class ScratchFile:
             raise
 
     def reserve(self) -> None:
-        """Take the room, as a full disk found while writing to `buffer` would end the process without a word.
+        """Allocate the room now: a disk that is full while `buffer` is written to ends the process without a message.
 
         Raises:
-            OutputError: the disk has not so much.
+            OutputError: the disk has less room than that.
         """
         with _in_place(self.file, self.size):
-            disk = os.fstatvfs(self._descriptor)
-            if disk.f_bavail * disk.f_frsize < self.size:  # to find out by taking all there is would be felt by others
+            # Allocating until it fails would leave other programs without any room for a while.
+            if shutil.disk_usage(self.file.parent).free < self.size:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(self._descriptor, 0, self.size)
 
     def unname(self) -> None:
-        self.file.unlink(missing_ok=True)
+        with suppress(PermissionError):  # Windows
+            self.file.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """End this process's use of it. `buffer` stays as long as arrays use it."""
-        self.unname()
+        """End this process's use of the file. `buffer` stays as long as arrays use it."""
         os.close(self._descriptor)
+        self.unname()
 
 
 def map_scratch(file: Path, size: int) -> mmap.mmap:
-    """The bytes of a scratch file that some process of this machine has made, to read.
+    """The bytes of a scratch file that a process of this machine has made, to read.
 
     Raises:
-        OutputError: it is not there.
+        OutputError: there is no such file.
     """
     with _in_place(file, size):
         descriptor = os.open(file, os.O_RDONLY)

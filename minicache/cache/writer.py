@@ -1,34 +1,55 @@
 """Creating a reference cache and writing blocks into it.
 
-Crash safety: the data of a block first, flushed to the disk if it is one, its ledger row last. A block whose row is absent or does
-not fit its data is simply not done, so a kill at any instant costs at most the blocks in flight. The processes of a run may write
+Crash safety: the data of a block is written and flushed first, the ledger row last. A block whose row is missing or does not fit
+the data is simply not done, so a kill at any instant costs at most the blocks in flight. The processes of a run may write
 different blocks at the same time without locks; only one of them creates, grows, and writes the log, and holds off other runs.
 """
 
 import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from minicache.cache.blocks import TOKENIZER
+from minicache.cache.blocks import TOKENIZER, Blocks
+from minicache.cache.identity import Identity
+from minicache.cache.manifest import Log, Manifest
 from minicache.cache.places.claims import CLAIM_FILE
 from minicache.cache.places.directory import draft_of, remove_drafts
 from minicache.cache.places.opening import place_at
-from minicache.cache.places.place import ROOT
-from minicache.cache.reader import ReferenceCache
-from minicache.cache.schema import Manifest, RefBlock, array_specs, pairs_row, ref_row
+from minicache.cache.places.place import ROOT, Place
+from minicache.cache.schema import RefBlock, array_specs, pairs_row, ref_row
 from minicache.disk import writing
 from minicache.options.where import Where
 from minicache.pairs import PairTable
 
 
-class CacheWriter(ReferenceCache):
-    """A cache on disk, open for writing."""
+class CacheWriter:
+    """A cache on disk or in an object store, open for writing. blocks: what can be read of it."""
 
-    mode = "r+"
+    def __init__(self, where: Where) -> None:
+        """Raises as `ReferenceCache.open`."""
+        self.blocks = Blocks(where, writable=True)
+        self._arrays = self.blocks.arrays
+
+    @property
+    def path(self) -> Where:
+        return self.blocks.path
+
+    @property
+    def place(self) -> Place:
+        return self.blocks.place
+
+    @property
+    def identity(self) -> Identity:
+        return self.blocks.identity
+
+    @property
+    def log(self) -> Log:
+        return self.blocks.log
 
     @classmethod
     def create(cls, where: Where, manifest: Manifest, write_tokenizer: Callable[[Path], object]) -> "CacheWriter":
@@ -43,16 +64,7 @@ class CacheWriter(ReferenceCache):
         try:
             with writing(place):
                 draft.parent.mkdir(parents=True, exist_ok=True)
-                group = zarr.create_group(zarr.storage.LocalStore(draft), attributes=manifest.to_attributes())
-                for name, spec in array_specs(manifest.identity).items():
-                    group.create_array(
-                        name,
-                        shape=(0, *spec.shape),
-                        dtype=spec.dtype,
-                        chunks=spec.chunks,
-                        fill_value=spec.fill,
-                        compressors=[*([ZstdCodec(level=3)] if spec.compress else []), Crc32cCodec()],
-                    )
+                _create_arrays(draft, manifest)
                 write_tokenizer(draft / TOKENIZER)
                 (draft / CLAIM_FILE).touch()
             place.publish(draft)
@@ -62,33 +74,36 @@ class CacheWriter(ReferenceCache):
         return cls(where)
 
     def remove_leftovers_of(self, blocks: Iterable[int]) -> None:
-        """Delete what writers that were killed left half-written of these. Only while no other process writes these."""
-        self.place.remove_partial(f"{name}/c/{block}" for block in blocks for name in self.specs)
+        """Delete what killed writers left half-written of these blocks. Only while no other process writes them."""
+        self.place.remove_partial(f"{name}/c/{block}" for block in blocks for name in self._arrays.specs)
 
     def grow(self, blocks: int) -> None:
         """Make room for `blocks` blocks. The ledger of pairs grows last: what it has room for, every array has."""
         self._resize([name for name, array in self._others() if array.shape[0] < blocks], blocks)
-        if self.blocks < blocks:
+        if len(self.blocks) < blocks:
             self._resize(["ledger/pairs"], blocks)
 
     def shrink(self, blocks: int) -> None:
-        """Take back blocks from the end: what a call that failed had added. The ledger of pairs shrinks first."""
-        if self.blocks > blocks:
+        """Drop blocks from the end, which a failed call had added. The ledger of pairs shrinks first."""
+        if len(self.blocks) > blocks:
             self._resize(["ledger/pairs"], blocks)
         self._resize([name for name, array in self._others() if array.shape[0] > blocks], blocks)
 
     def _others(self) -> list[tuple[str, zarr.Array]]:
-        return [(name, array) for name, array in self.arrays.items() if name != "ledger/pairs"]
+        return [(name, array) for name, array in self._arrays.by_name.items() if name != "ledger/pairs"]
 
     def _resize(self, names: list[str], blocks: int) -> None:
         with writing(self.place):
             for name in names:
-                self.arrays[name].resize((blocks, *self.arrays[name].shape[1:]))
+                self._arrays.by_name[name].resize((blocks, *self._arrays.by_name[name].shape[1:]))
             self.place.flush((f"{name}/{ROOT}" for name in names), folders=False)
 
-    def write_log(self) -> None:
+    def write_log(self, log: Log | None = None) -> None:
+        """Store the log as it is now; `log`, if given, takes its place."""
+        if log is not None:
+            self._arrays.manifest = replace(self._arrays.manifest, log=log)
         with writing(self.place):
-            self.group.attrs.put(self.manifest.to_attributes())
+            self._arrays.group.attrs.put(self._arrays.manifest.to_attributes())
             self.place.flush([ROOT])
 
     def write_pairs(self, block: int, table: PairTable) -> None:
@@ -112,20 +127,34 @@ class CacheWriter(ReferenceCache):
         if self.identity.per_token:
             assert scores.token_logps is not None
             columns["ref/token_logps"] = scores.token_logps
-        row = ref_row(self.identity, scores, self._ledger_row("ledger/pairs", block))
+        row = ref_row(self.identity, scores, self._arrays.row("ledger/pairs", block))
         self._commit("ledger/ref", block, row, columns)
 
     def _commit(self, ledger: str, block: int, row: np.ndarray, columns: dict[str, np.ndarray]) -> None:
         with writing(self.place):
             self.place.flush([key for name, values in columns.items() for key in self._write(name, block, values)])
-            self.arrays[ledger][block] = row
-            self.place.flush([self._chunk_key(ledger, block, 0)])
+            self._arrays.by_name[ledger][block] = row
+            self.place.flush([self._arrays.chunk_key(ledger, block, 0)])
 
     def _write(self, name: str, block: int, values: np.ndarray) -> list[str]:
         """Write whole chunks, padded with the fill value, so that nothing is read and no other block is touched."""
-        spec = self.specs[name]
+        spec = self._arrays.specs[name]
         chunks = -(-len(values) // spec.chunk)
         padded = np.full((chunks * spec.chunk, *spec.shape[1:]), spec.fill, spec.dtype)
         padded[: len(values)] = values
-        self.arrays[name][block, : len(padded)] = padded
-        return [self._chunk_key(name, block, chunk) for chunk in range(chunks)]
+        self._arrays.by_name[name][block, : len(padded)] = padded
+        return [self._arrays.chunk_key(name, block, chunk) for chunk in range(chunks)]
+
+
+def _create_arrays(draft: Path, manifest: Manifest) -> None:
+    """Make the zarr group with its manifest and arrays without blocks."""
+    group = zarr.create_group(zarr.storage.LocalStore(draft), attributes=manifest.to_attributes())
+    for name, spec in array_specs(manifest.identity).items():
+        group.create_array(
+            name,
+            shape=(0, *spec.shape),
+            dtype=spec.dtype,
+            chunks=spec.chunks,
+            fill_value=spec.fill,
+            compressors=[*([ZstdCodec(level=3)] if spec.compress else []), Crc32cCodec()],
+        )

@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from minicache.cache.complete import ledgers
+from minicache.cache.manifest import ATTRIBUTE, Manifest
 from minicache.cache.places.drafts import drafted
 from minicache.cache.places.opening import claimed, place_at
 from minicache.cache.reader import ReferenceCache
-from minicache.cache.schema import ATTRIBUTE, LEDGER_COLUMNS, CachedPairs, Manifest, pairs_row, ref_row
+from minicache.cache.schema import LEDGER_COLUMNS, CachedPairs, pairs_row, ref_row
 from minicache.cache.writer import CacheWriter
 from minicache.errors import CacheError, CacheMismatch, ConfigError, DataError, RowRefused
 from minicache.exchange.rows import ExportedRow, from_row, to_block
@@ -30,8 +32,8 @@ def document_of(cache: ReferenceCache) -> dict[str, Any]:
     """The cache's manifest, its ledger block by block, and its tokenizer."""
     return {
         "export": VERSION,
-        **cache.manifest.to_attributes(),
-        "ledger": cache.ledgers().tolist(),
+        **cache.blocks.manifest.to_attributes(),
+        "ledger": ledgers(cache.blocks).tolist(),
         "tokenizer": pack(cache.tokenizer_dir),
     }
 
@@ -58,8 +60,7 @@ def import_exported(config: ImportConfig, document: dict[str, Any], tracker: Tra
         cache = CacheWriter.create(draft, Manifest(manifest.identity, empty), partial(shutil.copytree, tokenizer))
         claims.enter_context(claimed(draft))
         _write_blocks(cache, _blocks(config.file, manifest, ledger), tracker)
-        cache.manifest = replace(manifest, log=replace(manifest.log, shards=0))
-        cache.write_log()
+        cache.write_log(replace(manifest.log, shards=0))
     return manifest
 
 

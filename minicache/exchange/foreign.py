@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from minicache.cache.manifest import Manifest
 from minicache.cache.places.drafts import drafted
 from minicache.cache.places.opening import place_at
-from minicache.cache.schema import Manifest, RefBlock
+from minicache.cache.schema import RefBlock
 from minicache.cache.writer import CacheWriter
 from minicache.data.files import read_rows
 from minicache.errors import DataError
@@ -63,13 +64,13 @@ def import_foreign(config: ImportConfig, tracker: Tracker) -> Manifest:
         cache = CacheWriter(draft)
         tracker.begin("taking over the logprobs", cache.log.pairs)
         rows = read_rows(config.file)
-        for block in range(cache.blocks):
-            table = cache.pairs(block)
+        for block in range(len(cache.blocks)):
+            table = cache.blocks.pairs(block)
             means = _means(rows, table, names, config, request)
             _require_likely(means, cache.identity.vocabulary, config)
             cache.write_ref(block, RefBlock(means.astype(np.float32), table.token_counts))
             tracker.advance(len(table), len(table.tokens))
-    return cache.manifest
+    return cache.blocks.manifest
 
 
 def _means(

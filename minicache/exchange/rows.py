@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minicache.cache.schema import CachedPairs, Identity, RefBlock, Source
+from minicache.cache.identity import Identity
+from minicache.cache.manifest import Source
+from minicache.cache.schema import CachedPairs, RefBlock
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import DataError
 from minicache.exchange.tables import Columns, Ragged

@@ -10,22 +10,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minicache.cache.blocks import TOKENIZER
+from minicache.cache.identity import TOLERANCE
+from minicache.cache.manifest import Log, Manifest, Source
 from minicache.cache.places.drafts import drafted
 from minicache.cache.places.opening import claimed, place_at
 from minicache.cache.places.place import Place
 from minicache.cache.reader import ReferenceCache
-from minicache.cache.refusals import REFUSED_FILE, source_of
+from minicache.cache.refusals import read_refusals, source_of, write_refusals
 from minicache.cache.repack import repack, select
-from minicache.cache.schema import TOLERANCE, CachedPairs, Log, Manifest, Source
+from minicache.cache.schema import CachedPairs
 from minicache.cache.writer import CacheWriter
 from minicache.data.tokenizers import copy_tokenizer
-from minicache.errors import CacheDamaged, CacheIncomplete, CacheMismatch
+from minicache.errors import CacheDamaged, CacheError, CacheMismatch
 from minicache.trackers import Tracker
 
 
 @dataclass(frozen=True)
 class Input:
-    """A cache to merge, and what stays in memory of its N pairs.
+    """A cache to merge, and the columns of its N pairs that stay in memory.
 
     numbers: new number of each of its files. files: (N,) new number of the pair's file. digests: (N, 2) uint64.
     means: (N, 2) float32, nats a token.
@@ -59,15 +61,15 @@ def join_sources(sources: list[Source], cache: ReferenceCache) -> NDArray[np.int
 
 
 def _blocks(cache: ReferenceCache) -> Iterator[CachedPairs]:
-    """Every block, checked; raises as `load`."""
-    for block in range(cache.blocks):
-        try:
-            yield CachedPairs(cache.pairs(block), cache.ref(block))
-        except (CacheIncomplete, CacheDamaged) as error:
-            raise type(error)(f"{error}; run its precompute-ref again, then merge") from error
+    """Every block, checked. Raises CacheIncomplete, CacheDamaged."""
+    for _, found in cache.blocks.each(cache.blocks.whole):
+        if isinstance(found, CacheError):
+            raise type(found)(f"{found}; run its precompute-ref again, then merge") from found
+        yield found
 
 
 def read_input(cache: ReferenceCache, numbers: NDArray[np.int64], tracker: Tracker) -> Input:
+    """Read a cache once. numbers: of its files in the new cache. Raises CacheIncomplete, CacheDamaged."""
     files, digests, means = [], [], []
     for table, scores in _blocks(cache):
         files.append(numbers[table.source[:, 0]])
@@ -81,14 +83,22 @@ def read_input(cache: ReferenceCache, numbers: NDArray[np.int64], tracker: Track
 
 def choose_pairs(inputs: list[Input]) -> list[NDArray[np.bool_]]:
     """For each cache, (N,) which of its pairs no earlier one has. Raises CacheMismatch if two disagree about a pair."""
-    digests = np.concatenate([given.digests for given in inputs])
-    order = np.lexsort(digests.T)  # stable: of equal ones the first stays first
-    is_new = np.append(True, (digests[order][1:] != digests[order][:-1]).any(1))
-    original = np.empty(len(order), np.int64)  # the first pair with the same digest
-    original[order] = order[is_new][np.cumsum(is_new) - 1]
+    original = first_equal(np.concatenate([given.digests for given in inputs]))
     _require_agreement(inputs, original)
-    bounds = np.cumsum([len(given.files) for given in inputs])
-    return np.split(original == np.arange(len(original)), bounds[:-1])
+    ends = np.cumsum([len(given.files) for given in inputs])
+    is_original = original == np.arange(len(original))
+    return np.split(is_original, ends[:-1])
+
+
+def first_equal(rows: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """(N,) for each of N rows the index of the first one that equals it."""
+    order = np.lexsort(rows.T)  # stable: of equal rows the first stays first
+    ordered = rows[order]
+    begins = np.append(True, (ordered[1:] != ordered[:-1]).any(1))  # a run of equal rows
+    firsts, run = order[begins], np.cumsum(begins) - 1
+    result = np.empty(len(rows), np.int64)
+    result[order] = firsts[run]
+    return result
 
 
 def _require_agreement(inputs: list[Input], original: NDArray[np.int64]) -> None:
@@ -109,7 +119,7 @@ def _require_agreement(inputs: list[Input], original: NDArray[np.int64]) -> None
 
 
 def count_pairs(sources: list[Source], inputs: list[Input], kept: list[NDArray[np.bool_]]) -> None:
-    """Set the files' counts to what the new cache keeps of them. `truncated` stays: nobody knows which pairs those were.
+    """Set the files' counts to what the new cache keeps of them. `truncated` stays: which pairs those were is not stored.
 
     Raises:
         CacheMismatch: one file gave other pairs in one cache than in another.
@@ -134,7 +144,7 @@ def count_pairs(sources: list[Source], inputs: list[Input], kept: list[NDArray[n
 
 
 def write_merged(out: Place, inputs: list[Input], kept: list[NDArray[np.bool_]], log: Log, tracker: Tracker) -> int:
-    """Make the new cache under another name, and give it its own when all is there. Returns its number of blocks."""
+    """Write the new cache as a draft and publish it when it is complete. Returns the number of its blocks."""
     first = inputs[0].cache
     if not first.tokenizer_dir.is_dir():
         raise CacheDamaged(f"{first.place.locate(TOKENIZER)}: is missing; run its precompute-ref again, then merge")
@@ -148,13 +158,12 @@ def write_merged(out: Place, inputs: list[Input], kept: list[NDArray[np.bool_]],
             cache.write_ref(block, scores)
             tracker.advance(len(table), len(table.tokens))
         _write_refusals(draft, inputs)
-        cache.manifest = replace(cache.manifest, log=replace(log, blocks=cache.blocks))
-        cache.write_log()
-    return cache.blocks
+        cache.write_log(replace(log, blocks=len(cache.blocks)))
+    return len(cache.blocks)
 
 
 def _kept_parts(inputs: list[Input], kept: list[NDArray[np.bool_]]) -> Iterator[CachedPairs]:
-    """What is kept of each block, under the new number of its file."""
+    """The pairs of each block that are kept, with the new numbers of their files."""
     for given, all_kept in zip(inputs, kept, strict=True):
         start = 0
         for cached in _blocks(given.cache):
@@ -168,14 +177,13 @@ def _kept_parts(inputs: list[Input], kept: list[NDArray[np.bool_]]) -> Iterator[
 
 
 def _write_refusals(draft: Path, inputs: list[Input]) -> None:
-    """refused.jsonl: of each file the rows that the first cache that has it lists, under its new number."""
+    """Write refused.jsonl: of each file the rows that the first cache with this file lists, under the new number."""
     lines: list[str] = []
     met: set[int] = set()
     for given in inputs:
-        text = (given.cache.place.read(REFUSED_FILE) or b"").decode(errors="replace")
         numbers: dict[int | None, int] = dict(enumerate(given.numbers.tolist()))
-        for line in text.splitlines():
+        for line in read_refusals(given.cache.place):
             if (number := numbers.get(source_of(line), -1)) not in (-1, *met):
-                lines.append(json.dumps({**json.loads(line), "source": number}, ensure_ascii=False) + "\n")
+                lines.append(json.dumps({**line.value, "source": number}, ensure_ascii=False))
         met |= set(numbers.values())
-    place_at(draft).write(REFUSED_FILE, "".join(lines).encode(errors="backslashreplace"))
+    write_refusals(place_at(draft), lines)

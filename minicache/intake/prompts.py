@@ -1,4 +1,4 @@
-"""What `compare` asks: prompts from the command line, from a file, or from a cache's own pairs. No torch."""
+"""The prompts of `compare`: from the command line, from a file, or of a cache's pairs. No torch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ Asked = tuple[str, tuple[Turn, ...]]  # where it stands, its turns
 
 @dataclass(frozen=True)
 class Prompt:
-    """One thing asked. text: as a person reads it. turns: () if it came as tokens. ids: (n,) what the models are given."""
+    """A prompt. text: as a person reads it. turns: () if it came as tokens. ids: (n,) what the models are given."""
 
     text: str
     turns: tuple[Turn, ...]
@@ -91,7 +91,7 @@ def _of_cache(path: Where, pairs: int | None, tokenizer: ChatTokenizer) -> list[
     chosen = np.linspace(0, total - 1, min(pairs or DEFAULT_PAIRS, total)).round().astype(int)
     prompts = []
     for index in chosen.tolist():
-        ids = prompt_ids(cache.pair(index)[0])
+        ids = prompt_ids(cache.blocks.pair(index)[0])
         if not len(ids):
             raise DataError(f"{path}, pair {index}: its prompt was cut away by --max-length; take fewer --pairs")
         prompts.append(Prompt(tokenizer.decode(ids), (), ids))

@@ -6,7 +6,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import torch
 
-from minicache.cache.schema import TOLERANCE, CachedPairs, RefBlock
+from minicache.cache.identity import TOLERANCE
+from minicache.cache.schema import RefBlock
 from minicache.cache.writer import CacheWriter
 from minicache.errors import ModelError
 from minicache.pairs import PairTable
@@ -21,10 +22,10 @@ from minicache.trackers import Tracker
 def score_blocks(
     cache: CacheWriter, scorer: Scorer, budget: int | None, shard: tuple[int, int], world: World, tracker: Tracker
 ) -> tuple[list[int], int]:
-    """Score the shard's blocks that are not, each rank its share; returns which, and how many pairs that were."""
+    """Score the unscored blocks of a shard, each rank its share. Returns these blocks and the number of their pairs."""
     todo, sizes, done = world.broadcast(_todo(cache, *shard) if world.is_main else None)
     if done:
-        cached = CachedPairs(cache.pairs(done[0]), cache.ref(done[0]))
+        cached = cache.blocks.whole(done[0])
         check_reproduces(scorer, cached, world.device, TOLERANCE[cache.identity.dtype], "the model")
     if not todo:
         return [], 0
@@ -33,23 +34,24 @@ def score_blocks(
     share = shares[world.rank]
     scale = pairs / max(1, int(sizes[share, 0].sum()))
 
-    def tell(pairs: int, tokens: int) -> None:  # rank 0 tells of everyone's progress by its own
+    # Rank 0 shows the progress of all ranks, estimated from its own.
+    def advance(pairs: int, tokens: int) -> None:
         tracker.advance(round(pairs * scale), round(tokens * scale))
 
     tracker.begin("scoring", pairs)
     with ThreadPoolExecutor(1) as writer:  # a block is written while the next is scored
         written: Future[None] | None = None
         for block in (todo[index] for index in share):
-            table = cache.pairs(block)
-            scores = _score(scorer, table, budget, cache.identity.per_token, world.device, tell)
+            table = cache.blocks.pairs(block)
+            scores = _score(scorer, table, budget, cache.identity.per_token, world.device, advance)
             _check_finite(cache, table, scores)
             if written:
                 written.result()
             written = writer.submit(cache.write_ref, block, scores)
     if written:
         written.result()
-    if scorer.lockstep:  # those with more blocks need everyone's shards of the model
-        table, nothing = cache.pairs(todo[0]), np.empty(0, np.int64)
+    if scorer.lockstep:  # ranks with more blocks need the parts of the model that the others hold
+        table, nothing = cache.blocks.pairs(todo[0]), np.empty(0, np.int64)
         for _ in range(max(map(len, shares)) - len(share)):
             assert not list(score_table(scorer, table, nothing, budget, world.device))
     world.barrier()
@@ -58,11 +60,11 @@ def score_blocks(
 
 def _todo(cache: CacheWriter, number: int, of: int) -> tuple[list[int], np.ndarray, list[int]]:
     """Blocks to score of shard `number` (from 1) of so many; their sizes: (n, 2) pairs and stored tokens; blocks already scored."""
-    unscored = cache.unscored()
+    unscored = cache.blocks.unscored()
     todo = [block for block in unscored if block % of == number - 1]
-    done = set(range(cache.blocks)) - set(unscored)
-    sizes = np.array([cache.block_size(block) for block in todo], np.int64).reshape(-1, 2)
-    # first those whose pairs were found sound: of other shards' blocks nobody has looked at them
+    done = set(range(len(cache.blocks))) - set(unscored)
+    sizes = np.array([cache.blocks.size(block) for block in todo], np.int64).reshape(-1, 2)
+    # First those whose pairs were found sound; blocks of other shards were not looked at.
     return todo, sizes, sorted(done, key=lambda block: (block > 0 and block % of != number - 1, block))
 
 
@@ -72,7 +74,7 @@ def _score(
     budget: int | None,
     per_token: bool,
     device: torch.device,
-    tell: Callable[[int, int], None],
+    advance: Callable[[int, int], None],
 ) -> RefBlock:
     logp_mean = np.full((len(table), 2), np.nan, np.float32)
     token_logps = np.full(len(table.tokens), np.nan, np.float32) if per_token else None
@@ -81,7 +83,7 @@ def _score(
         if token_logps is not None:
             spans = [np.arange(table.offsets[index], table.offsets[index + 1]) for index in indices]
             token_logps[np.concatenate(spans)[batch.places.cpu().numpy()]] = scores.token_logps.cpu().numpy()
-        tell(len(indices), int(table.side_lengths[indices].sum()))
+        advance(len(indices), int(table.side_lengths[indices].sum()))
     return RefBlock(logp_mean, table.token_counts, token_logps)
 
 

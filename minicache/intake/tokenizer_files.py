@@ -5,7 +5,7 @@ import binascii
 import zlib
 from pathlib import Path, PurePosixPath
 
-from minicache.cache.schema import Identity, digest_of
+from minicache.cache.identity import Identity, digest_of
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import DataError, ModelError
 
@@ -13,7 +13,7 @@ MOST_BYTES = 2**28  # of one file: what comes from a stranger does not fill the 
 
 
 def template_digest(tokenizer: ChatTokenizer) -> str:
-    """What an identity says of the template: its text and the special tokens that it may name."""
+    """Digest of a template for an identity: of its text and the special tokens that it may name."""
     return digest_of([tokenizer.template, tokenizer.special])
 
 
@@ -33,7 +33,7 @@ def pack(directory: Path) -> dict[str, str]:
 
 
 def unpack(files: object, directory: Path, where: str) -> None:
-    """Write what `pack` gave into a new directory. Raises DataError: it is not what that gives."""
+    """Write the files that `pack` packed into a new directory. Raises DataError: they are not as it packs them."""
     if not isinstance(files, dict) or "tokenizer.json" not in files:
         raise DataError(f"{where}: expected the tokenizer's files in it, found none; export the cache again")
     directory.mkdir()

@@ -29,8 +29,13 @@ def different(places: Iterable[Where]) -> bool:
 
 
 def split_weight(where: Where) -> tuple[Where, float | None]:
-    """`a/:0.7` -> `a/` and 0.7; a path without a number behind its last colon as it is."""
-    path, _, number = str(where).rpartition(":")
-    if path and re.fullmatch(r"[0-9]*\.?[0-9]+(e-?[0-9]+)?", number):
-        return path, float(number)
+    """`a/:0.7` -> `a/` and 0.7; `s3://bucket/a:0.7` likewise. A place without a weight as it is, such as `s3://host:9000`."""
+    place, _, number = str(where).rpartition(":")
+    if place and re.fullmatch(r"[0-9]*\.?[0-9]+(e-?[0-9]+)?", number) and not _is_port(place, number):
+        return place, float(number)
     return where, None
+
+
+def _is_port(place: str, number: str) -> bool:
+    """Whether a number behind `scheme://host` and a colon is a port. Behind a URL's path, or with a point, it is a weight."""
+    return number.isdecimal() and re.fullmatch(r"[^/]+://[^/]*", place) is not None

@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minicache.cache.reader import ReferenceCache
-from minicache.cache.refusals import REFUSED_FILE
+from minicache.cache.refusals import read_refusals
 from minicache.data.tokenizers import ChatTokenizer
-from minicache.errors import CacheDamaged, CacheIncomplete, MinicacheError
+from minicache.errors import CacheDamaged, MinicacheError
 from minicache.options.others import InspectConfig
-from minicache.pairs import CHOSEN, REJECTED
+from minicache.pairs import CHOSEN, REJECTED, PairTable
 from minicache.reports import suspects
 from minicache.reports.columns import READ, Columns, extreme, pair_lines, read_columns
 from minicache.reports.contents import inspect_cache
@@ -86,7 +86,7 @@ def gather(config: InspectConfig, tracker: Tracker) -> CacheReport:
     """
     inspection = inspect_cache(config)
     cache = ReferenceCache(config.ref_cache)
-    cache.hold(READ)
+    cache.blocks.arrays.hold(READ)
     columns, without_pairs, _ = read_columns(cache)
     margins = _margins(columns)
     extremes = {
@@ -110,7 +110,7 @@ def gather(config: InspectConfig, tracker: Tracker) -> CacheReport:
         suspects=found,
         texts=texts,
         no_texts=no_texts,
-        refusals=(cache.place.read(REFUSED_FILE) or b"").decode(errors="replace").splitlines()[:LISTED],
+        refusals=[line.text for line in read_refusals(cache.place)[:LISTED]],
     )
 
 
@@ -176,7 +176,9 @@ def _by_longer(columns: Columns, margins: NDArray[np.float64]) -> list[Group]:
 def _find_suspects(
     cache: ReferenceCache, columns: Columns, without_pairs: dict[int, str], tracker: Tracker
 ) -> Suspects:
-    looked, rows, damage, unread = _look(cache, [b for b in range(cache.blocks) if b not in without_pairs], tracker)
+    looked, rows, damage, unread = _look(
+        cache, [b for b in range(len(cache.blocks)) if b not in without_pairs], tracker
+    )
     margins = _margins(columns)
     z = suspects.robust_z(margins)
 
@@ -214,20 +216,21 @@ def _look(
 ) -> tuple[suspects.Looked, NDArray[np.int64], list[str], int]:
     """What `suspects.look` found; the rows of the columns it is about; what is damaged; how many pairs were not read."""
     parts, rows, damage = [suspects.Looked.none()], [np.zeros(0, np.int64)], []
-    sizes = np.array([cache.block_size(block) for block in blocks], np.int64).reshape(-1, 2)
+    sizes = np.array([cache.blocks.size(block) for block in blocks], np.int64).reshape(-1, 2)
     ends = sizes.cumsum(0)  # (blocks, 2) pairs and tokens up to the end of each
     tracker.begin("looking at the pairs", int(sizes[:, 0].sum()))
-    for block, (pairs, tokens), (end, read) in zip(blocks, sizes.tolist(), ends.tolist(), strict=True):
-        if read > MOST_TOKENS:
-            break
-        try:
-            parts.append(suspects.look(cache.pairs(block)))
-            rows.append(np.arange(end - pairs, end))
-            cache.ref(block)
-        except CacheDamaged as error:
-            damage.append(str(error))
-        except CacheIncomplete:
-            pass  # the inspection lists it
+    few = [block for block, (_, read) in zip(blocks, ends.tolist(), strict=True) if read <= MOST_TOKENS]
+    sound = []
+    for at, (block, table) in enumerate(cache.blocks.each(cache.blocks.pairs, few)):
+        pairs, tokens = sizes[at].tolist()
+        if isinstance(table, CacheDamaged):
+            damage.append(str(table))
+        elif isinstance(table, PairTable):
+            sound.append(block)
+            parts.append(suspects.look(table))
+            rows.append(np.arange(ends[at, 0] - pairs, ends[at, 0]))
         tracker.advance(pairs, tokens)
+    scores = cache.blocks.each(cache.blocks.ref, sound)
+    damage += [str(found) for _, found in scores if isinstance(found, CacheDamaged)]
     looked = np.concatenate(rows)
     return suspects.Looked.join(parts), looked, damage, int(sizes[:, 0].sum()) - len(looked)

@@ -1,25 +1,26 @@
 """A number or a few for each pair of a cache, complete or not; which pairs stand out; where each came from. No torch."""
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from minicache.cache.blocks import Blocks
 from minicache.cache.reader import ReferenceCache
-from minicache.errors import CacheDamaged, CacheIncomplete
+from minicache.errors import CacheError
 from minicache.pairs import CHOSEN, REJECTED
 from minicache.reports.inspection import PairLine
 
-# In this order: what the ledger tells of, the others have had before.
+# In this order: what a row of the ledger announces was written before it.
 READ = ("ledger/ref", "ledger/pairs", "pairs/lengths", "pairs/source", "ref/logp_mean", "ref/token_count")
 
 
 @dataclass
 class Columns:
-    """A number or a few for each pair; what stays in memory of a cache of a million."""
+    """A number or a few for each pair: what is kept in memory of a cache of a million."""
 
-    index: NDArray[np.int64]  # (N,) position in the cache, -1 where it cannot be told
+    index: NDArray[np.int64]  # (N,) position in the cache, -1 where it is not known
     lengths: NDArray[np.int32]  # (N, 3)
     counted: NDArray[np.int32]  # (N, 2)
     source: NDArray[np.int64]  # (N, 2)
@@ -36,49 +37,46 @@ class Columns:
 
 def read_columns(cache: ReferenceCache) -> tuple[Columns, dict[int, str], dict[int, str]]:
     """The blocks' columns; which blocks have no pairs and which of the others no scores, and why."""
+    blocks = cache.blocks
     parts: list[tuple[np.ndarray, ...]] = [
         (np.zeros(0, np.int64), np.zeros((0, 3), np.int32), *(np.zeros((0, 2), kind) for kind in ("i4", "i8", "f4")))
     ]
     without_pairs: dict[int, str] = {}
     unscored: dict[int, str] = {}
-    first: int | None = 0  # position in the cache of the block's first pair, as `ReferenceCache.pair` counts
-    for block in range(cache.blocks):
-        start, first = first, None  # behind a lost ledger row nobody can count on
-        try:
-            size, _ = cache.block_size(block)
-            first = None if start is None else start + size
-            index = np.full(size, -1) if start is None else np.arange(start, start + size)
-            lengths, source = cache.outline(block)
-            counted, logp_mean, why = _scores(cache, block, lengths)
-        except (CacheIncomplete, CacheDamaged) as error:
-            without_pairs[block] = str(error)
+    spans = dict(blocks.spans())
+    for block, found in blocks.each(partial(_read_block, blocks)):
+        if isinstance(found, CacheError):
+            without_pairs[block] = str(found)
             continue
+        lengths, counted, source, logp_mean, why = found
         if why:
             unscored[block] = why
+        index = np.array(spans[block]) if block in spans else np.full(len(lengths), -1)
         parts.append((index, lengths, counted, source, logp_mean))
-    for block in range(cache.blocks, cache.log.blocks):
+    for block in range(len(blocks), cache.log.blocks):
         without_pairs[block] = f"{cache.path}: block {block} was written, but the arrays end before it"
     return Columns(*(np.concatenate(part) for part in zip(*parts, strict=True))), without_pairs, unscored
 
 
-def _scores(cache: ReferenceCache, block: int, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, str | None]:
-    """Counted tokens (n, 2), mean logprobs (n, 2), NaN where there are none, and why there are none."""
-    try:
-        scores = cache.ref(block, whole=False)
-    except (CacheIncomplete, CacheDamaged) as error:
-        return cache.counted(block, lengths), np.full((len(lengths), 2), np.nan, np.float32), str(error)
-    return scores.token_count, scores.logp_mean, None
+def _read_block(blocks: Blocks, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, str | None]:
+    """Lengths (n, 3), counted tokens (n, 2), source (n, 2), mean logprobs (n, 2) or NaN, and why there are no logprobs."""
+    lengths, source = blocks.outline(block)
+    ((_, scores),) = blocks.each(partial(blocks.ref, whole=False), [block])
+    if isinstance(scores, CacheError):
+        return lengths, blocks.counted(block, lengths), source, np.full((len(lengths), 2), np.nan, "f4"), str(scores)
+    return lengths, scores.token_count, source, scores.logp_mean, None
 
 
 def extreme(values: np.ndarray, most: int) -> np.ndarray:
     """Indices of the smallest values that are numbers, the first of equal ones first."""
     numbers = np.flatnonzero(np.isfinite(values))
-    if len(numbers) > most:  # to sort a million takes longer than to find those worth sorting
+    if len(numbers) > most:  # sorting a million takes longer than finding those worth sorting
         numbers = numbers[values[numbers] <= np.partition(values[numbers], most)[most]]
     return numbers[np.argsort(values[numbers], kind="stable")[:most]]
 
 
 def pair_lines(cache: ReferenceCache, columns: Columns, indices: np.ndarray) -> list[PairLine]:
+    """Some rows of the columns as lines of a report."""
     names = [source.name for source in cache.log.sources]
     lines = []
     for index in indices.tolist():

@@ -22,22 +22,20 @@ from minicache.reports.statistics import histogram, length_statistics, margin_hi
 def inspect_cache(config: InspectConfig) -> Inspection:
     """Read the ledger, lengths, sources and scores of every block; a missing or damaged one is reported, not raised.
 
-    Tokens, masks and digests must be there, but are not read; damage inside them is found by `verify_cache`, and by all that
-    loads them. Only the masks of pairs without scores are read, to count.
+    Chunks of tokens, masks and digests must be there but are not read: damage in them is found by `verify_cache` and by stages
+    that load them. Only the masks of pairs without scores are read, to count.
 
-    Raises:
-        CacheNotFound, CacheMismatch, CacheDamaged: only if the manifest or an array's metadata cannot be read.
+    Raises CacheNotFound, CacheMismatch, CacheDamaged only if the manifest or an array's metadata cannot be read.
     """
     cache = ReferenceCache(config.ref_cache)
-    cache.hold(READ)
+    cache.blocks.arrays.hold(READ)
     columns, without_pairs, unscored = read_columns(cache)
     problem = _problem(cache, None if without_pairs else len(columns.lengths))
     unfinished = dict(sorted({**without_pairs, **unscored}.items()))
     scored = columns.logp_mean[columns.scored]
     margins = np.where(columns.scored, columns.logp_mean[:, CHOSEN] - columns.logp_mean[:, REJECTED], np.nan)
-    sources = cache.log.sources
-    refused = sum((Counter(source.refused) for source in sources), Counter())
-    blocks = max(cache.blocks, cache.log.blocks)
+    refused = sum((Counter(source.refused) for source in cache.log.sources), Counter())
+    blocks = max(len(cache.blocks), cache.log.blocks)
     return Inspection(
         path=str(cache.path),
         identity=asdict(cache.identity),
@@ -65,7 +63,7 @@ def inspect_cache(config: InspectConfig) -> Inspection:
         refused=dict(refused),
         refused_rows=refused.total(),
         refused_file=str(cache.place.locate(REFUSED_FILE)) if cache.place.has(REFUSED_FILE) else None,
-        truncated=sum(source.truncated for source in sources),
+        truncated=sum(source.truncated for source in cache.log.sources),
         longest=pair_lines(cache, columns, extreme(-columns.sides.max(1, initial=0), 5)),
         highest_margin=pair_lines(cache, columns, extreme(-margins, 3)),
         lowest_margin=pair_lines(cache, columns, extreme(margins, 3)),
@@ -78,7 +76,7 @@ def inspect_pair(config: InspectConfig) -> PairView:
     assert config.pair is not None
     cache = ReferenceCache(config.ref_cache)
     tokenizer = ChatTokenizer.load(cache.tokenizer_dir)
-    pair, logp_mean = cache.pair(config.pair)
+    pair, logp_mean = cache.blocks.pair(config.pair)
     table = PairTable.from_pairs([pair], cache.identity.token_dtype)
     scores = np.full((1, 2), np.nan, np.float32) if logp_mean is None else logp_mean[None]
     columns = Columns(np.array([config.pair]), table.lengths, table.token_counts, table.source, scores)
@@ -97,7 +95,7 @@ def _segments(tokenizer: ChatTokenizer, pair: EncodedPair, side: int) -> list[Se
 
 
 def _problem(cache: ReferenceCache, pairs: int | None) -> str | None:
-    """What keeps the cache as a whole from being complete. pairs: how many there are, None if blocks are known to lack."""
+    """Why the cache as a whole is not complete; None if it is. pairs: their number, None if blocks are known to be missing."""
     try:
         cache.check_complete()
     except CacheError as error:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minicache.cache.reader import ReferenceCache
-from minicache.errors import CacheDamaged, CacheIncomplete, Difference
+from minicache.errors import CacheError, Difference
 from minicache.text import ranges
 
 FARTHEST = 5  # pairs that are listed
@@ -91,14 +91,14 @@ class _Values:
 
 
 def read_values(cache: ReferenceCache) -> _Values:
+    """The values of every block that can be read."""
     keys, sources, means = [np.zeros(0, "V16")], [np.zeros((0, 2), np.int64)], [np.zeros((0, 2), np.float32)]
     unreadable = []
-    for block in range(cache.blocks):
-        try:
-            table, scores = cache.pairs(block), cache.ref(block)
-        except (CacheIncomplete, CacheDamaged):
+    for block, found in cache.blocks.each(cache.blocks.whole):
+        if isinstance(found, CacheError):
             unreadable.append(block)
             continue
+        table, scores = found
         keys.append(table.keys)
         sources.append(table.source)
         means.append(scores.logp_mean)
@@ -116,6 +116,7 @@ def compare_files(first: ReferenceCache, second: ReferenceCache) -> list[File]:
 def compare_values(
     cache: ReferenceCache, mine: _Values, others: _Values, at: NDArray[np.int64], at_other: NDArray[np.int64]
 ) -> Shared:
+    """How the values of the pairs differ that lie at `at` in one cache and at `at_other` in the other."""
     a, b = mine.means[at].astype(np.float64), others.means[at_other].astype(np.float64)
     margins = [means[:, 0] - means[:, 1] for means in (a, b)]
     by_side = np.abs(a - b)

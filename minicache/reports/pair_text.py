@@ -19,39 +19,21 @@ Piece = str | list[Any] | int
 
 def pair_texts(cache: ReferenceCache, tokenizer: ChatTokenizer, indices: list[int]) -> dict[int, list[list[Piece]]]:
     """Pair -> pieces of the shared beginning, of chosen's rest, of rejected's rest. A pair that cannot be read is left out."""
-    texts = {}
-    for block, first, wanted in _by_block(cache, sorted(indices)):
-        try:
-            table = cache.pairs(block)
-        except CacheError:
+    blocks, texts = cache.blocks, {}
+    wanted = {
+        block: (span, chosen) for block, span in blocks.spans() if (chosen := [i for i in sorted(indices) if i in span])
+    }
+    for block, table in blocks.each(blocks.pairs, wanted):
+        if isinstance(table, CacheError):
             continue
-        logps = _token_logps(cache, block)
-        for index in wanted:
-            start, stop = table.offsets[index - first : index - first + 2]
+        ((_, scores),) = blocks.each(blocks.ref, [block])
+        logps = None if isinstance(scores, CacheError) else scores.token_logps
+        span, chosen = wanted[block]
+        for index in chosen:
+            start, stop = table.offsets[index - span.start : index - span.start + 2]
             own = logps[start:stop] if logps is not None else None
-            texts[index] = _pieces(table[index - first], own, tokenizer)
+            texts[index] = _pieces(table[index - span.start], own, tokenizer)
     return texts
-
-
-def _by_block(cache: ReferenceCache, indices: list[int]) -> Iterator[tuple[int, int, list[int]]]:
-    """Block, its first pair, which of its pairs are asked for."""
-    first = 0
-    for block in range(cache.blocks):
-        try:
-            pairs, _ = cache.block_size(block)
-        except CacheError:  # nobody can count on behind it
-            return
-        if wanted := [index for index in indices if first <= index < first + pairs]:
-            yield block, first, wanted
-        first += pairs
-
-
-def _token_logps(cache: ReferenceCache, block: int) -> np.ndarray | None:
-    """(T,) of the block's tokens, None where the cache has none."""
-    try:
-        return cache.ref(block).token_logps
-    except CacheError:
-        return None
 
 
 def _pieces(pair: EncodedPair, logps: np.ndarray | None, tokenizer: ChatTokenizer) -> list[list[Piece]]:

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from minicache.cache.schema import TOLERANCE
+from minicache.cache.identity import TOLERANCE
 from minicache.errors import ConfigError
 from minicache.options.catalog import LAYOUTS
 from minicache.pairs import PairTable

@@ -9,7 +9,8 @@ from uuid import uuid4
 
 import torch
 
-from minicache.cache.reader import Contents
+from minicache.cache.contents import Contents
+from minicache.cache.reader import JoinedCaches, ReferenceCache
 from minicache.cache.schema import CachedPairs
 from minicache.cache.scratch import ScratchFile, map_scratch, usual_directory
 from minicache.errors import MinicacheError
@@ -21,7 +22,9 @@ from minicache.trackers import Tracker
 MOST = 0.25  # of the machine's free memory for the copies of all its processes: the model is yet to come
 
 
-def load_pairs(cache: Contents, scratch: Path | None, world: World, tracker: Tracker) -> CachedPairs:
+def load_pairs(
+    cache: ReferenceCache | JoinedCaches, scratch: Path | None, world: World, tracker: Tracker
+) -> CachedPairs:
     """All pairs, every block checked. To be called by all processes, each of which gets the same columns.
 
     scratch: decode into a file in this directory, which goes with the run. None: in memory where there is room for it.
@@ -30,18 +33,19 @@ def load_pairs(cache: Contents, scratch: Path | None, world: World, tracker: Tra
         CacheError: as `ReferenceCache.load`. OutputError: the scratch directory cannot hold the pairs.
     """
     tracker.begin("reading the cache", None)
-    size, processes = cache.decoded_bytes, int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+    contents = cache.contents
+    size, processes = contents.decoded_bytes, int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
     too_large = size > MOST * free_bytes(torch.device("cpu"), processes)
     if not (scratch or world.any(too_large)):
-        return cache.load()
+        return contents.load()
     directory = scratch or usual_directory()
     tracker.note(
-        f"{cache.caches[0].path}: {size / 1e6:,.0f} MB of pairs are decoded into a file in {directory}, not into memory"
+        f"{contents.parts[0].path}: {size / 1e6:,.0f} MB of pairs are decoded into a file in {directory}, not into memory"
     )
-    return _load_into(cache, directory, size, world)
+    return _load_into(contents, directory, size, world)
 
 
-def _load_into(cache: Contents, directory: Path, size: int, world: World) -> CachedPairs:
+def _load_into(contents: Contents, directory: Path, size: int, world: World) -> CachedPairs:
     """The first process of each machine fills a file that the others see."""
     local = int(os.environ.get("LOCAL_RANK", 0)) if world.size > 1 else 0
     run = world.broadcast(uuid4().hex)
@@ -57,8 +61,8 @@ def _load_into(cache: Contents, directory: Path, size: int, world: World) -> Cac
             if made:
                 made.unname()
                 made.reserve()
-                cache.load(made.buffer)
-    return cache.columns(mapped)
+                contents.load(made.buffer)
+    return contents.columns(mapped)
 
 
 @contextmanager
@@ -77,5 +81,5 @@ def _in_all(world: World) -> Iterator[None]:
 class Sources:
     """Where a run's pairs and model come from: from disk, unless somebody has read them before and hands them in."""
 
-    pairs: Callable[[Contents, Path | None, World, Tracker], CachedPairs] = load_pairs
+    pairs: Callable[[ReferenceCache | JoinedCaches, Path | None, World, Tracker], CachedPairs] = load_pairs
     model: Callable[[str, bool], LoadedModel] = load_model

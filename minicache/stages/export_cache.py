@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minicache.cache.blocks import TOKENIZER
+from minicache.cache.complete import each_whole_block
 from minicache.cache.reader import ReferenceCache
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import CacheDamaged
@@ -45,7 +46,7 @@ def export_cache(config: ExportCacheConfig, tracker: Tracker) -> ExportCacheRepo
     odd = 0
     tracker.begin(f"writing {config.out}", cache.log.pairs)
     with table_at(config.out, types, document_of(cache)) as write:
-        for cached in cache.each_block():
+        for cached in each_whole_block(cache.blocks):
             columns, others = to_columns(cached, tokenizer, cache.log.sources)
             write(columns)
             odd += others

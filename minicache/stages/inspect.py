@@ -31,7 +31,7 @@ def verify_model(config: InspectConfig, world: "World", tracker: Tracker) -> flo
     """
     import torch
 
-    from minicache.cache.schema import TOLERANCE
+    from minicache.cache.identity import TOLERANCE
     from minicache.models import load_model
     from minicache.scoring.handshake import check_reproduces
     from minicache.scoring.loading import load_pairs

@@ -4,9 +4,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from minicache.cache.manifest import Source, now
 from minicache.cache.places.opening import place_at
 from minicache.cache.reader import ReferenceCache, require_same
-from minicache.cache.schema import Source, now
 from minicache.intake.merging import choose_pairs, count_pairs, join_sources, read_input, write_merged
 from minicache.options.others import MergeConfig
 from minicache.options.where import Where

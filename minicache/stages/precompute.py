@@ -3,8 +3,8 @@
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
+from minicache.cache.manifest import Source
 from minicache.cache.refusals import REFUSED_FILE
-from minicache.cache.schema import Source
 from minicache.cache.writer import CacheWriter
 from minicache.data.files import read_rows
 from minicache.intake.prepare import prepare
@@ -59,10 +59,10 @@ def precompute(config: PrecomputeConfig, world: World, tracker: Tracker) -> Prec
         scorer = spread(loaded.model if loaded else None, dtype, config.parallel, world)
         del loaded
         cache = CacheWriter(config.ref_cache)
-        settle_layout(scorer, cache.pairs(0), config.layout, world.device, tracker)
+        settle_layout(scorer, cache.blocks.pairs(0), config.layout, world.device, tracker)
         blocks, scored = score_blocks(cache, scorer, config.tokens_per_batch, config.share, world, tracker)
     refused_file = cache.place.locate(REFUSED_FILE)
-    missing = cache.unscored() if config.shard and world.is_main else []
+    missing = cache.blocks.unscored() if config.shard and world.is_main else []
     return PrecomputeReport(
         cache.path,
         cache.log.sources,
@@ -70,7 +70,7 @@ def precompute(config: PrecomputeConfig, world: World, tracker: Tracker) -> Prec
         scored,
         refused_file,
         blocks,
-        cache.blocks,
+        len(cache.blocks),
         config.shard,
         missing,
     )

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from minicache.cache.places.claims import FileClaim
-from minicache.cache.reader import Contents, JoinedCaches, ReferenceCache
+from minicache.cache.reader import JoinedCaches, ReferenceCache
 from minicache.cache.schema import CachedPairs
 from minicache.disk import read_json, write_json, writing
 from minicache.errors import ConfigError, RunDiverged
@@ -125,11 +125,13 @@ class _Kept:
         self._pairs: dict[tuple[tuple[str, int], ...], CachedPairs] = {}
         self._models: dict[str, LoadedModel] = {}
 
-    def pairs(self, contents: Contents, scratch: Path | None, world: World, tracker: Tracker) -> CachedPairs:
+    def pairs(
+        self, cache: ReferenceCache | JoinedCaches, scratch: Path | None, world: World, tracker: Tracker
+    ) -> CachedPairs:
         # a cache that was added to since is decoded anew
-        key = tuple((str(cache.path), cache.log.pairs) for cache in contents.caches)
+        key = tuple((str(part.path), part.log.pairs) for part in cache.contents.parts)
         if key not in self._pairs:
-            self._pairs[key] = load_pairs(contents, scratch, world, tracker)
+            self._pairs[key] = load_pairs(cache, scratch, world, tracker)
         return self._pairs[key]
 
     def model(self, source: str, trust_remote_code: bool) -> LoadedModel:

@@ -5,7 +5,7 @@ import shutil
 from itertools import islice
 from typing import Any
 
-from minicache.cache.schema import TOLERANCE
+from minicache.cache.identity import TOLERANCE
 from minicache.errors import CacheMismatch, ConfigError
 from minicache.options.catalog import OPTIMIZERS
 from minicache.scoring.batching import by_length

@@ -1,7 +1,7 @@
 """Preference losses: pure functions of the logprobs of policy and reference. options/catalog.py names them.
 
-Each takes a `Logps` and returns (B,), one number a pair; a step's loss is their mean. Where the literature and TRL
-(`trl/trainer/dpo_trainer.py`, 1.16) differ in a convention, TRL's is used and said.
+Each takes a `Logps` and returns (B,), one number per pair; the loss of a step is their mean. Where the literature and TRL
+(`trl/trainer/dpo_trainer.py`, 1.16) follow different conventions, TRL's is used, and the docstring says so.
 """
 
 import math
@@ -23,8 +23,8 @@ class Logps:
 
     policy, reference: (B, 2) float32, nats: sums over the counted tokens, or means if `averaged`.
     token_count: (B, 2) float32.
-    alignment: (B, 2) float32, nats a token; see `PairScores`. Only WPO asks for it.
-    chosen_sum: (B,) float32, nats: chosen's sum with every token whole, where the two above weigh tokens (LD-DPO).
+    alignment: (B, 2) float32, nats per token; see `PairScores`. Only WPO needs it.
+    chosen_sum: (B,) float32, nats: the unweighted sum over the chosen answer, where the two above weight tokens (LD-DPO).
     """
 
     policy: torch.Tensor
@@ -40,7 +40,7 @@ class Logps:
         return self.policy - self.reference
 
     def per_token(self, values: torch.Tensor) -> torch.Tensor:
-        """(B, 2) sums as means; means as they are."""
+        """(B, 2) values per token: sums are divided by the token counts, means are returned as they are."""
         return values if self.averaged else values / self.token_count
 
 
@@ -53,7 +53,7 @@ def loss_named(name: str) -> Loss:
     return code_of(LOSSES[name])
 
 
-# --- f-divergences: what takes the place of the log ratio (Wang et al. 2023, Beyond Reverse KL, arXiv:2309.16240, table 1) ---
+# --- f-divergences: the function that replaces the log ratio (Wang et al. 2023, Beyond Reverse KL, arXiv:2309.16240, table 1) ---
 
 
 def reverse_kl(ratios: torch.Tensor, alpha: float) -> torch.Tensor:
@@ -85,7 +85,7 @@ def _scores(logps: Logps, options: LossOptions) -> torch.Tensor:
 
 
 def _delta(logps: Logps, options: LossOptions) -> torch.Tensor:
-    """(B,) chosen minus rejected score: beta times it is what a sigmoid judges."""
+    """(B,) chosen minus rejected score; a sigmoid loss takes beta times it."""
     scores = _scores(logps, options)
     return scores[:, 0] - scores[:, 1]
 
@@ -95,7 +95,7 @@ def _smoothed(logits: torch.Tensor, smoothing: float) -> torch.Tensor:
     return -(1 - smoothing) * logsigmoid(logits) - smoothing * logsigmoid(-logits)
 
 
-# --- losses on the difference of the two sides ---
+# --- losses on the difference between the two sides ---
 
 
 def sigmoid(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
@@ -108,7 +108,7 @@ def sigmoid(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
 
 
 def robust(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
-    """DPO unbiased under labels flipped with probability `label_smoothing`.
+    """An unbiased DPO loss where labels are flipped with probability `label_smoothing`.
 
     Source: Chowdhury et al. 2024, Provably Robust DPO, arXiv:2403.00409, eq. 12.
     """
@@ -122,7 +122,7 @@ def hinge(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
 
 
 def ipo(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
-    """(delta a token - 1 / (2 beta))^2. Means a token whatever --logps says, as TRL has it with the authors' agreement.
+    """(delta per token - 1 / (2 beta))^2, always on means per token, as TRL agreed with the authors.
 
     Source: Azar et al. 2023, A General Theoretical Paradigm, arXiv:2310.12036, eq. 17.
     """
@@ -133,7 +133,7 @@ def ipo(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
 def exo_pair(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
     """KL from the policy's preference to the (smoothed) label. Source: Ji et al. 2024, EXO, arXiv:2402.00856, eq. 16.
 
-    Needs label_smoothing above 0: the label's logarithm is taken.
+    Needs label_smoothing above 0, because it takes the logarithm of the label.
     """
     logits, epsilon = beta * _delta(logps, options), torch.tensor(options.label_smoothing, dtype=logps.policy.dtype)
     won = torch.sigmoid(logits) * (logsigmoid(logits) - torch.log1p(-epsilon))
@@ -141,7 +141,10 @@ def exo_pair(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
 
 
 def discopop(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
-    """Logistic and exponential loss, blended by the log ratio. Source: Lu et al. 2024, DiscoPOP, arXiv:2406.08414, eq. 5."""
+    """A blend of the logistic and the exponential loss; the log ratio sets its weights.
+
+    Source: Lu et al. 2024, DiscoPOP, arXiv:2406.08414, eq. 5.
+    """
     logits = beta * _delta(logps, options)
     blend = torch.sigmoid(logits / options.discopop_tau)
     exponential = torch.exp(logsigmoid(logits / options.discopop_tau) - logits)  # blend * exp(-logits), without inf * 0
@@ -149,13 +152,13 @@ def discopop(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
 
 
 def sigmoid_norm(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
-    """Sigmoid of means a token whatever --logps says. Source: Lambert et al. 2024, Tülu 3, arXiv:2411.15124, eq. 6."""
+    """The sigmoid loss on means per token, whatever --logps is. Source: Lambert et al. 2024, Tülu 3, arXiv:2411.15124, eq. 6."""
     scores = logps.per_token(_scores(logps, options))
     return -logsigmoid(beta * (scores[:, 0] - scores[:, 1]))
 
 
 def simpo(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
-    """-log sigmoid(beta * (mean chosen - mean rejected logprob) - gamma). Uses no reference: the cached values play no part.
+    """-log sigmoid(beta * (mean chosen - mean rejected logprob) - gamma). Does not use the reference.
 
     Source: Meng et al. 2024, SimPO, arXiv:2405.14734, eq. 6.
     """
@@ -163,7 +166,7 @@ def simpo(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
     return -logsigmoid(beta * (means[:, 0] - means[:, 1]) - options.simpo_gamma)
 
 
-# --- losses on each side by itself ---
+# --- losses on each side separately ---
 
 
 def nca_pair(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
@@ -173,7 +176,10 @@ def nca_pair(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
 
 
 def bco_pair(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
-    """Binary classification of each side. Source: Jung et al. 2024, BCO, arXiv:2404.04656, eq. 7, without reward shift, as TRL."""
+    """Binary classification of each side, without reward shift as in TRL.
+
+    Source: Jung et al. 2024, BCO, arXiv:2404.04656, eq. 7.
+    """
     chosen, rejected = (beta * logps.ratios).unbind(1)
     return -logsigmoid(chosen) - logsigmoid(-rejected)
 
@@ -185,7 +191,7 @@ def sppo_hard(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
 
 
 def apo_zero(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
-    """Raise chosen, lower rejected: for answers better than the model's own.
+    """Raises chosen and lowers rejected: for data better than the model's own answers.
 
     Source: D'Oosterlinck et al. 2024, Anchored Preference Optimization, arXiv:2408.06266, eq. 7.
     """
@@ -194,7 +200,7 @@ def apo_zero(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
 
 
 def apo_down(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
-    """Lower both, rejected more: for answers worse than the model's own. Source: as apo_zero, eq. 8."""
+    """Lowers both, rejected more: for data worse than the model's own answers. Source: as apo_zero, eq. 8."""
     chosen, rejected = (beta * logps.ratios).unbind(1)
     return torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen)
 
@@ -203,19 +209,22 @@ def apo_down(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
 
 
 def aot(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
-    """The policy's log odds against the reference's, both sorted. Source: Melnyk et al. 2024, AOT, arXiv:2406.05882, paired."""
+    """Compares the sorted log odds of the policy with the sorted log odds of the reference.
+
+    Source: Melnyk et al. 2024, AOT, arXiv:2406.05882, the paired form.
+    """
     policy, reference = (values[:, 0] - values[:, 1] for values in (logps.policy, logps.reference))
     return _smoothed(beta * (policy.sort().values - reference.sort().values), options.label_smoothing)
 
 
 def aot_unpaired(logps: Logps, beta: float, options: LossOptions) -> torch.Tensor:
-    """Chosen ratios against rejected ratios, each sorted. Source: as aot, unpaired."""
+    """Compares the sorted chosen ratios with the sorted rejected ratios. Source: as aot, the unpaired form."""
     chosen, rejected = logps.ratios.unbind(1)
     return _smoothed(beta * (chosen.sort().values - rejected.sort().values), options.label_smoothing)
 
 
 def wpo_weights(alignment: torch.Tensor) -> torch.Tensor:
-    """(B, 2) -> (B,): both answers' mean likelihood under the policy, each token's relative to one drawn from it.
+    """(B, 2) -> (B,): how likely the policy is to write both answers, each token relative to a token sampled from it.
 
     Source: Zhou et al. 2024, WPO, arXiv:2406.11827, eq. 2 with the sampled alignment of section 3.2, as TRL.
     """
@@ -224,7 +233,7 @@ def wpo_weights(alignment: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Objective:
-    """What a run minimises: weighted losses on mean or summed logprobs, and an SFT term if asked for."""
+    """The objective of a run: weighted losses on mean or summed logprobs, and an SFT term if there is one."""
 
     losses: Mapping[str, float]
     kind: str
@@ -233,7 +242,7 @@ class Objective:
 
     @classmethod
     def parse(cls, loss: str, kind: str, beta: float, options: LossOptions) -> "Objective":
-        """Raises ConfigError: an unknown loss, or one that these options do not suit."""
+        """The objective of these options. Raises ConfigError: the loss is unknown, or the options do not suit it."""
         losses = parse_loss(loss)
         if "exo_pair" in losses and options.label_smoothing == 0:
             raise ConfigError("--loss exo_pair: needs --label-smoothing above 0 (TRL's old default: 0.001), got 0")
@@ -246,7 +255,7 @@ class Objective:
 
     @property
     def over_the_batch(self) -> str | None:
-        """A loss among these that sorts over the whole batch, so that the batch cannot be split."""
+        """The name of a loss that sorts over the whole batch, so that the batch cannot be split; None without one."""
         return next((name for name in self.losses if LOSSES[name].over_the_batch), None)
 
     def __call__(self, logps: Logps, chosen_tokens: float) -> torch.Tensor:

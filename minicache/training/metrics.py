@@ -1,4 +1,4 @@
-"""PairScores -> named means over pairs, summed on the device and reduced over processes once a log line."""
+"""PairScores -> named means over pairs, summed on the device and reduced over processes once per log line."""
 
 import torch
 
@@ -25,7 +25,7 @@ NAMES = (
 
 
 class Means:
-    """Running sums of every metric over the pairs seen since the last `reduce`."""
+    """Running sums of every metric over the pairs since the last `reduce`."""
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(len(NAMES) + 1, dtype=torch.float64, device=device)  # ..., pairs
@@ -37,7 +37,7 @@ class Means:
         self.sums[-1] += len(losses)
 
     def reduce(self, world: World) -> dict[str, float]:
-        """Means over all processes' pairs; starts again from nothing. A dense model has no aux_loss."""
+        """The means over the pairs of all processes; the sums start again at zero. A dense model has no aux_loss."""
         sums = world.sum(self.sums).tolist()
         self.sums = torch.zeros_like(self.sums)
         means = {name: total / max(1, sums[-1]) for name, total in zip(NAMES, sums[:-1], strict=True)}
@@ -51,11 +51,11 @@ def pair_metrics(losses: torch.Tensor, logps: Logps, beta: float, scores: PairSc
 
     rewards/accuracy: share of pairs whose implicit reward margin is above 0 (at step 0 there is none: 0).
     accuracy/policy, accuracy/reference: share in which the model itself gives chosen the higher logprob.
-    kl: mean over both sides of exp(-d) - 1 + d, where d is the log ratio a counted token; the k3 estimator of
-    http://joschu.net/blog/kl-approx.html. The tokens are the data's and not the policy's samples, so it says how far the policy has
-    moved on these answers, nats a token, and is no unbiased KL.
+    kl: mean over both sides of exp(-d) - 1 + d, where d is the log ratio per counted token; the k3 estimator of
+    http://joschu.net/blog/kl-approx.html. The tokens are from the data and not sampled from the policy. So it
+    measures how far the policy has moved on these answers, in nats per token, and is not an unbiased KL.
     entropy: of the policy's next-token distribution at the counted tokens, mean over both sides, nats.
-    tokens/chosen, tokens/rejected: counted tokens of a pair.
+    tokens/chosen, tokens/rejected: counted tokens per pair.
     aux_loss: a mixture of experts' load-balancing loss; 0 for a dense model.
     """
     policy, reference = logps.policy, logps.reference

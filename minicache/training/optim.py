@@ -13,7 +13,7 @@ Groups = list[dict[str, Any]]
 
 
 def adamw(groups: Groups, lr: float) -> torch.optim.Optimizer:
-    """Loshchilov & Hutter, arXiv:1711.05101; fused into one kernel a step."""
+    """Loshchilov & Hutter, arXiv:1711.05101; one fused kernel per step."""
     return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 

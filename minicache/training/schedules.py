@@ -41,7 +41,7 @@ def warmup_steps(warmup: float, steps: int) -> int:
 
 
 def learning_rate(step: int, steps: int, lr: float, schedule: str, warmup: float, floor: float) -> float:
-    """Of a step (from 0): linear up over the warm-up, then by the schedule. The first step already moves.
+    """The rate of a step (from 0): a linear rise over the warm-up, then the schedule. The first step has a rate above 0.
 
     warmup: as of `warmup_steps`. floor: share of `lr` that cosine and linear end at.
     """
@@ -54,7 +54,7 @@ def learning_rate(step: int, steps: int, lr: float, schedule: str, warmup: float
 
 
 def beta_at(step: int, steps: int, beta: float, beta_end: float | None) -> float:
-    """Of a step (from 0): linear from `beta` at the first to `beta_end` at the last."""
+    """The beta of a step (from 0): linear from `beta` at the first step to `beta_end` at the last."""
     if beta_end is None:
         return beta
     return beta + (beta_end - beta) * step / max(1, steps - 1)

@@ -14,10 +14,12 @@ import pytest
 from zarr.storage import LocalStore
 
 from minicache.cache import schema
+from minicache.cache.identity import FORMAT_VERSION, Identity, digest_of
+from minicache.cache.manifest import Log, Manifest, Source
 from minicache.cache.places import directory as places
 from minicache.cache.places.opening import claimed
 from minicache.cache.reader import ReferenceCache
-from minicache.cache.schema import FORMAT_VERSION, Identity, Log, Manifest, RefBlock, Source, array_specs
+from minicache.cache.schema import RefBlock, array_specs
 from minicache.cache.writer import CacheWriter
 from minicache.errors import (
     CacheDamaged,
@@ -27,6 +29,7 @@ from minicache.errors import (
     CacheNotFound,
     MinicacheError,
     OutputError,
+    StoreError,
 )
 from minicache.pairs import EncodedPair, PairTable
 from tests.helpers.stores import chunk_files
@@ -86,14 +89,11 @@ def store(pristine: Path, tmp_path: Path) -> Path:
 
 def undone(path: Path) -> set[tuple[str, int]]:
     """What of which block is missing or damaged."""
-    cache, found = ReferenceCache(path), set()
-    for what, read in (("pairs", cache.pairs), ("ref", cache.ref)):
-        for block in range(cache.blocks):
-            try:
-                read(block)
-            except (CacheIncomplete, CacheDamaged):
-                found.add((what, block))
-    return found
+    blocks = ReferenceCache(path).blocks
+    parts = (("pairs", blocks.pairs), ("ref", blocks.ref))
+    return {
+        (what, block) for what, read in parts for block, found in blocks.each(read) if isinstance(found, CacheError)
+    }
 
 
 @pytest.mark.parametrize("vocabulary", [400, 65535, 65536, 150_000])
@@ -126,7 +126,7 @@ def test_the_largest_token_id_is_no_hole(tmp_path: Path, vocabulary: int) -> Non
     table = PairTable.from_pairs([EncodedPair.join(ids, mask, ids[:2], mask[:2], (0, 1))], identity.token_dtype)
     cache.grow(1)
     cache.write_pairs(0, table)
-    assert ReferenceCache(tmp_path / "cache").pairs(0).tokens.tolist() == table.tokens.tolist()
+    assert ReferenceCache(tmp_path / "cache").blocks.pairs(0).tokens.tolist() == table.tokens.tolist()
 
 
 def test_a_chunk_of_token_logprobs_that_are_all_nan_is_no_damage(
@@ -136,21 +136,41 @@ def test_a_chunk_of_token_logprobs_that_are_all_nan_is_no_damage(
     monkeypatch.setattr(schema, "MAX_CHUNK", 16)
     build(tmp_path / "cache")
     cache = CacheWriter(tmp_path / "cache")
-    scores = cache.ref(1)
+    scores = cache.blocks.ref(1)
     scores.token_logps[-(len(scores.token_logps) % 16 or 16) :] = np.nan
     cache.write_ref(1, scores)
     assert len(list((tmp_path / "cache/ref/token_logps/c/1").iterdir())) == len(scores.token_logps) // 16
-    assert np.array_equal(ReferenceCache(tmp_path / "cache").ref(1).token_logps, scores.token_logps, equal_nan=True)
+    assert np.array_equal(
+        ReferenceCache(tmp_path / "cache").blocks.ref(1).token_logps, scores.token_logps, equal_nan=True
+    )
 
 
 def test_pairs_are_found_by_position(store: Path) -> None:
     cache = ReferenceCache(store)
     table, scores = cache.load()
     for index in range(11):
-        pair, logps = cache.pair(index)
+        pair, logps = cache.blocks.pair(index)
         assert pair.digest == table[index].digest and np.array_equal(logps, scores.logp_mean[index])
     with pytest.raises(CacheError, match="no pair 11; the cache holds 11"):
-        cache.pair(11)
+        cache.blocks.pair(11)
+
+
+def test_each_block_or_why_it_cannot_be_read(store: Path) -> None:
+    flip(store / "pairs/tokens/c/0/0")
+    shutil.rmtree(store / "ledger/pairs/c/1")
+    blocks = ReferenceCache(store).blocks
+    found = dict(blocks.each(blocks.pairs))
+    assert [type(each) for each in found.values()] == [CacheDamaged, CacheIncomplete, PairTable]
+    assert [block for block, _ in blocks.each(blocks.ref, [2, 0])] == [2, 0] and blocks.unscored() == [1]
+    assert list(blocks.spans()) == [(0, range(4))], "no position behind block 1 is known"
+    with pytest.raises(CacheIncomplete, match="block 1 is missing"):
+        blocks.pair(9)
+
+    def away(block: int) -> None:
+        raise StoreError("the network is away")
+
+    with pytest.raises(StoreError):
+        next(blocks.each(away))
 
 
 def flip(file: Path) -> None:
@@ -227,7 +247,7 @@ def test_scores_of_other_pairs_do_not_pass(store: Path) -> None:
     """Pairs rewritten under scores that were made of others: each half fits its own data, but not the other."""
     CacheWriter(store).write_pairs(1, random_table(4, seed=99))
     with pytest.raises(CacheDamaged, match=r"ref/logp_mean.*, block 1: the data does not fit"):
-        ReferenceCache(store).ref(1)
+        ReferenceCache(store).blocks.ref(1)
 
 
 def edit(store: Path, change: Callable[[Any], object], name: str = "zarr.json") -> None:
@@ -261,7 +281,7 @@ def test_a_manifest_with_an_unknown_field_is_of_another_version(store: Path) -> 
     def add_field(content: dict) -> None:
         manifest = content["attributes"]["minicache"]
         manifest["log"]["mood"] = "good"
-        manifest["digest"] = schema.digest_of({"identity": manifest["identity"], "log": manifest["log"]})
+        manifest["digest"] = digest_of({"identity": manifest["identity"], "log": manifest["log"]})
 
     edit(store, add_field)
     with pytest.raises(CacheMismatch, match=r"another version of this program: .*mood"):
@@ -380,8 +400,23 @@ def test_leftovers_of_killed_writers_do_no_harm(store: Path) -> None:
     for place in ("", "pairs", "ref/logp_mean/c/1"):
         (store / place / "0.abc.partial").write_bytes(b"half")
     assert not list(ReferenceCache(store).verify())
+    drafts = (".refused.jsonl.123.draft", "refused.tmp")
+    for name in drafts:
+        (store / name).write_text("half")
     CacheWriter(store).place.remove_leftovers()
-    assert not list(store.rglob("*.partial"))
+    assert not list(store.rglob("*.partial")) and not any((store / name).exists() for name in drafts)
+
+
+def test_a_file_that_cannot_be_written_whole_leaves_nothing(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = sorted(store.iterdir())
+
+    def killed(self: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", killed)
+        CacheWriter(store).place.write("refused.jsonl", b"{}")
+    assert sorted(store.iterdir()) == before
 
 
 def test_a_cache_can_be_read_where_nothing_can_be_written(store: Path) -> None:
@@ -389,7 +424,7 @@ def test_a_cache_can_be_read_where_nothing_can_be_written(store: Path) -> None:
     ReferenceCache(store).load()
     assert {file: file.stat().st_mtime_ns for file in store.rglob("*")} == before
     with pytest.raises(ValueError, match="read-only"):
-        ReferenceCache(store).arrays["ref/logp_mean"][0] = 0.0
+        ReferenceCache(store).blocks.arrays.by_name["ref/logp_mean"][0] = 0.0
 
 
 class Killed(Exception):
@@ -494,11 +529,11 @@ def test_a_cache_grows_and_shrinks_and_a_crash_at_any_step_of_it_costs_nothing(s
         change = CacheWriter.grow if grow else CacheWriter.shrink
         for _ in every_step(lambda blocks=blocks, change=change: change(CacheWriter(store), blocks), Killed()):
             assert undone(store) <= {(what, block) for what in ("pairs", "ref") for block in (3, 4)}
-        assert ReferenceCache(store).blocks == blocks
+        assert len(ReferenceCache(store).blocks) == blocks
     assert {file: file.read_bytes() for file in chunk_files(store)} == before
     CacheWriter(store).grow(2)
     CacheWriter(store).shrink(7)
-    assert ReferenceCache(store).blocks == 3 and ReferenceCache(store).log == log
+    assert len(ReferenceCache(store).blocks) == 3 and ReferenceCache(store).log == log
 
 
 def test_shrinking_takes_the_blocks_away(store: Path) -> None:
@@ -524,7 +559,7 @@ def test_a_full_disk_is_one_line_and_costs_no_finished_block(store: Path) -> Non
     with pytest.MonkeyPatch.context() as patch, pytest.raises(OutputError, match="disk is full; free some space"):
         fail_at_step(patch, 0, full)
         CacheWriter(store).write_log()
-    assert undone(store) == set() and ReferenceCache(store).blocks == 4
+    assert undone(store) == set() and len(ReferenceCache(store).blocks) == 4
 
 
 def test_creating_fails_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -535,4 +570,4 @@ def test_creating_fails_whole_or_not_at_all(tmp_path: Path) -> None:
     for _ in every_step(create, OSError(errno.ENOSPC, "No space left on device")):
         assert not (tmp_path / "cache").exists()
     assert not (tmp_path / ".cache.creating-0").exists()
-    assert ReferenceCache(tmp_path / "cache").blocks == 0
+    assert len(ReferenceCache(tmp_path / "cache").blocks) == 0

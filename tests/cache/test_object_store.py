@@ -23,13 +23,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from minicache.cache.manifest import Log, Manifest
 from minicache.cache.places import bucket as objects
 from minicache.cache.places import leases, opening
 from minicache.cache.places.bucket import bucket_at
 from minicache.cache.places.claims import CLAIM_FILE
 from minicache.cache.places.opening import claimed, place_at
 from minicache.cache.reader import ReferenceCache
-from minicache.cache.schema import Log, Manifest
 from minicache.cache.writer import CacheWriter
 from minicache.errors import CacheNotFound, ConfigError, OutputError, StoreError
 from minicache.options.others import MergeConfig
@@ -225,7 +225,7 @@ def test_a_connection_cut_in_the_middle_of_a_block_costs_that_block(
     proxy.cut_at, proxy.is_cut = "", False
     if place_at(url).has("zarr.json"):
         cache = ReferenceCache(url)
-        assert cache.blocks - len(cache.unscored()) == scored
+        assert len(cache.blocks) - len(cache.blocks.unscored()) == scored
     else:
         assert cut_at == "tokenizer/"
     precompute_into(url, model_dir, data_file)
@@ -299,7 +299,7 @@ def test_of_many_who_make_a_cache_at_once_one_does(url: str) -> None:
     with ThreadPoolExecutor(4) as threads:
         said = list(threads.map(make, range(4)))
     assert sorted(said) == ["made", "refused", "refused", "refused"]
-    assert ReferenceCache(url).blocks == 3
+    assert len(ReferenceCache(url).blocks) == 3
 
 
 def test_who_is_taken_for_dead_writes_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,7 +367,7 @@ def test_shards_started_at_once_of_which_one_is_killed_make_the_cache_of_one_run
         job.join(120)
     said = "".join((tmp_path / str(number)).read_text() for number in jobs)
     assert sorted(job.exitcode for job in jobs.values()) == [-signal.SIGKILL, 0, 0], said
-    assert {block % 3 + 1 for block in ReferenceCache(url).unscored()} == {first}
+    assert {block % 3 + 1 for block in ReferenceCache(url).blocks.unscored()} == {first}
     start(first)
     jobs[first].join(120)
     assert jobs[first].exitcode == 0, (tmp_path / str(first)).read_text()

@@ -69,9 +69,9 @@ def test_the_bytes_asked_for_hold_the_columns_and_little_more(ref_cache: Path) -
     cache = ReferenceCache(ref_cache)
     cached = cache.load()
     held = sum(array.nbytes for part in cached for array in vars(part).values() if array is not None)
-    assert held <= cache.decoded_bytes < held + 64 * 8
+    assert held <= cache.contents.decoded_bytes < held + 64 * 8
     with pytest.raises(TypeError):
-        cache.load(bytearray(cache.decoded_bytes - 64))
+        cache.contents.load(bytearray(cache.contents.decoded_bytes - 64))
 
 
 @pytest.mark.parametrize(("share", "is_file"), [(1e-12, True), (0.25, False)])
@@ -144,16 +144,18 @@ def test_every_mapping_sees_what_one_process_writes(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from minicache.cache.blocks import Blocks
 from minicache.cache.reader import ReferenceCache
 from minicache.scoring.loading import load_pairs
 from minicache.trackers import Silent
 from tests.conftest import one_process
-class Dies(ReferenceCache):
-    def ref(self, block):
-        if block == 2:  # its pairs are in the file already
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().ref(block)
-load_pairs(Dies(Path(sys.argv[1])), Path(sys.argv[2]), one_process(), Silent())
+read = Blocks.ref
+def dies(self, block):
+    if block == 2:  # its pairs are in the file already
+        os.kill(os.getpid(), signal.SIGKILL)
+    return read(self, block)
+Blocks.ref = dies
+load_pairs(ReferenceCache(Path(sys.argv[1])), Path(sys.argv[2]), one_process(), Silent())
 """
 
 

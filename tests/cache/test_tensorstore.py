@@ -90,15 +90,16 @@ def digest_of_json(content: Any) -> str:
 
 def test_another_zarr_implementation_reads_every_array_equal(cache: Path) -> None:
     from minicache import ReferenceCache
+    from minicache.cache.complete import ledgers
 
     reader, opened = Reader(cache), ReferenceCache.open(cache)
-    assert reader.blocks == opened.blocks == 4 and set(ARRAYS) == opened.arrays.keys()
+    assert reader.blocks == len(opened.blocks) == 4 and set(ARRAYS) == opened.blocks.arrays.by_name.keys()
     for block in range(reader.blocks):
-        table, reference = opened.block(block)
+        table, reference = opened.blocks.whole(block)
         ours = {f"pairs/{name}": column for name, column in vars(table).items()}
         ours |= {f"ref/{name}": column for name, column in vars(reference).items()}
-        ledgers = opened.ledgers()[block]
-        ours |= {"ledger/pairs": ledgers[0], "ledger/ref": ledgers[1]}
+        rows = ledgers(opened.blocks)[block]
+        ours |= {"ledger/pairs": rows[0], "ledger/ref": rows[1]}
         for name in ARRAYS:
             theirs = reader.read(name, block)
             assert theirs.dtype == ours[name].dtype and np.array_equal(theirs, ours[name], equal_nan="logp" in name), (

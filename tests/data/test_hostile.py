@@ -15,8 +15,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from minicache.cache.identity import digest_of
+from minicache.cache.manifest import Manifest
 from minicache.cache.reader import ReferenceCache
-from minicache.cache.schema import Manifest, digest_of
 from minicache.data.encode import Encoder
 from minicache.data.files import MOST_DEPTH, MOST_ROW, read_rows, zstd
 from minicache.data.formats import FORMATS, to_pair, to_prompt

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from minicache.cache.identity import FORMAT_VERSION, Identity, digest_of
+from minicache.cache.manifest import Log, Manifest
 from minicache.cache.reader import ReferenceCache
-from minicache.cache.schema import FORMAT_VERSION, Identity, Log, Manifest, digest_of
 from minicache.data.encode import Encoder
 from minicache.data.formats import to_pair
 from minicache.data.records import Pair, Turn
@@ -241,7 +242,7 @@ def test_stage_one_counts_it_and_stores_it_as_text(model_dir: Path, tmp_path: Pa
         cache = ReferenceCache(precompute_into(tmp_path / how, model_dir, data, special_text=how))
         assert cache.identity.special_text == how
         assert cache.log.sources[0].refused == ({"special-text": 1} if how == "refuse" else {})
-        tokens = np.concatenate([cache.pairs(block).tokens for block in range(cache.blocks)])
+        tokens = np.concatenate([cache.blocks.pairs(block).tokens for block in range(len(cache.blocks))])
         ends[how] = int((tokens == 2).sum())
     assert ends["allow"] == ends["plain"] + 1
     with pytest.raises(CacheMismatch, match="special_text is refuse, asked for plain"):

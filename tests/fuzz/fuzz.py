@@ -14,7 +14,8 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["minicache", "json"]):
-    from minicache.cache.schema import FORMAT_VERSION, Manifest, digest_of
+    from minicache.cache.identity import FORMAT_VERSION, digest_of
+    from minicache.cache.manifest import Manifest
     from minicache.data.files import read_rows, zstd
     from minicache.data.formats import to_pair, to_prompt
     from minicache.errors import CacheError, DataError, RowRefused

@@ -146,7 +146,7 @@ def test_holes_and_damage_are_refused_by_name(apart: list[Path], tmp_path: Path)
 def test_pairs_with_other_values_are_refused(apart: list[Path], tmp_path: Path) -> None:
     other = shutil.copytree(apart[0], tmp_path / "other")
     cache = CacheWriter(other)
-    scores = cache.ref(1)
+    scores = cache.blocks.ref(1)
     scores.logp_mean[3, 1] += 5e-5  # rounding
     cache.write_ref(1, scores)
     assert run(tmp_path / "near", apart[0], other).twice == 17
@@ -180,6 +180,7 @@ def test_the_command_tells_what_it_did(apart: list[Path], tmp_path: Path, cli) -
     assert code == 1 and "exists" in stderr and "Traceback" not in stderr
 
 
+@pytest.mark.slow
 def test_killed_it_leaves_no_cache_and_repeated_it_makes_one(model_dir: Path, tmp_path: Path) -> None:
     files = [write_jsonl(tmp_path / f"{seed}.jsonl", make_rows(30, seed=seed)) for seed in (1, 2)]
     parts = [precompute_into(tmp_path / f"part{n}", model_dir, file, block_pairs=1) for n, file in enumerate(files)]

@@ -147,6 +147,7 @@ def test_more_shards_than_blocks_is_no_error(model_dir: Path, data_file: Path, r
     assert_same_store(tmp_path / "cache", ref_cache)
 
 
+@pytest.mark.slow
 def test_a_job_of_several_processes_shares_its_blocks_among_them(
     model_dir: Path, data: Path, whole: Path, tmp_path: Path
 ) -> None:

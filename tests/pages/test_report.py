@@ -180,7 +180,7 @@ def test_texts_are_the_pairs_token_by_token_with_their_logprobs(odd_cache: Path)
     tokenizer = ChatTokenizer.load(cache.tokenizer_dir)
     texts = pair_texts(cache, tokenizer, list(range(cache.log.pairs)))
     for index, (shared, *own) in texts.items():
-        pair, means = cache.pair(index)
+        pair, means = cache.blocks.pair(index)
         for side in (0, 1):
             ids, mask = pair.side(side)
             pieces = [*shared, *own[side]]

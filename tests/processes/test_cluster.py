@@ -25,6 +25,8 @@ from tests.training.test_resume import assert_same_run
 TRAIN = ["--batch-size", "8", "--lr", "1e-3", "--epochs", "5", "--log-every", "1", "--save-every", "2"]
 TRAIN += ["--tokens-per-micro-batch", "200", "--keep-last", "100"]
 KILLS = int(os.environ.get("MINICACHE_KILLS", 2))  # at random moments, of each stage
+# The first decides; make test-all tries other moments too.
+ATTEMPTS = [pytest.param(each, marks=[pytest.mark.slow] if each else []) for each in range(KILLS)]
 
 
 def minidpo(*arguments: object) -> list[str]:
@@ -89,7 +91,7 @@ def whole(ref_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("attempt", range(KILLS))
+@pytest.mark.parametrize("attempt", ATTEMPTS)
 def test_a_killed_rank_ends_training_and_the_same_command_goes_on(
     attempt: int, ref_cache: Path, whole: Path, tmp_path: Path
 ) -> None:
@@ -104,7 +106,7 @@ def test_a_killed_rank_ends_training_and_the_same_command_goes_on(
     assert_same_run(whole, tmp_path / "run")
 
 
-@pytest.mark.parametrize("attempt", range(KILLS))
+@pytest.mark.parametrize("attempt", ATTEMPTS)
 def test_a_killed_rank_ends_stage_one_and_loses_no_finished_block(
     attempt: int, model_dir: Path, tmp_path: Path
 ) -> None:
@@ -119,7 +121,7 @@ def test_a_killed_rank_ends_stage_one_and_loses_no_finished_block(
     def scored() -> int:
         try:
             cache = CacheWriter(tmp_path / "cache")
-            return cache.blocks - len(cache.unscored())
+            return len(cache.blocks) - len(cache.blocks.unscored())
         except CacheError:
             return 0
 
@@ -133,6 +135,7 @@ def test_a_killed_rank_ends_stage_one_and_loses_no_finished_block(
     assert np.abs(expected.reference.logp_mean - found.reference.logp_mean).max() < 1e-5
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_from_the_last_checkpoint(ref_cache: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     launcher = torchrun("--standalone", "--nproc-per-node", 2, "--max-restarts", 1, "--monitor-interval", 0.1)
@@ -156,6 +159,7 @@ def test_restarts_on_several_nodes_ask_for_torchruns_other_store(monkeypatch: py
         join_world()
 
 
+@pytest.mark.slow
 def test_two_nodes_are_one_run(ref_cache: Path, whole: Path, tmp_path: Path) -> None:
     """Two of torchrun's agents, one process each, that find each other at a rendezvous."""
     where = f"127.0.0.1:{free_port()}"

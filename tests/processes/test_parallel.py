@@ -131,7 +131,12 @@ def runs(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
 
 
 @pytest.mark.parametrize(
-    ("kind", "size", "parallel"), [(kind, size, how) for size, all_ in RUNS.items() for kind, how in all_]
+    ("kind", "size", "parallel"),
+    [
+        pytest.param(kind, size, how, marks=[pytest.mark.slow] if size > 2 else [])
+        for size, all_ in RUNS.items()
+        for kind, how in all_
+    ],
 )
 def test_any_number_of_processes_gives_the_curve_of_one(
     kind: str, size: int, parallel: str, runs: Callable[..., Path]

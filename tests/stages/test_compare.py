@@ -192,13 +192,13 @@ def test_a_caches_prompts_are_those_of_its_pairs(
     cache, tokenizer = ReferenceCache(path), ChatTokenizer.load(model_dir)
     rows = dict(read_rows(str(data_file)))
     for index in range(cache.log.pairs):
-        pair, _ = cache.pair(index)
+        pair, _ = cache.blocks.pair(index)
         turns = to_pair(rows[pair.source[1]], "", 0).prompt
         ((ids, _),) = tokenizer.encode([tokenizer.render(turns, open_answer=True)])
         assert np.array_equal(prompt_ids(pair), ids)
     (first, *_, last) = read_prompts(CompareConfig("", ref_cache=path, pairs=5), tokenizer)
-    assert np.array_equal(first.ids, prompt_ids(cache.pair(0)[0]))
-    assert np.array_equal(last.ids, prompt_ids(cache.pair(39)[0]))
+    assert np.array_equal(first.ids, prompt_ids(cache.blocks.pair(0)[0]))
+    assert np.array_equal(last.ids, prompt_ids(cache.blocks.pair(39)[0]))
     assert len(read_prompts(CompareConfig("", ref_cache=path, pairs=500), tokenizer)) == 40
 
 

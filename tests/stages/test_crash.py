@@ -88,12 +88,12 @@ def finished(cache: Path) -> dict[tuple[str, int], bytes]:
     """Blocks that are done, encoded ("pairs") or scored ("ref"), and all their bytes on disk."""
     done: dict[tuple[str, int], bytes] = {}
     with suppress(CacheError):
-        store = ReferenceCache(cache)
+        store = ReferenceCache(cache).blocks
         for what, read in (("pairs", store.pairs), ("ref", store.ref)):
-            for block in range(store.blocks):
+            for block in range(len(store)):
                 with suppress(CacheIncomplete, CacheDamaged):
                     read(block)
-                    names = [*(name for name in store.specs if name.startswith(f"{what}/")), f"ledger/{what}"]
+                    names = [*(name for name in store.arrays.specs if name.startswith(f"{what}/")), f"ledger/{what}"]
                     places = [place for name in names for place in sorted((cache / name / "c" / str(block)).rglob("*"))]
                     done[what, block] = b"".join(place.read_bytes() for place in places if place.is_file())
     return done
@@ -149,6 +149,7 @@ def start(arguments: list[str], cache: Path, launcher: tuple[str, ...] = ()) -> 
     )
 
 
+@pytest.mark.slow
 def test_two_ranks_killed_and_interrupted_and_resumed_write_the_store_of_one(
     job: Job, on_one_thread: Path, tmp_path: Path
 ) -> None:
@@ -176,7 +177,9 @@ def test_two_ranks_killed_and_interrupted_and_resumed_write_the_store_of_one(
     ("launcher", "options"),
     [
         ((), ("--nproc", "2")),
-        (("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"), ()),
+        pytest.param(
+            ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"), (), marks=pytest.mark.slow
+        ),
     ],
     ids=["nproc", "torchrun"],
 )

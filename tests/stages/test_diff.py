@@ -43,7 +43,7 @@ def test_values_that_differ_are_measured_and_their_pairs_named(ref_cache: Path, 
     changed = tmp_path / "changed"
     shutil.copytree(ref_cache, changed)
     writer = CacheWriter(changed)
-    scores = writer.ref(1)
+    scores = writer.blocks.ref(1)
     means = scores.logp_mean.copy()
     means[3] = means[3, ::-1] - [0, 0.5]  # the reference prefers the other side
     writer.write_ref(1, RefBlock(means, scores.token_count))

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from minicache.cache.identity import FORMAT_VERSION, Identity
+from minicache.cache.manifest import Log, Manifest, Source
 from minicache.cache.reader import ReferenceCache
-from minicache.cache.schema import FORMAT_VERSION, Identity, Log, Manifest, RefBlock, Source
+from minicache.cache.schema import RefBlock
 from minicache.cache.writer import CacheWriter
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.options.others import InspectConfig
@@ -234,7 +236,7 @@ def test_counted_tokens_are_the_same_before_and_after_scoring(made: Path) -> Non
     shutil.rmtree(made / "ledger" / "ref" / "c")
     found = look(made)
     assert found.pairs_scored == 0 and found.counted == scored.counted and found.lengths == scored.lengths
-    CacheWriter(made).arrays["pairs/loss_mask"][1, :1] = 1  # the first token never counts
+    CacheWriter(made).blocks.arrays.by_name["pairs/loss_mask"][1, :1] = 1  # the first token never counts
     assert list(look(made).unfinished) == ["0", "1", "2", "3"] and look(made).blocks_with_pairs == 3
 
 

@@ -163,6 +163,7 @@ def test_shards_divide_the_runs_among_them(ref_cache: Path, tmp_path: Path) -> N
     assert {result.state for result in run(ref_cache, out, shard="1/2", **options).runs} == {"done"}
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_same_runs(ref_cache: Path, tmp_path: Path) -> None:
     run(ref_cache, tmp_path / "one", lr=["1e-3,1e-2"])
     command = [

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from minicache.cache.schema import digest_of
+from minicache.cache.identity import digest_of
 from tests.cache.test_cache import DAMAGE
 from tests.conftest import Cli
 from tests.helpers.stores import assert_same_store, chunk_files, contents

@@ -92,6 +92,7 @@ def test_the_balance_loss_is_part_of_the_gradient(mixtures: dict[str, Path], tmp
     assert abs(norms[True] - norms[False]) > 1e-2 * norms[True]
 
 
+@pytest.mark.slow
 def test_two_processes_train_a_mixture_as_one_does(mixtures: dict[str, Path], tmp_path: Path) -> None:
     """2504 and 2510 balance each sequence for itself; 3 all tokens of a micro-batch, which is another with more processes."""
     cache = mixtures["minimind2-2504-moe"]
@@ -178,7 +179,7 @@ def test_what_a_mode_needs_is_asked_for_before_the_run_is_made(
         with pytest.raises(ConfigError, match="paged-adamw-8bit: pages a GPU's memory, and there is no GPU; expected"):
             run(ref_cache, tmp_path / "run", optimizer="paged-adamw-8bit")
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(ConfigError, match=r"--optimizer adamw-8bit: .* pip install 'minicache\[8bit\]'"):
+    with pytest.raises(ConfigError, match=r"--optimizer adamw-8bit: .* pip install 'minidpo\[8bit\]'"):
         run(ref_cache, tmp_path / "run", optimizer="adamw-8bit")
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ConfigError, match=r"pip install 'minicache\[lora\]'"):

@@ -18,7 +18,7 @@ COMPRESSED = ("pairs/tokens/c/", "pairs/loss_mask/c/", "ref/token_logps/c/")
 
 
 class BoundedStore(LocalStore):
-    """Raises ValueError for what no cache holds, before it is in memory."""
+    """A directory as a store of zarr. Raises ValueError for a file that no cache can hold, before it is in memory."""
 
     async def get(
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
@@ -31,11 +31,11 @@ class BoundedStore(LocalStore):
 
 
 def require_bounded(file: Path) -> None:
-    """Raises ValueError, unless it is a file of a size that a cache's may have, or nothing."""
+    """Raises ValueError if something is there that is no file, or one larger than any of a cache."""
     try:
         info = file.stat()
     except OSError:
-        return  # whoever reads it says more
+        return  # reading it raises an error that says more
     if not stat.S_ISREG(info.st_mode) and not stat.S_ISDIR(info.st_mode):
         raise ValueError("neither a file nor a directory")
     if info.st_size > MOST_BYTES:
@@ -46,7 +46,7 @@ def _require_bounded_frame(chunk: bytes) -> None:
     try:
         size = zstd.get_frame_info(chunk).decompressed_size
     except zstd.ZstdError:
-        return  # damaged; the codec says more
+        return  # damaged; the codec raises an error that says more
     if size is None or size > MOST_BYTES:
         raise ValueError(
             f"decompresses to {'any number of' if size is None else f'{size:,}'} bytes, expected {MOST_BYTES:,} or fewer"

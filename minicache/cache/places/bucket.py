@@ -33,15 +33,18 @@ if TYPE_CHECKING:
     from obstore.store import RetryConfig
 
 RETRIES: "RetryConfig" = {"max_retries": 10, "retry_timeout": timedelta(minutes=3)}
-HASTY: "RetryConfig" = {"max_retries": 3, "retry_timeout": timedelta(seconds=15)}  # of claims: worth nothing if late
-OURS = {"pairs", "ref", "ledger", "tokenizer", "refused.jsonl", CLAIM_FILE}  # what may lie there without a ROOT
+HASTY: "RetryConfig" = {
+    "max_retries": 3,
+    "retry_timeout": timedelta(seconds=15),
+}  # of claims: a late renewal is worth nothing
+OURS = {"pairs", "ref", "ledger", "tokenizer", "refused.jsonl", CLAIM_FILE}  # what a killed creation leaves
 
 
 class Bucket(Place):
     """A place in an object store.
 
     objects: the store, names in it relative to the place; claims: the same, less patient.
-    taken_over: by a run that had not heard of this one for a while.
+    taken_over: whether another run has taken this one's claim over, having seen no renewal for a while.
     """
 
     def __init__(self, url: str, objects: Any, claims: Any) -> None:
@@ -57,14 +60,14 @@ class Bucket(Place):
     def require_cache(self) -> None:
         if self.has(ROOT):
             return
-        with self.told():
-            next(iter(obstore.list(self.objects)), None)  # a bucket that is not there is another matter
+        with self.in_one_line():
+            next(iter(obstore.list(self.objects)), None)  # raises another error if the bucket is missing
         raise CacheNotFound(
             f"{self}: no reference cache there; `minidpo precompute-ref --ref-cache {self} …` makes one"
         )
 
     def require_free(self, is_new: bool = False) -> None:
-        """What a creation left that was killed is free to write over."""
+        """What a killed creation left may be written over."""
         if self.has(ROOT):
             raise OutputError(f"{self}: holds a reference cache; name another --ref-cache or remove it")
         for name in self._names():
@@ -79,7 +82,7 @@ class Bucket(Place):
                 time.sleep(POLL_SECONDS)
             self.require_free()
             self._delete(name for name in self._names() if name != CLAIM_FILE)
-            names = sorted(str(file.relative_to(draft)) for file in draft.rglob("*") if file.is_file())
+            names = sorted(file.relative_to(draft).as_posix() for file in draft.rglob("*") if file.is_file())
             for name in names:
                 if name not in (ROOT, CLAIM_FILE):
                     self.write(name, (draft / name).read_bytes())
@@ -98,7 +101,7 @@ class Bucket(Place):
         return Lease(self, name)
 
     def total_bytes(self) -> int:
-        with self.told():
+        with self.in_one_line():
             return sum(item["size"] for items in obstore.list(self.objects) for item in items)
 
     def remove_leftovers(self) -> None:
@@ -116,17 +119,17 @@ class Bucket(Place):
         return False
 
     def size(self, name: str) -> int:
-        with self.told(missing_is_error=False):
+        with self.in_one_line(missing_is_error=False):
             return obstore.head(self.objects, name)["size"]
 
     def read(self, name: str) -> bytes | None:
-        with suppress(FileNotFoundError), self.told(missing_is_error=False):
+        with suppress(FileNotFoundError), self.in_one_line(missing_is_error=False):
             return bytes(obstore.get(self.objects, name).bytes())
         return None
 
     def write(self, name: str, content: bytes) -> None:
         self.require_held()
-        with self.told():
+        with self.in_one_line():
             obstore.put(self.objects, name, content)
 
     def folder(self, name: str) -> Path:
@@ -141,19 +144,19 @@ class Bucket(Place):
     def put_folder(self, name: str, content: Path) -> None:
         self._delete(self._names(f"{name}/"))
         for file in (file for file in content.rglob("*") if file.is_file()):
-            self.write(f"{name}/{file.relative_to(content)}", file.read_bytes())
+            self.write(f"{name}/{file.relative_to(content).as_posix()}", file.read_bytes())
 
     def flush(self, names: Iterable[str], folders: bool = True) -> None:
-        """What was put is there."""
+        """Nothing to do: what a PUT has stored stays."""
 
     def _names(self, prefix: str = "") -> Iterator[str]:
-        with self.told():
+        with self.in_one_line():
             for items in obstore.list(self.objects, prefix):
                 yield from (item["path"] for item in items)
 
     def _delete(self, names: Iterable[str]) -> None:
         self.require_held()
-        with self.told():
+        with self.in_one_line():
             for name in list(names):
                 with suppress(FileNotFoundError):
                     obstore.delete(self.objects, name)
@@ -161,7 +164,7 @@ class Bucket(Place):
     # --- what can go wrong ---
 
     def require_held(self) -> None:
-        """Raises StoreError: another run has taken this one for dead and writes now."""
+        """Raises StoreError: another run holds the claim by now."""
         if self.taken_over:
             raise StoreError(
                 f"{self}: another run went on with this cache, having seen nothing of this one for a while; "
@@ -169,8 +172,8 @@ class Bucket(Place):
             )
 
     @contextmanager
-    def told(self, missing_is_error: bool = True) -> Iterator[None]:
-        """Turn what the library raises into one line. missing_is_error: what cannot be missing but with the whole bucket."""
+    def in_one_line(self, missing_is_error: bool = True) -> Iterator[None]:
+        """Turn what the library raises into one line. missing_is_error: whether a missing object means a missing bucket."""
         try:
             yield
         except FileNotFoundError as error:
@@ -199,7 +202,7 @@ class Bucket(Place):
 
 
 class _Chunks(ObjectStore):
-    """A place as zarr sees it; errors as one line."""
+    """A place as a store of zarr, with errors in one line."""
 
     def __init__(self, place: Bucket, read_only: bool = False) -> None:
         super().__init__(place.objects, read_only=read_only)
@@ -209,30 +212,30 @@ class _Chunks(ObjectStore):
         return _Chunks(self.place, read_only)
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        with self.place.told():
+        with self.place.in_one_line():
             return await super().get(key, prototype, byte_range)
 
     async def exists(self, key: str) -> bool:
-        with self.place.told():
+        with self.place.in_one_line():
             return await super().exists(key)
 
     async def set(self, key: str, value: Buffer) -> None:
         self.place.require_held()
-        with self.place.told():
+        with self.place.in_one_line():
             await super().set(key, value)
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
         self.place.require_held()
-        with self.place.told():
+        with self.place.in_one_line():
             await super().set_if_not_exists(key, value)
 
     async def delete(self, key: str) -> None:
         self.place.require_held()
-        with self.place.told():
+        with self.place.in_one_line():
             await super().delete(key)
 
 
-@cache  # one a URL: whether it was taken over, all must know; and what lies in memory, lies there once
+@cache  # One for each URL: all users share `taken_over`, and the objects of a memory:// store.
 def bucket_at(url: str) -> Bucket:
     """Raises ConfigError: the URL is of no kind that the library knows, or not complete."""
     if url.startswith("memory://"):

@@ -12,19 +12,22 @@ from zarr.abc.store import Store
 from minicache.cache.places.bounded import BoundedStore
 from minicache.cache.places.claims import SHARD_CLAIMS, Claim, FileClaim
 from minicache.cache.places.place import ROOT, Place
-from minicache.disk import flush_to_disk, with_folders, writing
+from minicache.disk import flush_to_disk, with_folders, writing, written_whole
 from minicache.errors import CacheNotFound, OutputError
+
+# Of writers that were killed: claims of shards; drafts of single files, as they are named now and as 0.1.0 named them.
+LEFTOVERS = (f"{SHARD_CLAIMS}*", ".*.draft", "refused.tmp")
 
 
 class Directory(Place):
-    """On a disk of this machine or one that it has mounted."""
+    """A directory on a disk of this machine, or on one that it has mounted."""
 
     def __init__(self, path: Path) -> None:
         self.where = self.path = path
 
     @property
     def home(self) -> Path:  # type: ignore[override]
-        return self.path.resolve()  # what a link leads to
+        return self.path.resolve()  # where a link leads
 
     def locate(self, name: str) -> Path:
         return self.path / name
@@ -60,7 +63,7 @@ class Directory(Place):
             draft.replace(place)
             try:
                 flush_to_disk([place.parent])
-            except OSError:  # or it would be there, though this call failed
+            except OSError:  # or the cache would be there, though this call failed
                 place.replace(draft)
                 raise
 
@@ -87,7 +90,8 @@ class Directory(Place):
         return total
 
     def remove_leftovers(self) -> None:
-        self._unlink([*self.path.rglob("*.partial"), *self.path.glob(f"{SHARD_CLAIMS}*")])
+        leftovers = [found for pattern in LEFTOVERS for found in self.path.glob(pattern)]
+        self._unlink([*self.path.rglob("*.partial"), *leftovers])
         remove_drafts(self.home)
 
     def remove_partial(self, folders: Iterable[str]) -> None:
@@ -108,12 +112,8 @@ class Directory(Place):
         return (self.path / name).read_bytes() if self.has(name) else None
 
     def write(self, name: str, content: bytes) -> None:
-        file = self.path / name
-        with writing(file):
-            draft = file.with_suffix(".tmp")
+        with written_whole(self.path / name) as draft:
             draft.write_bytes(content)
-            flush_to_disk([draft])
-            draft.replace(file)
 
     def folder(self, name: str) -> Path:
         return self.path / name
@@ -130,11 +130,11 @@ class Directory(Place):
 
 
 def draft_of(place: Path) -> Path:
-    """A name of its own beside `place`: zarr's threads may still be writing into that of an attempt that failed."""
+    """A new name beside `place`: zarr's threads may still be writing into the draft of an attempt that failed."""
     return place.with_name(f".{place.name}.creating-{os.urandom(4).hex()}")
 
 
 def remove_drafts(place: Path) -> None:
-    """Of attempts that were killed. One that another process is at just now cannot come to anything any more."""
+    """Remove the drafts of killed attempts. One of a process that is still at work goes too: `place` is no longer free for it."""
     for leftover in place.parent.glob(f".{escape(place.name)}.creating-*"):
         shutil.rmtree(leftover, ignore_errors=True)

@@ -14,7 +14,7 @@ from minicache.errors import OutputError
 
 @contextmanager
 def drafted(out: Place, what: str) -> Iterator[tuple[Path, ExitStack]]:
-    """The draft's name, and a stack for the claim on it, which is to be taken as soon as there is a cache to claim.
+    """The draft's name, and a stack for the claim on it, to be entered as soon as the draft is a cache.
 
     The draft is published at `out` when the block ends well, and gone when it does not. what: such as "merging".
 
@@ -30,7 +30,7 @@ def drafted(out: Place, what: str) -> Iterator[tuple[Path, ExitStack]]:
 
 
 def _remove_leftovers(out: Place, what: str) -> None:
-    """Of calls for this place that were killed."""
+    """Remove the drafts of killed calls for this place."""
     name = escape(out.home.name)
     for leftover in [found for begun in (".", "..") for found in out.home.parent.glob(f"{begun}{name}.{what}-*")]:
         try:

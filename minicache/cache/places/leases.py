@@ -1,7 +1,7 @@
-"""A claim where there are no locks: an object that its holder keeps writing anew.
+"""A claim where there are no locks: an object that its holder keeps rewriting.
 
-Who finds one that is not written anew for LEASE_SECONDS takes it over, by a PUT on condition that it is still the same object.
-Nobody's clock is compared with another's. The holder finds out at its next renewal, and stops writing.
+A process that sees no rewrite for LEASE_SECONDS takes it over, by a PUT on condition that it is still the same object. Clocks of
+different machines are never compared. The former holder finds out at its next renewal and stops writing.
 """
 
 import json
@@ -17,14 +17,14 @@ from typing import Any, Protocol
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 
-from minicache.cache.schema import now
+from minicache.cache.manifest import now
 
-LEASE_SECONDS = 60.0  # the network may be away for so long; a kill costs so much
+LEASE_SECONDS = 60.0  # how long the network may be away, and how long others wait after a kill
 RENEWALS = 6  # in that time
 
 
 class Leased(Protocol):
-    """What a lease needs of the place that it is for.
+    """What a lease needs of its place.
 
     claims: the object store, with little patience. taken_over: set when another run was found to hold the lease.
     """
@@ -32,7 +32,7 @@ class Leased(Protocol):
     claims: Any
     taken_over: bool
 
-    def told(self) -> AbstractContextManager[None]:
+    def in_one_line(self) -> AbstractContextManager[None]:
         """Turns what the library raises into a `StoreError`."""
 
     def has(self, name: str) -> bool:
@@ -40,21 +40,23 @@ class Leased(Protocol):
 
 
 class Lease:
-    """An object in a bucket and this process's hold on it. To hold it together, it is enough that nobody has it alone."""
+    """An object in a bucket and this process's hold on it. It is held together where no process holds it alone."""
 
     is_safe = True
 
     def __init__(self, place: Leased, name: str) -> None:
         self.place, self.name, self.is_alive = place, name, False
-        self._seen: tuple[str | None, float] | None = None  # another's: its e-tag, and since when it is the same
-        self._version: Mapping[str, Any] | None = None  # ours, as it is there now
+        self._seen: tuple[str | None, float] | None = (
+            None  # another holder's e-tag, and since when it has been the same
+        )
+        self._version: Mapping[str, Any] | None = None  # of our object, as it is stored now
         self._ended = threading.Event()
         self._renewing: threading.Thread | None = None
         self._id, self._count = secrets.token_hex(8), 0
 
     def take(self, alone: bool) -> bool:
         """Raises StoreError: the object store cannot be reached, or refuses."""
-        with self.place.told():
+        with self.place.in_one_line():
             if not alone and self._renewing is None and not self.place.has(self.name):
                 return True
             if self._renewing is None and not self._acquire():
@@ -85,7 +87,7 @@ class Lease:
         return time.monotonic() - self._seen[1] >= LEASE_SECONDS
 
     def _put(self, found: Mapping[str, Any] | None) -> bool:
-        """Write it in the place of what was found there, None for nothing. Whether that was still so."""
+        """Replace the object that was found (None: there was none). Returns whether it was still the same."""
         self._count += 1
         host, pid = socket.gethostname(), os.getpid()
         content = json.dumps(
@@ -98,10 +100,10 @@ class Lease:
             self._version = obstore.put(self.place.claims, self.name, content, mode=mode)
         except FileNotFoundError:
             if found is None:
-                raise  # not even the bucket is there
+                raise  # the bucket is missing
             return False
         except (AlreadyExistsError, PreconditionError):
-            # A PUT that was repeated, because its answer was lost, finds itself there.
+            # A PUT that was repeated because its answer was lost finds its own object.
             with suppress(FileNotFoundError):
                 there = obstore.get(self.place.claims, self.name)
                 if bytes(there.bytes()) == content:
@@ -112,13 +114,13 @@ class Lease:
 
     def _renew(self) -> None:
         while not self._ended.wait(LEASE_SECONDS / RENEWALS):
-            with suppress(BaseError):  # it may come back before anybody takes the lease over
+            with suppress(BaseError):  # the network may come back before another process takes the lease over
                 if not self._put(self._version):
                     self.place.taken_over = True
                     return
 
     def release(self) -> None:
-        """Never raises: what cannot be deleted now, the next one takes over after a while."""
+        """Never raises: an object that cannot be deleted now is taken over after a while."""
         if self._renewing is None:
             return
         self._ended.set()

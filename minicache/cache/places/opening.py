@@ -1,4 +1,4 @@
-"""From the path or URL that a user gives to the place of a cache, and to holding it alone."""
+"""The place of a cache by the path or URL that a user gives, and holding it alone."""
 
 import time
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from minicache.options.where import Where, local_path
 
 
 def place_at(where: Where) -> Place:
-    """The place that a user means.
+    """The place at a path or URL.
 
     Raises:
         ConfigError: it is empty, or a URL, and the library for object stores is missing or does not know its kind.
@@ -31,8 +31,8 @@ def place_at(where: Where) -> Place:
     return bucket_at(str(where).rstrip("/"))
 
 
-def taken(claim: Claim) -> bool:
-    """Take it alone, waiting as long as nobody can tell whether who has it is still alive. Whether it is ours now."""
+def take_alone(claim: Claim) -> bool:
+    """Hold a claim alone and return True; False if its holder is at work. Waits while it is not known whether the holder lives."""
     while not claim.take(alone=True):
         if claim.is_alive:
             return False
@@ -42,14 +42,14 @@ def taken(claim: Claim) -> bool:
 
 @contextmanager
 def claimed(where: Where) -> Iterator[None]:
-    """Hold off other runs from the cache there; for one process of a run.
+    """Keep other runs from writing into a cache within the block; for one process of a run.
 
     Raises:
         OutputError: another run writes into this cache.
     """
     claim = place_at(where).claim(CLAIM_FILE)
     try:
-        if not taken(claim):
+        if not take_alone(claim):
             raise OutputError(f"{where}: another precompute-ref is writing into this cache; wait for its end")
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Where a cache lies: a directory, or a place in an object store. What both can do; nobody else asks which of them it is."""
+"""What a directory and a place in an object store can both do; the rest of the program does not ask which of them it has."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -10,14 +10,14 @@ from minicache.cache.places.claims import Claim
 from minicache.options.where import Where
 
 ROOT = "zarr.json"  # the file that makes a cache of what lies there: comes last, goes first
-POLL_SECONDS = 1.0  # between two looks whether whoever claims a cache is still alive
+POLL_SECONDS = 1.0  # between two looks whether the holder of a claim is still alive
 
 
 class Place(ABC):
-    """One place, the files in it by names such as `pairs/tokens/c/0/0`.
+    """Where one cache lies. Files in it have names such as `pairs/tokens/c/0/0`.
 
-    where: as a user writes it, for messages and to come back to. home: the name that a draft of the cache is made beside.
-    Whatever fails in an object store raises StoreError; on a disk, reading raises OSError and writing OutputError.
+    where: as a user writes it, for messages and to open it again. home: the path beside which a draft of the cache is made.
+    Failures of an object store raise StoreError; on a disk, reading raises OSError and writing OutputError.
     """
 
     where: Where
@@ -28,7 +28,7 @@ class Place(ABC):
 
     @abstractmethod
     def locate(self, name: str) -> Where:
-        """What a user may call this file."""
+        """The path or URL of a file in it."""
 
     # --- the whole ---
 
@@ -38,35 +38,35 @@ class Place(ABC):
 
     @abstractmethod
     def require_free(self, is_new: bool = False) -> None:
-        """Raises OutputError: something lies here; with `is_new`, an empty directory is something too."""
+        """Raises OutputError if something lies here; with `is_new`, even if it is an empty directory."""
 
     @abstractmethod
     def publish(self, draft: Path) -> None:
-        """Let the directory `draft` be what lies here: all of it at once, or not at all. Raises OutputError: something does."""
+        """Put the directory `draft` here, all of it at once or not at all. Raises OutputError: something lies here."""
 
     @abstractmethod
     def remove(self) -> None:
-        """Take away all that lies here, so that nobody meets half a cache."""
+        """Delete everything here; at no time do readers find half a cache."""
 
     @abstractmethod
     def store(self, read_only: bool) -> Store:
-        """As zarr reads and writes it."""
+        """The place as a store of zarr."""
 
     @abstractmethod
     def claim(self, name: str) -> Claim:
-        """A claim by this name, which nobody has taken yet."""
+        """A claim of this name, not held yet."""
 
     @abstractmethod
     def total_bytes(self) -> int:
-        """Of all files that lie here just now."""
+        """The bytes of all files that lie here now."""
 
     @abstractmethod
     def remove_leftovers(self) -> None:
-        """Delete what writers that were killed left half-written. Only while no other process writes."""
+        """Delete what killed writers left half-written. Only while no other process writes."""
 
     @abstractmethod
     def remove_partial(self, folders: Iterable[str]) -> None:
-        """The same in some folders alone. Only while no other process writes there."""
+        """Delete such leftovers in some folders. Only while no other process writes there."""
 
     # --- single files ---
 
@@ -79,20 +79,20 @@ class Place(ABC):
 
     @abstractmethod
     def read(self, name: str) -> bytes | None:
-        """What is in a file; None if there is none."""
+        """The content of a file; None if there is no such file."""
 
     @abstractmethod
     def write(self, name: str, content: bytes) -> None:
-        """Make or replace a file, at once."""
+        """Make or replace a file, whole or not at all."""
 
     @abstractmethod
     def folder(self, name: str) -> Path:
-        """A directory with what lies below this name; may be a copy. There is none if nothing does."""
+        """A directory with the files below this name. It may be a copy, and is missing if there are no such files."""
 
     @abstractmethod
     def put_folder(self, name: str, content: Path) -> None:
-        """Let what lies below this name be what is in the directory `content`."""
+        """Replace the files below this name by those of the directory `content`."""
 
     @abstractmethod
     def flush(self, names: Iterable[str], folders: bool = True) -> None:
-        """Make sure that these files are there after a power loss; `folders`: also that they are found."""
+        """Make files survive a power loss; with `folders`, their names too."""

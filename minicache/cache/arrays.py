@@ -1,0 +1,167 @@
+"""The arrays of a cache, opened and checked against what they must be; single columns and ledger rows of a block.
+
+zarr is read a block at a time and never a row at a time: one slice costs about a millisecond (see docs/cache-format.md).
+"""
+
+from collections.abc import Iterable
+from contextlib import suppress
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from minicache.cache.manifest import Manifest
+from minicache.cache.places.opening import place_at
+from minicache.cache.places.place import ROOT, Place
+from minicache.cache.schema import LEDGER_COLUMNS, ArraySpec, array_specs
+from minicache.errors import CacheDamaged, CacheIncomplete
+from minicache.options.where import Where
+
+# What zarr raises for bytes that are not those written: checksum, decompression, size, metadata. OSError: the disk itself.
+UNREADABLE = (
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    AttributeError,
+    OSError,
+    MemoryError,
+    AssertionError,
+)
+MOST_BLOCKS = 2**24  # more is no cache, but metadata that keeps readers counting for ever
+MOST_HELD = 2**32  # bytes
+
+
+class Arrays:
+    """The arrays of one cache by name, on disk or in an object store.
+
+    manifest: what the cache says of itself. specs: what each array must be.
+    """
+
+    def __init__(self, where: Where, writable: bool) -> None:
+        """Open and check the manifest and every array's metadata.
+
+        Raises:
+            CacheNotFound, CacheMismatch (another format version), CacheDamaged, StoreError.
+        """
+        self.place = place_at(where)
+        self.path = self.place.where
+        self.group, self.manifest = _open_group(self.place, writable)
+        self.specs = array_specs(self.manifest.identity)
+        self.by_name = _open_arrays(self.group, self.specs, self.path)
+        self._held: dict[str, np.ndarray] = {}
+
+    @property
+    def blocks(self) -> int:
+        return self.by_name["ledger/pairs"].shape[0]
+
+    def hold(self, names: Iterable[str]) -> None:
+        """Read these arrays at once and answer from memory from now on: four times as fast as one block after another.
+
+        Later changes are not seen. An array with a chunk that cannot be read stays on disk, so that the error can name the block.
+        """
+        for name in names:
+            if self.by_name[name].nbytes > MOST_HELD:
+                continue
+            with suppress(*UNREADABLE):
+                self._held[name] = np.asarray(self.by_name[name][:])
+
+    def row(self, name: str, block: int) -> NDArray[np.int64]:
+        """(5,) a block's row in one of the two ledgers.
+
+        Raises:
+            CacheIncomplete: never written. CacheDamaged: what is read is not what was written.
+        """
+        try:
+            row = self._values(name, block, len(LEDGER_COLUMNS))
+        except UNREADABLE as error:
+            raise self._damaged(name, block, error) from error
+        if (row == -1).all():
+            raise CacheIncomplete(
+                f"{self.path}: {name}, block {block} is missing: not finished, or its chunk was deleted"
+            )
+        most_pairs, most_tokens = self.manifest.identity.block_pairs, self.specs["pairs/tokens"].shape[0]
+        if (row[1:4] < 0).any() or row[1] > most_pairs or row[2] > most_tokens:
+            raise CacheDamaged(f"{self.path}: {name}, block {block}: impossible sizes {row[1:4].tolist()}")
+        return row
+
+    def column(self, name: str, block: int, count: int) -> np.ndarray:
+        """(count, …) the first entries of a block's row in an array. Raises CacheDamaged."""
+        try:
+            values = self._values(name, block, count)
+        except UNREADABLE as error:
+            raise self._damaged(name, block, error) from error
+        fill = self.by_name[name].fill_value
+        if name != "ref/token_logps" and (np.isnan(values) if fill != fill else values == fill).any():
+            raise CacheDamaged(f"{self.path}: {name}, block {block}: a chunk is missing")
+        return values
+
+    def _values(self, name: str, block: int, count: int) -> np.ndarray:
+        source = self._held.get(name, self.by_name[name])
+        return np.asarray(source[block, :count])
+
+    def require_chunks(self, name: str, block: int, count: int) -> None:
+        """Raises CacheDamaged if a chunk that holds some of the first `count` entries is missing or empty; reads none of them."""
+        for chunk in range(-(-count // self.specs[name].chunk)):
+            try:
+                size = self.place.size(self.chunk_key(name, block, chunk))
+            except OSError as error:
+                raise self._damaged(name, block, error) from error
+            if not size:
+                raise CacheDamaged(f"{self.path}: {name}, block {block}: a chunk is empty")
+
+    def chunk_key(self, name: str, block: int, chunk: int) -> str:
+        """The name of a chunk's file."""
+        array = self.by_name[name]
+        rest = (0,) * (array.ndim - 2)
+        return f"{name}/{array.metadata.encode_chunk_key((block, chunk, *rest))}"
+
+    def _damaged(self, name: str, block: int, error: Exception) -> CacheDamaged:
+        return CacheDamaged(
+            f"{self.path}: {name}, block {block}: a chunk is damaged ({' '.join(str(error).split())[:120]})"
+        )
+
+
+def _open_group(place: Place, writable: bool) -> tuple[zarr.Group, Manifest]:
+    """The zarr group of a cache, and its manifest.
+
+    Raises:
+        CacheNotFound, CacheMismatch (another format version), CacheDamaged, StoreError.
+    """
+    place.require_cache()
+    store = place.store(read_only=not writable)
+    try:
+        group = zarr.open_group(store, mode="r+" if writable else "r", zarr_format=3, use_consolidated=False)
+        attributes = group.attrs.asdict()
+    except UNREADABLE as error:
+        raise CacheDamaged(f"{place}/{ROOT}: cannot be read as a zarr group: {error}") from error
+    return group, Manifest.from_attributes(attributes, str(place))
+
+
+def _open_arrays(group: zarr.Group, specs: dict[str, ArraySpec], where: object) -> dict[str, zarr.Array]:
+    """The arrays by name, each with room for as many blocks as the ledger of pairs. Raises CacheDamaged."""
+    arrays: dict[str, zarr.Array] = {}
+    # The array that grows last is opened first: whatever another process adds meanwhile, the others have room for it.
+    for name in sorted(specs, key=lambda name: name != "ledger/pairs"):
+        array = arrays[name] = _open_array(group, name, specs[name], f"{where}/{name}")
+        found, blocks = array.shape[0], arrays["ledger/pairs"].shape[0]
+        if found > MOST_BLOCKS:
+            raise CacheDamaged(f"{where}/{name}: expected {MOST_BLOCKS:,} blocks or fewer, found {found}")
+        if found < blocks:
+            raise CacheDamaged(f"{where}/{name}: expected room for {blocks} blocks, found {found}")
+    return arrays
+
+
+def _open_array(group: zarr.Group, name: str, spec: ArraySpec, where: str) -> zarr.Array:
+    try:
+        array = group[name]
+    except UNREADABLE as error:
+        raise CacheDamaged(f"{where}: the array's zarr.json is missing or damaged: {error}") from error
+    if not isinstance(array, zarr.Array):
+        raise CacheDamaged(f"{where}: expected an array, found a group")
+    found = (array.shape[1:], str(array.dtype), array.chunks, str(array.fill_value))
+    expected = (spec.shape, spec.dtype, spec.chunks, str(np.dtype(spec.dtype).type(spec.fill)))
+    if found != expected:
+        raise CacheDamaged(f"{where}: expected shape, dtype, chunks, fill {expected}, found {found}")
+    return array

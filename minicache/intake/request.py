@@ -1,0 +1,135 @@
+"""What a call of stage one asks for, and the cache that it describes: identity, tokenizer, files."""
+
+import platform
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minicache import __version__
+from minicache.cache.blocks import Blocks
+from minicache.cache.identity import FORMAT_VERSION, Identity
+from minicache.cache.manifest import Log, Manifest, now
+from minicache.cache.places.opening import place_at
+from minicache.cache.places.place import Place
+from minicache.data.tokenizers import ChatTokenizer
+from minicache.errors import DataError
+from minicache.intake.blocks import hash_files
+from minicache.intake.tokenizer_files import template_digest
+from minicache.models import LoadedModel, save_tokenizer
+from minicache.models.huggingface import ATTENTION
+from minicache.models.load import lasting_name
+from minicache.options.stage_one import PrecomputeConfig
+from minicache.options.where import Where
+from minicache.trackers import Tracker
+
+BLOCK_SECONDS = 60  # what a kill may cost
+ASSUMED_FLOPS = {"cpu": 5e10, "cuda": 1e14}  # a careful guess; only the size of a block depends on it
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a call asks for. tokenizer_dir: its files, as they are to lie in the cache. files: sha256 -> name."""
+
+    config: PrecomputeConfig
+    identity: Identity
+    tokenizer: ChatTokenizer
+    tokenizer_dir: Path
+    files: dict[str, str]
+    tracker: Tracker
+
+    @property
+    def place(self) -> Place:
+        return place_at(self.config.ref_cache)
+
+    @property
+    def path(self) -> Where:
+        return self.place.where
+
+    @classmethod
+    def of(
+        cls,
+        config: PrecomputeConfig,
+        loaded: LoadedModel,
+        dtype: str,
+        device: torch.device,
+        tracker: Tracker,
+        scratch: Path,
+    ) -> "Request":
+        """scratch: where the tokenizer's files are put."""
+        tokenizer_dir = scratch / "tokenizer"
+        tokenizer = _tokenizer(config, tokenizer_dir)
+        return cls(
+            config=config,
+            identity=_identity(config, loaded, tokenizer, dtype, device),
+            tokenizer=tokenizer,
+            tokenizer_dir=tokenizer_dir,
+            files=hash_files(config.data),
+            tracker=tracker,
+        )
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of the new cache, with nothing in it."""
+        return Manifest(self.identity, Log(lasting_name(self.config.model), now(), _versions()))
+
+    def require_same(self, blocks: Blocks) -> None:
+        """Raises CacheMismatch. The size of a block is the cache's own, unless one is asked for."""
+        block_pairs = self.config.block_pairs or blocks.identity.block_pairs
+        blocks.identity.require(
+            replace(self.identity, block_pairs=block_pairs),
+            f"{self.path}: made for another request",
+            ("the cache", "asked for"),
+            "Ask for the same, or name another --ref-cache",
+        )
+
+
+def _tokenizer(config: PrecomputeConfig, directory: Path) -> ChatTokenizer:
+    template = None
+    if config.chat_template:
+        try:
+            template = config.chat_template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"--chat-template {config.chat_template}: cannot be read: {error}") from error
+    save_tokenizer(config.tokenizer or config.model, directory, template, config.trust_remote_code)
+    tokenizer = ChatTokenizer.load(directory)
+    # A policy is to be prompted in the form of conversation that it was trained on, so the template stays with the tokenizer.
+    (directory / "chat_template.jinja").write_text(tokenizer.template, encoding="utf-8")
+    return tokenizer
+
+
+def _identity(
+    config: PrecomputeConfig, loaded: LoadedModel, tokenizer: ChatTokenizer, dtype: str, device: torch.device
+) -> Identity:
+    return Identity(
+        format_version=FORMAT_VERSION,
+        weights=loaded.fingerprint,
+        family=loaded.family,
+        tokenizer=tokenizer.digest,
+        template=template_digest(tokenizer),
+        vocabulary=loaded.vocabulary,
+        max_length=config.max_length,
+        truncate=config.truncate,
+        loss_on=config.loss_on,
+        think=config.think,
+        dtype=dtype,
+        attention=ATTENTION,
+        block_pairs=config.block_pairs or _block_pairs(loaded, config.max_length, device),
+        per_token=config.per_token,
+        special_text=config.special_text,
+    )
+
+
+def _block_pairs(loaded: LoadedModel, max_length: int, device: torch.device) -> int:
+    """Pairs that take about BLOCK_SECONDS to score: a power of two, at most 4096."""
+    parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+    seconds_a_pair = 2 * parameters * min(max_length, 512) / ASSUMED_FLOPS[device.type]
+    return 1 << int(np.clip(np.log2(BLOCK_SECONDS / seconds_a_pair), 4, 12))
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "transformers", "tokenizers", "zarr", "numpy")
+    ours = {"minicache": __version__, "python": platform.python_version()}
+    return {**ours, **{package: version(package) for package in packages}}
