@@ -94,7 +94,7 @@ def free_port() -> int:
     """A TCP port that nothing listens on just now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        return int(probe.getsockname()[1])
 
 
 def _end(children: list[Child]) -> None:

@@ -56,7 +56,7 @@ class Head:
         """
         weight, bias = self.linear.weight, self.linear.bias
         chunk = max(1, CHUNK_NUMBERS.get(hidden.device.type, 2**23) // weight.shape[0])
-        return _Logps.apply(hidden, weight, bias, targets, self, chunk, distribution)
+        return _Logps.apply(hidden, weight, bias, targets, self, chunk, distribution)  # type: ignore[no-untyped-call]
 
 
 def _matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
