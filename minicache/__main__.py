@@ -1,6 +1,10 @@
 """`python -m minicache`, the form torchrun starts."""
 
-from minicache.cli import main
+from minicache.processes.signals import CommandLine
 
 if __name__ == "__main__":
-    main()
+    with CommandLine():
+        # takes a while, in which a signal ends the process without a traceback
+        from minicache.cli import main
+
+        main()

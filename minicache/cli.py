@@ -20,6 +20,7 @@ from minicache.commands.report import report
 from minicache.commands.running import out
 from minicache.commands.sweep import sweep
 from minicache.commands.train import train
+from minicache.processes.signals import CommandLine
 
 app = typer.Typer(
     help="Offline DPO in two stages: run the frozen reference once, then train the policy alone.",
@@ -66,5 +67,6 @@ def expand_data(arguments: list[str]) -> list[str]:
 
 def main() -> None:
     """Run the command line of this process."""
-    sys.argv[1:] = expand_data(sys.argv[1:])
-    app(prog_name="minidpo")
+    with CommandLine():
+        sys.argv[1:] = expand_data(sys.argv[1:])
+        app(prog_name="minidpo")

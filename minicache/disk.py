@@ -8,15 +8,13 @@ import errno
 import json
 import os
 import re
-import secrets
 import shutil
-import socket
 import time
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from glob import escape
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +138,7 @@ def _draft_beside(place: Path) -> Iterator[Path]:
 def draft_of(place: Path) -> Path:
     """A name beside `place` that nothing else uses, not even another attempt of this process."""
     return place.with_name(
-        f".{_shortened(place.name)}.{_machine()}-{os.getpid()}-{_process()}-{secrets.token_hex(4)}.draft"
+        f".{_shortened(place.name)}.{_machine()}-{os.getpid()}-{_process()}-{os.urandom(4).hex()}.draft"
     )
 
 
@@ -193,13 +191,15 @@ def _shortened(name: str) -> str:
 
 @cache
 def _machine() -> str:
-    return blake2b(socket.gethostname().encode(), digest_size=4).hexdigest()
+    import socket
+
+    return f"{zlib.crc32(socket.gethostname().encode()):08x}"
 
 
 @cache
 def _process() -> str:
     """Tells this process from an earlier one of the same number. A forked child has another number."""
-    return secrets.token_hex(4)
+    return os.urandom(4).hex()
 
 
 def read_json(file: Path) -> dict[str, Any]:

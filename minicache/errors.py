@@ -15,6 +15,7 @@
     ├── ProcessLost             another process of the run has died
     ├── StoreError              an object store cannot be reached, or refuses
     └── OutputError             a result cannot be written
+        └── RunBusy             another process is at work on this run
 
 The command line prints the message in red and exits with code 1. Anything that is not a `MinicacheError` is a bug.
 """
@@ -114,3 +115,7 @@ class StoreError(MinicacheError):
 
 class OutputError(MinicacheError):
     """A result cannot be written."""
+
+
+class RunBusy(OutputError):
+    """Another process is at work on this run."""

@@ -24,7 +24,6 @@ from minicache.disk import (
     written_whole,
 )
 from minicache.errors import OutputError
-from minicache.training.run_directory import write_facts
 
 Steps = list[tuple[str, str]]
 
@@ -54,7 +53,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="need
 
 @needs_proc
 def test_run_json_is_flushed_before_it_is_renamed_and_its_folder_after(tmp_path: Path, steps: Steps) -> None:
-    write_facts(tmp_path, {"steps": 3})
+    write_json(tmp_path / "run.json", {"steps": 3})
     assert steps == [("flush", "draft"), ("rename", "run.json"), ("flush", tmp_path.name)]
     assert read_json(tmp_path / "run.json") == {"steps": 3}
 

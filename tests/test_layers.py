@@ -51,7 +51,9 @@ LIGHT_FILES = (
     "stages.plot",
     "stages.report",
     "trackers",
+    "training.lock",
     "training.order",
+    "training.progress",
     "training.run_directory",
 )
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")

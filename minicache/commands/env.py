@@ -2,13 +2,13 @@
 
 from minicache.commands.assemble import JSON, Given, command_of, extra_parameter
 from minicache.commands.running import errors_as_one_line, out, print_json
-from minicache.screen.env import show_environment
 
 
 @command_of([extra_parameter(JSON)])
 def env(given: Given) -> None:
     """Versions, devices and extras of this machine: what a report of a bug needs."""
     from minicache.reports.environment import look_around
+    from minicache.screen.env import show_environment
 
     with errors_as_one_line():
         found = look_around()

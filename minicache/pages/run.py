@@ -10,13 +10,13 @@ from urllib.parse import quote
 
 from minicache.options.declare import flag as option
 from minicache.options.dictionaries import flat
+from minicache.options.objective import starts_at_ln_2
 from minicache.options.train import TrainConfig
 from minicache.pages.charts import Line, curves
 from minicache.pages.markup import Table, report
 from minicache.pages.run_answers import Answer, answers_part
 from minicache.reports.curves import Curve
 from minicache.reports.names import EVAL, METRICS, PANELS, SUMMARY, Metric
-from minicache.training.run_directory import starts_at_ln_2
 
 PAGE = "report.html"
 ANSWERS = ("answers.jsonl", "compare.jsonl")  # looked for in the run
@@ -94,15 +94,11 @@ def _handshake(known: dict[str, Any]) -> str:
     return f"the policy reproduced the cache's logprobs {within}"
 
 
-def _starts_at_ln_2(known: dict[str, Any]) -> bool:
-    return starts_at_ln_2(known) and not known.get("init_from")
-
-
 def _first(known: dict[str, Any], logged: dict[str, Curve]) -> str:
     steps, values = logged.get("loss", ([], []))
     if not steps or steps[0] != 0:
         return "not logged"
-    expected = f" (ln 2 is {math.log(2):.6f})" if _starts_at_ln_2(known) else ""
+    expected = f" (ln 2 is {math.log(2):.6f})" if starts_at_ln_2(known) else ""
     margin = logged.get("rewards/margin", ([], [math.nan]))[1][0]
     return f"loss {values[0]:.6f}{expected}, reward margin {margin:+.4f}"
 
@@ -128,7 +124,7 @@ def _page_of(path: Path, beside: Path) -> str | None:
 
 
 def _curves(known: dict[str, Any], logged: dict[str, Curve]) -> dict[str, Any]:
-    from_ln_2 = _starts_at_ln_2(known)
+    from_ln_2 = starts_at_ln_2(known)
     charts = []
     for panel in PANELS:
         lines = [

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minicache.errors import DataError
+from minicache.options.objective import starts_at_ln_2
 from minicache.pictures.frame import CHOSEN, HELD_OUT, INK, NEUTRAL, REJECTED, RUNS, frame, label, picture
 from minicache.reports.curves import Curve
 from minicache.reports.names import EVAL, PANELS, Panel
-from minicache.training.run_directory import starts_at_ln_2
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,10 +12,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from minicache.options.objective import starts_at_ln_2
 from minicache.reports.names import METRICS
 from minicache.screen.live import duration, metrics_table
 from minicache.text import ranges, visible
-from minicache.training.run_directory import starts_at_ln_2
 
 if TYPE_CHECKING:
     from minicache.pages.compare import Answers

@@ -37,11 +37,11 @@ def compare(config: CompareConfig, world: World, tracker: Tracker) -> list[Answe
 
 
 def _reference_of(run: str) -> str:
-    """The model that the run started from."""
-    source = run_behind(run).get("started_from")
-    if source is None:
+    """What the run started from."""
+    behind = run_behind(run)
+    if behind is None:
         raise ConfigError(f"{run} is no run directory that says what it started from; add --reference MODEL")
-    return str(source)
+    return behind.started_from
 
 
 def _ask(

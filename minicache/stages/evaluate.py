@@ -8,10 +8,10 @@ import torch
 
 from minicache.cache.reader import ReferenceCache
 from minicache.errors import CacheMismatch
-from minicache.models import load_model
-from minicache.options.dictionaries import fill, flat, require_types
+from minicache.models import LoadedModel, load_model
+from minicache.options.dictionaries import fill, flat
 from minicache.options.others import EvaluateConfig
-from minicache.options.train import LossOptions, TrainConfig
+from minicache.options.train import LossOptions
 from minicache.options.where import Where
 from minicache.processes.world import World
 from minicache.scoring.layout import settle_layout
@@ -19,7 +19,7 @@ from minicache.scoring.loading import load_pairs
 from minicache.scoring.scorer import Scorer, resolve_dtype
 from minicache.trackers import Tracker
 from minicache.training.losses import Objective
-from minicache.training.run_directory import policy_source, run_behind
+from minicache.training.run_directory import DEFAULTS, final_beta, policy_source, run_behind
 from minicache.training.validation import EvalSet, evaluate_policy, require_per_token
 
 
@@ -40,16 +40,40 @@ class EvaluateReport:
 
 def evaluate(config: EvaluateConfig, world: World, tracker: Tracker) -> EvaluateReport:
     """Score every pair of the cache with the policy. Raises MinicacheError of any kind."""
-    facts = run_behind(config.policy)
-    require_types(TrainConfig, facts)
-    names = ("loss", "logps", "beta")
-    # what is asked for, else what the run was trained with, else the default of a run
-    settings = {name: getattr(config, name) or facts.get(name, getattr(TrainConfig, name)) for name in names}
-    options = fill(LossOptions, facts)
+    settings, options = _settings(config)
     objective = Objective.parse(settings["loss"], settings["logps"], settings["beta"], options)
     cache = ReferenceCache(config.ref_cache)
     require_per_token(cache, options)
     cached = load_pairs(cache, config.scratch, world, tracker)
+    loaded = _load(config, cache, tracker)
+    same = loaded.fingerprint == cache.identity.weights
+    scorer = Scorer(loaded.model.to(world.device, torch.float32), resolve_dtype(config.dtype, world.device))
+    settle_layout(scorer, cached.table, "auto", world.device, tracker)
+    pairs = EvalSet(cached, np.arange(len(cached.table)))
+    tracker.begin("evaluating", len(cached.table))
+    return EvaluateReport(
+        policy=config.policy,
+        ref_cache=cache.path,
+        pairs=len(cached.table),
+        same_weights=same,
+        settings={**settings, **flat(options)},
+        metrics=evaluate_policy(scorer, pairs, objective, config.tokens_per_batch, world, tracker),
+    )
+
+
+def _settings(config: EvaluateConfig) -> tuple[dict[str, Any], LossOptions]:
+    """Loss, logps and beta as asked for, else as the run's validation had them, else a run's defaults; and the loss's options."""
+    run = run_behind(config.policy)
+    used = run.options if run else DEFAULTS
+    settings = {
+        "loss": config.loss or used["loss"],
+        "logps": config.logps or used["logps"],
+        "beta": config.beta or final_beta(used["beta"], used["beta_end"]),
+    }
+    return settings, fill(LossOptions, used)
+
+
+def _load(config: EvaluateConfig, cache: ReferenceCache, tracker: Tracker) -> LoadedModel:
     source = policy_source(config.policy)
     tracker.begin(f"loading {source}", None)
     loaded = load_model(source, config.trust_remote_code)
@@ -57,10 +81,4 @@ def evaluate(config: EvaluateConfig, world: World, tracker: Tracker) -> Evaluate
         raise CacheMismatch(
             f"{source}: vocabulary of {loaded.vocabulary}; {cache.path} was made with one of {cache.identity.vocabulary}"
         )
-    same = loaded.fingerprint == cache.identity.weights
-    scorer = Scorer(loaded.model.to(world.device, torch.float32), resolve_dtype(config.dtype, world.device))
-    settle_layout(scorer, cached.table, "auto", world.device, tracker)
-    pairs = EvalSet(cached, np.arange(len(cached.table)))
-    tracker.begin("evaluating", len(cached.table))
-    metrics = evaluate_policy(scorer, pairs, objective, config.tokens_per_batch, world, tracker)
-    return EvaluateReport(config.policy, cache.path, len(cached.table), same, {**settings, **flat(options)}, metrics)
+    return loaded

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from minicache.cache.places.claims import FileClaim
 from minicache.cache.reader import JoinedCaches, ReferenceCache
 from minicache.cache.schema import CachedPairs
 from minicache.disk import read_json, write_json, writing
@@ -26,11 +25,13 @@ from minicache.scoring.loading import Sources, load_pairs
 from minicache.scoring.scorer import resolve_dtype
 from minicache.scoring.spread import is_sharded, spread
 from minicache.scoring.tables import score_table
-from minicache.stages.train import train
+from minicache.stages.train import train_locked
 from minicache.trackers import Tracker
+from minicache.training.lock import RunLock
 from minicache.training.losses import Objective
 from minicache.training.order import pairs_in
-from minicache.training.run_directory import run_facts, write_facts
+from minicache.training.progress import Progress
+from minicache.training.run_directory import RunRecord, read_record, write_record
 
 REPORT, PICTURE = "sweep.json", "sweep.png"
 # To measure a forward pass by; and scored before that, so that nothing is compiled or allocated in it.
@@ -74,40 +75,43 @@ def _check(config: SweepConfig) -> None:
 
 def _do(run: SweepRun, config: SweepConfig, kept: "_Kept", world: World, tracker: Tracker) -> bool:
     """One run, begun, gone on with, or left as it is. Returns whether there was anything to do."""
-    claim = FileClaim(config.out / f".{run.name}.claim")
-    if world.is_main:
-        with writing(config.out):
-            config.out.mkdir(parents=True, exist_ok=True)
-    if not world.broadcast(claim.take(alone=True) if world.is_main else None):
-        tracker.note(f"{run.name}: another process is at work on it, and it is left to that one")
-        return False
-    try:
-        return _go_on(run, config, kept, world, tracker)
-    finally:
-        if world.is_main:
-            claim.remove()
-
-
-def _go_on(run: SweepRun, config: SweepConfig, kept: "_Kept", world: World, tracker: Tracker) -> bool:
     out = run.config.out
-    facts = world.broadcast(run_facts(out) if world.is_main else None)
-    is_over = bool(facts.keys() & {"failed", "outcome"})
-    number = config.runs.index(run) + 1
-    tracker.note(f"run {number} of {len(config.runs)}: {run.name}")
-    if "failed" in facts and "outcome" not in facts:
-        tracker.note(f"it failed before: {facts['failed']}")
-        return False
+    with RunLock(out) as lock:
+        if world.is_main:
+            with writing(out):
+                out.mkdir(parents=True, exist_ok=True)
+        if not world.broadcast(lock.take() if world.is_main else None):
+            tracker.note(f"{run.name}: another process is at work on it, and it is left to that one")
+            return False
+        record = world.broadcast(read_record(out) if world.is_main else None)
+        tracker.note(f"run {config.runs.index(run) + 1} of {len(config.runs)}: {run.name}")
+        if record and record.failed and not record.outcome:
+            tracker.note(f"it failed before: {record.failed}")
+            return False
+        _go_on(run, record, lock, kept, world, tracker)
+        return not (record and record.outcome)
+
+
+def _go_on(
+    run: SweepRun, record: RunRecord | None, lock: RunLock, kept: "_Kept", world: World, tracker: Tracker
+) -> None:
+    sources = Sources(kept.pairs, kept.model)
     try:
-        train(replace(run.config, resume=bool(facts)), world, tracker, Sources(kept.pairs, kept.model))
+        train_locked(replace(run.config, resume=record is not None), lock, world, tracker, sources)
     except RunDiverged as error:
         tracker.note(f"{run.name} failed: {error}")
         if world.is_main:
-            write_facts(out, {**run_facts(out), "failed": str(error)})
+            _write_failed(run.config.out, str(error))
     except KeyboardInterrupt as interruption:
         saved = f"{run.name}: the state is saved; " if str(interruption) else ""
         raise KeyboardInterrupt(f"{saved}the same command goes on with the sweep") from None
     _let_go(world)
-    return not is_over
+
+
+def _write_failed(out: Path, problem: str) -> None:
+    record = read_record(out)
+    assert record, "a run that took a step has a record"
+    write_record(out, replace(record, failed=problem))
 
 
 def _let_go(world: World) -> None:
@@ -172,27 +176,40 @@ def _report(config: SweepConfig, rate: float) -> SweepReport:
     scored = sum(ReferenceCache(where).log.pairs for where, _ in caches)
     trained = sum(result.pairs_trained for result in results)
     return SweepReport(
-        config.out, list(config.runs[0].options), results, trained, scored, rate, trained / rate, scored / rate
+        out=config.out,
+        swept=list(config.runs[0].options),
+        runs=results,
+        reference_passes=trained,
+        cached_pairs=scored,
+        reference_pairs_per_second=rate,
+        seconds_not_spent=trained / rate,
+        stage_one_seconds=scored / rate,
     )
 
 
 def _result(run: SweepRun) -> RunResult:
-    facts = run_facts(run.config.out)
-    outcome = facts.get("outcome", {})
-    progress = outcome.get("progress", {})
-    steps = progress.get("step", 0)
-    state = "done" if outcome else "failed" if "failed" in facts else "unfinished" if facts else "not begun"
+    record = read_record(run.config.out)
+    outcome = record.outcome if record else None
+    progress = outcome.progress if outcome else Progress()
     return RunResult(
         name=run.name,
         options=run.options,
-        state=state,
-        problem=facts.get("failed"),
-        held_out=progress.get("validation"),
-        steps=steps,
-        model_step=outcome.get("model_step"),
-        pairs_trained=pairs_in(steps, facts.get("pairs", 0), run.config.batch_size) if steps else 0,
-        seconds=progress.get("total_seconds", 0.0),
+        state=_state(record),
+        problem=record.failed if record else None,
+        held_out=progress.validation,
+        steps=progress.step,
+        model_step=outcome.model_step if outcome else None,
+        pairs_trained=pairs_in(progress.step, record.pairs, run.config.batch_size) if record and progress.step else 0,
+        seconds=progress.total_seconds,
     )
+
+
+def _state(record: RunRecord | None) -> str:
+    if record is None:
+        return "not begun"
+    if record.outcome:
+        return "done"
+    return "failed" if record.failed else "unfinished"
 
 
 def _rank(result: RunResult) -> tuple[Any, ...]:

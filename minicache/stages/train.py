@@ -3,13 +3,12 @@
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from minicache.cache.reader import JoinedCaches, ReferenceCache
 from minicache.cache.schema import CachedPairs
-from minicache.errors import OutputError
 from minicache.models import checkpoint_activations
 from minicache.options.dictionaries import flat
+from minicache.options.objective import starts_at_ln_2
 from minicache.options.train import TrainConfig
 from minicache.processes.world import World
 from minicache.scoring.budget import training_budget
@@ -20,15 +19,17 @@ from minicache.scoring.spread import is_sharded, spread
 from minicache.trackers import Tracker, TrackerGroup
 from minicache.training import checkpoints
 from minicache.training.checks import check, handshake
+from minicache.training.lock import RunLock
 from minicache.training.loop import optimize
 from minicache.training.losses import Objective
 from minicache.training.order import training_steps
-from minicache.training.policy import load_policy
+from minicache.training.policy import Policy, load_policy
 from minicache.training.pool import choose_pairs
-from minicache.training.resuming import resume_at
-from minicache.training.run_directory import run_facts, starts_at_ln_2, write_facts
+from minicache.training.progress import Progress
+from minicache.training.resuming import Begun, find_begun
+from minicache.training.run_directory import RunRecord, write_record
 from minicache.training.saving import open_run, save_dtype, save_policy
-from minicache.training.state import Progress, Run
+from minicache.training.state import Run
 
 FROM_DISK = Sources()
 
@@ -60,81 +61,110 @@ def train(config: TrainConfig, world: World, tracker: Tracker, sources: Sources 
         MinicacheError: any of its kinds; the run directory is not made before everything about the request is known to fit.
         KeyboardInterrupt: on SIGINT or SIGTERM, after the state was saved.
     """
-    config = replace(config, dtype=resolve_dtype(config.dtype, world.device))
-    objective = Objective.parse(config.loss, config.logps, config.beta, config.loss_options)
-    resumed = world.broadcast(resume_at(config) if world.is_main else None)
-    facts = run_facts(config.out)
-    if "outcome" in facts:
-        tracker.note(f"{config.out}: this run is finished; nothing to resume")
-        return _report(config.out, facts)
-    caches = JoinedCaches([ReferenceCache(where) for where, _ in config.caches])
-    cached, cache = sources.pairs(caches, config.scratch, world, tracker), caches.caches[0]
-    training, held_out = choose_pairs(config, caches, cached, world, tracker, sources)
-    steps = training_steps(len(training), config.batch_size, config.epochs, config.max_steps)
-    state = None if resumed is None else checkpoints.load(config.out, resumed)
-    mine = world.is_main or not is_sharded(config.parallel, world)
-    policy, source, stored = load_policy(config, cache, resumed, tracker, sources) if mine else (None, "", "")
-    scorer = spread(policy, config.dtype, config.parallel, world)
-    del policy
-    settle_layout(scorer, cached.table, config.layout, world.device, tracker)
-    budget = config.tokens_per_micro_batch or facts.get("token_budget") or _budget(config, scorer, cached, world)
-    run = Run(config, world, scorer, objective, cache, cached, training, held_out, steps, budget)
-    check(run, state)
-    if state is None:
-        started = {"started_from": source, "stored_dtype": stored, "handshake": handshake(run, tracker)}
-        facts = {**flat(config), **started, **_sizes(run)}
-    if config.activation_checkpointing:
-        checkpoint_activations(scorer.model)
-    if config.compile:
-        decoder_of(scorer.model).compile(
-            dynamic=True
-        )  # not the head: its number of positions is another in every batch
-    with open_run(run, facts, resumed, tracker) if world.is_main else TrackerGroup() as both:
-        both.start("training", facts)
-        outcome = optimize(run, state, both)
-        tracker.begin("saving the policy", None)
-        save_policy(run, outcome, save_dtype(config, facts))
+    with RunLock(config.out) as lock:
         if world.is_main:
-            facts["outcome"] = {
-                "model_step": outcome.model_step,
-                "stopped": outcome.stopped,
-                "progress": vars(outcome.progress),
-            }
-            write_facts(config.out, facts)
-    facts = world.broadcast(facts)
-    return _report(config.out, facts)
+            lock.require()
+        return train_locked(config, lock, world, tracker, sources)
 
 
-def _sizes(run: Run) -> dict[str, Any]:
-    """What followed from the options, the cache and the machine."""
-    return {
-        "steps": run.steps,
-        "pairs": len(run.training),
-        "held_out": len(run.held_out.indices) if run.held_out else 0,
-        "processes": run.world.size,
-        "device": run.world.device.type,
-        "layout_used": run.scorer.layout_name,
-        "token_budget": run.budget,
-    }
+def train_locked(config: TrainConfig, lock: RunLock, world: World, tracker: Tracker, sources: Sources) -> TrainReport:
+    """As `train`, in a run directory that rank 0 holds, or that is not there yet."""
+    config = replace(config, dtype=resolve_dtype(config.dtype, world.device))
+    begun = world.broadcast(find_begun(config) if world.is_main else None)
+    if begun and begun.record.outcome:
+        tracker.note(f"{config.out}: this run is finished; nothing to resume")
+        return _report(config.out, begun.record)
+    step = begun.step if begun else None
+    run, policy = _prepare(config, begun, world, tracker, sources)
+    state = None if step is None else checkpoints.load(config.out, step)
+    check(run, state)
+    record = begun.record if begun and state else _record(run, policy, handshake(run, tracker))
+    _save_memory_and_time(run)
+    with open_run(run, record, step, lock, tracker) if world.is_main else TrackerGroup() as trackers:
+        trackers.start("training", record.flat)
+        outcome = optimize(run, state, trackers)
+        tracker.begin("saving the policy", None)
+        save_policy(run, outcome, save_dtype(config, record))
+        record = world.broadcast(replace(record, outcome=outcome))
+        if world.is_main:
+            write_record(config.out, record)
+    return _report(config.out, record)
 
 
-def _report(out: Path, facts: dict[str, Any]) -> TrainReport:
-    try:
-        outcome = facts["outcome"]
-        return TrainReport(
-            out,
-            out / "model",
-            outcome["model_step"],
-            None if facts["init_from"] else facts["handshake"],
-            outcome["stopped"],
-            Progress(**outcome["progress"]),
-            from_ln_2=starts_at_ln_2(facts),
-        )
-    except (KeyError, TypeError) as error:
-        raise OutputError(f"{out}/run.json: not as `train` wrote it ({error}); its model is in {out}/model") from error
+def _prepare(
+    config: TrainConfig, begun: Begun | None, world: World, tracker: Tracker, sources: Sources
+) -> tuple[Run, Policy]:
+    """Pairs and model, laid out in memory. The policy keeps no model: the run's scorer has it."""
+    objective = Objective.parse(config.loss, config.logps, config.beta, config.loss_options)
+    caches = JoinedCaches([ReferenceCache(where) for where, _ in config.caches])
+    cached = sources.pairs(caches, config.scratch, world, tracker)
+    training, held_out = choose_pairs(config, caches, cached, world, tracker, sources)
+    scorer, policy = _load(config, caches.caches[0], begun, world, tracker, sources)
+    settle_layout(scorer, cached.table, config.layout, world.device, tracker)
+    kept = begun.record.token_budget if begun else None
+    run = Run(
+        config=config,
+        world=world,
+        scorer=scorer,
+        objective=objective,
+        cache=caches.caches[0],
+        cached=cached,
+        training=training,
+        held_out=held_out,
+        steps=training_steps(len(training), config.batch_size, config.epochs, config.max_steps),
+        budget=config.tokens_per_micro_batch or kept or _budget(config, scorer, cached, world),
+    )
+    return run, policy
+
+
+def _load(
+    config: TrainConfig, cache: ReferenceCache, begun: Begun | None, world: World, tracker: Tracker, sources: Sources
+) -> tuple[Scorer, Policy]:
+    """The policy on every process, whole or in shards, which rank 0 alone reads."""
+    is_mine = world.is_main or not is_sharded(config.parallel, world)
+    step = begun.step if begun else None
+    policy = load_policy(config, cache, step, tracker, sources) if is_mine else Policy(None)
+    return spread(policy.model, config.dtype, config.parallel, world), replace(policy, model=None)
 
 
 def _budget(config: TrainConfig, scorer: Scorer, cached: CachedPairs, world: World) -> int:
     """Token slots of a micro-batch that fit in memory: rank 0's finding, so that all lay out alike."""
     checkpointing, local = config.activation_checkpointing, int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
     return world.broadcast(training_budget(scorer, cached.table, config.optimizer, checkpointing, world.device, local))
+
+
+def _record(run: Run, policy: Policy, worst: float) -> RunRecord:
+    return RunRecord(
+        options=flat(run.config),
+        started_from=policy.started_from,
+        stored_dtype=policy.stored_dtype,
+        handshake=worst,
+        steps=run.steps,
+        pairs=len(run.training),
+        held_out=len(run.held_out.indices) if run.held_out else 0,
+        processes=run.world.size,
+        device=run.world.device.type,
+        layout_used=run.scorer.layout_name,
+        token_budget=run.budget,
+    )
+
+
+def _save_memory_and_time(run: Run) -> None:
+    if run.config.activation_checkpointing:
+        checkpoint_activations(run.scorer.model)
+    if run.config.compile:
+        # not the head: its number of positions is another in every batch
+        decoder_of(run.scorer.model).compile(dynamic=True)
+
+
+def _report(out: Path, record: RunRecord) -> TrainReport:
+    assert record.outcome
+    return TrainReport(
+        out=out,
+        model_dir=out / "model",
+        model_step=record.outcome.model_step,
+        noise=None if record.options["init_from"] else record.handshake,
+        stopped=record.outcome.stopped,
+        progress=record.outcome.progress,
+        from_ln_2=starts_at_ln_2(record.options),
+    )

@@ -2,7 +2,6 @@
 
 import json
 import os
-import secrets
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,7 +209,7 @@ class Trackio(Library):
     def start(self, title: str, facts: dict[str, Any]) -> None:
         import trackio
 
-        name = self.known_id() or f"{self.run.name}-{secrets.token_hex(3)}"
+        name = self.known_id() or f"{self.run.name}-{os.urandom(3).hex()}"
         self.writer = trackio.init(self.run.project, name, config=facts, resume="allow", embed=False)
         self.remember_id(name)
         self.catch_up(self.writer._next_step)

@@ -23,18 +23,33 @@ from torch.distributed.checkpoint import CheckpointException
 from minicache.disk import flush_to_disk, writing
 from minicache.errors import OutputError
 from minicache.processes.world import World
+from minicache.strict import read_as
+from minicache.training.progress import Progress
+from minicache.training.shard_index import IndexedReader
 
 STATE, OPTIMIZER = "state.pt", "optimizer"
+# What a state holds.
+ENTRIES: dict[str, Any] = {
+    "optimizer": dict | None,
+    "scaler": dict,
+    "progress": dict,
+    "means": torch.Tensor,
+    "rng": torch.Tensor,
+    "cache": str,
+    "pairs": int,
+    "training": str,
+    "held_out": str | None,
+}
 NAME = re.compile(r"step-(\d{6,})")
 
 
 def place(run: Path, step: int) -> Path:
-    """Of the checkpoint after so many optimizer steps."""
+    """The directory of the checkpoint after `step` optimizer steps."""
     return run / "checkpoints" / f"step-{step:06d}"
 
 
 def steps(run: Path) -> list[int]:
-    """Of which there are checkpoints, in ascending order."""
+    """The steps after which there are checkpoints, in ascending order."""
     folder = run / "checkpoints"
     names = [NAME.fullmatch(entry.name) for entry in folder.iterdir()] if folder.is_dir() else []
     return sorted(int(name[1]) for name in names if name)
@@ -130,12 +145,28 @@ def _removed_on_failure(draft: Path) -> Iterator[None]:
 
 
 def load(run: Path, step: int) -> dict[str, Any]:
-    """Raises OutputError: it cannot be read."""
+    """The state that was saved: tensors and plain values, nothing that runs.
+
+    Raises:
+        OutputError: it cannot be read.
+    """
     file = place(run, step) / STATE
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise _unreadable(file, error) from error
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError(f"expected entries by name, got {type(state).__name__}")
+        for name, kind in ENTRIES.items():
+            if name not in state or not isinstance(state[name], kind):
+                raise ValueError(f"{name}: expected a {kind}, got {type(state.get(name)).__name__}")
+        if progress_of(state).step != step:
+            raise ValueError(f"progress.step: expected {step}, got {progress_of(state).step}")
+    except (OSError, RuntimeError, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        raise unreadable(file, error) from error
+    return state
+
+
+def progress_of(state: dict[str, Any]) -> Progress:
+    return read_as(Progress, state["progress"], "progress", skip_unknown=True)
 
 
 def load_optimizer(run: Path, step: int, tensors: dict[str, torch.Tensor], world: World) -> None:
@@ -147,9 +178,9 @@ def load_optimizer(run: Path, step: int, tensors: dict[str, torch.Tensor], world
     folder = place(run, step) / OPTIMIZER
     try:
         _one_process_is_no_mistake()
-        dcp.load(tensors, checkpoint_id=folder, no_dist=world.size == 1)
+        dcp.load(tensors, storage_reader=IndexedReader(folder), no_dist=world.size == 1)
     except (OSError, RuntimeError, ValueError, EOFError, CheckpointException, pickle.UnpicklingError) as error:
-        raise _unreadable(folder, error) from error
+        raise unreadable(folder, error) from error
 
 
 def _one_process_is_no_mistake() -> None:
@@ -157,7 +188,7 @@ def _one_process_is_no_mistake() -> None:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
-def _unreadable(what: Path, error: BaseException) -> OutputError:
+def unreadable(what: Path, error: BaseException) -> OutputError:
     line = " ".join(str(error).split())[-200:]
     return OutputError(
         f"{what}: the checkpoint cannot be read ({line}); remove its directory to resume from an earlier one"

@@ -13,7 +13,7 @@ from minicache.scoring.handshake import check_reproduces, sample_differences
 from minicache.trackers import Tracker
 from minicache.training.optim import require_optimizer
 from minicache.training.order import global_batches
-from minicache.training.pool import digest_of
+from minicache.training.snapshot import pairs_of
 from minicache.training.state import Run
 from minicache.training.validation import require_per_token
 
@@ -25,31 +25,31 @@ def check(run: Run, state: dict[str, Any] | None) -> None:
         ConfigError: a loss over the whole batch, and the batch is split; something that an option needs is not here.
         CacheMismatch: the cache lacks what the loss needs, or is not the one that the run began with.
     """
-    cache = run.cache
-    mine = {
-        "cache": cache.identity.digest,
-        "pairs": len(run.training),
-        "training": digest_of(run.training, run.cached.table),
-    }
-    if state and any(state[name] != value for name, value in mine.items()):
-        raise CacheMismatch(
-            f"{cache.path}: {mine['pairs']} pairs an epoch, their digest {mine['training']}, identity {mine['cache']}; "
-            f"this run began with {state['pairs']}, {state['training']}, {state['cache']}. Expected the same: a run cannot change "
-            "its pairs half-way"
-        )
-    if state and state["held_out"] != (run.held_out and run.held_out.digest):
-        raise CacheMismatch(
-            f"{run.config.validation.eval_cache}: not the pairs that this run was validated on before; expected the same, or "
-            "its validation losses cannot be compared"
-        )
+    if state:
+        _check_same_pairs(run, state)
     if run.scorer.lockstep:
         _check_sharded(run)
-    require_per_token(cache, run.objective.options)
+    require_per_token(run.cache, run.objective.options)
     require_optimizer(run.config.optimizer, run.world.device)
     if run.config.compile and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
         raise ConfigError("--compile: expected a C++ compiler, g++ or clang++, found none; install one or leave it off")
     if name := run.objective.over_the_batch:
         _check_whole(run, name)
+
+
+def _check_same_pairs(run: Run, state: dict[str, Any]) -> None:
+    mine = pairs_of(run)
+    if any(state[name] != mine[name] for name in ("cache", "pairs", "training")):
+        raise CacheMismatch(
+            f"{run.cache.path}: {mine['pairs']} pairs an epoch, their digest {mine['training']}, identity {mine['cache']}; "
+            f"this run began with {state['pairs']}, {state['training']}, {state['cache']}. Expected the same: a run cannot change "
+            "its pairs half-way"
+        )
+    if state["held_out"] != mine["held_out"]:
+        raise CacheMismatch(
+            f"{run.config.validation.eval_cache}: not the pairs that this run was validated on before; expected the same, or "
+            "its validation losses cannot be compared"
+        )
 
 
 def _check_sharded(run: Run) -> None:

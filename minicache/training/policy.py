@@ -1,5 +1,8 @@
 """The model that a run trains."""
 
+from dataclasses import dataclass
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -13,25 +16,46 @@ from minicache.scoring.loading import Sources
 from minicache.trackers import Tracker
 from minicache.training import checkpoints
 
-# --- the policy ---
+
+@dataclass(frozen=True)
+class Policy:
+    """A model to train, float32; what it started from; the precision its weights were stored in.
+
+    Of a whole model from a checkpoint the last two are not known: the run's record says them.
+    """
+
+    model: nn.Module | None
+    started_from: str = ""
+    stored_dtype: str = ""
 
 
 def load_policy(
     config: TrainConfig, cache: ReferenceCache, resume_at: int | None, tracker: Tracker, sources: Sources
-) -> tuple[nn.Module, str, str]:
-    """The model to train, float32; what it started from; the precision its weights were stored in."""
-    place = None if resume_at is None else checkpoints.place(config.out, resume_at) / "model"
-    if place and not config.lora.lora_rank:
-        return load_model(str(place), config.trust_remote_code).model.requires_grad_(True), "", ""
+) -> Policy:
+    """The reference's weights, or those asked for, or those of the checkpoint at `resume_at`; with adapters if they are wanted.
+
+    Raises:
+        ModelError: it cannot be loaded. CacheMismatch: it is not the model that the cache was made with.
+    """
+    checkpoint = None if resume_at is None else checkpoints.place(config.out, resume_at) / "model"
+    if checkpoint and not config.lora.lora_rank:
+        return Policy(load_model(str(checkpoint), config.trust_remote_code).model.requires_grad_(True))
     loaded = _load(config, cache, tracker, sources)
-    base, stored = loaded.model, str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
-    source = lasting_name(loaded.source)
-    if not config.lora.lora_rank:
-        return base.to(torch.float32).requires_grad_(True), source, stored
-    weights = loaded.fingerprint  # before the base is made float32
-    adapted = with_adapter(base, place) if place else add_lora(base.to(torch.float32), source, config.lora, config.seed)
+    source, stored = lasting_name(loaded.source), str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
+    if config.lora.lora_rank:
+        return Policy(_with_adapters(config, loaded, source, checkpoint), source, stored)
+    return Policy(loaded.model.to(torch.float32).requires_grad_(True), source, stored)
+
+
+def _with_adapters(config: TrainConfig, loaded: LoadedModel, source: str, checkpoint: Path | None) -> nn.Module:
+    # before the base is made float32
+    weights = loaded.fingerprint
+    if checkpoint:
+        adapted = with_adapter(loaded.model, checkpoint)
+    else:
+        adapted = add_lora(loaded.model.to(torch.float32), source, config.lora, config.seed)
     adapted.base_fingerprint = weights
-    return adapted, source, stored
+    return adapted
 
 
 def _load(config: TrainConfig, cache: ReferenceCache, tracker: Tracker, sources: Sources) -> LoadedModel:

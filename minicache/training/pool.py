@@ -24,6 +24,8 @@ from minicache.training.order import Mixture
 from minicache.training.validation import EvalSet, require_per_token
 
 LISTED = 20  # runs of lines that an error names
+# Fields of an identity that a cache to validate on shares with the one trained on.
+SAME_MODEL = ("weights", "tokenizer", "template", "vocabulary")
 
 
 def choose_pairs(
@@ -42,29 +44,16 @@ def choose_pairs(
     """
     parts = _parts(caches, cached.table, tracker)
     if config.data:
-        asked = world.broadcast(_asked(config, caches.caches[0], cached.table, tracker) if world.is_main else None)
-        parts = [asked[np.isin(asked, part)] for part in parts]  # in the order of the files
+        parts = _asked_for(config, caches.caches[0], cached.table, parts, world, tracker)
     pairs = np.concatenate(parts)
     if config.validation.eval_cache:
         trained = cached.table.keys[pairs]
-        held_out: EvalSet | None = _of_other(config, caches.caches[0], trained, world, tracker, sources)
-    else:
-        held_out = _held_out(config.validation.holdout, cached, pairs)
-    if config.validation.holdout:
-        assert held_out
+        return _mixture(config, caches, parts, tracker), _of_other(config, caches, trained, world, tracker, sources)
+    held_out = _held_out(config.validation.holdout, cached, pairs)
+    if held_out:
         tracker.note(f"{len(held_out.indices):,} of {len(pairs):,} pairs are held out, chosen by their digests")
         parts = [part[~np.isin(part, held_out.indices)] for part in parts]
-    weights = [weight for _, weight in config.caches if weight is not None]
-    filled = [part for part in parts if len(part)]
-    if weights and len(filled) < len(parts):
-        empty = next(cache.path for cache, part in zip(caches.caches, parts, strict=True) if not len(part))
-        raise ConfigError(f"--ref-cache {empty}: has no pair left to train on, and so no share; leave it out")
-    mixture = Mixture.of(filled, weights or None)
-    if weights:
-        portions = zip(caches.caches, mixture.parts, mixture.taken, strict=True)
-        listed = ", ".join(f"{taken:,} of {len(part):,} pairs of {cache.path}" for cache, part, taken in portions)
-        tracker.note(f"an epoch takes {listed}")
-    return mixture, held_out
+    return _mixture(config, caches, parts, tracker), held_out
 
 
 def digest_of(mixture: Mixture, table: PairTable) -> str:
@@ -87,7 +76,30 @@ def _parts(caches: JoinedCaches, table: PairTable, tracker: Tracker) -> list[Ind
     return [np.intersect1d(part, first) for part in parts]
 
 
+def _mixture(config: TrainConfig, caches: JoinedCaches, parts: list[Indices], tracker: Tracker) -> Mixture:
+    """The parts with the caches' weights, if they have any. Raises ConfigError: a cache with a weight has no pair left."""
+    weights = [weight for _, weight in config.caches if weight is not None]
+    if not weights:
+        return Mixture.of([part for part in parts if len(part)])
+    for cache, part in zip(caches.caches, parts, strict=True):
+        if not len(part):
+            raise ConfigError(f"--ref-cache {cache.path}: has no pair left to train on, and so no share; leave it out")
+    mixture = Mixture.of(parts, weights)
+    portions = zip(caches.caches, mixture.parts, mixture.taken, strict=True)
+    listed = ", ".join(f"{taken:,} of {len(part):,} pairs of {cache.path}" for cache, part, taken in portions)
+    tracker.note(f"an epoch takes {listed}")
+    return mixture
+
+
 # --- --data: the pairs of some files ---
+
+
+def _asked_for(
+    config: TrainConfig, cache: ReferenceCache, table: PairTable, parts: list[Indices], world: World, tracker: Tracker
+) -> list[Indices]:
+    """What each part has of the files' pairs, in the files' order."""
+    asked = world.broadcast(_asked(config, cache, table, tracker) if world.is_main else None)
+    return [asked[np.isin(asked, part)] for part in parts]
 
 
 def _asked(config: TrainConfig, cache: ReferenceCache, table: PairTable, tracker: Tracker) -> Indices:
@@ -154,19 +166,21 @@ def _held_out(share: float, cached: CachedPairs, asked: Indices) -> EvalSet | No
 
 
 def _of_other(
-    config: TrainConfig, cache: ReferenceCache, trained: np.ndarray, world: World, tracker: Tracker, sources: Sources
+    config: TrainConfig, caches: JoinedCaches, trained: np.ndarray, world: World, tracker: Tracker, sources: Sources
 ) -> EvalSet:
     """All pairs of the cache to validate on. trained: (n,) keys of those that the run may train on."""
     assert config.validation.eval_cache
-    other = ReferenceCache(config.validation.eval_cache)
-    for name in ("weights", "tokenizer", "template", "vocabulary"):
-        mine, its = getattr(cache.identity, name), getattr(other.identity, name)
-        if mine != its:
-            raise CacheMismatch(f"{other.path}: {name} {its}, but {cache.path} was made with {mine}; expected the same")
+    cache, other = caches.caches[0], ReferenceCache(config.validation.eval_cache)
+    for name in SAME_MODEL:
+        mine, theirs = getattr(cache.identity, name), getattr(other.identity, name)
+        if mine != theirs:
+            raise CacheMismatch(
+                f"{other.path}: {name} {theirs}, but {cache.path} was made with {mine}; expected the same"
+            )
     require_per_token(other, config.loss_options)
     pairs = sources.pairs(other, config.scratch, world, tracker)
     if both := int(np.isin(pairs.table.keys, trained).sum()):
         tracker.note(
-            f"{both:,} of the {len(pairs.table):,} pairs of {other.path} are trained on too: they judge kindly"
+            f"{both:,} of the {len(pairs.table):,} pairs of {other.path} are trained on too, so the validation loss is too low"
         )
     return EvalSet(pairs, np.arange(len(pairs.table)))

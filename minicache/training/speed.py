@@ -1,5 +1,6 @@
 """What a step costs and what the device could do: memory, useful FLOPs, model FLOP utilisation."""
 
+import re
 import resource
 import sys
 from typing import Any
@@ -11,27 +12,61 @@ from torch.nn.parameter import Parameter
 from minicache.pairs import PairTable
 from minicache.scoring.batching import Indices
 
-# Dense bfloat16 matrix rate with float32 accumulation, FLOP/s, from the makers' data sheets. By a part of the device's name.
+# Dense bfloat16 matrix rate with float32 accumulation, FLOP/s; half of what the makers state "with sparsity". Sources: NVIDIA's
+# data sheets of B200, H100, H200, H20, A100, A30, A10, A40, L40S, L40, L4, and its architecture papers "RTX Blackwell", "Ada" and
+# "Ampere GA102", appendices. SUPER, D and Ti cards without a row there: twice the float32 rate, as all rows of theirs are.
 PEAKS = {
+    "B200": 2250e12,
     "H200": 989e12,
-    "H100 PCIe": 756e12,
+    "H200 NVL": 835.5e12,
+    "GH200": 989e12,
     "H100": 989e12,
-    "A100": 312e12,
-    "A800": 312e12,
+    "H100 NVL": 835.5e12,
+    "H100 PCIe": 756e12,
     "H800": 989e12,
+    "H800 PCIe": 756e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A100 PCIe": 312e12,
+    "A800": 312e12,
+    "A800 PCIe": 312e12,
+    "A40": 149.7e12,
+    "A30": 165e12,
+    "A10": 125e12,
     "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
     "RTX 5090": 209.5e12,
+    "RTX 5080": 112.6e12,
+    "RTX 5070 Ti": 87.9e12,
+    "RTX 5070": 61.7e12,
     "RTX 4090": 165.2e12,
+    "RTX 4090 D": 147.1e12,
+    "RTX 4080 SUPER": 104.4e12,
+    "RTX 4080": 97.5e12,
+    "RTX 4070 Ti SUPER": 88.2e12,
+    "RTX 4070 Ti": 80.2e12,
+    "RTX 4070 SUPER": 71e12,
+    "RTX 4070": 58.3e12,
+    "RTX 3090 Ti": 80e12,
     "RTX 3090": 71e12,
 }
+BY_NAME = {name.casefold(): peak for name, peak in PEAKS.items()}
+# Words of a device's name that change no rate: the makers', memory, the socket that a data sheet's first column is of.
+UNIMPORTANT = re.compile(r"nvidia|geforce|\d+gb|hbm\d\w*|sxm\d*")
 
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:
     """FLOP/s of the device in half precision; None where it is not known."""
     if device.type != "cuda" or dtype == "float32":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAKS.items() if part in name), None)
+    return peak_of(torch.cuda.get_device_name(device))
+
+
+def peak_of(name: str) -> float | None:
+    """FLOP/s of the card with just this name: a Laptop's, a Ti's or a part of a card is another than the card's."""
+    words = re.split(r"[\s-]+", name.casefold())
+    return BY_NAME.get(" ".join(word for word in words if not UNIMPORTANT.fullmatch(word)))
 
 
 def memory_gb(device: torch.device) -> float:

@@ -1,5 +1,6 @@
 """One optimizer step: the pairs it takes, their gradients over micro-batches and processes, the update."""
 
+import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -69,7 +70,8 @@ def take_step(run: Run, training: Training, mine: Share) -> torch.Tensor:
     _accumulate(run, training, replace(run.objective, beta=beta_of(run, step)), mine)
     scaler.unscale_(optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+    # 0: no clipping; the norm is logged all the same
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     scaler.step(optimizer)
     scaler.update()

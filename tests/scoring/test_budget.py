@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from minicache.options.train import TrainConfig
 from minicache.pairs import PairTable
 from minicache.scoring import budget
 from minicache.scoring.attention import use_spans
-from minicache.scoring.budget import MOST, _saved, free_bytes, job_bytes, slot_bytes, training_budget
+from minicache.scoring.budget import MOST, RESERVE, _saved, free_bytes, job_bytes, slot_bytes, training_budget
+from minicache.scoring.head import CHUNK_NUMBERS
 from minicache.scoring.scorer import Scorer
 from minicache.scoring.tables import score_table
 from minicache.stages.train import train
@@ -59,6 +61,23 @@ def test_the_budget_follows_what_is_free(monkeypatch: pytest.MonkeyPatch) -> Non
     assert all(slots & (slots - 1) == 0 for slots in found), "powers of two: a little more free memory changes nothing"
 
 
+@pytest.mark.parametrize(("processes", "copies"), [(1, 1), (2, 2), (4, 2)])
+def test_the_buckets_of_ddp_hold_the_gradients_a_second_time(
+    monkeypatch: pytest.MonkeyPatch, processes: int, copies: int
+) -> None:
+    """Of each trained number its gradients and Adam's two moments are taken off, to the byte, before a slot is."""
+    scorer, table = scorer_and_table()
+    trained = sum(parameter.numel() for parameter in scorer.parameters())
+    vocabulary, width = 400, 32
+    fixed = trained * (4 * copies + 8) + 3 * 4 * CHUNK_NUMBERS["cpu"] + 4 * vocabulary * width
+    monkeypatch.setattr(budget, "slot_bytes", lambda *arguments: 1.0)
+    monkeypatch.setattr(budget, "MOST", {"cpu": 2**40})
+    for more, expected in ((100, 2**22), (-100, 2**21)):
+        free = (fixed + 2**22 + more) / RESERVE
+        monkeypatch.setattr(budget, "free_bytes", lambda device, processes, free=free: free)
+        assert training_budget(scorer, table, "adamw", False, CPU, processes) == expected
+
+
 def test_what_is_free_is_shared_by_the_processes() -> None:
     assert 0 < free_bytes(CPU, 4) < free_bytes(CPU) < float("inf")
 
@@ -72,7 +91,7 @@ def test_a_run_keeps_the_budget_it_found(ref_cache: Path, tmp_path: Path, monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("minicache.training.loop._log", killed)
+        patch.setattr("minicache.training.loop.log_step", killed)
         with pytest.raises(KeyboardInterrupt):
             train(config, one_process(), Silent())
     assert json.loads((tmp_path / "run/run.json").read_text())["token_budget"] == 64
@@ -100,6 +119,23 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does() -> None:
             assert np.isnan(means[kind][indices]).all(), "each pair once"
             means[kind][indices] = scores.logp_mean
     assert np.abs(means[Scorer] - means[Small]).max() < 1e-5
+
+
+def test_few_attempts_find_the_batch_that_fits() -> None:
+    """Half as large each time, and no larger again afterwards."""
+    sizes: list[int] = []
+
+    class Counted(Small):
+        def forward(self, batch, distribution=False):
+            sizes.append(batch.input_ids.numel())
+            return super().forward(batch, distribution)
+
+    model, table = tiny_llama(), PairTable.from_pairs(random_pairs(64), "int32")
+    use_spans(model)
+    list(score_table(Counted(model, "float32", "packed"), table, np.arange(64), None, CPU))
+    failed = [at for at, size in enumerate(sizes) if size > 60]
+    assert max(sizes) > 8 * 60 and 3 < len(failed) <= np.ceil(np.log2(max(sizes) / 60)) + 1
+    assert all(sizes[later] <= sizes[first] // 2 for first, later in pairwise(failed))
 
 
 def test_a_pair_that_alone_does_not_fit_is_an_error() -> None:

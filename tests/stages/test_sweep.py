@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minicache.cache.places.claims import FileClaim
 from minicache.commands import sweep as cli_sweep
 from minicache.commands.train import train as train_command
 from minicache.errors import ConfigError
@@ -24,6 +23,7 @@ from minicache.stages import sweep as stage
 from minicache.stages.sweep import sweep
 from minicache.stages.train import train
 from minicache.trackers import Silent
+from minicache.training.lock import RunLock
 from tests.conftest import make_rows, one_process, precompute_into, write_jsonl
 
 TIMES = ("tokens_per_second", "memory_gb")
@@ -124,7 +124,7 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(ref_cache: Path, tmp_path
     run(ref_cache, whole, lr=["1e-3,1e-2"])
     with pytest.raises(KeyboardInterrupt, match=r"lr-0.001: the state is saved; the same command goes on"):
         run(ref_cache, out, Listener(interrupt_at=1), lr=["1e-3,1e-2"])
-    assert not (out / "lr-0.01").exists() and not list(out.glob(".*.claim"))
+    assert not (out / "lr-0.01").exists() and not list(out.rglob(".lock"))
     report = run(ref_cache, out, lr=["1e-3,1e-2"])
     assert [result.state for result in report.runs] == ["done"] * 2
     for name in ("lr-0.001", "lr-0.01"):
@@ -153,13 +153,13 @@ def test_shards_divide_the_runs_among_them(ref_cache: Path, tmp_path: Path) -> N
         ("lr-0.001", "not begun"),
         ("lr-0.003", "not begun"),
     ]
-    claim = FileClaim(out / ".lr-0.003.claim")
-    assert claim.take(alone=True)  # as another job would that is at work on it
     listener = Listener()
-    report = run(ref_cache, out, listener, shard="1/2", **options)
+    (out / "lr-0.003").mkdir()
+    with RunLock(out / "lr-0.003") as lock:
+        assert lock.take()  # as another job would that is at work on it
+        report = run(ref_cache, out, listener, shard="1/2", **options)
     assert {result.name: result.state for result in report.runs}["lr-0.003"] == "not begun"
     assert "lr-0.003: another process is at work on it, and it is left to that one" in listener.notes
-    claim.remove()
     assert {result.state for result in run(ref_cache, out, shard="1/2", **options).runs} == {"done"}
 
 

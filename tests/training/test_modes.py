@@ -189,3 +189,17 @@ def test_what_a_mode_needs_is_asked_for_before_the_run_is_made(
     with pytest.raises(ConfigError, match="--compile: expected a C"):
         run(ref_cache, tmp_path / "run", compile=True)
     assert not (tmp_path / "run").exists()
+
+
+# --- clipping ---
+
+
+def test_no_clipping_is_a_norm_of_0(ref_cache: Path, tmp_path: Path) -> None:
+    """The norm is logged all the same, and the gradients are those that a norm never reached leaves as they are."""
+    for name, most in (("none", 0.0), ("far", 1e30), ("near", 1e-3)):
+        # without Adam's momentum a step would not depend on the gradient's size at all
+        run(ref_cache, tmp_path / name, max_grad_norm=most, max_steps=6)
+    assert (curve(tmp_path / "none", "grad_norm") > 0.01).all()
+    for name in ("loss", "grad_norm", "logps/chosen"):
+        assert np.array_equal(curve(tmp_path / "none", name), curve(tmp_path / "far", name))
+        assert not np.array_equal(curve(tmp_path / "none", name), curve(tmp_path / "near", name))

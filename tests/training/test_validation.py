@@ -19,6 +19,7 @@ from minicache.stages.train import TrainReport, train
 from minicache.trackers import Silent
 from minicache.training import checkpoints, loop
 from minicache.training import step as steps
+from minicache.training.pool import SAME_MODEL
 from tests.conftest import make_rows, one_process, precompute_into, tiny_llama, write_jsonl
 
 SFT = LossOptions(sft_weight=1.0)  # so that random answers have something to teach
@@ -131,6 +132,30 @@ def test_what_validation_says_is_what_evaluate_says_of_just_these_pairs(
     assert any(
         f"{held.sum()} of the {held.sum()} pairs of {alone} are trained on too" in text for text in listener.notes
     )
+
+
+@pytest.mark.parametrize("beta", [0.05, 1.0])
+def test_where_beta_changes_every_validation_is_by_the_beta_at_the_end(
+    ref_cache: Path, model_dir: Path, data_file: Path, tmp_path: Path, beta: float
+) -> None:
+    """One scale for all of them, which `evaluate` takes too: the best is the best by it, and not by where beta was lowest."""
+    held = digests(ref_cache) < np.uint64(0.3 * 2**64)
+    alone = precompute_into(
+        tmp_path / "held", model_dir, write_jsonl(tmp_path / "held.jsonl", rows_of(data_file, ref_cache, held))
+    )
+    out, options = tmp_path / "run", ValidationOptions(holdout=0.3, eval_every=2)
+    settings = {"save_every": 2, "keep_last": 99, "lr": 5e-3, "loss_options": SFT}
+    run(ref_cache, out, validation=options, beta=0.3, beta_end=beta, **settings)
+    found = {line["step"]: line for line in lines(out) if "eval/loss" in line}
+    assert sorted(found) == [0, 2, 4, 6, 8] and {line["eval/beta"] for line in found.values()} == {beta}
+    assert len({line["beta"] for line in lines(out) if "beta" in line}) > 2
+    for step in set(found) & set(checkpoints.steps(out)):
+        report = evaluate(EvaluateConfig(str(checkpoints.place(out, step)), alone), one_process(), Silent())
+        assert report.settings["beta"] == beta
+        assert report.metrics["loss"] == pytest.approx(found[step]["eval/loss"], abs=1e-5)
+    assert len(checkpoints.steps(out)) >= 4
+    asked = evaluate(EvaluateConfig(str(out), alone, beta=0.3), one_process(), Silent())
+    assert asked.settings["beta"] == 0.3
 
 
 def test_validation_lines_come_at_their_steps_and_one_line_a_step(ref_cache: Path, tmp_path: Path) -> None:
@@ -251,6 +276,31 @@ def test_pairs_that_say_nothing_of_this_run_are_refused(
         run(ref_cache, tmp_path / "run", validation=ValidationOptions(eval_cache=few))
     with pytest.raises(CacheMismatch, match="not the pairs that this run was validated on before"):
         run(ref_cache, tmp_path / "run", resume=True, validation=ValidationOptions(eval_cache=ref_cache))
+
+
+@pytest.mark.parametrize("field", ["tokenizer", "template"])
+def test_pairs_of_another_tokenizer_or_template_are_refused(
+    ref_cache: Path, model_dir: Path, data_file: Path, tmp_path: Path, field: str
+) -> None:
+    other = shutil.copytree(model_dir, tmp_path / "tokenizer")
+    if field == "tokenizer":
+        file, old, new = other / "tokenizer.json", '"add_prefix_space": false', '"add_prefix_space": true'
+        text = json.dumps(json.loads(file.read_text()))
+    else:
+        file, old, new = other / "tokenizer_config.json", "<|im_start|>' + m", "<|im_start|> ' + m"
+        text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+    foreign = precompute_into(tmp_path / "foreign", model_dir, data_file, tokenizer=str(other))
+    same = {name for name in SAME_MODEL if identity(foreign, name) == identity(ref_cache, name)}
+    assert same == {*SAME_MODEL} - {field}
+    with pytest.raises(CacheMismatch, match=f"foreign: {field} .* expected the same"):
+        run(ref_cache, tmp_path / "run", validation=ValidationOptions(eval_cache=foreign))
+    assert not (tmp_path / "run").exists()
+
+
+def identity(cache: Path, name: str) -> object:
+    return getattr(ReferenceCache(cache).identity, name)
 
 
 @pytest.mark.parametrize("on_max_kl", ["warn", "stop"])

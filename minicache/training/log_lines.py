@@ -1,0 +1,91 @@
+"""The line of a logged step: means since the line before, what they cost, and whether they end the run."""
+
+import math
+import time
+
+import torch
+
+from minicache.errors import RunDiverged
+from minicache.trackers import Tracker
+from minicache.training.speed import memory_gb, peak_flops
+from minicache.training.state import Run, Training
+from minicache.training.step import beta_of
+
+
+def is_logged(run: Run, step: int) -> bool:
+    return step % run.config.log_every == 0 or step == run.steps - 1
+
+
+def log_step(run: Run, training: Training, norm: torch.Tensor, tracker: Tracker) -> str | None:
+    """Write the line of the step just done, if it has one. norm: of the step's gradient. Returns a reason to end the run, or None.
+
+    Raises:
+        RunDiverged: loss or gradient are no longer finite.
+    """
+    progress, step = training.progress, training.progress.step - 1
+    if not is_logged(run, step):
+        log_pending(training, step, tracker)
+        return None
+    metrics = _metrics(run, training, norm)
+    _check_finite(step, metrics, training.scaler)
+    progress.first, progress.last = progress.first or metrics, metrics
+    progress.last_step = step
+    tracker.log(step, metrics | progress.pending)
+    progress.pending = {}
+    return _check_kl(run, training, metrics["kl"], tracker)
+
+
+def log_pending(training: Training, step: int, tracker: Tracker) -> None:
+    """Write validated metrics that no line of training took along: one line a step is what trackers know to resume."""
+    if training.progress.pending:
+        tracker.log(step, training.progress.pending)
+        training.progress.pending = {}
+
+
+def _metrics(run: Run, training: Training, norm: torch.Tensor) -> dict[str, float]:
+    """Of the steps since the line before, which are counted anew from here."""
+    progress, config, step = training.progress, run.config, training.progress.step - 1
+    started = time.monotonic()
+    # waits for the device
+    metrics = training.means.reduce(run.world)
+    progress.seconds += time.monotonic() - started
+    metrics |= {
+        "lr": training.optimizer.param_groups[0]["lr"],
+        "beta": beta_of(run, step),
+        "grad_norm": norm.item(),
+        "epoch": progress.step / -(-len(run.training) // config.batch_size),
+        "tokens": progress.total_tokens,
+        "tokens_per_second": progress.tokens / progress.seconds,
+        "memory_gb": memory_gb(run.world.device),
+    }
+    if peak := peak_flops(run.world.device, config.dtype):
+        # FLOPs are those of all processes, the peak is that of one device
+        metrics["mfu"] = progress.flops / progress.seconds / (peak * run.world.size)
+    if training.scaler.is_enabled():
+        metrics["grad_scale"] = training.scaler.get_scale()
+    progress.seconds, progress.tokens, progress.flops = 0.0, 0, 0.0
+    return metrics
+
+
+def _check_finite(step: int, metrics: dict[str, float], scaler: torch.amp.GradScaler) -> None:
+    """A gradient that overflowed in float16 was skipped, and the next is scaled down: no reason to end, unless that goes on."""
+    if scaler.is_enabled() and not math.isfinite(metrics["grad_norm"]) and metrics["grad_scale"] >= 1:
+        del metrics["grad_norm"]
+    if not all(math.isfinite(metrics.get(name, 0.0)) for name in ("loss", "grad_norm")):
+        raise RunDiverged(
+            f"step {step}: loss {metrics['loss']}, gradient norm {metrics.get('grad_norm', math.nan)}: the run has diverged; "
+            "expected finite numbers. Try a lower --lr or --beta; no model was saved"
+        )
+
+
+def _check_kl(run: Run, training: Training, kl: float, tracker: Tracker) -> str | None:
+    most = run.config.max_kl
+    if most is None or kl <= most:
+        return None
+    text = f"the policy has moved {kl:.3g} nats a token from the reference, more than --max-kl {most:g}"
+    if run.config.on_max_kl == "stop":
+        return text
+    if not training.progress.warned:
+        training.progress.warned = True
+        tracker.note(f"step {training.progress.step - 1}: {text}")
+    return None

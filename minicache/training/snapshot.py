@@ -1,0 +1,101 @@
+"""What a run's checkpoint holds: made of a training under way, and put back into a new one."""
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from minicache.models import save_model
+from minicache.options.catalog import OPTIMIZERS
+from minicache.processes.world import World
+from minicache.training import checkpoints
+from minicache.training.metrics import Means
+from minicache.training.optim import make_optimizer
+from minicache.training.pool import digest_of
+from minicache.training.progress import Progress
+from minicache.training.shards import optimizer_tensors, set_optimizer_tensors, trainable, whole_weights
+from minicache.training.state import Run, Training
+
+
+def begin(run: Run, resumed: dict[str, Any] | None) -> Training:
+    """What the first step finds, or the step after the checkpoint `resumed`.
+
+    Raises:
+        OutputError: the checkpoint cannot be read.
+    """
+    config, device = run.config, run.world.device
+    optimizer = make_optimizer(run.scorer.model, config.optimizer, config.lr, config.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
+    means, progress = Means(device), Progress()
+    if resumed:
+        progress = checkpoints.progress_of(resumed)
+        _restore_optimizer(run, optimizer, progress.step, resumed)
+        try:
+            _restore(scaler, means, resumed, run.world)
+        except (RuntimeError, KeyError, TypeError) as error:
+            raise checkpoints.unreadable(checkpoints.place(config.out, progress.step), error) from error
+    return Training(
+        optimizer=optimizer,
+        scaler=scaler,
+        means=means,
+        progress=progress,
+        forward=trainable(run.scorer, run.world),
+        saver=checkpoints.Saver(config.out, run.world, config.async_save),
+    )
+
+
+def _restore_optimizer(run: Run, optimizer: torch.optim.Optimizer, step: int, state: dict[str, Any]) -> None:
+    if state["optimizer"]:
+        try:
+            optimizer.load_state_dict(state["optimizer"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise checkpoints.unreadable(checkpoints.place(run.config.out, step), error) from error
+    elif step:
+        tensors = optimizer_tensors(run.scorer, optimizer)
+        checkpoints.load_optimizer(run.config.out, step, tensors, run.world)
+        set_optimizer_tensors(run.scorer, optimizer, tensors)
+
+
+def _restore(scaler: torch.amp.GradScaler, means: Means, state: dict[str, Any], world: World) -> None:
+    scaler.load_state_dict(state["scaler"])
+    torch.set_rng_state(state["rng"])
+    # sums over all processes
+    if world.is_main:
+        means.sums.copy_(state["means"])
+
+
+def save(run: Run, training: Training) -> None:
+    """A checkpoint of this moment; older ones beyond --keep-last go, the best stays."""
+    progress, config = training.progress, run.config
+    sums = run.world.sum(training.means.sums.clone())
+    progress.saved = progress.step
+    by_name = OPTIMIZERS[config.optimizer].by_name
+    state = {
+        "optimizer": None if by_name else training.optimizer.state_dict(),
+        "scaler": training.scaler.state_dict(),
+        "progress": asdict(progress),
+        "means": sums.cpu(),
+        "rng": torch.get_rng_state(),
+        **pairs_of(run),
+    }
+    model, tokenizer = run.scorer.model, run.cache.tokenizer_dir
+    weights = whole_weights(model) if run.scorer.lockstep or config.async_save else None
+    tensors = optimizer_tensors(run.scorer, training.optimizer) if by_name and progress.step else {}
+    best = () if progress.best_step is None else (progress.best_step,)
+    training.saver.save(
+        progress.step,
+        state,
+        tensors,
+        lambda place: save_model(model, tokenizer, place, weights),
+        lambda steps: (*steps[-config.keep_last :], *best),
+    )
+
+
+def pairs_of(run: Run) -> dict[str, Any]:
+    """Which pairs a run is trained and validated on: what a resumed run must find again."""
+    return {
+        "cache": run.cache.identity.digest,
+        "pairs": len(run.training),
+        "training": digest_of(run.training, run.cached.table),
+        "held_out": run.held_out and run.held_out.digest,
+    }

@@ -1,0 +1,102 @@
+"""A burst of signals while a process stops: it saves, says one line and ends with 130, whatever moment they come at."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from minicache.processes.signals import ONE_REQUEST, Interruptible, StopFlag
+from minicache.training import checkpoints
+
+BURST = 50
+
+
+def start(*words: object) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "minicache", *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # ignored where pytest runs in the background
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+def burst(process: subprocess.Popen, seconds: float) -> tuple[int, str]:
+    """So many signals within these seconds, or until it has ended; its exit code and what it said."""
+    for _ in range(BURST):
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGINT)
+        time.sleep(seconds / BURST)
+    _, stderr = process.communicate(timeout=60)
+    return process.returncode, " ".join(stderr.split())
+
+
+def train_until(lines: int, ref_cache: Path, out: Path, *more: object) -> subprocess.Popen:
+    options = ("--batch-size", 8, "--log-every", 1, "--epochs", 4000, "--tokens-per-micro-batch", 256)
+    process = start("train", "--ref-cache", ref_cache, "--out", out, *options, *more)
+    journal = out / "metrics.jsonl"
+    while not journal.exists() or len(journal.read_text().splitlines()) < lines:
+        time.sleep(0.02)
+        assert process.poll() is None, process.communicate()[1]
+    return process
+
+
+@pytest.mark.parametrize("seconds", [0.2, 0.9])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_burst_ends_a_run_with_130_and_its_state_saved(
+    ref_cache: Path, tmp_path: Path, seconds: float, processes: int
+) -> None:
+    out = tmp_path / "run"
+    process = train_until(3, ref_cache, out, "--nproc", processes)
+    code, said = burst(process, seconds)
+    assert code == 130 and "Traceback" not in said, said
+    assert "--resume goes on" in said and len(checkpoints.steps(out)) == 1
+
+
+def exit_code(*lines: str) -> int:
+    """Of a process that runs these lines within CommandLine's context."""
+    script = ["import signal, time", "from minicache.processes.signals import CommandLine, Interruptible"]
+    script += ["with CommandLine():", *(f"    {line}" for line in lines)]
+    return subprocess.run([sys.executable, "-c", "\n".join(script)], timeout=60).returncode
+
+
+INTERRUPTED = ("try:", "    with Interruptible(): signal.raise_signal(signal.SIGINT)", "except KeyboardInterrupt: pass")
+SIGNAL = "signal.raise_signal(signal.SIGINT)"
+
+
+def test_a_process_that_is_leaving_ends_at_once_only_when_it_is_asked_again() -> None:
+    assert exit_code(*INTERRUPTED, SIGNAL, SIGNAL, "raise SystemExit(5)") == 5
+    assert exit_code(*INTERRUPTED, f"time.sleep({ONE_REQUEST + 0.2})", SIGNAL, "raise SystemExit(5)") == 130
+
+
+def test_copies_of_a_request_do_not_kill_a_process_in_its_last_moments() -> None:
+    """Python takes its own handlers down before it calls what was registered first."""
+    last = "class Last:\n        def __del__(self): signal.raise_signal(signal.SIGINT)"
+    assert exit_code(last, "kept = Last()", *INTERRUPTED, "raise SystemExit(5)") == 5
+
+
+@pytest.mark.parametrize("before", [(), ("with Interruptible(): pass",)])
+def test_before_and_after_all_work_a_signal_ends_the_process(before: tuple[str, ...]) -> None:
+    assert exit_code(*before, SIGNAL, "raise SystemExit(5)") == 130
+
+
+def test_a_signal_that_comes_within_a_destructor_is_not_lost(capfd: pytest.CaptureFixture[str]) -> None:
+    """Python drops what is raised there, with a traceback."""
+    noisy = "class Noisy:\n        def __del__(self): signal.raise_signal(signal.SIGTERM)"
+    work = ("try:", "    with Interruptible():", "        Noisy()", "        for _ in range(1000): time.sleep(0.01)")
+    assert exit_code(noisy, *work, "except KeyboardInterrupt: raise SystemExit(6)") == 6
+    assert capfd.readouterr().err == ""
+
+
+def test_what_an_inner_context_has_heard_the_one_around_it_has_heard_too() -> None:
+    """A copy that comes after the first context is no second request."""
+    with Interruptible() as outer:
+        with StopFlag() as inner:
+            signal.raise_signal(signal.SIGTERM)
+        assert inner and outer.since == inner.since
+        signal.raise_signal(signal.SIGTERM)

@@ -1,0 +1,171 @@
+"""Somebody else's run directory: `train --resume` reads what its checkpoints say, and runs none of it."""
+
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+
+from minicache.errors import OutputError
+from minicache.training import checkpoints
+from minicache.training.shard_index import INDEX, read_index
+from tests.training.test_resume import killed_at, run
+
+
+class Evil:
+    """Makes a file when it is unpickled by somebody who trusts it."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.marker,)
+
+
+@pytest.fixture(scope="module")
+def stopped(ref_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was killed after a checkpoint."""
+    out = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        killed_at(patch, 41, ref_cache, out)
+    return out
+
+
+@pytest.fixture
+def theirs(stopped: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(stopped, tmp_path / "run")
+
+
+def newest(out: Path) -> Path:
+    return checkpoints.place(out, checkpoints.steps(out)[-1])
+
+
+def index_of(out: Path) -> tuple[Path, Metadata]:
+    file = newest(out) / checkpoints.OPTIMIZER / INDEX
+    return file, pickle.loads(file.read_bytes())
+
+
+def whole_is_evil(index: Metadata, marker: Path) -> Any:
+    return Evil(marker)
+
+
+def plan_is_evil(index: Metadata, marker: Path) -> Any:
+    index.planner_data = Evil(marker)
+    return index
+
+
+def outside(marker: Path) -> Path:
+    """A copy of the shard outside the run directory, which torch would read without a word."""
+    (shard,) = marker.parent.glob("run/checkpoints/*/optimizer/__0_0.distcp")
+    return shutil.copy(shard, marker.parent / "outside.distcp")
+
+
+def path_is_evil(index: Metadata, marker: Path) -> Any:
+    next(iter(index.storage_data.values())).relative_path = f"../../../../{outside(marker).name}"
+    return index
+
+
+def absolute_path(index: Metadata, marker: Path) -> Any:
+    next(iter(index.storage_data.values())).relative_path = str(outside(marker))
+    return index
+
+
+def bytes_are_evil(index: Metadata, marker: Path) -> Any:
+    """An entry that torch would read by torch.load, with everything allowed."""
+    name = next(iter(index.state_dict_metadata))
+    index.state_dict_metadata[name] = BytesStorageMetadata()
+    return index
+
+
+def transformed(index: Metadata, marker: Path) -> Any:
+    next(iter(index.storage_data.values())).transform_descriptors = ["zstd"]
+    return index
+
+
+def negative(index: Metadata, marker: Path) -> Any:
+    next(iter(index.storage_data.values())).offset = -1
+    return index
+
+
+CRAFTED = [whole_is_evil, plan_is_evil, path_is_evil, absolute_path, bytes_are_evil, transformed, negative]
+
+
+@pytest.mark.parametrize("craft", CRAFTED)
+def test_a_crafted_index_is_refused_and_nothing_in_it_runs(
+    theirs: Path, ref_cache: Path, tmp_path: Path, craft: Callable[[Metadata, Path], Any]
+) -> None:
+    marker = tmp_path / "marker"
+    file, index = index_of(theirs)
+    file.write_bytes(pickle.dumps(craft(index, marker)))
+    with pytest.raises(OutputError, match="the checkpoint cannot be read") as error:
+        run(ref_cache, theirs, resume=True)
+    assert "\n" not in str(error.value) and str(file.parent) in str(error.value)
+    assert not marker.exists()
+
+
+def test_nothing_in_an_index_changes_torchs_own_classes(tmp_path: Path) -> None:
+    """A pickle may set attributes of what it names, of a class as well."""
+    file, before = tmp_path / INDEX, TensorStorageMetadata.__init__
+    for name in ("TensorStorageMetadata", "TensorProperties", "MetadataIndex"):
+        named = f"ctorch.distributed.checkpoint.metadata\n{name}\n".encode()
+        file.write_bytes(named + b"(N}S'__init__'\nI1\nstb.")
+        with pytest.raises(ValueError, match="metadata"):
+            read_index(file)
+        file.write_bytes(named + b"}S'__init__'\nI1\nsb.")
+        with pytest.raises(ValueError, match="metadata"):
+            read_index(file)
+    assert TensorStorageMetadata.__init__ is before
+
+
+def test_what_is_read_of_an_honest_index_is_what_torch_reads(stopped: Path) -> None:
+    file, theirs = index_of(stopped)
+    ours = read_index(file)
+    assert ours.state_dict_metadata == theirs.state_dict_metadata and ours.storage_data == theirs.storage_data
+    assert len(ours.storage_data) > 10
+
+
+@pytest.mark.parametrize("cut", [0, 1, 100, 1000])
+def test_an_index_that_was_cut_is_refused(theirs: Path, ref_cache: Path, cut: int) -> None:
+    file, _ = index_of(theirs)
+    file.write_bytes(file.read_bytes()[:cut])
+    with pytest.raises(OutputError, match="the checkpoint cannot be read"):
+        run(ref_cache, theirs, resume=True)
+
+
+@pytest.mark.parametrize("name", sorted(checkpoints.ENTRIES))
+@pytest.mark.parametrize("kind", ["evil", "absent", "list"])
+def test_a_crafted_state_is_refused_and_nothing_in_it_runs(
+    theirs: Path, ref_cache: Path, tmp_path: Path, name: str, kind: str
+) -> None:
+    marker, file = tmp_path / "marker", newest(theirs) / checkpoints.STATE
+    state = torch.load(file, weights_only=True)
+    del state[name]
+    if kind != "absent":
+        state[name] = Evil(marker) if kind == "evil" else [1, 2]
+    torch.save(state, file)
+    with pytest.raises(OutputError, match="the checkpoint cannot be read") as error:
+        run(ref_cache, theirs, resume=True)
+    assert "\n" not in str(error.value) and not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"progress": {"step": 3}},
+        {"progress": {"step": -4}},
+        {"progress": {"step": 4, "best": "low"}},
+        {"means": torch.zeros(3)},
+        {"rng": torch.zeros(3)},
+        {"optimizer": {"state": {}}},
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused(theirs: Path, ref_cache: Path, change: dict[str, Any]) -> None:
+    file = newest(theirs) / checkpoints.STATE
+    torch.save({**torch.load(file, weights_only=True), **change}, file)
+    with pytest.raises(OutputError, match="the checkpoint cannot be read") as error:
+        run(ref_cache, theirs, resume=True)
+    assert "\n" not in str(error.value)
