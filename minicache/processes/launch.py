@@ -14,7 +14,7 @@ from minicache.processes.signals import INTERRUPTED, StopFlag
 class PassOn(StopFlag):
     """Within this context every request to stop goes to the children, which save and end."""
 
-    def __init__(self, children: list[subprocess.Popen]) -> None:
+    def __init__(self, children: list[subprocess.Popen[bytes]]) -> None:
         super().__init__()
         self.children = children
 
@@ -34,7 +34,7 @@ def launch(processes: int, arguments: list[str]) -> int:
     Raises:
         ProcessLost: one was killed from outside, which it could not say itself.
     """
-    children: list[subprocess.Popen] = []
+    children: list[subprocess.Popen[bytes]] = []
     with PassOn(children) as asked:
         try:
             _start(children, processes, arguments)
@@ -46,7 +46,7 @@ def launch(processes: int, arguments: list[str]) -> int:
             _end(children)
 
 
-def _start(children: list[subprocess.Popen], processes: int, arguments: list[str]) -> None:
+def _start(children: list[subprocess.Popen[bytes]], processes: int, arguments: list[str]) -> None:
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // processes))
     shared = {
         "MASTER_ADDR": "127.0.0.1",
@@ -60,7 +60,7 @@ def _start(children: list[subprocess.Popen], processes: int, arguments: list[str
         children.append(subprocess.Popen([sys.executable, "-m", "minicache", *arguments], env=environment))
 
 
-def _wait(children: list[subprocess.Popen], asked: StopFlag) -> int:
+def _wait(children: list[subprocess.Popen[bytes]], asked: StopFlag) -> int:
     """The exit code of all. Once asked to stop, each may take its time to save."""
     while any(child.poll() is None for child in children) and (asked or not any(child.poll() for child in children)):
         time.sleep(0.1)
@@ -81,7 +81,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _end(children: list[subprocess.Popen]) -> None:
+def _end(children: list[subprocess.Popen[bytes]]) -> None:
     deadline = time.monotonic() + 10
     for child in children:
         if child.poll() is None:
