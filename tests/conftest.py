@@ -3,9 +3,9 @@
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -15,8 +15,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # and sums in one order are the same sums everywhere.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+    from minicache.processes.world import World
+
 SHARED = Path(__file__).parents[2] / "shared"
 Original = Callable[[str], Path]
+Cli = Callable[..., tuple[int, str, str]]
+Row = dict[str, Any]
+Place = TypeVar("Place", Path, str)
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -100,7 +108,7 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def tiny_llama(vocabulary: int = 400, seed: int = 0):
+def tiny_llama(vocabulary: int = 400, seed: int = 0) -> "LlamaForCausalLM":
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -131,7 +139,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> 
     return directory
 
 
-def make_rows(count: int, seed: int = 0) -> list[dict]:
+def make_rows(count: int, seed: int = 0) -> list[Row]:
     """Preference pairs in MiniMind's form: random words, every third with three turns of prompt."""
     import numpy as np
 
@@ -151,7 +159,7 @@ def make_rows(count: int, seed: int = 0) -> list[dict]:
     return rows
 
 
-def write_jsonl(file: Path, rows: list[dict]) -> Path:
+def write_jsonl(file: Path, rows: Sequence[object]) -> Path:
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return file
 
@@ -168,7 +176,7 @@ def ref_cache(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, data_fi
     return precompute_into(tmp_path_factory.mktemp("cache") / "ref", model_dir, data_file)
 
 
-def precompute_into(path: Path | str, model: Path, *data: Path, **options) -> Any:
+def precompute_into(path: Place, model: Path, *data: Path, **options: Any) -> Place:
     from minicache.options.stage_one import PrecomputeConfig
     from minicache.stages.precompute import precompute
     from minicache.trackers import Silent
@@ -178,7 +186,7 @@ def precompute_into(path: Path | str, model: Path, *data: Path, **options) -> An
     return path
 
 
-def one_process():
+def one_process() -> "World":
     import torch
 
     from minicache.processes.world import World
@@ -187,7 +195,7 @@ def one_process():
 
 
 @pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
     """Run the command line in this process: (exit code, stdout, stderr)."""
     from typer.testing import CliRunner
 

@@ -53,9 +53,9 @@ def test_by_digest(ref_cache: Path) -> None:
     assert 7 not in cache
     for wrong in (b"short", "no hex", None):
         with pytest.raises(ValueError, match="expected a digest"):
-            cache.find(wrong)
+            cache.find(wrong)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="expected a position"):
-        cache[1:3]
+        cache[1:3]  # type: ignore[index]
 
 
 def test_everything_at_once(ref_cache: Path) -> None:

@@ -43,7 +43,7 @@ def test_report_reads_every_answer_that_compare_writes(tmp_path: Path) -> None:
     config = CompareConfig("policy", prompt=("x",), jsonl=run / "answers.jsonl")
     compare._write(answers, config, {"reference": "r", "policy": "p"})
     read = read_answers(run / "answers.jsonl")
-    assert [(row["prompt"], row["reference"], row["policy"]) for row in read] == [
+    assert [(row.prompt, row.sides["reference"][0], row.sides["policy"][0]) for row in read] == [
         (text, text, text[::-1]) for text in said
     ]
     assert f"{len(said)}. one" not in write_run_page(ReportConfig(run)).read_text(encoding="utf-8")

@@ -10,13 +10,13 @@ from minicache.scoring.batching import balance, by_length
 from minicache.training.order import Mixture, global_batches, pairs_in, shares, training_steps
 
 
-def random_sides(random: np.random.Generator) -> list[np.ndarray]:
+def random_sides(random: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Few distinct ids, so that beginnings agree for a while, in ids, in mask, or in both."""
-    sides = []
-    for _ in range(2):
-        length = random.integers(1, 9)
-        sides += [random.integers(0, 2, length).astype(np.int32), random.integers(0, 2, length).astype(np.uint8)]
-    return sides
+    chosen, rejected = (
+        (random.integers(0, 2, length).astype(np.int32), random.integers(0, 2, length).astype(np.uint8))
+        for length in (random.integers(1, 9) for _ in range(2))
+    )
+    return *chosen, *rejected
 
 
 PAIRS = [EncodedPair.join(*random_sides(np.random.default_rng(seed)), source=(0, seed)) for seed in range(300)]

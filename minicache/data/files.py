@@ -12,9 +12,9 @@ from typing import Any
 from minicache.errors import DataError, RowRefused
 
 if sys.version_info >= (3, 14):
-    from compression import zstd
+    from compression import zstd as zstd
 else:
-    from backports import zstd
+    from backports import zstd as zstd
 
 # Most characters of a row or a text in it: four million tokens at four characters each.
 MOST_ROW = 2**24

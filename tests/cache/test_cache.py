@@ -21,6 +21,7 @@ from minicache.cache.places.opening import claimed
 from minicache.cache.reader import ReferenceCache
 from minicache.cache.schema import RefBlock, array_specs
 from minicache.cache.writer import CacheWriter
+from minicache.disk import flush_to_disk
 from minicache.errors import (
     CacheDamaged,
     CacheError,
@@ -45,12 +46,12 @@ def random_table(count: int, seed: int, vocabulary: int = 400) -> PairTable:
     pairs = []
     for line in range(count):
         prefix = random.integers(0, vocabulary, random.integers(1, 8))
-        sides = []
+        sides: list[np.ndarray] = []
         for _ in range(2):
             rest = random.integers(0, vocabulary, random.integers(1, 20))
             ids = np.concatenate([prefix, rest]).astype(np.int32)
             sides += [ids, (np.arange(len(ids)) >= len(prefix)).astype(np.uint8)]
-        pairs.append(EncodedPair.join(*sides, source=(0, 10 * seed + line + 1)))
+        pairs.append(EncodedPair.join(sides[0], sides[1], sides[2], sides[3], source=(0, 10 * seed + line + 1)))
     return PairTable.from_pairs(pairs, "uint16" if vocabulary <= 65535 else "int32")
 
 
@@ -113,7 +114,9 @@ def test_what_is_written_comes_back(
         assert getattr(table, column).dtype == getattr(expected, column).dtype
     assert np.array_equal(scores.logp_mean, np.concatenate([block.logp_mean for _, block in written]))
     if per_token:
-        per_token_logps = np.concatenate([block.token_logps for _, block in written])
+        kept = [block.token_logps for _, block in written if block.token_logps is not None]
+        per_token_logps = np.concatenate(kept)
+        assert scores.token_logps is not None
         assert np.array_equal(scores.token_logps, per_token_logps, equal_nan=True)
     assert not list(ReferenceCache(tmp_path / "cache").verify())
 
@@ -137,12 +140,12 @@ def test_a_chunk_of_token_logprobs_that_are_all_nan_is_no_damage(
     build(tmp_path / "cache")
     cache = CacheWriter(tmp_path / "cache")
     scores = cache.blocks.ref(1)
+    assert scores.token_logps is not None
     scores.token_logps[-(len(scores.token_logps) % 16 or 16) :] = np.nan
     cache.write_ref(1, scores)
     assert len(list((tmp_path / "cache/ref/token_logps/c/1").iterdir())) == len(scores.token_logps) // 16
-    assert np.array_equal(
-        ReferenceCache(tmp_path / "cache").blocks.ref(1).token_logps, scores.token_logps, equal_nan=True
-    )
+    again = ReferenceCache(tmp_path / "cache").blocks.ref(1).token_logps
+    assert again is not None and np.array_equal(again, scores.token_logps, equal_nan=True)
 
 
 def test_pairs_are_found_by_position(store: Path) -> None:
@@ -150,6 +153,7 @@ def test_pairs_are_found_by_position(store: Path) -> None:
     table, scores = cache.load()
     for index in range(11):
         pair, logps = cache.blocks.pair(index)
+        assert logps is not None
         assert pair.digest == table[index].digest and np.array_equal(logps, scores.logp_mean[index])
     with pytest.raises(CacheError, match="no pair 11; the cache holds 11"):
         cache.blocks.pair(11)
@@ -179,7 +183,7 @@ def flip(file: Path) -> None:
     file.write_bytes(data)
 
 
-DAMAGE = {
+DAMAGE: dict[str, Callable[[Path], object]] = {
     "flip": flip,
     "truncate": lambda file: file.write_bytes(file.read_bytes()[:-3]),
     "empty": lambda file: file.write_bytes(b""),
@@ -270,7 +274,7 @@ def edit(store: Path, change: Callable[[Any], object], name: str = "zarr.json") 
     ],
 )
 def test_an_edited_manifest_is_refused(
-    store: Path, change: Callable[[dict], object], error: type[CacheError], message: str
+    store: Path, change: Callable[[dict[str, Any]], object], error: type[CacheError], message: str
 ) -> None:
     edit(store, lambda content: change(content["attributes"]["minicache"]))
     with pytest.raises(error, match=message):
@@ -278,7 +282,7 @@ def test_an_edited_manifest_is_refused(
 
 
 def test_a_manifest_with_an_unknown_field_is_of_another_version(store: Path) -> None:
-    def add_field(content: dict) -> None:
+    def add_field(content: dict[str, Any]) -> None:
         manifest = content["attributes"]["minicache"]
         manifest["log"]["mood"] = "good"
         manifest["digest"] = digest_of({"identity": manifest["identity"], "log": manifest["log"]})
@@ -293,7 +297,8 @@ def test_every_field_of_an_identity_is_compared_and_named(name: str) -> None:
     said = ("here", ("found", "asked for"), "Ask for the same")
     IDENTITY.require(replace(IDENTITY), *said)
     value = getattr(IDENTITY, name)
-    other = replace(IDENTITY, **{name: f"{value}x" if isinstance(value, str) else value + 1})
+    changed: dict[str, Any] = {name: f"{value}x" if isinstance(value, str) else value + 1}
+    other = replace(IDENTITY, **changed)
     assert other.digest != IDENTITY.digest
     with pytest.raises(CacheMismatch, match=rf"here: {name} is {value}, asked for {getattr(other, name)}\. "):
         IDENTITY.require(other, *said)
@@ -328,7 +333,7 @@ def test_damaged_metadata_is_refused_by_name(store: Path, name: str, content: by
         {"shape": []},
     ],
 )
-def test_edited_array_metadata_is_refused(store: Path, change: dict) -> None:
+def test_edited_array_metadata_is_refused(store: Path, change: dict[str, Any]) -> None:
     edit(store, lambda content: content.update(change), "pairs/lengths/zarr.json")
     with pytest.raises(CacheDamaged, match="pairs/lengths"):
         ReferenceCache(store)
@@ -434,7 +439,7 @@ class Killed(Exception):
 def fail_at_step(monkeypatch: pytest.MonkeyPatch, step: int, error: Exception) -> list[str]:
     """From now on write or flush number `step`, from 0, fails with `error`, and so do all after it; returns those done before."""
     done: list[str] = []
-    set_, delete, flush = LocalStore.set, LocalStore.delete, places.flush_to_disk
+    set_, delete, flush = LocalStore.set, LocalStore.delete, flush_to_disk
 
     def note(what: str) -> None:
         if len(done) >= step:
@@ -526,8 +531,12 @@ def test_a_crash_while_a_block_is_redone_with_other_data_shows(store: Path) -> N
 def test_a_cache_grows_and_shrinks_and_a_crash_at_any_step_of_it_costs_nothing(store: Path) -> None:
     before, log = {file: file.read_bytes() for file in chunk_files(store)}, ReferenceCache(store).log
     for blocks, grow in ((5, True), (3, False)):
-        change = CacheWriter.grow if grow else CacheWriter.shrink
-        for _ in every_step(lambda blocks=blocks, change=change: change(CacheWriter(store), blocks), Killed()):
+
+        def change(blocks: int = blocks, grow: bool = grow) -> None:
+            writer = CacheWriter(store)
+            (writer.grow if grow else writer.shrink)(blocks)
+
+        for _ in every_step(change, Killed()):
             assert undone(store) <= {(what, block) for what in ("pairs", "ref") for block in (3, 4)}
         assert len(ReferenceCache(store).blocks) == blocks
     assert {file: file.read_bytes() for file in chunk_files(store)} == before

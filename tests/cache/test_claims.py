@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import has_fcntl
 
-from minicache.cache.places import claims
 from minicache.cache.places.claims import FileClaim, held
 from minicache.errors import OutputError
 
@@ -77,4 +77,4 @@ def test_shared_and_lone_claims_exclude_each_other_as_in_0_1_0(tmp_path: Path) -
         assert not claim.take(alone=True) and claim.take(alone=False)
         claim.release()
         fcntl.flock(old, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        assert not claim.take(alone=True) and not claim.take(alone=False) and claims.has_fcntl
+        assert not claim.take(alone=True) and not claim.take(alone=False) and has_fcntl

@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,8 @@ class Told(Silent):
 
 
 def assert_same(left: CachedPairs, right: CachedPairs) -> None:
-    for mine, its in zip(left, right, strict=True):
+    compared: Iterable[tuple[Any, Any]] = zip(left, right, strict=True)
+    for mine, its in compared:
         for item in fields(mine):
             a, b = getattr(mine, item.name), getattr(its, item.name)
             if a is None:

@@ -50,10 +50,11 @@ class Reader:
 
     def read(self, name: str, block: int) -> np.ndarray:
         _, pairs, tokens, _, _ = self.arrays["ledger/pairs"][block].read().result().tolist()
-        if name.startswith("ledger/"):
-            return self.arrays[name][block].read().result()
         row = self.arrays[name][block]
-        return row[: pairs if row.rank == 2 else tokens].read().result()
+        if not name.startswith("ledger/"):
+            row = row[: pairs if row.rank == 2 else tokens]
+        values: np.ndarray = row.read().result()
+        return values
 
     def ledger_rows(self, block: int) -> list[list[int]]:
         """Both rows of a block, from its data."""
@@ -149,9 +150,16 @@ def test_metadata_and_keys_are_those_of_the_page(cache: Path) -> None:
     most = 2 * BLOCK_PAIRS * MAX_LENGTH
     chunk = 1 << (most - 1).bit_length()
     token_type = "uint16" if reader.identity["vocabulary"] <= 65535 else "int32"
-    rows = {"lengths": ("int32", 3, -1), "digest": ("uint64", 2, 2**64 - 1), "source": ("int64", 2, -1)}
+    rows: dict[str, tuple[str, int, object]] = {
+        "lengths": ("int32", 3, -1),
+        "digest": ("uint64", 2, 2**64 - 1),
+        "source": ("int64", 2, -1),
+    }
     rows |= {"logp_mean": ("float32", 2, "NaN"), "token_count": ("int32", 2, -1)}
-    flat = {"tokens": (token_type, 65535 if token_type == "uint16" else -1), "loss_mask": ("uint8", 255)}
+    flat: dict[str, tuple[str, object]] = {
+        "tokens": (token_type, 65535 if token_type == "uint16" else -1),
+        "loss_mask": ("uint8", 255),
+    }
     flat["token_logps"] = ("float32", "NaN")
     plain = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
     zstd = {"name": "zstd", "configuration": {"level": 3, "checksum": False}}
@@ -159,6 +167,7 @@ def test_metadata_and_keys_are_those_of_the_page(cache: Path) -> None:
         group, name = array.split("/")
         found = json.loads((cache / array / "zarr.json").read_text())
         codecs, places = list(plain), "0/0"
+        fill: object
         if group == "ledger":
             kind, fill, shape, places = "int64", -1, [5], "0"
         elif name in flat:

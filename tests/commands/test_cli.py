@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from minicache.cli import expand_data
-from tests.conftest import make_rows, write_jsonl
+from tests.conftest import Cli, make_rows, write_jsonl
 
 
 def one_line(stderr: str) -> str:
@@ -27,7 +27,7 @@ def test_several_files_follow_one_data_option() -> None:
     assert expand_data(["--data=a", "b"]) == ["--data=a", "b"]
 
 
-def test_the_whole_story(cli, model_dir: Path, tmp_path: Path) -> None:
+def test_the_whole_story(cli: Cli, model_dir: Path, tmp_path: Path) -> None:
     """A path with spaces and Chinese characters, two files, and the four commands."""
     place = tmp_path / "我的 data"
     place.mkdir()
@@ -45,7 +45,7 @@ def test_the_whole_story(cli, model_dir: Path, tmp_path: Path) -> None:
     assert code == 0 and json.loads(stdout)[0]["prompt"] == "why not"
 
 
-def test_evaluate_takes_the_settings_of_the_run(cli, ref_cache: Path, tmp_path: Path) -> None:
+def test_evaluate_takes_the_settings_of_the_run(cli: Cli, ref_cache: Path, tmp_path: Path) -> None:
     options = ("--beta", "0.7", "--logps", "sum", "--loss", "hinge", "--sft-weight", "0.25", "--max-steps", "1")
     assert cli("train", "--ref-cache", ref_cache, "--out", tmp_path / "run", *options)[0] == 0
     _, stdout, _ = cli("evaluate", "--policy", tmp_path / "run", "--ref-cache", ref_cache, "--json")
@@ -56,7 +56,7 @@ def test_evaluate_takes_the_settings_of_the_run(cli, ref_cache: Path, tmp_path: 
     assert json.loads(stdout)["settings"]["beta"] == 0.2
 
 
-def test_an_inspection_is_stable_json(cli, ref_cache: Path) -> None:
+def test_an_inspection_is_stable_json(cli: Cli, ref_cache: Path) -> None:
     code, stdout, _ = cli("inspect-cache", ref_cache, "--json")
     found = json.loads(stdout)
     assert code == 0 and found["pairs"] == 40 and found["complete"] and found["identity"]["family"] == "llama"
@@ -64,7 +64,7 @@ def test_an_inspection_is_stable_json(cli, ref_cache: Path) -> None:
     assert code == 0 and json.loads(stdout)["line"]["index"] == 3
 
 
-def test_verify_passes_and_fails_by_exit_code(cli, ref_cache: Path, model_dir: Path, tmp_path: Path) -> None:
+def test_verify_passes_and_fails_by_exit_code(cli: Cli, ref_cache: Path, model_dir: Path, tmp_path: Path) -> None:
     code, stdout, _ = cli("inspect-cache", ref_cache, "--verify", "--model", model_dir)
     assert code == 0 and "as written" in stdout and "reproduces" in stdout
     cache = shutil.copytree(ref_cache, tmp_path / "cache")
@@ -100,7 +100,7 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_a_mistake_is_one_line_and_leaves_nothing(
-    cli, case: str, ref_cache: Path, model_dir: Path, data_file: Path, tmp_path: Path
+    cli: Cli, case: str, ref_cache: Path, model_dir: Path, data_file: Path, tmp_path: Path
 ) -> None:
     arguments, message = WRONG[case]
     places = {"CACHE": ref_cache, "MODEL": model_dir, "DATA": data_file, "NEW": tmp_path / "new"}
@@ -109,19 +109,19 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     assert not (tmp_path / "new").exists() and not list(tmp_path.iterdir())
 
 
-def test_an_exported_directory_is_open_to_whom_the_umask_lets_in(cli, model_dir: Path, tmp_path: Path) -> None:
+def test_an_exported_directory_is_open_to_whom_the_umask_lets_in(cli: Cli, model_dir: Path, tmp_path: Path) -> None:
     (usual := tmp_path / "usual").mkdir()
     assert cli("export", "--policy", model_dir, "--out", tmp_path / "policy")[0] == 0
     assert (tmp_path / "policy").stat().st_mode == usual.stat().st_mode
 
 
-def test_wrong_usage_is_exit_code_2(cli) -> None:
+def test_wrong_usage_is_exit_code_2(cli: Cli) -> None:
     assert cli("train")[0] == 2
     assert cli("train", "--no-such-option")[0] == 2
     assert cli("train", "--out", "absent")[0] == 2
 
 
-def test_version_and_help(cli) -> None:
+def test_version_and_help(cli: Cli) -> None:
     assert cli("--version")[1].strip() == "0.1.0"
     for command in ("precompute-ref", "train", "inspect-cache", "evaluate", "compare"):
         code, stdout, _ = cli(command, "--help")

@@ -1,5 +1,6 @@
 """Where the answer begins, what counts, what is cut: each against a plain computation on bytes or lists."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from minicache.data.formats import to_pair
 from minicache.data.records import Pair, Turn
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import RowRefused
-from tests.conftest import WORDS, make_rows
+from tests.conftest import WORDS, Row, make_rows
 from tests.data.test_tokenizers import LLAMA3, MARKED, MISTRAL, QWEN3, TEMPLATES, with_template
 from tests.references.conversations import assistant_mask, encode, shifted
 
@@ -62,7 +63,9 @@ def token_bytes(tokenizer: ChatTokenizer, token: int) -> bytes:
     added = tokenizer.backend.get_added_tokens_decoder()
     if token in added:
         return added[token].content.encode()
-    return bytes(ALPHABET[sign] for sign in tokenizer.backend.id_to_token(token))
+    signs = tokenizer.backend.id_to_token(token)
+    assert signs is not None
+    return bytes(ALPHABET[sign] for sign in signs)
 
 
 def plain_mask(tokenizer: ChatTokenizer, ids: list[int], pieces: Pieces) -> list[int]:
@@ -173,7 +176,9 @@ SAID = [
 
 
 @pytest.mark.parametrize("turns", SAID)
-def test_turns_are_told_apart_by_who_speaks_not_by_what_is_typed(chatml: ChatTokenizer, turns: tuple) -> None:
+def test_turns_are_told_apart_by_who_speaks_not_by_what_is_typed(
+    chatml: ChatTokenizer, turns: tuple[Turn, ...]
+) -> None:
     pair = Pair(turns[:-1], turns[-1:], (Turn("assistant", "something else"),), "f", 1)
     encoder = Encoder(chatml, 500, loss_on="assistant", special_text="allow")
     require_pieces(encoder, pair, 0, chatml_pieces(turns))
@@ -255,7 +260,7 @@ def test_loss_on_assistant_is_miniminds_mask_to_the_token(
     assert kept >= 10 and (refused > 0) == (max_length == 80)
 
 
-def hard_rows() -> list[dict]:
+def hard_rows() -> list[Row]:
     """Conversations of hard texts: every second one has a system turn, the rejected answer stands behind a think block."""
     rows = []
     for at in range(len(HARD)):
@@ -308,9 +313,10 @@ def test_the_reference_mask_counts_what_it_says(skipped: int) -> None:
 # --- truncation ---
 
 
-def plain_cut(
-    sides: list[tuple[list, list]], prompt: int, limit: int, how: str
-) -> str | tuple[list[tuple[list, list]], bool]:
+Ids = tuple[list[int], list[int]]  # and mask
+
+
+def plain_cut(sides: list[Ids], prompt: int, limit: int, how: str) -> str | tuple[list[Ids], bool]:
     """Reason of the refusal, or both sides as they are kept and whether anything was cut; prompt: tokens before answers."""
     sides = [(list(ids), list(mask)) for ids, mask in sides]
     longest = max(len(ids) for ids, _ in sides)
@@ -330,7 +336,8 @@ def plain_cut(
 @pytest.mark.parametrize("truncate", ["right", "left", "refuse"])
 @pytest.mark.parametrize("loss_on", ["response", "assistant"])
 def test_truncation_is_what_it_says(chatml: ChatTokenizer, truncate: str, loss_on: str) -> None:
-    random, seen = np.random.default_rng(7), set()
+    random = np.random.default_rng(7)
+    seen: set[object] = set()
     for line in range(1, 80):
         texts = [" ".join(random.choice(WORDS, random.integers(1, 14))) for _ in range(random.choice([1, 3]))]
         begin = " ".join(random.choice(WORDS, random.integers(0, 9)))  # answers that begin alike
@@ -352,7 +359,11 @@ def test_truncation_is_what_it_says(chatml: ChatTokenizer, truncate: str, loss_o
             kept = [(encoded.side(side)[0].tolist(), encoded.side(side)[1].tolist()) for side in (0, 1)]
             assert (kept, truncated) == expected
             seen.add(truncated)
-    outcomes = {"right": {True, "identical", "truncated-away"}, "left": {True, "identical"}, "refuse": {"too-long"}}
+    outcomes: dict[str, set[object]] = {
+        "right": {True, "identical", "truncated-away"},
+        "left": {True, "identical"},
+        "refuse": {"too-long"},
+    }
     assert seen == outcomes[truncate] | {False}
 
 
@@ -404,8 +415,9 @@ def test_results_come_in_the_order_of_rows_whatever_is_between(tokenizer_dir: Pa
     for line in range(1, 2 * CHUNK + 40):
         rows.append(pair_of(f"why {line}", line=line))
         if line % 7 == 0:
-            rows[-1] = RowRefused("broken-json", "x")
-            rows[-1].line = line
+            refused = RowRefused("broken-json", "x")
+            refused.line = line
+            rows[-1] = refused
         elif line % 7 == 1:
             rows[-1] = pair_of("two", "turns", line=line)
         elif line % 7 == 2:
@@ -423,7 +435,7 @@ def test_results_come_in_the_order_of_rows_whatever_is_between(tokenizer_dir: Pa
 def test_rows_are_taken_only_as_they_are_needed(chatml: ChatTokenizer) -> None:
     taken = []
 
-    def endless():
+    def endless() -> Iterator[Pair]:
         while True:
             taken.append(1)
             yield pair_of("why")

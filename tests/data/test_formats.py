@@ -13,16 +13,16 @@ from minicache.data.formats import FORMATS, to_pair
 from minicache.data.records import Pair, Turn
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import DataError, RowRefused
-from tests.conftest import make_rows, write_jsonl
+from tests.conftest import Row, make_rows, write_jsonl
 
 QUESTION, GOOD, BAD = "What is 你好?", "It is hello.", "Who knows"
 
 
-def turns(*pairs: tuple[str, str], role: str = "role", content: str = "content") -> list[dict]:
+def turns(*pairs: tuple[str, object], role: str = "role", content: str = "content") -> list[Row]:
     return [{role: who, content: text} for who, text in pairs]
 
 
-SINGLE = {
+SINGLE: dict[str, Row] = {
     "messages": {
         "chosen": turns(("user", QUESTION), ("assistant", GOOD)),
         "rejected": turns(("user", QUESTION), ("assistant", BAD)),
@@ -51,7 +51,7 @@ SINGLE = {
         "rejected": f"\n\nHuman: {QUESTION}\n\nAssistant: {BAD}",
     },
 }
-MULTI = {
+MULTI: dict[str, Row] = {
     "messages": {
         "chosen": turns(("user", "a"), ("assistant", "b"), ("user", QUESTION), ("assistant", GOOD)),
         "rejected": turns(("user", "a"), ("assistant", "b"), ("user", QUESTION), ("assistant", BAD)),
@@ -74,7 +74,7 @@ MULTI = {
 
 
 @pytest.mark.parametrize("rows", [SINGLE, MULTI], ids=["one turn", "several turns"])
-def test_rows_that_say_the_same_give_the_same_encoded_pair(rows: dict, tokenizer_dir: Path) -> None:
+def test_rows_that_say_the_same_give_the_same_encoded_pair(rows: dict[str, Row], tokenizer_dir: Path) -> None:
     encoder = Encoder(ChatTokenizer.load(tokenizer_dir), max_length=512)
     pairs = {name: to_pair(row, "f", 1) for name, row in rows.items()}
     assert len(set(pairs.values())) == 1
@@ -238,7 +238,9 @@ def test_no_line_breaks_the_reader(tmp_path: Path, line: str) -> None:
     _, (number, row) = read_rows(str(tmp_path / "x.jsonl"))
     assert number == 2
     with pytest.raises(RowRefused):
-        raise row if isinstance(row, RowRefused) else to_pair(row, "f", 2) and AssertionError
+        if isinstance(row, RowRefused):
+            raise row
+        to_pair(row, "f", 2)
 
 
 def cut(data: bytes) -> bytes:

@@ -67,7 +67,7 @@ def test_any_row_is_a_pair_or_refused_for_a_reason(row: object, format: str) -> 
 
 @quickly
 @given(st.one_of(st.binary(max_size=300), st.lists(ROW, max_size=4), st.lists(st.one_of(TEXT, st.binary(max_size=30)))))
-def test_any_file_is_read_or_refused(tmp_path: Path, content: bytes | list) -> None:
+def test_any_file_is_read_or_refused(tmp_path: Path, content: bytes | list[Any]) -> None:
     """Bytes; lines of rows; lines of anything; as a whole or compressed, sound or cut."""
     if isinstance(content, list):
         lines = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in content]
@@ -140,7 +140,7 @@ except DataError as error:
 
 
 def read_in_memory_of(megabytes: int, file: Path) -> list[str]:
-    command = [sys.executable, "-c", READ, file, str(megabytes * 2**20)]
+    command = [sys.executable, "-c", READ, str(file), str(megabytes * 2**20)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert not done.stderr, done.stderr
     return done.stdout.splitlines()
@@ -249,8 +249,8 @@ def test_files_that_are_none_of_a_caches_are_refused(ref_cache: Path, tmp_path: 
     elif what == "pipe":
         os.mkfifo(chunk)
     elif what == "giant":
-        with chunk.open("wb") as file:
-            file.truncate(2**40)
+        with chunk.open("wb") as giant:
+            giant.truncate(2**40)
     else:
         frame = zstd.compress(bytes(2**28))
         chunk.write_bytes(frame + checksum(frame))

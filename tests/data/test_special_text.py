@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import CacheMismatch, DataError, RowRefused
 from minicache.intake.prompts import read_prompts
 from minicache.options.others import CompareConfig
-from tests.conftest import TEMPLATE, make_rows, precompute_into, write_jsonl
+from tests.conftest import TEMPLATE, Row, make_rows, precompute_into, write_jsonl
 from tests.data.test_encode import SAID, chatml_pieces, hard_rows, pair_of, plain_mask
 from tests.data.test_tokenizers import TEMPLATES, with_template
 from tests.references.checkpoints import GENERATIONS
@@ -55,11 +56,14 @@ def as_plain(tokenizer: ChatTokenizer, text: str) -> list[int]:
 
 
 @pytest.mark.parametrize("turns", SAID)
-def test_what_is_typed_in_a_turn_is_encoded_as_text_and_masked_as_text(chatml: ChatTokenizer, turns: tuple) -> None:
+def test_what_is_typed_in_a_turn_is_encoded_as_text_and_masked_as_text(
+    chatml: ChatTokenizer, turns: tuple[Turn, ...]
+) -> None:
     """Against the turns encoded one by one: between special tokens of this tokenizer nothing depends on what is around."""
     pair = Pair(turns[:-1], turns[-1:], (Turn("assistant", "something else"),), "f", 1)
     ids, mask = Encoder(chatml, 500, loss_on="assistant").encode(pair)[0].side(0)
     start, end = (chatml.backend.token_to_id(name) for name in ("<|im_start|>", "<|im_end|>"))
+    assert start is not None and end is not None
     expected: list[int] = []
     for at, turn in enumerate(turns):
         break_ = as_plain(chatml, "\n") if at else []
@@ -106,7 +110,8 @@ def test_thoughts_stay_what_templates_look_for(tokenizer_dir: Path, tmp_path: Pa
     tokenizer = ChatTokenizer.load(tmp_path)
     pair = pair_of("why<|im_end|>", chosen="<think>\nhm\n</think>\n\nnot")
     ids, _ = Encoder(tokenizer, 500).encode(pair)[0].side(0)
-    assert [special_ids(tokenizer, ids).count(backend.token_to_id(tag)) for tag in ("<think>", "</think>")] == [1, 1]
+    special = [backend.id_to_token(token) for token in special_ids(tokenizer, ids)]
+    assert [special.count(tag) for tag in ("<think>", "</think>")] == [1, 1]
 
 
 # --- rows without such text ---
@@ -117,7 +122,7 @@ def test_other_rows_are_encoded_as_ever(minimind_tokenizers: dict[str, Path], ge
     require_usual_encoding(ChatTokenizer.load(minimind_tokenizers[generation]), [*make_rows(100), *hard_rows()])
 
 
-def require_usual_encoding(tokenizer: ChatTokenizer, rows: list[dict]) -> None:
+def require_usual_encoding(tokenizer: ChatTokenizer, rows: list[Row]) -> None:
     """By the way that all rows take, by that of none, and by the twin."""
     pairs = [to_pair(row, "f", line) for line, row in enumerate(rows, 1)]
     digests = []
@@ -161,7 +166,7 @@ def saved(backend: Tokenizer, place: Path, template: str = TEMPLATE) -> ChatToke
 @pytest.mark.parametrize("make", [metaspace, unigram])
 @pytest.mark.parametrize("flags", [{}, {"lstrip": True}, {"rstrip": True}, {"normalized": True}])
 def test_the_twin_finds_special_tokens_as_the_tokenizer_does(
-    tmp_path: Path, make: Callable[[], Tokenizer], flags: dict
+    tmp_path: Path, make: Callable[[], Tokenizer], flags: dict[str, Any]
 ) -> None:
     """Whitespace they take along, what stands before and after, ids beyond the vocabulary, plain added tokens between."""
     backend = make()
@@ -208,7 +213,7 @@ def test_what_stands_for_special_tokens_cannot_be_typed(chatml: ChatTokenizer) -
 
 # --- caches and commands ---
 
-OLD = {
+OLD: dict[str, Any] = {
     "format_version": FORMAT_VERSION, "weights": "w", "family": "llama", "tokenizer": "t", "template": "p", "vocabulary": 400,
     "max_length": 32, "truncate": "right", "loss_on": "response", "think": "keep", "dtype": "float32", "attention": "sdpa",
     "block_pairs": 4, "per_token": True,

@@ -3,6 +3,7 @@
 import json
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models
@@ -126,7 +127,7 @@ def with_template(tokenizer_dir: Path, place: Path, template: object, **config: 
     return ChatTokenizer.load(place)
 
 
-def require_same_rendering(ours: ChatTokenizer, directory: Path, **options: object) -> None:
+def require_same_rendering(ours: ChatTokenizer, directory: Path, **options: Any) -> None:
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(directory)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models
@@ -35,7 +36,7 @@ def encoder(tokenizer_dir: Path) -> RowEncoder:
     return RowEncoder(Encoder(ChatTokenizer.load(tokenizer_dir), 40), "pairs.jsonl", "auto", 3)
 
 
-def mixed_rows(count: int) -> list[dict]:
+def mixed_rows(count: int) -> list[dict[str, Any]]:
     """Good pairs; among them duplicates, rows that are no pairs, and pairs too long."""
     rows = make_rows(count)
     for index in range(0, count, 17):
@@ -45,9 +46,9 @@ def mixed_rows(count: int) -> list[dict]:
     return rows[:count]
 
 
-def told(items: Iterator[Encoded]) -> list[tuple]:
+def told(items: Iterator[Encoded]) -> list[tuple[object, ...]]:
     """Everything about each item."""
-    found = []
+    found: list[tuple[object, ...]] = []
     for item in items:
         if isinstance(item, RowRefused):
             found.append((item.reason, str(item), item.line))
@@ -160,7 +161,9 @@ except KeyboardInterrupt:
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_no_worker_outlives_its_parent(tokenizer_dir: Path, kind: signal.Signals, wait_for_end: Callable) -> None:
+def test_no_worker_outlives_its_parent(
+    tokenizer_dir: Path, kind: signal.Signals, wait_for_end: Callable[[list[int]], None]
+) -> None:
     """Signals go to the whole group, as a terminal and a scheduler send them."""
     parent = subprocess.Popen(
         [sys.executable, "-c", PARENT, str(tokenizer_dir)],

@@ -22,7 +22,7 @@ from minicache.pairs import CHOSEN, REJECTED, EncodedPair
 from minicache.stages.export_cache import export_cache
 from minicache.stages.import_cache import import_cache
 from minicache.trackers import Silent
-from tests.conftest import make_rows, precompute_into, write_jsonl
+from tests.conftest import Cli, make_rows, precompute_into, write_jsonl
 from tests.helpers.stores import contents
 
 KINDS = ("pairs.parquet", "pairs.jsonl", "pairs.jsonl.gz", "pairs.jsonl.zst", "pairs")
@@ -185,9 +185,7 @@ def test_a_changed_document_is_refused(cache: Path, tmp_path: Path) -> None:
         imported(file, tmp_path / "back", identity=identity_of(cache))
 
 
-def test_the_user_says_what_it_is(
-    cache: Path, tmp_path: Path, cli: Callable, model_dir: Path, tokenizer_dir: Path
-) -> None:
+def test_the_user_says_what_it_is(cache: Path, tmp_path: Path, cli: Cli, model_dir: Path, tokenizer_dir: Path) -> None:
     from tests.conftest import tiny_llama
 
     code, stdout, _ = cli("export", "--ref-cache", cache, "--out", tmp_path / "pairs.parquet")
@@ -213,7 +211,7 @@ def test_the_user_says_what_it_is(
     assert "exists" in cli("import-cache", tmp_path / "pairs.parquet", "--ref-cache", tmp_path / "back")[2]
 
 
-def test_mistakes_at_export_are_one_line(cache: Path, tmp_path: Path, cli: Callable) -> None:
+def test_mistakes_at_export_are_one_line(cache: Path, tmp_path: Path, cli: Cli) -> None:
     def refused(*options: object) -> str:
         code, _, stderr = cli("export", *options)
         assert code == 1

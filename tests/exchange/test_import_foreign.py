@@ -1,6 +1,5 @@
 """Rows that another program has scored become a cache: encoded as stage one does it, their logprobs taken over, never guessed."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from minicache.pairs import CHOSEN, REJECTED
 from minicache.stages.import_cache import ImportReport, import_cache
 from minicache.stages.inspect import verify_model as verify
 from minicache.trackers import Silent
-from tests.conftest import make_rows, one_process, precompute_into, write_jsonl
+from tests.conftest import Cli, make_rows, one_process, precompute_into, write_jsonl
 
 Rows = list[dict[str, Any]]
 SIDES = ("chosen", "rejected")
@@ -170,7 +169,7 @@ def test_another_model_s_logprobs_are_found_out(
         bring_in(scored[1], tmp_path / "again", tmp_path / "small", tokenizer=str(tokenizer_dir))
 
 
-def test_the_command(scored: tuple[Path, Rows], tmp_path: Path, model_dir: Path, cli: Callable) -> None:
+def test_the_command(scored: tuple[Path, Rows], tmp_path: Path, model_dir: Path, cli: Cli) -> None:
     file = write_jsonl(tmp_path / "trl.jsonl", scored[1])
     options = ["--model", model_dir, "--logps", "sum", "--dtype", "float32", "--max-length", 64]
     code, stdout, stderr = cli("import-cache", file, "--ref-cache", tmp_path / "cache", *options)

@@ -56,7 +56,14 @@ def test_trl_s_curve_is_ours(example: Any, ref_cache: Path, model_dir: Path, tmp
     assert trainer.ref_model is None
     trainer.train()
     theirs = [line for line in trainer.state.log_history if "loss" in line]
-    options = {"max_steps": STEPS, "batch_size": 40, "lr": LR, "schedule": "linear", "warmup": 0, "log_every": 1}
+    options: dict[str, Any] = {
+        "max_steps": STEPS,
+        "batch_size": 40,
+        "lr": LR,
+        "schedule": "linear",
+        "warmup": 0,
+        "log_every": 1,
+    }
     train(TrainConfig(ref_cache, tmp_path / "ours", logps="sum", **options), one_process(), Silent())
     ours = [json.loads(line) for line in (tmp_path / "ours" / "metrics.jsonl").read_text().splitlines()]
     assert theirs[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)

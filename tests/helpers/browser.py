@@ -63,7 +63,8 @@ class Browser:
             answer = self._next()
             if answer.get("id") == self.number:
                 assert "error" not in answer, answer
-                return answer["result"]
+                result: dict[str, Any] = answer["result"]
+                return result
             assert answer.get("method") != "Page.javascriptDialogOpening", "the page opened a dialog"
             self.heard.append(answer)
 
@@ -74,7 +75,8 @@ class Browser:
             assert part, "the browser has ended"
             self.rest += part
         message, _, self.rest = self.rest.partition(b"\0")
-        return json.loads(message)
+        answer: dict[str, Any] = json.loads(message)
+        return answer
 
     def open(self, file: Path, width: int = 1000, dark: bool = False, fragment: str = "") -> None:
         """Show a file; returns once it is loaded. `heard` is what the page caused since."""

@@ -16,7 +16,8 @@ class Page(HTMLParser):
 
     def __init__(self, html: str) -> None:
         super().__init__()
-        self.html, self.open = html, []
+        self.html = html
+        self.open: list[str] = []
         self.tags: list[str] = []
         self.attributes: list[tuple[str, dict[str, str | None]]] = []
         self.inside: dict[str, list[str]] = {}
@@ -48,7 +49,7 @@ class Page(HTMLParser):
         """Sound structure, one policy that names the page's own script and style, nothing from elsewhere, names for all."""
         self._check_policy()
         assert len(set(self.ids)) == len(self.ids)
-        assert {link[1:] for link in self.links if link.startswith("#")} <= set(self.ids)
+        assert {link[1:] for link in self.links if link and link.startswith("#")} <= set(self.ids)
         for tag, found in self.attributes:
             assert not [name for name in found if name.startswith("on") or name in ("src", "style")], (tag, found)
             assert ":" not in (found.get("href") or "") and not (found.get("href") or "").startswith("//")

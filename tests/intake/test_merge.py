@@ -17,7 +17,7 @@ from minicache.options.train import TrainConfig
 from minicache.reports.contents import inspect_cache
 from minicache.stages.merge import MergeReport, merge
 from minicache.trackers import Silent
-from tests.conftest import make_rows, one_process, precompute_into, write_jsonl
+from tests.conftest import Cli, make_rows, one_process, precompute_into, write_jsonl
 from tests.helpers.stores import assert_same_store
 from tests.stages.test_crash import FORKS, run_here, wait_for
 
@@ -115,7 +115,9 @@ def test_caches_of_different_requests_are_refused_with_the_fields_named(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_read_in_two_formats_is_refused(apart: list[Path], files: list[Path], model_dir, tmp_path) -> None:
+def test_a_file_read_in_two_formats_is_refused(
+    apart: list[Path], files: list[Path], model_dir: Path, tmp_path: Path
+) -> None:
     other = precompute_into(tmp_path / "other", model_dir, files[0], format="messages", per_token=True)
     with pytest.raises(CacheMismatch, match="was read with --format messages, in another of the caches with auto"):
         run(tmp_path / "merged", apart[0], other)
@@ -172,7 +174,7 @@ def test_fewer_than_two_caches_are_refused(caches: tuple[str, ...]) -> None:
         MergeConfig(tuple(map(Path, caches)), Path("c"))
 
 
-def test_the_command_tells_what_it_did(apart: list[Path], tmp_path: Path, cli) -> None:
+def test_the_command_tells_what_it_did(apart: list[Path], tmp_path: Path, cli: Cli) -> None:
     code, stdout, _ = cli("merge", *apart, "--ref-cache", tmp_path / "merged")
     said = " ".join(stdout.split())
     assert code == 0 and "17 pairs of" in said and "✓ 41 pairs, 7 blocks in" in said, said
@@ -192,6 +194,7 @@ def test_killed_it_leaves_no_cache_and_repeated_it_makes_one(model_dir: Path, tm
             lambda: len(list(tmp_path.glob(".merged.merging-*/ledger/ref/c/*"))) > blocks,  # noqa: B023
             process.is_alive,
         )
+        assert process.pid is not None
         os.kill(process.pid, signal.SIGSTOP)
         assert process.is_alive() and not (tmp_path / "merged").exists()
         with pytest.raises(OutputError, match="another process is merging it"):

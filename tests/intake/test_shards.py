@@ -13,21 +13,22 @@ import time
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from minicache.cache.places.claims import CLAIM_FILE, FileClaim
 from minicache.cache.places.opening import claimed
+from minicache.cache.places.place import POLL_SECONDS
 from minicache.cache.reader import ReferenceCache
 from minicache.errors import CacheMismatch, ConfigError, DataError, OutputError
-from minicache.intake import prepare
 from minicache.options.others import InspectConfig
 from minicache.options.stage_one import PrecomputeConfig
 from minicache.reports.contents import inspect_cache
 from minicache.stages.precompute import PrecomputeReport, precompute
 from minicache.trackers import Silent
 from tests.cache.test_cache import undone
-from tests.conftest import make_rows, one_process, precompute_into, write_jsonl
+from tests.conftest import Cli, make_rows, one_process, precompute_into, write_jsonl
 from tests.helpers.stores import assert_same_store
 from tests.stages.test_crash import FORKS, kill_all, rows, run_here, wait_for
 
@@ -45,8 +46,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, data: Path)
     return precompute_into(tmp_path_factory.mktemp("whole") / "cache", model_dir, data, block_pairs=4)
 
 
+Start = Callable[..., tuple[ForkServerProcess, Path]]
+
+
 @pytest.fixture
-def start(model_dir: Path, data: Path, tmp_path: Path) -> Callable[..., tuple[ForkServerProcess, Path]]:
+def start(model_dir: Path, data: Path, tmp_path: Path) -> Start:
     """Begin `precompute-ref` in a process of its own: the process, and the file it writes its output to."""
     names = iter(range(100))
 
@@ -66,7 +70,7 @@ def said(output: Path) -> str:
     return " ".join(output.read_text().split())
 
 
-def run(path: Path, model: Path, *files: Path, **options) -> PrecomputeReport:
+def run(path: Path, model: Path, *files: Path, **options: Any) -> PrecomputeReport:
     config = PrecomputeConfig(str(model), tuple(map(str, files)), path, **{"block_pairs": 4, **options})
     return precompute(config, one_process(), Silent())
 
@@ -81,7 +85,7 @@ def scoring(jobs: dict[str, tuple[ForkServerProcess, Path]]) -> list[str]:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_started_at_once_killed_and_repeated_they_write_the_store_of_one(
-    start: Callable, whole: Path, tmp_path: Path, seed: int
+    start: Start, whole: Path, tmp_path: Path, seed: int
 ) -> None:
     """Four jobs in random order; one dies while it takes in the data, one while it scores; both are repeated."""
     cache, chance = tmp_path / "cache", random.Random(seed)
@@ -114,7 +118,7 @@ def test_started_at_once_killed_and_repeated_they_write_the_store_of_one(
 
 
 def test_each_scores_its_own_blocks_and_tells_what_is_missing(
-    model_dir: Path, data_file: Path, ref_cache: Path, tmp_path: Path, cli
+    model_dir: Path, data_file: Path, ref_cache: Path, tmp_path: Path, cli: Cli
 ) -> None:
     cache = tmp_path / "cache"
     options = {"block_pairs": 8}
@@ -153,8 +157,8 @@ def test_a_job_of_several_processes_shares_its_blocks_among_them(
 ) -> None:
     cache = tmp_path / "cache"
     for shard in ("2/2", "1/2"):
-        command = [sys.executable, "-m", "minicache", "precompute-ref", "--model", model_dir, "--data", data]
-        command += ["--ref-cache", cache, "--block-pairs", "4", "--shard", shard, "--nproc", "2"]
+        command = [sys.executable, "-m", "minicache", "precompute-ref", "--model", str(model_dir), "--data", str(data)]
+        command += ["--ref-cache", str(cache), "--block-pairs", "4", "--shard", shard, "--nproc", "2"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         assert undone(cache) == ({("ref", block) for block in range(0, 60, 2)} if shard == "2/2" else set())
@@ -163,24 +167,26 @@ def test_a_job_of_several_processes_shares_its_blocks_among_them(
     assert abs(scores.logp_mean - ReferenceCache(whole).load().reference.logp_mean).max() < 1e-5
 
 
-def stopped_while_scoring(start: Callable, cache: Path, *arguments: str) -> tuple[ForkServerProcess, Path]:
+def stopped_while_scoring(start: Start, cache: Path, *arguments: str) -> tuple[ForkServerProcess, Path]:
     """A shard job that has scored something and stands still."""
     before = rows(cache, "ref")
     process, output = start(*arguments)
     wait_for(lambda: rows(cache, "ref") > before, process.is_alive)
+    assert process.pid is not None
     os.kill(process.pid, signal.SIGSTOP)
     assert process.is_alive(), output.read_text()
     return process, output
 
 
 def go_on(process: ForkServerProcess) -> None:
+    assert process.pid is not None
     os.kill(process.pid, signal.SIGCONT)
     process.join(120)
     assert process.exitcode == 0
 
 
 def test_while_a_shard_is_at_work_others_score_but_neither_the_same_nor_a_whole_run(
-    start: Callable, whole: Path, tmp_path: Path
+    start: Start, whole: Path, tmp_path: Path
 ) -> None:
     first, _ = stopped_while_scoring(start, tmp_path / "cache", "--shard", "1/2")
     same, said_by_same = start("--shard", "1/2")
@@ -196,7 +202,7 @@ def test_while_a_shard_is_at_work_others_score_but_neither_the_same_nor_a_whole_
     assert not list((tmp_path / "cache").glob("shard-*"))
 
 
-def test_a_killed_shard_is_finished_by_a_run_without_shard(start: Callable, whole: Path, tmp_path: Path) -> None:
+def test_a_killed_shard_is_finished_by_a_run_without_shard(start: Start, whole: Path, tmp_path: Path) -> None:
     process, _ = stopped_while_scoring(start, tmp_path / "cache", "--shard", "1/2")
     kill_all(process.pid)
     process.join()
@@ -208,7 +214,7 @@ def test_a_killed_shard_is_finished_by_a_run_without_shard(start: Callable, whol
 
 
 def test_new_data_and_another_number_of_shards_wait_until_nobody_scores(
-    start: Callable, model_dir: Path, data: Path, tmp_path: Path
+    start: Start, model_dir: Path, data: Path, tmp_path: Path
 ) -> None:
     """The new jobs then score what the old ones have left, too; and the old command still fits."""
     cache, more = tmp_path / "cache", write_jsonl(tmp_path / "more.jsonl", make_rows(30, seed=51))
@@ -216,7 +222,7 @@ def test_new_data_and_another_number_of_shards_wait_until_nobody_scores(
     new = [start("--data", str(more), "--shard", "2/3"), start("--shard", "1/2")]
     for process, output in new:
         wait_for(lambda: "waiting to encode the data" in said(output), process.is_alive)  # noqa: B023
-    time.sleep(2 * prepare.POLL_SECONDS)
+    time.sleep(2 * POLL_SECONDS)
     log = ReferenceCache(cache).log
     assert len(log.sources) == 1 and log.shards == 3 and all(process.is_alive() for process, _ in new)
     go_on(old)
@@ -228,7 +234,7 @@ def test_new_data_and_another_number_of_shards_wait_until_nobody_scores(
     assert_same_store(cache, precompute_into(tmp_path / "whole", model_dir, data, more, block_pairs=4))
 
 
-def test_bad_data_is_told_by_every_job_and_leaves_nothing(start: Callable, tmp_path: Path) -> None:
+def test_bad_data_is_told_by_every_job_and_leaves_nothing(start: Start, tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text("".join(json.dumps(row) + "\n" for row in make_rows(40, seed=52)) + "{broken\n")
     jobs = [start("--data", str(bad), "--on-bad-row", "fail", "--shard", f"{number}/3") for number in (1, 2, 3)]

@@ -1,7 +1,9 @@
 """MiniMind checkpoints of three generations, dense and mixture of experts, in and out, against the references of each."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,13 +18,19 @@ from tests.references.conversations import encode, shifted
 from tests.references.formulas import clearness
 from tests.scoring.test_scoring import lay_out, random_pairs
 
+State = dict[str, torch.Tensor]
 TOLERANCE = 2e-5  # of a logit; their standard deviation is 0.8
 
 
 def logits_of(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """ids: (R, L). Returns: (R, L, vocabulary) float32."""
     with torch.no_grad():
-        return model.eval()(ids).logits.float()
+        logits: torch.Tensor = model.eval()(ids).logits.float()
+    return logits
+
+
+def config_of(source: str) -> Any:
+    return load_model(source).model.config
 
 
 def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -30,7 +38,7 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     return (found - expected).abs().max().item()
 
 
-def rewritten(file: Path, target: Path, change) -> Path:
+def rewritten(file: Path, target: Path, change: Callable[[State], State | None]) -> Path:
     """The file with its state dict changed."""
     state = torch.load(file, weights_only=True)
     torch.save(change(state) or state, target)
@@ -74,7 +82,7 @@ def test_prefixes_of_ddp_and_compile_and_half_precision_make_no_other_model(
 
 
 def test_a_file_of_two_precisions_keeps_the_digits_of_the_longer(checkpoints: Path, tmp_path: Path) -> None:
-    def change(state: dict) -> dict:
+    def change(state: State) -> State:
         return {key: value.half() if value.ndim == 2 else value for key, value in state.items()}
 
     model = load_model(str(rewritten(checkpoints / "minimind3-dense.pth", tmp_path / "x.pth", change))).model
@@ -101,8 +109,8 @@ def test_options_in_the_name_compute_what_the_reference_does_with_them(
 
 def test_one_number_of_heads_tells_the_other(checkpoints: Path) -> None:
     file = checkpoints / "minimind2-2510-dense.pth"
-    assert load_model(f"{file}: heads=16 , rms_eps=1e-3").model.config.num_key_value_heads == 4
-    assert load_model(f"{file}:kv_heads=4").model.config.num_attention_heads == 16
+    assert config_of(f"{file}: heads=16 , rms_eps=1e-3").num_key_value_heads == 4
+    assert config_of(f"{file}:kv_heads=4").num_attention_heads == 16
 
 
 @pytest.mark.parametrize(
@@ -132,7 +140,7 @@ def test_options_that_cannot_be_are_one_line(checkpoints: Path, name: str, said:
 
 
 def test_rows_that_are_not_the_default_heads_are_asked_about(checkpoints: Path, tmp_path: Path) -> None:
-    def change(state: dict) -> None:
+    def change(state: State) -> None:
         for key in state:
             if key.endswith(("k_proj.weight", "v_proj.weight")):
                 state[key] = state[key].repeat(2, 1)
@@ -140,7 +148,7 @@ def test_rows_that_are_not_the_default_heads_are_asked_about(checkpoints: Path, 
     file = rewritten(checkpoints / "minimind2-2510-dense.pth", tmp_path / "x.pth", change)
     with pytest.raises(ModelError, match=r"8 heads and 2 kv heads .the default. do not fit"):
         load_model(str(file))
-    assert load_model(f"{file}:kv_heads=4").model.config.num_attention_heads == 8
+    assert config_of(f"{file}:kv_heads=4").num_attention_heads == 8
 
 
 def test_only_what_stands_behind_a_checkpoint_is_taken_for_options() -> None:
@@ -164,7 +172,7 @@ def test_a_missing_file_and_a_missing_tokenizer_are_named_without_the_options(
     [("experts.3.", "missing: .*experts.3"), ("experts.1.", "missing"), ("gate.weight", "missing: ")],
 )
 def test_half_a_mixture_is_refused(checkpoints: Path, tmp_path: Path, name: str, part: str, message: str) -> None:
-    def change(state: dict) -> dict:
+    def change(state: State) -> State:
         return {key: value for key, value in state.items() if f".{part}" not in key or "shared" in key}
 
     with pytest.raises(ModelError, match=f"not a whole mixture-of-experts MiniMind .* of 2 layers: {message}"):
@@ -179,13 +187,13 @@ def test_a_transformers_too_old_for_a_mixture_is_named(checkpoints: Path, monkey
 
 
 def test_tensors_that_do_not_belong_are_refused(checkpoints: Path, tmp_path: Path) -> None:
-    def strange(state: dict) -> None:
+    def strange(state: State) -> None:
         state["model.layers.0.self_attn.lora.A.weight"] = torch.ones(2)
 
-    def cut(state: dict) -> None:
+    def cut(state: State) -> None:
         state["model.layers.1.mlp.experts.2.up_proj.weight"] = torch.ones(3, 3)
 
-    def quantized(state: dict) -> None:
+    def quantized(state: State) -> None:
         state["lm_head.weight"] = state["lm_head.weight"].to(torch.int8)
 
     for change, message in ((strange, "not part of one: .*lora"), (cut, "not a whole"), (quantized, "int8")):

@@ -93,7 +93,7 @@ def test_saving_says_what_stands_in_the_way(checkpoints: Path, tmp_path: Path) -
     for place, said in (("file/x.pth", "cannot be written"), ("taken.pth", "is a directory")):
         with pytest.raises(OutputError, match=said):
             save_pth(model, tmp_path / place, "float32")
-    model.model.norm.weight.data[0] = 1e6
+    model.get_parameter("model.norm.weight").data[0] = 1e6
     with pytest.raises(ModelError, match=r"model.norm.weight holds numbers that are not finite in float16"):
         save_pth(model, tmp_path / "x.pth", "float16")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken.pth"]

@@ -5,6 +5,7 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ def test_a_pth_without_a_tokenizer_says_what_to_add(minimind3: Path, tmp_path: P
 
 
 class Evil:
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[..., None], tuple[Path]]:
         return (Path.touch, (Path("pwned"),))
 
 
@@ -116,7 +117,7 @@ def test_the_fingerprint_knows_every_weight_and_no_name(model_dir: Path, tmp_pat
     ],
 )
 def test_the_same_weights_computing_something_else_are_another_model(
-    model_dir: Path, tmp_path: Path, change: dict
+    model_dir: Path, tmp_path: Path, change: dict[str, Any]
 ) -> None:
     copy = changed_config(model_dir, tmp_path / "copy", lambda config: config | change)
     ids, (before, after) = torch.arange(3, 40)[None], (load_model(str(path)) for path in (model_dir, copy))
@@ -127,7 +128,7 @@ def test_the_same_weights_computing_something_else_are_another_model(
 def test_a_config_written_otherwise_is_no_other_model(model_dir: Path, tmp_path: Path) -> None:
     """As transformers 4 wrote it, with what is default left out, and settings that compute nothing."""
 
-    def change(config: dict) -> dict:
+    def change(config: dict[str, Any]) -> dict[str, Any]:
         del config["head_dim"], config["rope_parameters"]
         return config | {"rope_theta": 10000, "use_cache": False, "transformers_version": "4.45.0", "eos_token_id": 7}
 
@@ -135,7 +136,7 @@ def test_a_config_written_otherwise_is_no_other_model(model_dir: Path, tmp_path:
     assert load_model(str(copy)).fingerprint == load_model(str(model_dir)).fingerprint
 
 
-def changed_config(source: Path, copy: Path, change: Callable[[dict], dict]) -> Path:
+def changed_config(source: Path, copy: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Path:
     shutil.copytree(source, copy)
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(change(config)))
@@ -144,7 +145,7 @@ def changed_config(source: Path, copy: Path, change: Callable[[dict], dict]) -> 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_saving_keeps_every_bit_and_the_precision(tmp_path: Path, tokenizer_dir: Path, dtype: torch.dtype) -> None:
-    model = tiny_llama().to(dtype)
+    model = tiny_llama().to(dtype)  # type: ignore[arg-type]  # wrapped by transformers
     save_model(model, tokenizer_dir, tmp_path / "saved")
     loaded = load_model(str(tmp_path / "saved"))
     assert next(loaded.model.parameters()).dtype == dtype

@@ -23,14 +23,20 @@ CONFIGS = [
     for each in vars(module).values()
     if isinstance(each, type) and dataclasses.is_dataclass(each) and each.__module__ == module.__name__
 ]
-DECLARED = [
-    pytest.param(config, item, declared, id=f"{config.__name__}.{item.name}")
-    for config in CONFIGS
-    for item, declared in ((item, item.metadata[KEY]) for item in dataclasses.fields(config) if KEY in item.metadata)
-]
-NUMBERS = [
-    each for each in DECLARED if {int, float} & {each.values[1].type, *getattr(each.values[1].type, "__args__", ())}
-]
+OPTIONS = [(config, item) for config in CONFIGS for item in dataclasses.fields(config) if KEY in item.metadata]
+
+
+def as_parameters(options: list[tuple[type, dataclasses.Field[Any]]]) -> list[Any]:
+    """(config, item, declared) of each option, named after its field."""
+    return [
+        pytest.param(config, item, item.metadata[KEY], id=f"{config.__name__}.{item.name}") for config, item in options
+    ]
+
+
+DECLARED = as_parameters(OPTIONS)
+NUMBERS = as_parameters(
+    [each for each in OPTIONS if {int, float} & {each[1].type, *getattr(each[1].type, "__args__", ())}]
+)
 
 
 def config_of(**options: Any) -> TrainConfig:
@@ -87,7 +93,7 @@ def test_a_refusal_says_what_was_expected_and_what_came(options: dict[str, Any],
 
 # --- options that nothing reads ---
 
-UNREAD = {
+UNREAD: dict[str, tuple[dict[str, Any], str]] = {
     "label_smoothing": ({"loss": "ipo", "label_smoothing": 0.3}, "--loss ipo does not read it"),
     "f_divergence": ({"loss": "bco_pair", "f_divergence": "js"}, "--loss bco_pair does not read it"),
     "f_alpha": ({"f_divergence": "js", "f_alpha": 0.3}, "--f-divergence js does not read it"),
@@ -149,7 +155,7 @@ def test_what_a_loss_is_said_to_read_is_what_it_reads(loss: str) -> None:
     policy, reference = (-torch.rand(6, 2, generator=generator) for _ in range(2))
     logps = Logps(policy, reference, torch.full((6, 2), 5.0), True)
     plain = {"label_smoothing": 0.1}  # exo_pair takes its logarithm
-    others = {
+    others: dict[str, Any] = {
         "label_smoothing": 0.2, "f_divergence": "js", "f_alpha": 0.2, "discopop_tau": 0.3, "simpo_gamma": 0.9,
     }  # fmt: skip
     for name, value in others.items():

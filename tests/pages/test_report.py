@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -19,21 +20,22 @@ from minicache.pages.charts import HEIGHT, Bars, Line, curves, histogram, thinne
 from minicache.pages.compare import Answers
 from minicache.pages.compare import page as compare_page
 from minicache.pages.markup import Table, Where, render, report
+from minicache.pairs import EncodedPair, PairTable
 from minicache.reports import suspects
-from minicache.reports.pair_text import OWN_SHOWN, pair_texts
+from minicache.reports.pair_text import OWN_SHOWN, Piece, pair_texts
 from minicache.stages.inspect import write_cache_page
 from minicache.stages.report import write_run_page
 from minicache.text import visible
 from minicache.trackers import Silent
-from tests.conftest import WORDS, make_rows, precompute_into, write_jsonl
+from tests.conftest import WORDS, Cli, Row, make_rows, precompute_into, write_jsonl
 from tests.helpers.pages import Page
 from tests.pictures.test_plot import make_run
 
 NASTY = "</script><img src=x onerror=alert(1)> {{DATA}} {{BODY}} & <!-- \x1b[31m שלום 👍🏽"
 
 
-def row(prompt: str, chosen: str, rejected: str) -> dict:
-    def side(text: str) -> list[dict]:
+def row(prompt: str, chosen: str, rejected: str) -> dict[str, Any]:
+    def side(text: str) -> list[Row]:
         return [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
 
     return {"chosen": side(chosen), "rejected": side(rejected)}
@@ -121,9 +123,8 @@ def test_agreeing_hashes_estimate_how_much_two_answers_share() -> None:
     assert np.abs(means[0] - means[1]).max() < 0.06 and means[1, -1] == 1 and means[1, 0] == 0
 
 
-def table_of(answers: list[np.ndarray]):
+def table_of(answers: list[np.ndarray]) -> PairTable:
     """Pairs of one prompt token, an answer that counts, and a rejected token that does not."""
-    from minicache.pairs import EncodedPair, PairTable
 
     def pair(ids: np.ndarray) -> EncodedPair:
         mask = np.r_[0, np.ones(len(ids)), 0]
@@ -170,7 +171,7 @@ def test_groups_hold_each_scored_pair_once_and_count_as_the_columns_do(odd_cache
         assert share == pytest.approx((scores.logp_mean[:, 0] > scores.logp_mean[:, 1]).mean())
     plain = report.groups["file"][0]
     margins = scores.logp_mean[table.source[:, 0] == 0] @ np.array([1, -1])
-    assert (plain.pairs, plain.margin) == (20, pytest.approx(margins.mean(), abs=1e-6))
+    assert plain.pairs == 20 and plain.margin == pytest.approx(margins.mean(), abs=1e-6)
     assert all(len(lines) == EXTREMES for lines in report.extremes.values())
 
 
@@ -185,14 +186,16 @@ def test_texts_are_the_pairs_token_by_token_with_their_logprobs(odd_cache: Path)
             pieces = [*shared, *own[side]]
             if len(ids) <= OWN_SHOWN:
                 assert "".join(text_of(piece) for piece in pieces) == visible(tokenizer.decode(ids))
+                assert means is not None
                 total = sum(piece[1] for piece in pieces if isinstance(piece, list))
                 assert total == pytest.approx(float(means[side]) * mask.sum(), abs=2e-3 * len(pieces))
-    longest = next(own for _, *own in texts.values() if isinstance(own[0][-1], int))
-    assert longest[0][-1] > 0 and "word" in "".join(map(text_of, longest[0][:-1]))
+    longest, left_out = next((own, own[0][-1]) for _, *own in texts.values() if isinstance(own[0][-1], int))
+    assert isinstance(left_out, int) and left_out > 0 and "word" in "".join(map(text_of, longest[0][:-1]))
 
 
-def text_of(piece: str | list) -> str:
-    return piece if isinstance(piece, str) else piece[0]
+def text_of(piece: Piece) -> str:
+    assert not isinstance(piece, int)
+    return piece if isinstance(piece, str) else str(piece[0])
 
 
 # --- the page ---
@@ -312,7 +315,8 @@ def test_a_chart_draws_each_value_within_its_frame_and_lists_it() -> None:
     assert len(bars.bars) == 1 and bars.numbers.rows == [["from 1", "2"], ["from 4", "0"]]
     assert "2 pairs" in bars.description
     for drawn in (chart, bars, curves("One", "", [Line("a", "", [3], [0.0])])):
-        heights = [y for line in drawn.lines for y in line[1:4:2]] + [y for _, y, *_ in (*drawn.dots, *drawn.labels)]
+        heights = [y for line in drawn.lines for y in (line[1], line[3])]
+        heights += [dot[1] for dot in drawn.dots] + [label[1] for label in drawn.labels]
         assert all(0 <= height <= HEIGHT for height in [*heights, *(y + high for _, y, _, high, _ in drawn.bars)])
 
 
@@ -372,7 +376,7 @@ def test_where_it_started_is_linked_where_that_has_a_page(tmp_path: Path, monkey
 
 def test_answers_stand_side_by_side_as_text(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", steps=1)
-    lines = [
+    lines: list[Row] = [
         {"prompt": NASTY, "reference": NASTY, "policy": "", "reference_cut": True, "policy_cut": False,
          "models": {"reference": "r", "policy": str(run / "model")}},
         {"prompt": "why", "reference": "a", "policy": "b" * 9000},
@@ -410,7 +414,7 @@ def test_answers_of_another_kind_are_refused_with_their_line(content: str, tmp_p
 # --- the command line ---
 
 
-def test_both_commands_write_their_page_and_name_it(cli, odd_cache: Path, tmp_path: Path) -> None:
+def test_both_commands_write_their_page_and_name_it(cli: Cli, odd_cache: Path, tmp_path: Path) -> None:
     code, said, _ = cli("inspect-cache", odd_cache, "--html", tmp_path / "c.html")
     assert code == 0 and "c.html" in said and Page((tmp_path / "c.html").read_text(encoding="utf-8")).data["pairs"]
     code, said, told = cli("inspect-cache", odd_cache, "--html", tmp_path / "c.html", "--json")

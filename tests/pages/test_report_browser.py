@@ -53,7 +53,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> dict[str
 
 @pytest.mark.parametrize("name", ["cache", "run"])
 @pytest.mark.parametrize("width", [320, 768, 1440])
-def test_a_page_fits_every_width_with_all_of_it_open(name: str, width: int, browser: Browser, pages: dict) -> None:
+def test_a_page_fits_every_width_with_all_of_it_open(
+    name: str, width: int, browser: Browser, pages: dict[str, Path]
+) -> None:
     browser.open(pages[name], width)
     browser.run(OPEN_ALL)
     assert browser.run("document.documentElement.scrollWidth") == width
@@ -68,7 +70,7 @@ def test_a_page_fits_every_width_with_all_of_it_open(name: str, width: int, brow
 
 
 @pytest.mark.parametrize("name", ["cache", "run", "compare"])
-def test_a_page_runs_and_fetches_nothing_but_itself(name: str, browser: Browser, pages: dict) -> None:
+def test_a_page_runs_and_fetches_nothing_but_itself(name: str, browser: Browser, pages: dict[str, Path]) -> None:
     browser.open(pages[name])
     browser.run(OPEN_ALL)
     asked = {
@@ -81,7 +83,9 @@ def test_a_page_runs_and_fetches_nothing_but_itself(name: str, browser: Browser,
 
 
 @pytest.mark.parametrize("name", ["cache", "run"])
-def test_dark_and_light_follow_the_system_and_all_text_can_be_read(name: str, browser: Browser, pages: dict) -> None:
+def test_dark_and_light_follow_the_system_and_all_text_can_be_read(
+    name: str, browser: Browser, pages: dict[str, Path]
+) -> None:
     """WCAG 2.2 AA, 1.4.3: text against what lies behind it, 4.5 to 1."""
     backs = []
     for dark in (False, True):
@@ -112,7 +116,7 @@ CONTRAST = """(() => {
 })()"""
 
 
-def test_the_keyboard_reaches_a_text_and_opens_it(browser: Browser, pages: dict) -> None:
+def test_the_keyboard_reaches_a_text_and_opens_it(browser: Browser, pages: dict[str, Path]) -> None:
     browser.open(pages["cache"])
     focused = "document.activeElement.closest('details[data-pair]')?.id || ''"
     for _ in range(200):
@@ -132,7 +136,7 @@ def test_the_keyboard_reaches_a_text_and_opens_it(browser: Browser, pages: dict)
     )
 
 
-def test_a_link_to_a_pair_opens_its_text_with_shaded_tokens(browser: Browser, pages: dict) -> None:
+def test_a_link_to_a_pair_opens_its_text_with_shaded_tokens(browser: Browser, pages: dict[str, Path]) -> None:
     browser.open(pages["cache"])
     pair = browser.run("const link = document.querySelector('a[href^=\"#pair-\"]'); link.click(); link.hash.slice(1)")
     browser.run("new Promise((done) => setTimeout(done, 50))")
@@ -147,7 +151,7 @@ def test_a_link_to_a_pair_opens_its_text_with_shaded_tokens(browser: Browser, pa
 
 
 def test_a_vote_is_counted_and_shown_where_only_the_pages_own_script_and_style_are_allowed(
-    browser: Browser, pages: dict
+    browser: Browser, pages: dict[str, Path]
 ) -> None:
     browser.open(pages["compare"])
     browser.press("1", 49, "1")
@@ -160,7 +164,7 @@ def test_a_vote_is_counted_and_shown_where_only_the_pages_own_script_and_style_a
     assert not [one for one in browser.heard if one.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded")]
 
 
-def test_a_screen_reader_finds_parts_charts_and_tables_by_name(browser: Browser, pages: dict) -> None:
+def test_a_screen_reader_finds_parts_charts_and_tables_by_name(browser: Browser, pages: dict[str, Path]) -> None:
     for name in ("cache", "run"):
         browser.open(pages[name])
         browser.call("Accessibility.enable")

@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from minicache.reports.contents import inspect_cache
 from minicache.reports.curves import names_apart, read_curves
 from minicache.reports.names import PANELS
 from minicache.stages.plot import plot
+from tests.conftest import Cli
 
 MAGIC = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}
 
@@ -27,7 +29,7 @@ def make_run(directory: Path, steps: int = 6, evaluated: bool = False, **facts: 
     directory.mkdir(parents=True)
     lines = []
     for step in range(steps):
-        line: dict = {name: math.sin(step) for panel in PANELS for name in panel.metrics}
+        line: dict[str, Any] = {name: math.sin(step) for panel in PANELS for name in panel.metrics}
         lines.append({"step": step, **line, "epoch": step / 3, "note": "text", "flag": True})
         if evaluated and step % 2 == 0:
             lines.append({"step": step, "eval/loss": 0.7 - step / 100, "eval/rewards/accuracy": 0.5})
@@ -206,7 +208,7 @@ def test_margins_are_counted_on_their_own_side_of_zero(ref_cache: Path) -> None:
     assert edges[0] <= margins.min() and edges[-1] >= margins.max() and np.allclose(np.diff(edges), edges[1] - edges[0])
 
 
-def test_a_caches_histograms_are_drawn(cli, ref_cache: Path, tmp_path: Path) -> None:
+def test_a_caches_histograms_are_drawn(cli: Cli, ref_cache: Path, tmp_path: Path) -> None:
     code, stdout, _ = cli("inspect-cache", ref_cache, "--plot", tmp_path / "h.png")
     assert code == 0 and "h.png" in stdout.replace("\n", "")
     width, height = struct.unpack(">II", (tmp_path / "h.png").read_bytes()[16:24])
@@ -215,7 +217,7 @@ def test_a_caches_histograms_are_drawn(cli, ref_cache: Path, tmp_path: Path) -> 
     assert code == 0 and json.loads(stdout)["margin_histogram"]["pairs"] and "40 pairs" in texts(tmp_path / "h.svg")
 
 
-def test_a_picture_that_cannot_be_is_refused(cli, ref_cache: Path, tmp_path: Path) -> None:
+def test_a_picture_that_cannot_be_is_refused(cli: Cli, ref_cache: Path, tmp_path: Path) -> None:
     for arguments, said in (
         (("--plot", tmp_path / "h.gif"), "expected a name ending in"),
         (("--plot", tmp_path / "h.png", "--pair", 1), "without --pair and --verify"),
@@ -227,7 +229,7 @@ def test_a_picture_that_cannot_be_is_refused(cli, ref_cache: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("option", [{"sft_weight": 1.0}, {"wpo": True}, {"loss": "ipo"}])
-def test_ln_2_is_drawn_only_for_losses_that_begin_there(option: dict, tmp_path: Path) -> None:
+def test_ln_2_is_drawn_only_for_losses_that_begin_there(option: dict[str, Any], tmp_path: Path) -> None:
     pictures = []
     for name, facts in (("plain", {}), ("other", option)):
         plot(PlotConfig((make_run(tmp_path / name / "run", **facts),), tmp_path / f"{name}.svg"))

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,14 +37,14 @@ def torchrun(*options: object) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", *map(str, options), "-m", "minicache"]
 
 
-def start(command: list[str]) -> subprocess.Popen:
+def start(command: list[str]) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
 
 
-def finish(process: subprocess.Popen, seconds: float = 120) -> str:
+def finish(process: subprocess.Popen[str], seconds: float = 120) -> str:
     """What it said, once it has ended well."""
-    _, told = process.communicate(timeout=seconds)
+    told: str = process.communicate(timeout=seconds)[1]
     assert process.returncode == 0, told
     return told
 
@@ -54,10 +54,10 @@ def ranks_of(parent: int) -> list[int]:
     return sorted(map(int, Path(f"/proc/{parent}/task/{parent}/children").read_text().split()))
 
 
-def until(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+def until(condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -68,7 +68,7 @@ def steps_logged(out: Path) -> int:
 
 
 @contextmanager
-def one_rank_killed(process: subprocess.Popen) -> Iterator[None]:
+def one_rank_killed(process: subprocess.Popen[str]) -> Iterator[None]:
     """Within: wait for the moment. Then one of the two dies, and all must be over within a minute."""
     yield
     ranks = ranks_of(process.pid)

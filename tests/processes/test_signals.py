@@ -14,7 +14,7 @@ from minicache.training import checkpoints
 BURST = 50
 
 
-def start(*words: object) -> subprocess.Popen:
+def start(*words: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "minicache", *map(str, words)],
         stdout=subprocess.PIPE,
@@ -25,7 +25,7 @@ def start(*words: object) -> subprocess.Popen:
     )
 
 
-def burst(process: subprocess.Popen, seconds: float) -> tuple[int, str]:
+def burst(process: subprocess.Popen[str], seconds: float) -> tuple[int, str]:
     """So many signals within these seconds, or until it has ended; its exit code and what it said."""
     for _ in range(BURST):
         if process.poll() is not None:
@@ -36,7 +36,7 @@ def burst(process: subprocess.Popen, seconds: float) -> tuple[int, str]:
     return process.returncode, " ".join(stderr.split())
 
 
-def train_until(lines: int, ref_cache: Path, out: Path, *more: object) -> subprocess.Popen:
+def train_until(lines: int, ref_cache: Path, out: Path, *more: object) -> subprocess.Popen[str]:
     options = ("--batch-size", 8, "--log-every", 1, "--epochs", 4000, "--tokens-per-micro-batch", 256)
     process = start("train", "--ref-cache", ref_cache, "--out", out, *options, *more)
     journal = out / "metrics.jsonl"

@@ -113,7 +113,7 @@ def assistant_mask(ids: list[int], header: list[int], closing: list[int], skippe
 
 
 def encode(
-    tokenizer: Any, generation: str, messages: list[dict], max_length: int, think: str = "keep"
+    tokenizer: Any, generation: str, messages: list[dict[str, Any]], max_length: int, think: str = "keep"
 ) -> tuple[list[int], list[int]]:
     """The ids and loss mask of one side of a pair, as DPODataset makes them but for padding.
 

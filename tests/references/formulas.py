@@ -53,7 +53,7 @@ def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 def heads_of(x: Tensor, weight: Tensor, heads: int) -> Tensor:
     """x: (R, L, width); weight: (heads x size, width). Returns: (R, L, heads, size)."""
-    return (x @ weight.T).unflatten(-1, (heads, -1))
+    return (x @ weight.T).reshape(*x.shape[:-1], heads, -1)
 
 
 def angles(length: int, size: int, theta: float) -> Tensor:

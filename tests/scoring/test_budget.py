@@ -15,9 +15,10 @@ from minicache.options.train import TrainConfig
 from minicache.pairs import PairTable
 from minicache.scoring import budget
 from minicache.scoring.attention import use_spans
+from minicache.scoring.batch import Batch
 from minicache.scoring.budget import MOST, RESERVE, _saved, free_bytes, job_bytes, slot_bytes, training_budget
 from minicache.scoring.head import CHUNK_NUMBERS
-from minicache.scoring.scorer import Scorer
+from minicache.scoring.scorer import PairScores, Scorer
 from minicache.scoring.tables import score_table
 from minicache.stages.train import train
 from minicache.trackers import Silent
@@ -87,7 +88,7 @@ def test_a_run_keeps_the_budget_it_found(ref_cache: Path, tmp_path: Path, monkey
     found = iter([64])
     monkeypatch.setattr("minicache.stages.train.training_budget", lambda *arguments: next(found))
 
-    def killed(*arguments):
+    def killed(*arguments: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -103,7 +104,7 @@ def test_a_run_keeps_the_budget_it_found(ref_cache: Path, tmp_path: Path, monkey
 class Small(Scorer):
     """A device that holds 60 token slots."""
 
-    def forward(self, batch, distribution=False):
+    def forward(self, batch: Batch, distribution: bool = False) -> PairScores:
         if batch.input_ids.numel() > 60:
             raise torch.OutOfMemoryError("out of memory")
         return super().forward(batch, distribution)
@@ -126,7 +127,7 @@ def test_few_attempts_find_the_batch_that_fits() -> None:
     sizes: list[int] = []
 
     class Counted(Small):
-        def forward(self, batch, distribution=False):
+        def forward(self, batch: Batch, distribution: bool = False) -> PairScores:
             sizes.append(batch.input_ids.numel())
             return super().forward(batch, distribution)
 
@@ -153,7 +154,7 @@ def test_a_pair_that_alone_does_not_fit_is_an_error() -> None:
 def test_a_step_that_does_not_fit_says_what_to_try(
     ref_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*arguments):
+    def full(*arguments: object) -> None:
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(step, "pair_logps", full)

@@ -1,6 +1,7 @@
 """The one scorer against a plain computation: row by row, no padding, float64."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ def random_pairs(count: int, seed: int = 0) -> list[EncodedPair]:
     pairs = []
     for _ in range(count):
         prefix = random.integers(3, 400, random.integers(2, 12))
-        sides = []
+        sides: list[tuple[np.ndarray, np.ndarray]] = []
         for _ in range(2):
             ids = np.concatenate([prefix, random.integers(3, 400, random.integers(1, 20))])
             mask = np.concatenate([random.integers(0, 2, len(prefix)), np.ones(len(ids) - len(prefix), int)])
@@ -96,6 +97,7 @@ def long_pairs() -> list[EncodedPair]:
 def test_a_packed_rows_blocks_are_those_of_its_mask() -> None:
     """What FlexAttention is told of each block of 128 x 128, against the mask written out."""
     batch = lay_out(long_pairs(), "packed")
+    assert batch.mask is not None
     length = batch.input_ids.shape[1]
     seen = np.zeros((length, length), bool)
     for start, prefix, chosen, rejected in batch.mask[0, 0].tolist():
@@ -109,19 +111,21 @@ def test_a_packed_rows_blocks_are_those_of_its_mask() -> None:
     padded = np.zeros((blocks * 128, blocks * 128), bool)
     padded[:length, :length] = seen
     tiles = padded.reshape(blocks, 128, blocks, 128).swapaxes(1, 2)
-    expected = {"whole": tiles.all((2, 3)), "partial": tiles.any((2, 3)) & ~tiles.all((2, 3))}
+    whole, seen_in_part = np.asarray(tiles.all((2, 3))), np.asarray(tiles.any((2, 3)))
+    expected = {"whole": whole, "partial": seen_in_part & ~whole}
     listed = {
         "whole": (found.full_kv_num_blocks, found.full_kv_indices),
         "partial": (found.kv_num_blocks, found.kv_indices),
     }
     for kind, (counts, indices) in listed.items():
+        assert counts is not None and indices is not None
         for row in range(blocks):
             assert (
                 sorted(indices[0, 0, row, : counts[0, 0, row]].tolist()) == np.flatnonzero(expected[kind][row]).tolist()
             )
         assert expected[kind].any()
     at = torch.arange(length)
-    assert np.array_equal(found.mask_mod(0, 0, at[:, None], at[None]).numpy(), seen)
+    assert np.array_equal(found.mask_mod(at[0], at[0], at[:, None], at[None]).numpy(), seen)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -130,7 +134,8 @@ def test_flex_attention_scores_alike() -> None:
     model, pairs = tiny_llama().requires_grad_(False), long_pairs()
     use_spans(model)
     batch = lay_out(pairs, "packed")
-    blocks = replace(batch, mask=block_mask(batch.mask[0, 0], batch.input_ids.shape[1]))
+    assert batch.mask is not None
+    blocks = replace(batch, mask=block_mask(batch.mask[0, 0], batch.input_ids.shape[1]))  # type: ignore[arg-type]
     with torch.no_grad():
         plain, found = (Scorer(model, "float32")(each) for each in (lay_out(pairs), blocks))
     assert torch.allclose(plain.logp_sum, found.logp_sum, atol=1e-3)
@@ -157,6 +162,7 @@ def test_gradients_of_every_layout_equal_the_plain_ones(
             total = total + weights[index, side] * (logps * mask[1:]).sum() / mask[1:].sum()
     total.backward()
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert ours.grad is not None and theirs.grad is not None
         assert (ours.grad.double() - theirs.grad).norm() < 1e-5 * theirs.grad.norm()
 
 
@@ -172,6 +178,7 @@ def test_gradients_equal_those_of_the_plain_computation() -> None:
         total = total + (logps * mask[1:]).sum() / mask[1:].sum()
     total.backward()
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert ours.grad is not None and theirs.grad is not None
         assert torch.allclose(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-6 * theirs.grad.abs().max().item())
 
 
@@ -224,7 +231,7 @@ SMALL = {
     "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.5, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 # Beside plain families: Gemma 2 caps its logits after the head, Granite and Cohere scale them, Mistral's window slides.
-FAMILIES: dict[str, dict] = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {"tie_word_embeddings": True},
     "mistral": {"sliding_window": 8},

@@ -2,6 +2,7 @@
 
 import io
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -12,13 +13,14 @@ from minicache.screen.results import show_evaluate
 @pytest.mark.parametrize(
     ("option", "shown"), [({}, "0.6931"), ({"sft_weight": 1.0}, "–"), ({"wpo": True}, "–"), ({"loss": "ipo"}, "–")]
 )
-def test_the_references_loss_is_ln_2_only_for_losses_that_begin_there(option: dict, shown: str) -> None:
+def test_the_references_loss_is_ln_2_only_for_losses_that_begin_there(option: dict[str, Any], shown: str) -> None:
     settings = {"loss": "sigmoid", "logps": "mean", "beta": 0.1, "sft_weight": 0.0, "wpo": False, **option}
     names = ("accuracy/reference", "accuracy/policy", "rewards/accuracy", "rewards/margin", "loss", "kl")
     report = SimpleNamespace(
         metrics=dict.fromkeys(names, 0.25), settings=settings, pairs=3, ref_cache="cache", same_weights=False
     )
-    console = Console(file=io.StringIO(), width=120)
+    output = io.StringIO()
+    console = Console(file=output, width=120)
     show_evaluate(console, report)  # type: ignore[arg-type]
-    (line,) = [line for line in console.file.getvalue().splitlines() if line.split()[:1] == ["loss"]]
+    (line,) = [line for line in output.getvalue().splitlines() if line.split()[:1] == ["loss"]]
     assert line.split() == ["loss", shown, "0.2500"]

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from minicache.pages.compare import Answers, page, page_data, policy_sides
 from minicache.pages.markup import embedded
 from minicache.stages.compare import compare
 from minicache.trackers import Silent
-from tests.conftest import WORDS, one_process, precompute_into, tiny_llama, write_jsonl
+from tests.conftest import WORDS, Cli, one_process, precompute_into, tiny_llama, write_jsonl
 
 PROMPTS = ("why not", "the cat sat on a mat and then it rained", "今天天气很好", "a")
 
@@ -41,7 +42,7 @@ def policy_dir(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Pat
     return directory
 
 
-def ask(policy: Path, reference: Path, **options) -> list[Answers]:
+def ask(policy: Path, reference: Path, **options: Any) -> list[Answers]:
     settings = {"prompt": PROMPTS, "max_new_tokens": 12, **options}
     return compare(CompareConfig(str(policy), str(reference), **settings), one_process(), Silent())
 
@@ -58,7 +59,8 @@ def test_a_batch_answers_as_a_plain_greedy_loop_does(policy_dir: Path, model_dir
         model = load_model(str(source)).model
         for text, answer in zip(PROMPTS, answers[1], strict=True):
             ((ids, _),) = tokenizer.encode([tokenizer.render((Turn("user", text),), open_answer=True)])
-            said, sequence = [], torch.from_numpy(ids).long()[None]  # (1, n)
+            said: list[int] = []
+            sequence = torch.from_numpy(ids).long()[None]  # (1, n)
             while len(said) < 12 and end not in said:
                 said.append(int(model(sequence).logits[0, -1].argmax()))
                 sequence = torch.cat([sequence, torch.tensor([said[-1:]])], 1)
@@ -85,7 +87,8 @@ def test_settings_that_come_with_a_model_do_not_count_except_where_it_ends(
     (tuned / "generation_config.json").write_text(json.dumps(generation))
     assert ask(tuned, model_dir) == plain
     tokenizer = ChatTokenizer.load(policy_dir)
-    said = load_model(str(policy_dir)).model.generate(
+    policy: Any = load_model(str(policy_dir)).model
+    said = policy.generate(
         torch.from_numpy(read_prompts(CompareConfig("", prompt=("a",)), tokenizer)[0].ids).long()[None],
         max_new_tokens=3, do_sample=False, pad_token_id=0,
     )[0, -1]  # fmt: skip
@@ -121,7 +124,7 @@ def test_a_batch_that_does_not_fit_in_memory_is_one_line(policy_dir: Path, monke
 # --- prompts ---
 
 
-def prompts_of(file: Path, tokenizer_dir: Path, **options) -> list[tuple[Turn, ...]]:
+def prompts_of(file: Path, tokenizer_dir: Path, **options: Any) -> list[tuple[Turn, ...]]:
     config = CompareConfig("", prompts=file, **options)
     return [prompt.turns for prompt in read_prompts(config, ChatTokenizer.load(tokenizer_dir))]
 
@@ -253,7 +256,7 @@ def test_an_output_that_cannot_be_is_known_before_a_model_is_loaded(tmp_path: Pa
         ({"prompts": Path("a"), "jsonl": Path("./a")}, "different files"),
     ],
 )
-def test_options_that_cannot_work_are_refused(options: dict, said: str) -> None:
+def test_options_that_cannot_work_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(MinicacheError, match=said):
         CompareConfig("p", **{"prompt": ("x",), **options})
 
@@ -276,10 +279,11 @@ def nasty(count: int = len(NASTY)) -> list[Answers]:
     return [Answers(NASTY[i], [], NASTY[-i - 1], NASTY[(i + 2) % len(NASTY)], i % 2 == 0, False) for i in range(count)]
 
 
-def data_of(html: str) -> dict:
+def data_of(html: str) -> dict[str, Any]:
     """The JSON as a browser finds it: from the element's beginning to the first thing that ends a script."""
     _, _, rest = html.partition('<script type="application/json" id="data">')
-    return json.loads(re.split("</script", rest, maxsplit=1, flags=re.IGNORECASE)[0])
+    data: dict[str, Any] = json.loads(re.split("</script", rest, maxsplit=1, flags=re.IGNORECASE)[0])
+    return data
 
 
 def test_nothing_a_model_says_leaves_its_place_in_the_page() -> None:
@@ -358,7 +362,9 @@ def test_the_pages_script_counts_as_the_definition_does() -> None:
 # --- the command ---
 
 
-def test_the_command_shows_and_writes(cli, policy_dir: Path, model_dir: Path, ref_cache: Path, tmp_path: Path) -> None:
+def test_the_command_shows_and_writes(
+    cli: Cli, policy_dir: Path, model_dir: Path, ref_cache: Path, tmp_path: Path
+) -> None:
     places = ("--jsonl", tmp_path / "a.jsonl", "--html", tmp_path / "a.html")
     asked = ("compare", "--policy", policy_dir, "--reference", model_dir, "--max-new-tokens", 3)
     code, stdout, stderr = cli(*asked, "--prompt", "why not", "--ref-cache", ref_cache, "--pairs", 2, *places)

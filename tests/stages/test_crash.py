@@ -110,7 +110,8 @@ def wait_for(condition: Callable[[], bool], is_running: Callable[[], bool]) -> N
         time.sleep(0.002)
 
 
-def kill_all(group: int, number: int = signal.SIGKILL) -> None:
+def kill_all(group: int | None, number: int = signal.SIGKILL) -> None:
+    assert group is not None
     with suppress(ProcessLookupError):
         os.killpg(group, number)
 
@@ -183,7 +184,7 @@ def test_two_ranks_killed_and_interrupted_and_resumed_write_the_store_of_one(
     ids=["nproc", "torchrun"],
 )
 def test_two_ranks_write_the_store_of_one(
-    job: Job, on_one_thread: Path, tmp_path: Path, launcher: tuple, options: tuple
+    job: Job, on_one_thread: Path, tmp_path: Path, launcher: tuple[str, ...], options: tuple[str, ...]
 ) -> None:
     process = start([*job.arguments, *options], tmp_path / "cache", launcher)
     _, stderr = process.communicate(timeout=120)
@@ -210,6 +211,7 @@ def test_a_second_run_on_the_same_cache_ends_at_once_and_harms_nothing(job: Job,
     cache = tmp_path / "cache"
     first = fork(job.arguments, cache)
     wait_for(lambda: rows(cache, "pairs") > 0, first.is_alive)
+    assert first.pid is not None
     os.kill(first.pid, signal.SIGSTOP)
     second = FORKS.Process(target=run_here, args=([*job.arguments, "--ref-cache", str(cache)], tmp_path / "second"))
     second.start()

@@ -12,7 +12,7 @@ from minicache.cache.schema import RefBlock
 from minicache.cache.writer import CacheWriter
 from minicache.errors import CacheNotFound, ConfigError
 from minicache.stages.diff import diff
-from tests.conftest import make_rows, precompute_into, tiny_llama, write_jsonl
+from tests.conftest import Cli, make_rows, precompute_into, tiny_llama, write_jsonl
 
 
 def test_a_cache_and_its_copy_do_not_differ(ref_cache: Path, tmp_path: Path) -> None:
@@ -59,7 +59,9 @@ def test_values_that_differ_are_measured_and_their_pairs_named(ref_cache: Path, 
     assert spreads["rejected"].mean == pytest.approx(abs(before[1] - after[1]) / 40, abs=1e-6)
 
 
-def test_another_model_is_named_in_words_and_as_json(ref_cache: Path, model_dir: Path, tmp_path: Path, cli) -> None:
+def test_another_model_is_named_in_words_and_as_json(
+    ref_cache: Path, model_dir: Path, tmp_path: Path, cli: Cli
+) -> None:
     tiny_llama(seed=5).save_pretrained(tmp_path / "model")
     for file in model_dir.glob("*token*"):
         shutil.copy(file, tmp_path / "model")
@@ -72,7 +74,7 @@ def test_another_model_is_named_in_words_and_as_json(ref_cache: Path, model_dir:
     assert report["shared"]["differences"]["chosen"]["largest"] > 0.01 and len(report["shared"]["farthest"]) == 5
 
 
-def test_what_cannot_be_read_is_left_out_and_told(ref_cache: Path, tmp_path: Path, cli) -> None:
+def test_what_cannot_be_read_is_left_out_and_told(ref_cache: Path, tmp_path: Path, cli: Cli) -> None:
     shutil.copytree(ref_cache, tmp_path / "holed")
     shutil.rmtree(tmp_path / "holed" / "ledger" / "ref" / "c" / "2")
     report = diff(ref_cache, tmp_path / "holed")

@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +28,7 @@ from minicache.text import visible
 from tests.conftest import make_rows, precompute_into, write_jsonl
 
 
-def printed(show, item: object, width: int = 100) -> str:
+def printed(show: Callable[[Console, Any], None], item: object, width: int = 100) -> str:
     console = Console(record=True, width=width, color_system=None, force_terminal=False)
     with console.capture() as capture:
         show(console, item)
@@ -49,6 +51,7 @@ def test_every_figure_is_what_counting_gives(ref_cache: Path) -> None:
         assert (figures["min"], figures["max"]) == (min(lengths), max(lengths))
         assert figures["mean"] == pytest.approx(np.mean(lengths)) and figures["median"] == np.median(lengths)
         assert sum(getattr(found.length_histogram, name)) == 40 and sum(getattr(found.logp_histogram, name)) == 40
+    assert found.reference_prefers_chosen is not None
     assert found.reference_prefers_chosen["mean"] == pytest.approx((margins > 0).mean())
     totals = scores.logp_mean * scores.token_count
     assert found.reference_prefers_chosen["sum"] == pytest.approx((totals[:, 0] > totals[:, 1]).mean())
@@ -129,12 +132,17 @@ def by_hand(
     encode = ChatTokenizer.load(tokenizer_dir).encode
     pairs = []
     for line, (prompt, *answers) in enumerate(texts, 1):
-        sides = []
+        sides: list[np.ndarray] = []
         for answer in answers:
             (head, _), (tail, _) = encode([prompt, answer])
             sides += [np.concatenate([head, tail]), np.repeat([0, 1], [len(head), len(tail)])]
-        pairs.append(EncodedPair.join(*sides, source=(0, line)))
-    counts = {"rows": len(pairs) + 2, "kept": len(pairs), "truncated": 1, "refused": {"empty-answer": 2}}
+        pairs.append(EncodedPair.join(sides[0], sides[1], sides[2], sides[3], source=(0, line)))
+    counts: dict[str, Any] = {
+        "rows": len(pairs) + 2,
+        "kept": len(pairs),
+        "truncated": 1,
+        "refused": {"empty-answer": 2},
+    }
     source = Source("data/pairs.jsonl", 1, "s", complete=True, **counts)
     log = Log("some/model", "2026-01-01", {"zarr": "3"}, [source], -(-len(pairs) // 3), len(pairs))
     cache = CacheWriter.create(path, Manifest(identity, log), lambda place: shutil.copytree(tokenizer_dir, place))
@@ -157,7 +165,7 @@ def made(tmp_path: Path, tokenizer_dir: Path) -> Path:
     return by_hand(tmp_path / "made", tokenizer_dir, TEXTS)
 
 
-def every_line(found: Inspection) -> list:
+def every_line(found: Inspection) -> list[Any]:
     return [*found.longest, *found.highest_margin, *found.lowest_margin, *found.lowest_logp]
 
 
@@ -250,7 +258,7 @@ def test_lost_blocks_and_pairs_are_missed(made: Path) -> None:
     writer.log.blocks = 3
     writer.write_log()
     found = look(made)
-    assert not found.complete and not found.unfinished and "10 pairs" in found.problem
+    assert not found.complete and not found.unfinished and "10 pairs" in (found.problem or "")
     assert "counts 10 pairs" in " ".join(printed(show_inspection, found).split())
 
 
@@ -259,7 +267,7 @@ def test_an_interrupted_source_is_a_problem(made: Path) -> None:
     writer.log.sources[0].complete = False
     writer.write_log()
     found = look(made)
-    assert not found.complete and "interrupted" in found.problem and found.pairs_scored == 10
+    assert not found.complete and "interrupted" in (found.problem or "") and found.pairs_scored == 10
 
 
 def test_pairs_without_scores_are_shown(tmp_path: Path, tokenizer_dir: Path) -> None:
@@ -279,7 +287,7 @@ def test_a_file_that_vanishes_meanwhile_is_left_out(made: Path, monkeypatch: pyt
     leftover.write_text("half a chunk")
     is_file = Path.is_file
 
-    def renamed_away(file: Path, **options) -> bool:
+    def renamed_away(file: Path, **options: Any) -> bool:
         found = is_file(file, **options)
         if file == leftover:
             file.unlink()

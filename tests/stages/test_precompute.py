@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,16 +17,17 @@ from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import CacheDamaged, CacheMismatch, DataError, HandshakeError, ModelError, OutputError
 from minicache.models import fingerprint
 from minicache.options.stage_one import PrecomputeConfig
-from minicache.scoring.scorer import Scorer
+from minicache.scoring.batch import Batch
+from minicache.scoring.scorer import PairScores, Scorer
 from minicache.stages.precompute import PrecomputeReport, precompute
 from minicache.trackers import Silent
 from tests.cache.test_cache import DAMAGE, Killed, fail_at_step, undone
-from tests.conftest import make_rows, one_process, precompute_into, tiny_llama, write_jsonl
+from tests.conftest import Cli, make_rows, one_process, precompute_into, tiny_llama, write_jsonl
 from tests.helpers.stores import assert_same_store, chunk_files, contents
 from tests.scoring.test_scoring import plain_logps
 
 
-def run(path: Path, model: Path, *data: Path, **options) -> PrecomputeReport:
+def run(path: Path, model: Path, *data: Path, **options: Any) -> PrecomputeReport:
     config = PrecomputeConfig(str(model), tuple(map(str, data)), path, **{"block_pairs": 8, **options})
     return precompute(config, one_process(), Silent())
 
@@ -61,7 +63,7 @@ def test_the_answer_alone_counts_and_all_of_it(ref_cache: Path) -> None:
     "options", [{"tokens_per_batch": 1}, {"tokens_per_batch": 10**6}, {"block_pairs": 40}, {"block_pairs": 1}]
 )
 def test_how_pairs_are_batched_changes_no_value(
-    ref_cache: Path, model_dir: Path, data_file: Path, tmp_path: Path, options: dict
+    ref_cache: Path, model_dir: Path, data_file: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     other = means(precompute_into(tmp_path / "cache", model_dir, data_file, **options))
     for digest, mean in means(ref_cache).items():
@@ -70,6 +72,7 @@ def test_how_pairs_are_batched_changes_no_value(
 
 def test_per_token_values_have_the_stored_means(model_dir: Path, data_file: Path, tmp_path: Path) -> None:
     table, scores = ReferenceCache(precompute_into(tmp_path / "cache", model_dir, data_file, per_token=True)).load()
+    assert scores.token_logps is not None
     assert np.array_equal(~np.isnan(scores.token_logps), table.loss_mask == 1)
     for index in range(len(table)):
         part = scores.token_logps[table.offsets[index] : table.offsets[index + 1]]
@@ -78,7 +81,9 @@ def test_per_token_values_have_the_stored_means(model_dir: Path, data_file: Path
         assert np.allclose([np.nanmean(side) for side in sides], scores.logp_mean[index], atol=1e-5)
 
 
-def test_what_is_done_is_not_done_again(ref_cache: Path, model_dir: Path, data_file: Path, tmp_path: Path, cli) -> None:
+def test_what_is_done_is_not_done_again(
+    ref_cache: Path, model_dir: Path, data_file: Path, tmp_path: Path, cli: Cli
+) -> None:
     cache = shutil.copytree(ref_cache, tmp_path / "cache")
     renamed = shutil.copy(data_file, tmp_path / "renamed.jsonl")
     before = {file: (file.stat().st_mtime_ns, file.stat().st_ino) for file in cache.rglob("*")}
@@ -98,9 +103,12 @@ def test_more_data_is_appended_and_only_that_is_scored(
     more = write_jsonl(tmp_path / "more.jsonl", [*rows, rows[-1]])
     scored = []
     forward = Scorer.forward
-    monkeypatch.setattr(
-        Scorer, "forward", lambda self, batch, *rest: scored.append(batch.pairs) or forward(self, batch)
-    )
+
+    def counting(self: Scorer, batch: Batch, *rest: object) -> PairScores:
+        scored.append(batch.pairs)
+        return forward(self, batch)
+
+    monkeypatch.setattr(Scorer, "forward", counting)
     report = run(cache, model_dir, more, layout="padded")
     assert report.scored == 12 and report.pairs == 52
     assert sum(scored) == 12 + 8  # and the handshake with what was there
@@ -140,7 +148,7 @@ def test_bad_rows_are_skipped_counted_and_listed(model_dir: Path, tmp_path: Path
     (source,) = report.sources
     assert (source.rows, source.kept, source.duplicates) == (12, 6, 1)
     assert source.refused == dict.fromkeys(sorted(REFUSED.values()), 1)
-    listed = [json.loads(line) for line in report.refused_file.read_text().splitlines()]
+    listed = [json.loads(line) for line in Path(report.refused_file).read_text().splitlines()]
     assert {row["line"]: row["reason"] for row in listed} == REFUSED
     assert all(row["file"] == str(file) and row["message"] for row in listed)
 
@@ -173,7 +181,7 @@ def test_refused_rows_of_all_files_stay_listed(
         report = run(tmp_path / "cache", model_dir, Path("data.jsonl"))
     (tmp_path / "cache/pairs/tokens/c/0/0").unlink()  # the files are read again
     run(tmp_path / "cache", model_dir, Path("data.jsonl"), tmp_path / "1" / "data.jsonl")
-    listed = [json.loads(line) for line in report.refused_file.read_text().splitlines()]
+    listed = [json.loads(line) for line in Path(report.refused_file).read_text().splitlines()]
     assert sorted((row["source"], row["line"], row["reason"]) for row in listed) == [
         (0, 4, "broken-json"),
         (1, 4, "missing-field"),
@@ -218,7 +226,7 @@ def test_truncation_is_counted_and_what_it_leaves_nothing_of_is_refused(
     ],
 )
 def test_another_request_is_refused_with_the_field_named(
-    ref_cache: Path, model_dir: Path, data_file: Path, field: str, options: dict
+    ref_cache: Path, model_dir: Path, data_file: Path, field: str, options: dict[str, Any]
 ) -> None:
     with pytest.raises(CacheMismatch, match=rf"{field} is \S+, asked for {next(iter(options.values()))}"):
         run(ref_cache, model_dir, data_file, **options)

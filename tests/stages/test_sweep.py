@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from minicache.stages.sweep import sweep
 from minicache.stages.train import train
 from minicache.trackers import Silent
 from minicache.training.lock import RunLock
-from tests.conftest import make_rows, one_process, precompute_into, write_jsonl
+from tests.conftest import Cli, make_rows, one_process, precompute_into, write_jsonl
 
 TIMES = ("tokens_per_second", "memory_gb")
 FIXED = {"batch_size": ["8"], "max_steps": 4, "holdout": 0.25, "log_every": 1, "tokens_per_micro_batch": 2048}
@@ -46,15 +48,15 @@ class Listener(Silent):
             signal.raise_signal(signal.SIGINT)
 
 
-def config(ref_cache: Path, out: Path, **options) -> SweepConfig:
+def config(ref_cache: Path, out: Path, **options: Any) -> SweepConfig:
     return sweep_config({"ref_cache": ref_cache, "out": out, **FIXED, **options}, {})
 
 
-def run(ref_cache: Path, out: Path, listener: Silent | None = None, **options) -> SweepReport:
+def run(ref_cache: Path, out: Path, listener: Silent | None = None, **options: Any) -> SweepReport:
     return sweep(config(ref_cache, out, **options), one_process(), listener or Silent())
 
 
-def lines(out: Path) -> list[dict]:
+def lines(out: Path) -> list[dict[str, Any]]:
     read = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in TIMES} for line in read]
 
@@ -75,10 +77,13 @@ def test_each_run_is_the_run_that_train_makes_and_everything_is_read_once(
     read: list[str] = []
     for name in ("load_pairs", "load_model"):
         original = getattr(stage, name)
-        monkeypatch.setattr(
-            stage, name, lambda *given, name=name, original=original: read.append(name) or original(*given)
-        )
-    options = {"lr": ["1e-3,1e-2"], "lora_rank": ["0,2"], "holdout": 0.0, "eval_cache": other}
+
+        def reading(*given: Any, name: str = name, original: Callable[..., Any] = original) -> Any:
+            read.append(name)
+            return original(*given)
+
+        monkeypatch.setattr(stage, name, reading)
+    options: dict[str, Any] = {"lr": ["1e-3,1e-2"], "lora_rank": ["0,2"], "holdout": 0.0, "eval_cache": other}
     report = run(ref_cache, tmp_path / "sweep", **options)
     assert sorted(read) == ["load_model", "load_pairs", "load_pairs"]  # pairs to train on, and to validate on
     assert [result.state for result in report.runs] == ["done"] * 4
@@ -146,7 +151,8 @@ def test_a_run_that_diverges_is_recorded_and_the_next_begins(ref_cache: Path, tm
 
 
 def test_shards_divide_the_runs_among_them(ref_cache: Path, tmp_path: Path) -> None:
-    out, options = tmp_path / "sweep", {"lr": ["1e-3,1e-2,3e-3"]}
+    out = tmp_path / "sweep"
+    options: dict[str, Any] = {"lr": ["1e-3,1e-2,3e-3"]}
     half = run(ref_cache, out, shard="2/2", **options)
     assert [(result.name, result.state) for result in half.runs] == [
         ("lr-0.01", "done"),
@@ -191,7 +197,9 @@ def test_two_processes_make_the_same_runs(ref_cache: Path, tmp_path: Path) -> No
         "1",
         "--json",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr
     assert {result["state"] for result in json.loads(done.stdout)["runs"]} == {"done"}
     for name in ("lr-0.001", "lr-0.01"):
@@ -237,7 +245,7 @@ def test_a_grid_is_every_combination_and_a_colon_makes_a_mixture(tmp_path: Path)
         ({"batch_size": None}, "expected values of at least one of --loss, --logps, --beta"),
     ],
 )
-def test_a_grid_that_cannot_be_is_refused(options: dict, message: str, tmp_path: Path) -> None:
+def test_a_grid_that_cannot_be_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         config(Path("c"), tmp_path, **options)
 
@@ -257,7 +265,7 @@ def test_the_command_has_every_option_of_train_but_resume() -> None:
     assert theirs.keys() >= SWEPT.keys()
 
 
-def test_the_command_shows_a_table_and_what_was_not_run(cli, ref_cache: Path, tmp_path: Path) -> None:
+def test_the_command_shows_a_table_and_what_was_not_run(cli: Cli, ref_cache: Path, tmp_path: Path) -> None:
     out = tmp_path / "sweep"
     options = ("--ref-cache", ref_cache, "--out", out, "--holdout", "0.25", "--max-steps", "2", "--lr", "1e-3,1e-2")
     code, shown, _ = cli("sweep", *options, "--loss", "ipo")

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,15 +24,15 @@ from minicache.trackers import Silent
 from minicache.training.losses import Logps, sigmoid
 from minicache.training.order import Mixture, global_batches
 from minicache.training.schedules import learning_rate
-from tests.conftest import make_rows, one_process, precompute_into, tiny_llama, write_jsonl
+from tests.conftest import Cli, make_rows, one_process, precompute_into, tiny_llama, write_jsonl
 
 
-def run(ref_cache: Path, out: Path, **options) -> TrainReport:
+def run(ref_cache: Path, out: Path, **options: Any) -> TrainReport:
     settings = {"batch_size": 8, "epochs": 2, "lr": 1e-3, "log_every": 1, **options}
     return train(TrainConfig(ref_cache, out, **settings), one_process(), Silent())
 
 
-def metrics(out: Path) -> list[dict]:
+def metrics(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -72,7 +73,7 @@ def test_the_saved_model_opens_and_is_what_was_trained(ref_cache: Path, tmp_path
     assert all(moved)
     tokenizer = AutoTokenizer.from_pretrained(report.model_dir)
     turns = [{"role": "user", "content": "why not"}]
-    assert tokenizer.apply_chat_template(turns, tokenize=False).startswith("<|im_start|>user\nwhy not")
+    assert str(tokenizer.apply_chat_template(turns, tokenize=False)).startswith("<|im_start|>user\nwhy not")
     assert policy.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, pad_token_id=0).shape == (1, 6)
 
 
@@ -181,7 +182,7 @@ def test_changed_weights_are_refused_unless_meant(model_dir: Path, data_file: Pa
     assert not (tmp_path / "run").exists()
     notes: list[str] = []
     tracker = Silent()
-    tracker.note = notes.append  # type: ignore[method-assign]
+    tracker.note = notes.append  # type: ignore[method-assign, assignment]
     config = TrainConfig(cache, tmp_path / "run", init_from=str(model), max_steps=1)
     train(config, one_process(), tracker)
     assert "not from the reference" in notes[0]
@@ -232,7 +233,7 @@ def test_bfloat16_stays_near_ln_2(model_dir: Path, data_file: Path, tmp_path: Pa
     assert curve(tmp_path / "run")[0] == pytest.approx(math.log(2), abs=5e-3)
 
 
-def test_evaluate_sees_what_training_did(ref_cache: Path, model_dir: Path, tmp_path: Path, cli) -> None:
+def test_evaluate_sees_what_training_did(ref_cache: Path, model_dir: Path, tmp_path: Path, cli: Cli) -> None:
     out = tmp_path / "run"
     run(ref_cache, out, epochs=6)
     held_out = precompute_into(

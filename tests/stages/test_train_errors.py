@@ -6,8 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,19 +16,21 @@ from minicache.options.dictionaries import flat
 from minicache.options.recipes import RECIPES
 from minicache.options.train import TrainConfig
 from minicache.training import checkpoints
+from tests.conftest import Cli
 
 STAGE_ONE = {"loss_on", "max_length", "think"}
 
 
-def facts(out: Path) -> dict:
-    return json.loads((out / "run.json").read_text())
+def facts(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "run.json").read_text())
+    return found
 
 
 # --- recipes ---
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_fills_both_stages(model_dir: Path, data_file: Path, tmp_path: Path, cli: Callable, name: str) -> None:
+def test_a_recipe_fills_both_stages(model_dir: Path, data_file: Path, tmp_path: Path, cli: Cli, name: str) -> None:
     cache, run = tmp_path / "cache", tmp_path / "run"
     asked = ("--model", model_dir, "--data", data_file, "--ref-cache", cache, "--recipe", name)
     code, _, stderr = cli("precompute-ref", *asked)
@@ -41,9 +43,7 @@ def test_a_recipe_fills_both_stages(model_dir: Path, data_file: Path, tmp_path: 
     assert expected.items() <= facts(run).items() and {"lr", "beta", "logps", "batch_size"} <= expected.keys()
 
 
-def test_every_option_wins_over_the_recipe_even_at_its_own_default(
-    ref_cache: Path, tmp_path: Path, cli: Callable
-) -> None:
+def test_every_option_wins_over_the_recipe_even_at_its_own_default(ref_cache: Path, tmp_path: Path, cli: Cli) -> None:
     own = {name: value for name, value in flat(TrainConfig(Path(), Path())).items() if name in RECIPES["minimind-3"]}
     assert len(own) > 6 and all(value != RECIPES["minimind-3"][name] for name, value in own.items() if name == "lr")
     words = [str(word) for name, value in own.items() for word in (f"--{name.replace('_', '-')}", value)]
@@ -54,7 +54,7 @@ def test_every_option_wins_over_the_recipe_even_at_its_own_default(
     assert own.items() <= facts(run).items()
 
 
-def test_a_recipe_and_resume(ref_cache: Path, tmp_path: Path, cli: Callable) -> None:
+def test_a_recipe_and_resume(ref_cache: Path, tmp_path: Path, cli: Cli) -> None:
     run = tmp_path / "run"
     arguments = ("train", "--ref-cache", ref_cache, "--out", run, "--max-steps", 1, "--recipe", "minimind-3")
     assert cli(*arguments)[0] == 0
@@ -124,7 +124,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_line(
-    ref_cache: Path, desk: Path, cli: Callable, monkeypatch: pytest.MonkeyPatch, mistake: str
+    ref_cache: Path, desk: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch, mistake: str
 ) -> None:
     monkeypatch.chdir(desk)
     given, message = MISTAKES[mistake]
@@ -135,7 +135,7 @@ def test_a_mistake_is_one_line(
     assert errors[0] == stderr.splitlines()[-1] and not stdout and not (desk / "new").exists()
 
 
-def test_a_misspelt_option_is_named(ref_cache: Path, tmp_path: Path, cli: Callable) -> None:
+def test_a_misspelt_option_is_named(ref_cache: Path, tmp_path: Path, cli: Cli) -> None:
     code, _, stderr = cli("train", "--ref-cache", ref_cache, "--out", tmp_path / "new", "--hold-out", "0.2")
     assert code == 2 and "--hold-out" in stderr and "--holdout" in stderr  # did you mean
     code, _, stderr = cli("train", "--out", tmp_path / "new")
@@ -169,6 +169,7 @@ def test_interrupted_twice_it_ends_at_once_and_says_what_is_left(ref_cache: Path
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     seen = ""
+    assert process.stderr is not None
     while "stuck" not in seen:
         seen = process.stderr.readline()
         assert seen, "the run ended"

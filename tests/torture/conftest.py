@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import make_rows, precompute_into, write_jsonl
+from tests.conftest import Cli, make_rows, precompute_into, write_jsonl
 
 PAIRS, BLOCK = 10, 4
 Orderly = Callable[..., tuple[int, str]]
+StageOne = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +21,7 @@ def small(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> tuple[Pa
 
 
 @pytest.fixture
-def orderly(cli: Callable[..., tuple[int, str, str]]) -> Orderly:
+def orderly(cli: Cli) -> Orderly:
     """Run a command: it works, or says one line and nothing else. (exit code, that line).
 
     Any exception that is not one of ours fails the test: `cli` raises it.
@@ -37,7 +38,7 @@ def orderly(cli: Callable[..., tuple[int, str, str]]) -> Orderly:
 
 
 @pytest.fixture
-def stage_one(orderly: Orderly, model_dir: Path, small: tuple[Path, Path]) -> Callable[..., tuple[int, str]]:
+def stage_one(orderly: Orderly, model_dir: Path, small: tuple[Path, Path]) -> StageOne:
     """The command that made `small`, on a cache."""
 
     def run(cache: object, *options: object, model: Path = model_dir) -> tuple[int, str]:

@@ -5,19 +5,21 @@ import shutil
 from collections.abc import Callable, Iterator
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from minicache.cache.identity import digest_of
 from tests.cache.test_cache import DAMAGE
+from tests.conftest import Cli
 from tests.helpers.stores import assert_same_store, chunk_files, contents
-from tests.torture.conftest import Orderly
+from tests.torture.conftest import Orderly, StageOne
 
-Commands = tuple[Callable[..., tuple[int, str, str]], Orderly, Callable[..., tuple[int, str]]]
+Commands = tuple[Cli, Orderly, StageOne]
 
 
 @pytest.fixture
-def commands(cli: Callable[..., tuple[int, str, str]], orderly: Orderly, stage_one: Callable) -> Commands:
+def commands(cli: Cli, orderly: Orderly, stage_one: StageOne) -> Commands:
     return cli, orderly, stage_one
 
 
@@ -45,7 +47,10 @@ def test_every_chunk(small: tuple[Path, Path], tmp_path: Path, commands: Command
     sound = small[0]
     cache = shutil.copytree(sound, tmp_path / "cache")
     for chunk in chunk_files(cache):
-        {**DAMAGE, "garbage": lambda file: file.write_bytes(bytes(range(256)) * 64)}[damage](chunk)
+        if damage == "garbage":
+            chunk.write_bytes(bytes(range(256)) * 64)
+        else:
+            DAMAGE[damage](chunk)
         require_noticed_and_mended(cache, sound, commands, chunk)
 
 
@@ -123,19 +128,20 @@ def test_every_zarr_json(small: tuple[Path, Path], tmp_path: Path, commands: Com
     assert cli("inspect-cache", cache, "--verify")[0] == 0
 
 
-CHANGES = [None, -1, 0, 10**30, "x", "", [], {}, True, 1.5, "../../etc/passwd", "\x00", [[]] * 3]
+CHANGES: list[Any] = [None, -1, 0, 10**30, "x", "", [], {}, True, 1.5, "../../etc/passwd", "\x00", [[]] * 3]
+Keys = tuple[Any, ...]  # of dicts and places in lists
 
 
-def leaves(tree: object, path: tuple = ()) -> Iterator[tuple]:
+def leaves(tree: Any, path: Keys = ()) -> Iterator[Keys]:
     yield path
     for key in tree if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else ():
         yield from leaves(tree[key], (*path, key))
 
 
-def changed(tree: object, path: tuple, value: object) -> object:
+def changed(tree: Any, path: Keys, value: object) -> Any:
     if not path:
         return value
-    copy = dict(tree) if isinstance(tree, dict) else list(tree)  # type: ignore[call-overload]
+    copy = dict(tree) if isinstance(tree, dict) else list(tree)
     if value is ... and len(path) == 1:
         del copy[path[0]]
     else:
@@ -157,7 +163,7 @@ def test_every_entry_of_the_manifest_by_one_who_knows_how_to_sign_it(
         if not path:
             continue
         for value in [*CHANGES, ...]:
-            new: dict = changed(content, path, value)  # type: ignore[assignment]
+            new: dict[str, Any] = changed(content, path, value)
             signed = {**new, "identity_digest": digest_of(new.get("identity")), "digest": digest_of(new)}
             root["attributes"] = {"minicache": signed}
             (cache / "zarr.json").write_text(json.dumps(root))
@@ -172,7 +178,7 @@ def test_every_entry_of_the_manifest_by_one_who_knows_how_to_sign_it(
 
 
 def test_the_list_of_refused_rows_is_no_part_of_it(
-    small: tuple[Path, Path], tmp_path: Path, orderly: Orderly, stage_one: Callable
+    small: tuple[Path, Path], tmp_path: Path, orderly: Orderly, stage_one: StageOne
 ) -> None:
     """Whatever is in refused.jsonl, the pairs are used, and a merge lists what can be read."""
     for number, lines in enumerate(

@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ import torch
 from tests.conftest import make_rows, tiny_llama, write_jsonl
 from tests.helpers.stores import assert_same_store, contents
 from tests.stages.test_precompute import small_disk
-from tests.torture.conftest import BLOCK, Orderly
+from tests.torture.conftest import BLOCK, Orderly, StageOne
 from tests.torture.test_run import flags, whole
 from tests.training.test_resume import assert_same_run
 
@@ -30,7 +30,12 @@ def backwards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("backwards")
 def test_a_clock_that_goes_backwards(
-    small: tuple[Path, Path], ref_cache: Path, whole: Path, tmp_path: Path, orderly: Orderly, stage_one: Callable
+    small: tuple[Path, Path],
+    ref_cache: Path,
+    whole: Path,
+    tmp_path: Path,
+    orderly: Orderly,
+    stage_one: StageOne,
 ) -> None:
     assert stage_one(tmp_path / "cache") == (0, "")
     assert_same_store(tmp_path / "cache", small[0])
@@ -40,7 +45,7 @@ def test_a_clock_that_goes_backwards(
 
 @pytest.mark.parametrize("stamp", [0, 2**33])
 def test_files_from_1970_and_from_the_future(
-    small: tuple[Path, Path], tmp_path: Path, stage_one: Callable, orderly: Orderly, stamp: int
+    small: tuple[Path, Path], tmp_path: Path, stage_one: StageOne, orderly: Orderly, stamp: int
 ) -> None:
     cache = shutil.copytree(small[0], tmp_path / "cache")
     (cache / "pairs/tokens/c/1/0").write_bytes(b"")
@@ -91,7 +96,11 @@ def read_only(small: tuple[Path, Path], tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_directory_that_cannot_be_written_to(
-    read_only: Path, small: tuple[Path, Path], tmp_path: Path, orderly: Orderly, stage_one: Callable
+    read_only: Path,
+    small: tuple[Path, Path],
+    tmp_path: Path,
+    orderly: Orderly,
+    stage_one: StageOne,
 ) -> None:
     """A cache there is read, inspected, trained from; what writes there says so in one line."""
     cache = read_only / "cache"
@@ -154,7 +163,11 @@ def test_logits_that_are_no_numbers(
 
 
 def test_weights_and_tokenizer_changed_under_the_same_path(
-    small: tuple[Path, Path], model_dir: Path, tmp_path: Path, orderly: Orderly, stage_one: Callable
+    small: tuple[Path, Path],
+    model_dir: Path,
+    tmp_path: Path,
+    orderly: Orderly,
+    stage_one: StageOne,
 ) -> None:
     """Neither stage goes on with a cache of what is no longer there; as it was, it does."""
     model, cache = shutil.copytree(model_dir, tmp_path / "model"), tmp_path / "cache"

@@ -95,9 +95,10 @@ Told = tuple[list[tuple[int, float, float]], dict[str, Any], list[str]]
 
 
 def read_wandb(directory: Path) -> Told:
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
-    points, config, ends = [], {}, []
+    points, ends = [], []
+    config: dict[str, Any] = {}
     for file in sorted(directory.glob("wandb/offline-run-*/*.wandb")):
         for record in map(Record.FromString, log_records(file)):
             if record.HasField("history"):
@@ -277,7 +278,8 @@ class Breaks(Library):
 
 
 def test_a_library_that_fails_later_is_noted_once_and_left(capsys: pytest.CaptureFixture[str]) -> None:
-    library, notes = Breaks(), []
+    library = Breaks()
+    notes: list[str] = []
     with Guarded(library, notes.append) as guarded:
         guarded.start("training", {})
         for step in range(5):
@@ -326,7 +328,8 @@ class Csv(Library):
 
 def test_a_new_tracker_is_named_in_every_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TRACKERS, "table", Csv)
-    run, notes = RunName(tmp_path, "minicache", "first"), []
+    run = RunName(tmp_path, "minicache", "first")
+    notes: list[str] = []
     with pytest.raises(ConfigError, match="expected one of wandb, swanlab, tensorboard, trackio, table, got 'csv'"):
         open_trackers(["csv"], run, print)
     (tracker,) = open_trackers(["table"], run, notes.append)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from minicache.cache.reader import ReferenceCache
 from minicache.errors import CacheMismatch
 from minicache.models import load_model
+from minicache.options.others import EvaluateConfig
 from minicache.options.train import LossOptions, TrainConfig, ValidationOptions
 from minicache.pairs import EncodedPair, PairTable
 from minicache.scoring.batch import padded
 from minicache.scoring.scorer import Scorer
-from minicache.stages.evaluate import EvaluateConfig, evaluate
+from minicache.stages.evaluate import evaluate
 from minicache.stages.train import TrainReport, train
 from minicache.trackers import Silent
 from minicache.training.order import Mixture, global_batches
@@ -27,8 +29,15 @@ from tests.conftest import make_rows, one_process, precompute_into, tiny_llama, 
 STEPS, BATCH, LR, BETA = 2, 4, 3e-3, 0.5
 
 
-def run(ref_cache: Path, out: Path, **options) -> TrainReport:
-    settings = {"batch_size": BATCH, "max_steps": STEPS, "lr": LR, "beta": BETA, "log_every": 1, "save_every": 0}
+def run(ref_cache: Path, out: Path, **options: Any) -> TrainReport:
+    settings: dict[str, Any] = {
+        "batch_size": BATCH,
+        "max_steps": STEPS,
+        "lr": LR,
+        "beta": BETA,
+        "log_every": 1,
+        "save_every": 0,
+    }
     settings |= {"schedule": "constant", "warmup": 0.0, "tokens_per_micro_batch": 150, **options}
     return train(TrainConfig(ref_cache, out, **settings), one_process(), Silent())
 
@@ -82,7 +91,8 @@ def plain_run(model_dir: Path, table: PairTable, loss_of: Plain) -> tuple[list[f
         range(STEPS), global_batches(Mixture.of([np.arange(len(table))]), BATCH, seed=42), strict=False
     ):
         pairs = [table[int(index)] for index in batch]
-        total = sum(loss_of(plain_sides(policy, pair), plain_sides(reference, pair)) for pair in pairs) / len(batch)
+        each = (loss_of(plain_sides(policy, pair), plain_sides(reference, pair)) for pair in pairs)
+        total = sum(each, torch.zeros((), dtype=torch.float64)) / len(batch)
         total.backward()
         losses.append(total.item())
         norms.append(torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0).item())
@@ -121,7 +131,12 @@ def wpo(policy: list[Side], reference: list[Side], logps: str) -> torch.Tensor:
     ],
 )
 def test_the_first_steps_are_those_of_a_plain_loop(
-    alike: Path, model_dir: Path, tmp_path: Path, logps: str, options: LossOptions, loss_of: Callable
+    alike: Path,
+    model_dir: Path,
+    tmp_path: Path,
+    logps: str,
+    options: LossOptions,
+    loss_of: Callable[[list[Side], list[Side], str], torch.Tensor],
 ) -> None:
     run(alike, tmp_path / "run", logps=logps, loss_options=options)
     table = ReferenceCache(alike).load().table
@@ -196,7 +211,7 @@ def test_step_flops_of_a_dense_model_are_those_that_run() -> None:
 
 def test_step_flops_of_a_mixture_count_the_experts_that_a_token_goes_to(checkpoints: Path) -> None:
     model, table = load_model(str(checkpoints / "minimind3-moe.pth")).model, one_pair(20)
-    settings = model.config
+    settings: Any = model.config
     hidden, layers, heads = settings.hidden_size, settings.num_hidden_layers, settings.num_attention_heads
     size, kv = settings.head_dim, settings.num_key_value_heads
     attention = hidden * size * (heads + 2 * kv) + heads * size * hidden

@@ -55,7 +55,12 @@ def test_the_wider_of_two_precisions_counts(
     ref_cache: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch, stored: str, used: str
 ) -> None:
     asked: list[float] = []
-    monkeypatch.setattr(checks, "check_reproduces", lambda *arguments: asked.append(arguments[3]) or 0.0)
+
+    def reproduces(*arguments: Any) -> float:
+        asked.append(arguments[3])
+        return 0.0
+
+    monkeypatch.setattr(checks, "check_reproduces", reproduces)
     run = run_of(ref_cache, model_dir, stored, 0.0)
     run.scorer = SimpleNamespace(dtype=used)
     handshake(run, Silent())

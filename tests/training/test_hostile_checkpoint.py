@@ -61,7 +61,7 @@ def plan_is_evil(index: Metadata, marker: Path) -> Any:
 def outside(marker: Path) -> Path:
     """A copy of the shard outside the run directory, which torch would read without a word."""
     (shard,) = marker.parent.glob("run/checkpoints/*/optimizer/__0_0.distcp")
-    return shutil.copy(shard, marker.parent / "outside.distcp")
+    return Path(shutil.copy(shard, marker.parent / "outside.distcp"))
 
 
 def path_is_evil(index: Metadata, marker: Path) -> Any:

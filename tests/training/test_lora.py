@@ -3,8 +3,8 @@
 import json
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,18 +17,21 @@ from minicache.options.train import LoraOptions, TrainConfig, ValidationOptions
 from minicache.stages import train as stage
 from minicache.stages.train import TrainReport, train
 from minicache.trackers import Silent
-from tests.conftest import make_rows, one_process, precompute_into, tiny_llama, write_jsonl
+from minicache.training.loop import optimize
+from minicache.training.progress import Outcome
+from minicache.training.state import Run
+from tests.conftest import Cli, make_rows, one_process, precompute_into, tiny_llama, write_jsonl
 from tests.models.test_models import gguf_file
 
 __all__ = ["gguf_file"]  # a fixture
 
 
-def run(ref_cache: Path, out: Path, rank: int = 2, **options) -> TrainReport:
+def run(ref_cache: Path, out: Path, rank: int = 2, **options: Any) -> TrainReport:
     settings = {"batch_size": 8, "max_steps": 6, "lr": 1e-2, "log_every": 1, "lora": LoraOptions(lora_rank=rank)}
     return train(TrainConfig(ref_cache, out, **{**settings, **options}), one_process(), Silent())
 
 
-def metrics(out: Path) -> list[dict]:
+def metrics(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -51,8 +54,12 @@ def test_a_run_starts_at_ln_2_and_leaves_a_small_directory(adapted: Path) -> Non
 
 def test_only_adapters_train(ref_cache: Path, tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[torch.nn.Module] = []
-    original = stage.optimize
-    monkeypatch.setattr(stage, "optimize", lambda run, *rest: (kept.append(run.scorer.model), original(run, *rest))[1])
+
+    def keeping(run: Run, *rest: Any) -> Outcome:
+        kept.append(run.scorer.model)
+        return optimize(run, *rest)
+
+    monkeypatch.setattr(stage, "optimize", keeping)
     run(ref_cache, tmp_path / "run")
     (policy,) = kept
     base = load_model(str(model_dir)).model.state_dict()
@@ -68,7 +75,7 @@ def test_only_adapters_train(ref_cache: Path, tmp_path: Path, model_dir: Path, m
 
 
 def test_the_exported_policy_is_the_base_and_the_scaled_product(
-    adapted: Path, model_dir: Path, tmp_path: Path, cli: Callable
+    adapted: Path, model_dir: Path, tmp_path: Path, cli: Cli
 ) -> None:
     out = tmp_path / "merged"
     code, stdout, stderr = cli("export", "--policy", adapted, "--out", out)
@@ -88,7 +95,7 @@ def test_the_exported_policy_is_the_base_and_the_scaled_product(
 
 
 def test_other_commands_take_the_run_and_its_checkpoints(
-    adapted: Path, ref_cache: Path, tmp_path: Path, cli: Callable, monkeypatch: pytest.MonkeyPatch
+    adapted: Path, ref_cache: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # the adapter names its base by a whole path
     values = {}
@@ -104,7 +111,7 @@ def test_other_commands_take_the_run_and_its_checkpoints(
     assert code == 0, stderr
 
 
-def test_an_adapter_knows_its_base(model_dir: Path, ref_cache: Path, tmp_path: Path, cli: Callable) -> None:
+def test_an_adapter_knows_its_base(model_dir: Path, ref_cache: Path, tmp_path: Path, cli: Cli) -> None:
     model = tmp_path / "model"
     shutil.copytree(model_dir, model)
     run(ref_cache, tmp_path / "run", model=str(model), max_steps=1)
@@ -121,7 +128,7 @@ def test_an_adapter_knows_its_base(model_dir: Path, ref_cache: Path, tmp_path: P
 
 
 def test_a_relative_model_is_found_from_elsewhere(
-    model_dir: Path, ref_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Callable
+    model_dir: Path, ref_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
 ) -> None:
     shutil.copytree(model_dir, tmp_path / "here" / "sft")
     monkeypatch.chdir(tmp_path / "here")
@@ -153,7 +160,7 @@ def test_named_targets_alone_are_adapted(ref_cache: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("option", [{"lora_alpha": 4.0}, {"lora_targets": "q_proj"}])
-def test_an_option_of_adapters_without_adapters_is_refused(option: dict) -> None:
+def test_an_option_of_adapters_without_adapters_is_refused(option: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="is used with --lora-rank only; expected both"):
         LoraOptions(**option)
 
@@ -183,7 +190,7 @@ def test_a_changed_base_is_refused_when_the_run_goes_on(
 
 @pytest.mark.parametrize("name", ["minimind2-2504-dense", "minimind2-2504-moe", "minimind3-moe"])
 def test_adapters_of_a_minimind_file(
-    checkpoints: Path, tokenizer_dir: Path, tmp_path: Path, name: str, cli: Callable
+    checkpoints: Path, tokenizer_dir: Path, tmp_path: Path, name: str, cli: Cli
 ) -> None:
     file = checkpoints / f"{name}.pth"
     data = write_jsonl(tmp_path / "pairs.jsonl", make_rows(8))
@@ -202,7 +209,7 @@ def test_adapters_of_a_minimind_file(
     assert ReferenceCache(cache).log.model == json.loads((tmp_path / "run" / "run.json").read_text())["started_from"]
 
 
-def test_adapters_of_a_gguf_file(gguf_file: Path, data_file: Path, tmp_path: Path, cli: Callable) -> None:
+def test_adapters_of_a_gguf_file(gguf_file: Path, data_file: Path, tmp_path: Path, cli: Cli) -> None:
     cache = precompute_into(tmp_path / "cache", gguf_file, data_file)
     report = run(cache, tmp_path / "run", validation=ValidationOptions(eval_cache=cache))
     code, _, stderr = cli("export", "--policy", tmp_path / "run", "--out", tmp_path / "merged")

@@ -1,7 +1,9 @@
 """Losses, metrics and the learning rate against their formulas written out."""
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,11 +32,11 @@ def random_logps(averaged: bool, count: int = 50) -> Logps:
 
 
 def log_sigmoid(x: np.ndarray) -> np.ndarray:
-    return -np.logaddexp(0, -x)
+    return np.asarray(-np.logaddexp(0, -x))
 
 
 def sigma(x: np.ndarray) -> np.ndarray:
-    return np.exp(log_sigmoid(x))
+    return np.asarray(np.exp(log_sigmoid(x)))
 
 
 DIVERGENCE = {
@@ -57,7 +59,7 @@ def written_out(name: str, logps: Logps, beta: float, o: LossOptions) -> np.ndar
     odds = np.sort(p[:, 0] - p[:, 1]) - np.sort(r[:, 0] - r[:, 1])
     unpaired = np.sort(ratios[:, 0]) - np.sort(ratios[:, 1])
     blend = sigma(d / o.discopop_tau)
-    return {
+    formulas: dict[str, Callable[[], np.ndarray]] = {
         "sigmoid": lambda: -(1 - e) * log_sigmoid(d) - e * log_sigmoid(-d),
         "robust": lambda: (-(1 - e) * log_sigmoid(d) + e * log_sigmoid(-d)) / (1 - 2 * e),
         "hinge": lambda: np.maximum(0, 1 - d),
@@ -73,7 +75,8 @@ def written_out(name: str, logps: Logps, beta: float, o: LossOptions) -> np.ndar
         "simpo": lambda: -log_sigmoid(beta * (own[:, 0] - own[:, 1]) - o.simpo_gamma),
         "aot": lambda: -(1 - e) * log_sigmoid(beta * odds) - e * log_sigmoid(-beta * odds),
         "aot_unpaired": lambda: -(1 - e) * log_sigmoid(beta * unpaired) - e * log_sigmoid(-beta * unpaired),
-    }[name]()
+    }
+    return formulas[name]()
 
 
 @pytest.mark.parametrize("averaged", [True, False], ids=["mean", "sum"])
@@ -81,7 +84,7 @@ def written_out(name: str, logps: Logps, beta: float, o: LossOptions) -> np.ndar
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_is_its_formula(name: str, divergence: str, averaged: bool) -> None:
     logps = random_logps(averaged)
-    double = Logps(*(values.double() for values in (logps.policy, logps.reference, logps.token_count)), averaged)
+    double = Logps(logps.policy.double(), logps.reference.double(), logps.token_count.double(), averaged)
     for smoothing, beta in ((0.1, 0.1), (0.3, 0.02)):
         options = LossOptions(label_smoothing=smoothing, f_divergence=divergence, f_alpha=0.7, simpo_gamma=0.4)
         expected = written_out(name, logps, beta, options)
@@ -141,7 +144,7 @@ def test_a_loss_that_cannot_be_is_refused(loss: str, message: str) -> None:
 @pytest.mark.parametrize(
     "options", [{"label_smoothing": 0.5}, {"f_divergence": "kl"}, {"discopop_tau": 0}, {"sft_weight": -1}]
 )
-def test_options_that_cannot_be_are_refused(options: dict) -> None:
+def test_options_that_cannot_be_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="--"):
         LossOptions(**options)
 

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ MIXTURES = ["minimind2-2504-moe", "minimind3-moe"]
 SETTINGS = {"batch_size": 4, "max_steps": 4, "lr": 1e-3, "log_every": 1, "save_every": 0, "tokens_per_micro_batch": 200}
 
 
-def run(ref_cache: Path, out: Path, **options) -> TrainReport:
+def run(ref_cache: Path, out: Path, **options: Any) -> TrainReport:
     return train(TrainConfig(ref_cache, out, **{**SETTINGS, **options}), one_process(), Silent())
 
 
@@ -50,7 +51,8 @@ def mixtures(tmp_path_factory: pytest.TempPathFactory, checkpoints: Path, tokeni
 def test_the_balance_loss_is_logged_and_stays_sane(mixtures: dict[str, Path], tmp_path: Path, name: str) -> None:
     run(mixtures[name], tmp_path / "run", max_steps=12, lr=3e-3)
     aux, loss = curve(tmp_path / "run", "aux_loss"), curve(tmp_path / "run")
-    coefficient = load_model(ReferenceCache(mixtures[name]).log.model).model.config.router_aux_loss_coef
+    settings: Any = load_model(ReferenceCache(mixtures[name]).log.model).model.config
+    coefficient = settings.router_aux_loss_coef
     even = (
         2 * coefficient
     )  # of two layers, every expert chosen as often; picks are counted apart where a token has several
@@ -106,7 +108,13 @@ def test_the_balance_loss_is_part_of_the_gradient(mixtures: dict[str, Path], tmp
 def test_two_processes_train_a_mixture_as_one_does(mixtures: dict[str, Path], tmp_path: Path) -> None:
     """2504 and 2510 balance each sequence for itself; 3 all tokens of a micro-batch, which is another with more processes."""
     cache = mixtures["minimind2-2504-moe"]
-    options = {"--batch-size": 3, "--max-steps": 4, "--lr": 1e-3, "--log-every": 1, "--save-every": 0}
+    options: dict[str, object] = {
+        "--batch-size": 3,
+        "--max-steps": 4,
+        "--lr": 1e-3,
+        "--log-every": 1,
+        "--save-every": 0,
+    }
     options |= {"--tokens-per-micro-batch": 200, "--ref-cache": cache, "--out": tmp_path / "two", "--nproc": 2}
     words = [str(word) for pair in options.items() for word in pair]
     done = subprocess.run([sys.executable, "-m", "minicache", "train", *words], capture_output=True, text=True)
@@ -145,7 +153,7 @@ def test_compiled_steps_are_those_of_eager_ones(
     compiles: list[torch.nn.Module] = []
     original = torch.nn.Module.compile
 
-    def tracing(module: torch.nn.Module, **given) -> None:
+    def tracing(module: torch.nn.Module, **given: Any) -> None:
         compiles.append(module)
         original(module, backend="eager", **given)
 

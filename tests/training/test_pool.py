@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from minicache.trackers import Silent
 from minicache.training import step as steps
 from minicache.training.order import Mixture
 from minicache.training.state import Run, Training
-from tests.conftest import make_rows, one_process, precompute_into, write_jsonl
+from tests.conftest import Cli, make_rows, one_process, precompute_into, write_jsonl
 
 TIMES = ("tokens_per_second", "memory_gb")
 
@@ -28,12 +29,14 @@ class Listener(Silent):
         self.notes.append(text)
 
 
-def run(ref_cache: object, out: Path, listener: Silent | None = None, **options) -> TrainReport:
+def run(
+    ref_cache: Path | str | tuple[Path | str, ...], out: Path, listener: Silent | None = None, **options: Any
+) -> TrainReport:
     settings = {"batch_size": 8, "epochs": 2, "lr": 1e-3, "log_every": 1, **options}
     return train(TrainConfig(ref_cache, out, **settings), one_process(), listener or Silent())
 
 
-def lines(out: Path) -> list[dict]:
+def lines(out: Path) -> list[dict[str, Any]]:
     read = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in TIMES} for line in read]
 
@@ -158,7 +161,8 @@ def test_a_pair_in_two_caches_is_taken_once(ref_cache: Path, model_dir: Path, tm
 
 
 def test_a_mixed_run_that_was_killed_resumes_to_the_same_end(caches: list[Path], tmp_path: Path) -> None:
-    mixed, settings = (f"{caches[0]}:2", f"{caches[1]}:1"), {"epochs": 3, "save_every": 2}
+    mixed = f"{caches[0]}:2", f"{caches[1]}:1"
+    settings: dict[str, Any] = {"epochs": 3, "save_every": 2}
     run(mixed, tmp_path / "whole", **settings)
 
     class Killed(BaseException):
@@ -177,7 +181,7 @@ def test_a_mixed_run_that_was_killed_resumes_to_the_same_end(caches: list[Path],
     assert lines(tmp_path / "run") == lines(tmp_path / "whole")
 
 
-def test_caches_of_different_models_do_not_mix(ref_cache: Path, model_dir: Path, tmp_path: Path, cli) -> None:
+def test_caches_of_different_models_do_not_mix(ref_cache: Path, model_dir: Path, tmp_path: Path, cli: Cli) -> None:
     other = precompute_into(
         tmp_path / "other", model_dir, write_jsonl(tmp_path / "a.jsonl", make_rows(8)), max_length=64, block_pairs=4
     )

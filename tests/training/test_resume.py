@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,20 +19,28 @@ from minicache.stages.train import TrainReport, train
 from minicache.trackers import Silent
 from minicache.training import checkpoints
 from minicache.training import step as loop
-from tests.conftest import make_rows, one_process, precompute_into, write_jsonl
+from minicache.training.validation import pair_logps
+from tests.conftest import Cli, make_rows, one_process, precompute_into, write_jsonl
 
-SETTINGS = {"batch_size": 8, "epochs": 3, "lr": 1e-3, "log_every": 2, "tokens_per_micro_batch": 70, "save_every": 4}
+SETTINGS: dict[str, Any] = {
+    "batch_size": 8,
+    "epochs": 3,
+    "lr": 1e-3,
+    "log_every": 2,
+    "tokens_per_micro_batch": 70,
+    "save_every": 4,
+}
 
 
 class Killed(BaseException):
     """Ends a run as a kill would: nothing may catch it."""
 
 
-def run(ref_cache: Path, out: Path, **options) -> TrainReport:
+def run(ref_cache: Path, out: Path, **options: Any) -> TrainReport:
     return train(TrainConfig(ref_cache, out, **{**SETTINGS, **options}), one_process(), Silent())
 
 
-def lines(out: Path) -> list[dict]:
+def lines(out: Path) -> list[dict[str, Any]]:
     """Of metrics.jsonl, without what measures time and memory."""
     read = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "memory_gb")} for line in read]
@@ -48,14 +57,14 @@ def assert_same_run(left: Path, right: Path) -> None:
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def killed_at(monkeypatch: pytest.MonkeyPatch, micro_batch: int, ref_cache: Path, out: Path, **options) -> None:
+def killed_at(monkeypatch: pytest.MonkeyPatch, micro_batch: int, ref_cache: Path, out: Path, **options: Any) -> None:
     """The run, ended before the backward pass of the given micro-batch, counted over all steps."""
-    calls, original = iter(range(10**6)), loop.pair_logps
+    calls = iter(range(10**6))
 
-    def dying(*arguments):
+    def dying(*arguments: Any) -> Any:
         if next(calls) == micro_batch:
             raise Killed
-        return original(*arguments)
+        return pair_logps(*arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "pair_logps", dying)
@@ -63,7 +72,7 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, micro_batch: int, ref_cache: Path
             run(ref_cache, out, **options)
 
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "beta and schedule": {"beta_end": 0.5, "schedule": "linear", "warmup": 3},
     "lora": {"lora": LoraOptions(lora_rank=2), "lr": 1e-2},
@@ -99,7 +108,7 @@ def test_it_resumes_at_any_step(ref_cache: Path, tmp_path: Path, monkeypatch: py
             assert_same_run(tmp_path / "whole", out)
 
 
-def test_the_command_goes_on_with_the_runs_own_options(ref_cache: Path, tmp_path: Path, cli) -> None:
+def test_the_command_goes_on_with_the_runs_own_options(ref_cache: Path, tmp_path: Path, cli: Cli) -> None:
     """A real SIGINT to a real process: 130, the state saved, and `--resume --out` alone goes on."""
     arguments = ["--batch-size", "8", "--lr", "1e-3", "--log-every", "2", "--beta", "0.3"]
     arguments += ["--tokens-per-micro-batch", "70", "--epochs", "3"]
@@ -113,7 +122,7 @@ def test_the_command_goes_on_with_the_runs_own_options(ref_cache: Path, tmp_path
     journal = tmp_path / "stopped" / "metrics.jsonl"
     while not journal.exists() or len(journal.read_text().splitlines()) < 3:
         time.sleep(0.05)
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.communicate()[1]
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130 and "--resume goes on" in " ".join(stderr.split())
@@ -134,7 +143,7 @@ def test_sigterm_saves_too_and_two_processes_agree(ref_cache: Path, tmp_path: Pa
     journal = tmp_path / "run" / "metrics.jsonl"
     while not journal.exists() or len(journal.read_text().splitlines()) < 3:
         time.sleep(0.05)
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.communicate()[1]
     os.kill(process.pid, signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
@@ -166,7 +175,7 @@ def test_a_run_without_a_checkpoint_begins_again(
     [{"lr": 2e-3}, {"seed": 1}, {"loss_options": LossOptions(wpo=True)}, {"lora": LoraOptions(lora_rank=1)}],
 )
 def test_a_resumed_run_keeps_its_options(
-    ref_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict
+    ref_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
 ) -> None:
     killed_at(monkeypatch, 41, ref_cache, tmp_path / "run")
     with pytest.raises(ConfigError, match=r"--[a-z-]+: this run was started with .*, asked for"):

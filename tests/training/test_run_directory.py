@@ -23,6 +23,7 @@ from minicache.training.run_directory import (
     run_facts,
     write_record,
 )
+from tests.conftest import Cli
 from tests.training.test_resume import SETTINGS, assert_same_run, killed_at, run
 
 GOLDEN = Path(__file__).parent / "golden" / "run-0.1.0.json"
@@ -130,9 +131,9 @@ HOLD = (
 @pytest.fixture
 def hold() -> Any:
     """Start a process that holds a run directory until it is killed."""
-    started: list[subprocess.Popen] = []
+    started: list[subprocess.Popen[str]] = []
 
-    def start(out: Path) -> subprocess.Popen:
+    def start(out: Path) -> subprocess.Popen[str]:
         command = [sys.executable, "-c", HOLD, str(out)]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         started.append(process)
@@ -146,7 +147,7 @@ def hold() -> Any:
 
 
 def test_a_second_process_on_a_living_run_is_refused(
-    stopped: Path, ref_cache: Path, tmp_path: Path, cli: Callable, hold: Callable[[Path], subprocess.Popen]
+    stopped: Path, ref_cache: Path, tmp_path: Path, cli: Cli, hold: Callable[[Path], subprocess.Popen[str]]
 ) -> None:
     out = shutil.copytree(stopped, tmp_path / "run")
     first = hold(out)
@@ -180,7 +181,7 @@ def test_two_that_begin_a_run_at_once(ref_cache: Path, tmp_path: Path, monkeypat
     assert not (out / RECORD).exists() and not list(out.iterdir())
 
 
-def test_a_lock_is_no_run(ref_cache: Path, tmp_path: Path, hold: Callable[[Path], subprocess.Popen]) -> None:
+def test_a_lock_is_no_run(ref_cache: Path, tmp_path: Path, hold: Callable[[Path], subprocess.Popen[str]]) -> None:
     out = tmp_path / "run"
     out.mkdir()
     killed = hold(out)

@@ -61,7 +61,8 @@ CARDS = {
 
 @pytest.mark.parametrize("name", CARDS)
 def test_a_card_has_its_own_peak(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = CARDS[name] and CARDS[name] * 1e12
+    teraflops = CARDS[name]
+    expected = teraflops and teraflops * 1e12
     assert peak_of(name) == expected
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops(torch.device("cuda", 0), "bfloat16") == expected

@@ -2,8 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,16 +11,23 @@ import torch
 from safetensors.torch import load_file
 
 from minicache.cache.reader import ReferenceCache
+from minicache.cache.schema import CachedPairs
 from minicache.errors import CacheMismatch, ConfigError
 from minicache.options.others import EvaluateConfig
 from minicache.options.train import LossOptions, TrainConfig, ValidationOptions
+from minicache.scoring.batch import Batch
+from minicache.scoring.scorer import PairScores
 from minicache.stages.evaluate import evaluate
 from minicache.stages.train import TrainReport, train
 from minicache.trackers import Silent
 from minicache.training import checkpoints, loop
 from minicache.training import step as steps
+from minicache.training.losses import Logps, Objective
 from minicache.training.pool import SAME_MODEL
-from tests.conftest import make_rows, one_process, precompute_into, tiny_llama, write_jsonl
+from minicache.training.saving import save_policy
+from minicache.training.step import take_step
+from minicache.training.validation import pair_logps
+from tests.conftest import Cli, Row, make_rows, one_process, precompute_into, tiny_llama, write_jsonl
 
 SFT = LossOptions(sft_weight=1.0)  # so that random answers have something to teach
 SETTINGS = {"batch_size": 8, "max_steps": 8, "lr": 1e-3, "log_every": 3, "save_every": 0}
@@ -39,17 +46,18 @@ class Listener(Silent):
         self.notes.append(text)
 
 
-def run(ref_cache: Path, out: Path, listener: Silent | None = None, **options) -> TrainReport:
+def run(ref_cache: Path, out: Path, listener: Silent | None = None, **options: Any) -> TrainReport:
     return train(TrainConfig(ref_cache, out, **{**SETTINGS, **options}), one_process(), listener or Silent())
 
 
-def lines(out: Path) -> list[dict]:
+def lines(out: Path) -> list[dict[str, Any]]:
     read = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in TIMES} for line in read]
 
 
-def outcome(out: Path) -> dict:
-    return json.loads((out / "run.json").read_text())["outcome"]
+def outcome(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "run.json").read_text())["outcome"]
+    return found
 
 
 def weights(model: Path) -> dict[str, torch.Tensor]:
@@ -65,7 +73,7 @@ def digests(cache: Path) -> np.ndarray:
     return ReferenceCache(cache).load().table.digest[:, 0]
 
 
-def rows_of(data: Path, cache: Path, held: np.ndarray) -> list[dict]:
+def rows_of(data: Path, cache: Path, held: np.ndarray) -> list[Row]:
     """The data's rows of these pairs of the cache."""
     rows = [json.loads(line) for line in data.read_text().splitlines()]
     table = ReferenceCache(cache).load().table
@@ -76,11 +84,12 @@ def rows_of(data: Path, cache: Path, held: np.ndarray) -> list[dict]:
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The digest of every pair that a training step saw."""
     pairs: list[int] = []
-    original = steps.pair_logps
 
-    def watching(scores, batch, cached, indices, objective):
+    def watching(
+        scores: PairScores, batch: Batch, cached: CachedPairs, indices: np.ndarray, objective: Objective
+    ) -> Logps:
         pairs.extend(cached.table.digest[indices, 0].tolist())
-        return original(scores, batch, cached, indices, objective)
+        return pair_logps(scores, batch, cached, indices, objective)
 
     monkeypatch.setattr(steps, "pair_logps", watching)
     return pairs
@@ -144,7 +153,7 @@ def test_where_beta_changes_every_validation_is_by_the_beta_at_the_end(
         tmp_path / "held", model_dir, write_jsonl(tmp_path / "held.jsonl", rows_of(data_file, ref_cache, held))
     )
     out, options = tmp_path / "run", ValidationOptions(holdout=0.3, eval_every=2)
-    settings = {"save_every": 2, "keep_last": 99, "lr": 5e-3, "loss_options": SFT}
+    settings: dict[str, Any] = {"save_every": 2, "keep_last": 99, "lr": 5e-3, "loss_options": SFT}
     run(ref_cache, out, validation=options, beta=0.3, beta_end=beta, **settings)
     found = {line["step"]: line for line in lines(out) if "eval/loss" in line}
     assert sorted(found) == [0, 2, 4, 6, 8] and {line["eval/beta"] for line in found.values()} == {beta}
@@ -175,7 +184,7 @@ def test_validation_lines_come_at_their_steps_and_one_line_a_step(ref_cache: Pat
 OVERFITS = {"lr": 2e-2, "max_steps": 60, "beta": 1.0, "schedule": "constant", "warmup": 0.0, "loss_options": SFT}
 
 
-def test_the_best_policy_stays_and_patience_ends_the_run(ref_cache: Path, tmp_path: Path, cli: Callable) -> None:
+def test_the_best_policy_stays_and_patience_ends_the_run(ref_cache: Path, tmp_path: Path, cli: Cli) -> None:
     out = tmp_path / "run"
     options = ["--lr", "2e-2", "--max-steps", "60", "--beta", "1", "--schedule", "constant", "--warmup", "0"]
     options += ["--holdout", "0.3", "--eval-every", "1", "--patience", "3", "--batch-size", "8"]
@@ -210,15 +219,15 @@ def test_min_gain_makes_small_gains_count_for_nothing(ref_cache: Path, tmp_path:
 def test_a_killed_run_resumes_to_the_same_end(
     ref_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_every: int, step: int
 ) -> None:
-    options = {**OVERFITS, "save_every": save_every}
+    options: dict[str, Any] = {**OVERFITS, "save_every": save_every}
     options["validation"] = ValidationOptions(holdout=0.3, eval_every=1, patience=2, min_gain=1e-3)
     run(ref_cache, tmp_path / "whole", **options)
-    calls, original = iter(range(10**6)), loop.take_step
+    calls = iter(range(10**6))
 
-    def dying(*arguments):
+    def dying(*arguments: Any) -> Any:
         if next(calls) == step:
             raise Killed
-        return original(*arguments)
+        return take_step(*arguments)
 
     out = tmp_path / "killed"
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -236,13 +245,13 @@ def test_a_run_killed_after_its_patience_ended_still_ends_there(
     """Killed while the model was saved: what lies in model/ is made anew, and no further step is taken."""
     from minicache.stages import train as stage
 
-    options = {**OVERFITS, "save_every": 1, "keep_last": 99}
+    options: dict[str, Any] = {**OVERFITS, "save_every": 1, "keep_last": 99}
     options["validation"] = ValidationOptions(holdout=0.3, eval_every=1, patience=2)
     whole = run(ref_cache, tmp_path / "whole", **options)
-    out, original = tmp_path / "killed", stage.save_policy
+    out = tmp_path / "killed"
 
-    def dying(*arguments):
-        original(*arguments)
+    def dying(*arguments: Any) -> Any:
+        save_policy(*arguments)
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -312,7 +321,9 @@ def test_a_policy_that_moves_too_far(ref_cache: Path, tmp_path: Path, on_max_kl:
     notes = [text for text in listener.notes if "--max-kl" in text]
     if on_max_kl == "stop":
         assert notes == [] and far == [len(kl) - 1] and report.progress.step == len(kl) < 60
-        assert report.stopped.startswith(f"the policy has moved {kl[-1]:.3g} nats per token")
+        assert report.stopped is not None and report.stopped.startswith(
+            f"the policy has moved {kl[-1]:.3g} nats per token"
+        )
         assert outcome(tmp_path / "run")["stopped"] == report.stopped and report.model_dir.is_dir()
     else:
         assert len(notes) == 1 and notes[0].startswith(f"step {far[0]}: ") and report.stopped is None and len(kl) == 60
