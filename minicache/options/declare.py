@@ -58,7 +58,7 @@ class Option:
                 continue
             if self.choices and each not in (allowed := tuple(self.choices())):
                 raise ConfigError(f"{name}: expected one of {', '.join(allowed)}, got {each!r}")
-            if isinstance(each, int | float) and not (math.isfinite(each) and self._is_within(each)):
+            if isinstance(each, int | float) and not (self._is_within(each) and abs(each) < math.inf):
                 raise ConfigError(f"{name}: expected {self._bounds()}, got {each}")
 
     def _is_within(self, value: float) -> bool:

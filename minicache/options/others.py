@@ -98,7 +98,7 @@ class CompareConfig:
     max_new_tokens: int = option(128, "Most tokens of an answer.", least=1)
     temperature: float = option(0.0, "0: always the likeliest token; above 0: sampled.", least=0)
     top_p: float = option(1.0, "Sample from the likeliest tokens with this total probability.", above=0, most=1)
-    seed: int = option(42, "Seed of sampling, and of which answer is A on the page.", least=0)
+    seed: int = option(42, "Seed of sampling, and of which answer is A on the page.", least=0, most=2**63 - 1)
     batch_size: int = option(8, "Prompts answered at once.", least=1)
     jsonl: Path | None = option(None, "Write one object per prompt to this file, replacing it.")
     html: Path | None = option(None, "Write an HTML page for blind votes to this file, replacing it.")

@@ -139,7 +139,7 @@ class TrainConfig:
     epochs: float = option(1.0, "Passes over the data; may be a fraction.", above=0)
     max_steps: int | None = option(None, "Number of optimizer steps; overrides --epochs.", least=1)
     batch_size: int = option(32, "Pairs per optimizer step, over all processes.", least=1)
-    seed: int = option(42, "Seed of the order of pairs, and of new adapters.", least=0)
+    seed: int = option(42, "Seed of the order of pairs, and of new adapters.", least=0, most=2**63 - 1)
     loss: str = option(
         "sigmoid",
         "Preference loss (docs/training.md lists them), or several: sigmoid:0.8,hinge:0.2.",

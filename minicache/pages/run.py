@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from minicache.options.declare import flag as option
+from minicache.options.declare import flag
 from minicache.options.dictionaries import flat
 from minicache.options.objective import starts_at_ln_2
 from minicache.options.train import TrainConfig
@@ -176,8 +176,8 @@ def _options(known: dict[str, Any]) -> list[Table] | None:
         return None
     usual = flat(TrainConfig(ref_cache="", out=Path("run")))
     given = {name: value for name, value in known.items() if name in usual}
-    changed = [[option(name), _shown(value)] for name, value in given.items() if value != usual[name]]
-    same = [[option(name), _shown(value)] for name, value in given.items() if value == usual[name]]
+    changed = [[flag(name), _shown(value)] for name, value in given.items() if value != usual[name]]
+    same = [[flag(name), _shown(value)] for name, value in given.items() if value == usual[name]]
     rest = [
         [name.replace("_", " "), _shown(value)]
         for name, value in known.items()

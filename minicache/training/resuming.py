@@ -5,9 +5,10 @@ import os
 from dataclasses import dataclass
 
 from minicache.errors import ConfigError, OutputError
-from minicache.options.declare import flag as option
+from minicache.options.declare import flag
 from minicache.options.dictionaries import flat
 from minicache.options.train import MOVABLE, TrainConfig
+from minicache.options.unused import why_unread
 from minicache.training import checkpoints
 from minicache.training.run_directory import RECORD, RunRecord, is_unused, read_record
 
@@ -47,11 +48,14 @@ def find_begun(config: TrainConfig) -> Begun | None:
 
 
 def _check_same_options(config: TrainConfig, record: RunRecord) -> None:
-    """Raises ConfigError: an option differs from the run's, and may not change when it is resumed."""
+    """Raises ConfigError: an option differs from the run's, and may not change when it is resumed.
+
+    One that the run does not read may: 0.1.0 accepted such options and kept them in run.json.
+    """
     for name, value in flat(config).items():
         before = record.options.get(name)
-        if name not in MOVABLE and value != before:
+        if name not in MOVABLE and value != before and not why_unread(config, name):
             raise ConfigError(
-                f"{config.out}: {option(name)}: this run was started with {before}, asked for {value}; a resumed run "
+                f"{config.out}: {flag(name)}: this run was started with {before}, asked for {value}; a resumed run "
                 "keeps its options: ask for the same, or name another --out"
             )

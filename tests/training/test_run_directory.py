@@ -112,6 +112,18 @@ def test_an_option_that_run_json_lacks_is_no_other_option(
     assert begun and begun.step and begun.record.options[name] == DEFAULTS[name]
 
 
+def test_an_option_that_a_run_of_0_1_0_kept_and_never_read_may_be_left_out(
+    ref_cache: Path, tmp_path: Path, stopped: Path
+) -> None:
+    out = shutil.copytree(stopped, tmp_path / "run")
+    facts = json.loads((out / RECORD).read_text())
+    (out / RECORD).write_text(json.dumps({**facts, "simpo_gamma": 1.0}))
+    assert find_begun(TrainConfig(ref_cache, out, resume=True, dtype="float32", **SETTINGS))
+    (out / RECORD).write_text(json.dumps({**facts, "label_smoothing": 0.2}))
+    with pytest.raises(ConfigError, match=r"--label-smoothing: this run was started with 0\.2"):
+        find_begun(TrainConfig(ref_cache, out, resume=True, dtype="float32", **SETTINGS))
+
+
 @pytest.fixture(scope="module")
 def stopped(ref_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("stopped") / "run"
