@@ -213,6 +213,7 @@ def test_a_killed_shard_is_finished_by_a_run_without_shard(start: Start, whole: 
     assert_same_store(tmp_path / "cache", whole)
 
 
+@pytest.mark.slow
 def test_new_data_and_another_number_of_shards_wait_until_nobody_scores(
     start: Start, model_dir: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -327,5 +328,5 @@ def test_where_there_are_no_locks_shards_are_refused(
 
 @pytest.mark.parametrize("shard", ["0/4", "5/4", "-1/4", "0/0", "3", "a/b", "1/2/3", "", "1/", " 1/2", "1.0/2", "³/4"])
 def test_nonsense_is_refused_with_what_is_expected(shard: str) -> None:
-    with pytest.raises(ConfigError, match="expected K/N with K from 1 to N, as 3/64, got"):
+    with pytest.raises(ConfigError, match="expected K/N with K from 1 to N, such as 3/64, got"):
         PrecomputeConfig("m", ("d",), Path("c"), shard=shard)

@@ -157,6 +157,7 @@ def cut(run: Path, out: Path, step: int) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_four_shards_goes_on_in_one_process(
     few: Path, runs: Callable[..., Path], tmp_path: Path
 ) -> None:

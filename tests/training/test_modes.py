@@ -141,7 +141,7 @@ def test_activation_checkpointing_changes_no_number(
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
-@pytest.mark.parametrize(("name", "rank"), [("dense", 2), ("minimind3-moe", 0)])
+@pytest.mark.parametrize(("name", "rank"), [("dense", 2), pytest.param("minimind3-moe", 0, marks=pytest.mark.slow)])
 def test_compiled_steps_are_those_of_eager_ones(
     ref_cache: Path, mixtures: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, rank: int
 ) -> None:
