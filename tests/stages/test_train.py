@@ -211,7 +211,7 @@ def test_a_model_that_is_gone_is_named_with_the_way_out(model_dir: Path, data_fi
     shutil.copytree(model_dir, model)
     cache = precompute_into(tmp_path / "cache", model, data_file)
     shutil.rmtree(model)
-    with pytest.raises(ModelError, match="--model says where"):
+    with pytest.raises(ModelError, match="name the place of the same weights with --model"):
         run(cache, tmp_path / "run")
 
 
