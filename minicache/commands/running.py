@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from minicache.errors import CacheMismatch, MinicacheError, ProcessLost
-from minicache.processes.signals import Interruptible
+from minicache.processes.signals import Interruptible, Postponed
 from minicache.screen.diff import differences_table
 from minicache.screen.live import Screen
 from minicache.screen.results import show_error
@@ -46,10 +46,11 @@ def run_stage(name: str, config: Any, nproc: int, show: Callable[[Console, Any],
     os.environ.setdefault("TQDM_DISABLE", "1")
     screen_ = Screen(err)
     screen_.begin("starting", None)
-    from minicache.processes.world import join_world, leave_world
-
     module, _, function = name.partition(".")
-    stage = getattr(import_module(f"minicache.stages.{module}"), function or module)
+    with Postponed():
+        from minicache.processes.world import join_world, leave_world
+
+        stage = getattr(import_module(f"minicache.stages.{module}"), function or module)
     world = join_world()
     with screen_ if world.is_main else Silent() as tracker:
         report = stage(config, world, tracker)

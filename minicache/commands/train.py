@@ -43,7 +43,8 @@ def facts_to_resume(options: dict[str, Any]) -> dict[str, Any]:
         OutputError: there is no run, and no --ref-cache to begin one.
     """
     out = Path(options["out"])
-    facts = run_facts(out)
+    # Whether to run a model's code is for the person at this machine to say, not for a directory that may be a stranger's.
+    facts = {name: value for name, value in run_facts(out).items() if name != "trust_remote_code"}
     if not facts and "ref_cache" not in options:
         raise OutputError(f"{out}: no run to resume (it has no run.json); check --out, or begin with --ref-cache")
     return facts

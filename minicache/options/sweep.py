@@ -91,7 +91,9 @@ def sweep_config(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Sweep
     twice = [name for name, count in Counter(run.name for run in runs).items() if count > 1]
     if twice:
         raise ConfigError(f"sweep: {twice[0]} would be made twice; expected each value once")
-    _require_read(runs, given, {name for name, values in swept.items() if len(values) > 1})
+    # A sweep that 0.1.0 began with such options goes on.
+    if not out.is_dir():
+        _require_read(runs, given, {name for name, values in swept.items() if len(values) > 1})
     return SweepConfig(out, tuple(runs), given.get("shard"))
 
 

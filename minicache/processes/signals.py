@@ -83,6 +83,18 @@ class StopFlag(Interruptible):
         return self.since is not None
 
 
+class Postponed(StopFlag):
+    """Within this context a request waits for the end of the block: an import that it broke off could not be repeated."""
+
+    def insist(self, kind: int) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        if self and error[0] is None:
+            raise KeyboardInterrupt
+
+
 class CommandLine(Interruptible):
     """From here to the end of the process, around every other context, no signal causes a traceback.
 

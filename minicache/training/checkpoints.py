@@ -180,7 +180,8 @@ def load(run: Path, step: int) -> dict[str, Any]:
                 raise ValueError(f"{name}: expected a {kind}, got {type(state.get(name)).__name__}")
         if progress_of(state).step != step:
             raise ValueError(f"progress.step: expected {step}, got {progress_of(state).step}")
-    except (OSError, RuntimeError, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
+    # Damaged bytes make torch raise nearly every kind of exception.
+    except Exception as error:
         raise unreadable(file, error) from error
     log.debug("state of step %d read from %s: %.1f s", step, file, time.monotonic() - started)
     return state

@@ -218,6 +218,11 @@ def test_a_sweep_over_an_option_that_one_of_its_runs_does_not_read_is_refused() 
         sweep_config({**given, "loss": ["ipo,hinge"], "label_smoothing": ["0.1"]}, {})
 
 
+def test_a_sweep_that_was_begun_with_such_options_goes_on(tmp_path: Path) -> None:
+    given = {"ref_cache": "c", "out": tmp_path, "holdout": 0.1, "loss": ["sigmoid,ipo"], "label_smoothing": ["0,0.1"]}
+    assert len(sweep_config(given, {}).runs) == 4
+
+
 def test_swept_options_are_trains_own() -> None:
     assert SWEPT.keys() <= {item.name for item, _ in options_of(TrainConfig)}
     assert sweep.SWEPT["beta"] is float and sweep.SWEPT["batch_size"] is int and sweep.SWEPT["loss"] is str

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from minicache.processes.signals import ONE_REQUEST, Interruptible, StopFlag
+from minicache.processes.signals import ONE_REQUEST, Interruptible, Postponed, StopFlag
 from minicache.training import checkpoints
 
 BURST = 50
@@ -100,3 +100,15 @@ def test_a_signal_that_an_inner_context_received_counts_in_the_outer_one_too() -
             signal.raise_signal(signal.SIGTERM)
         assert inner and outer.since == inner.since
         signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_request_during_imports_waits_for_their_end() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), Interruptible(), Postponed():
+        for _ in range(3):
+            signal.raise_signal(signal.SIGINT)
+        done.append("imported")
+    assert done == ["imported"]
+    with Postponed():
+        done.append("nobody asked")
+    assert len(done) == 2

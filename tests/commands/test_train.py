@@ -1,0 +1,12 @@
+"""`minidpo train`: what a run directory may not decide."""
+
+import json
+from pathlib import Path
+
+from minicache.commands.train import facts_to_resume
+
+
+def test_a_run_directory_cannot_allow_a_models_code_to_run(tmp_path: Path) -> None:
+    """It may be a stranger's; only the command line can."""
+    (tmp_path / "run.json").write_text(json.dumps({"lr": 0.5, "trust_remote_code": True}))
+    assert facts_to_resume({"out": tmp_path, "resume": True}) == {"lr": 0.5}
