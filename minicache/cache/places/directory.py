@@ -12,7 +12,7 @@ from zarr.abc.store import Store
 from minicache.cache.places.bounded import BoundedStore
 from minicache.cache.places.claims import SHARD_CLAIMS, Claim, FileClaim
 from minicache.cache.places.place import ROOT, Place
-from minicache.disk import flush_to_disk, with_folders, writing, written_whole
+from minicache.disk import flush_to_disk, publish_folder, with_folders, writing, written_whole
 from minicache.errors import CacheNotFound, OutputError
 
 # Leftovers of killed writers: claims of shards; drafts of single files, by their present names and by those of 0.1.0.
@@ -59,15 +59,7 @@ class Directory(Place):
 
     def publish(self, draft: Path) -> None:
         with writing(self):
-            flush_to_disk(draft.rglob("*"))
-            place = self.home
-            draft.replace(place)
-            try:
-                flush_to_disk([place.parent])
-            except OSError:
-                # A call that fails must leave no cache.
-                place.replace(draft)
-                raise
+            publish_folder(draft, self.home)
 
     def remove(self) -> None:
         place = self.home
