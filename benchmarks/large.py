@@ -31,6 +31,7 @@ from minicache.cache.reader import ReferenceCache
 from minicache.cache.schema import RefBlock
 from minicache.cache.writer import CacheWriter
 from minicache.data import workers
+from minicache.data.columns import Reading
 from minicache.data.encode import Encoder
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.intake.blocks import hash_files, take_in
@@ -135,7 +136,7 @@ def encoding(options: argparse.Namespace) -> dict[str, float]:
     workers.MOST = options.workers
     given, started, cpu = hash_files((file,)), time.perf_counter(), time.process_time()
     with Peak() as peak:
-        take_in(cache, encoder, given, "auto", False, Silent())
+        take_in(cache, encoder, given, Reading(), False, Silent())
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     pairs, tokens = np.array([cache.blocks.size(block) for block in range(len(cache.blocks))]).sum(0).tolist()
     return {

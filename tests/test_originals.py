@@ -79,7 +79,7 @@ def test_reference_and_package_count_the_tokens_that_the_original_counts(
             with pytest.raises(RowRefused, match="no answer left"):  # MiniMind divides by zero counted tokens here
                 encoder.encode(to_pair(row, "f", 1))
             continue
-        encoded, _ = encoder.encode(to_pair(row, "f", 1))
+        encoded = encoder.encode(to_pair(row, "f", 1)).pair
         for side in (0, 1):
             assert tuple(column.tolist() for column in encoded.side(side)) == expected[side]
             compared += 1

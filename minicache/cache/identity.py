@@ -31,7 +31,8 @@ class Identity:
     """Everything that changes a stored value or its place. It is hashed, and never changes.
 
     weights: digest of the reference's weights. family: its architecture. tokenizer, template: digests. dtype: precision of the
-    forward pass. block_pairs: pairs of a full block. per_token: whether each token's logprob is stored.
+    forward pass. block_pairs: pairs of a full block. per_token: whether each token's logprob is stored. date: that the template
+    was given as today's, "" its fixed one. template_args: other values that it was given, as JSON, "" without any.
 
     The default of a field that was added later is the value with which earlier caches were made. Such a field is stored only if
     it has another value, so the digests of earlier caches do not change.
@@ -52,6 +53,8 @@ class Identity:
     block_pairs: int
     per_token: bool
     special_text: str = "allow"
+    date: str = ""
+    template_args: str = ""
 
     @property
     def digest(self) -> str:

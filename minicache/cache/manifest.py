@@ -20,7 +20,9 @@ def now() -> str:
 class Source:
     """A preference file of the cache. `refused` counts rows by reason; `rows` = kept + duplicates + refused.
 
-    format: as asked for. complete: whether it was read to its end; until then none of its pairs is scored.
+    format: as asked for. complete: whether it was read to its end; until then none of its pairs is scored. reading: the other
+    options that say how rows become pairs, by name. unused: rows by the name of a column or key that nothing reads. noted: rows
+    by kind of note. example: a row whose content holds the text of a special token, and that text.
     """
 
     name: str
@@ -33,6 +35,19 @@ class Source:
     truncated: int = 0
     refused: dict[str, int] = field(default_factory=dict)
     complete: bool = False
+    reading: dict[str, str] = field(default_factory=dict)
+    unused: dict[str, int] = field(default_factory=dict)
+    noted: dict[str, int] = field(default_factory=dict)
+    example: str = ""
+
+    @property
+    def stored(self) -> dict[str, Any]:
+        """The fields as a manifest stores them: those of later versions only where they say something."""
+        return {name: value for name, value in asdict(self).items() if value or name not in LATER}
+
+
+# Fields of a source that 0.1.0 did not have.
+LATER = ("reading", "unused", "noted", "example")
 
 
 @dataclass
@@ -60,7 +75,8 @@ class Manifest:
 
     def to_attributes(self) -> dict[str, Any]:
         """The attributes of the zarr group, with digests."""
-        content = {"identity": self.identity.stored, "log": asdict(self.log)}
+        log = {**asdict(self.log), "sources": [source.stored for source in self.log.sources]}
+        content = {"identity": self.identity.stored, "log": log}
         return {ATTRIBUTE: {**content, "identity_digest": self.identity.digest, "digest": digest_of(content)}}
 
     @classmethod

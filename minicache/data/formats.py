@@ -1,120 +1,76 @@
-"""Rows of preference files -> `Pair`: one function for each format.
+"""Rows of preference files -> `Pair`s: one function for each form of a row.
 
-The format of a row is the first in `FORMATS` that fits it, unless the user names one.
+The form of a row is the first in `FORMATS` that fits it, unless the user names one. A function reads the columns of its form; what
+all forms share (system text, earlier turns, tools, template arguments) is read here, and so is what becomes of other columns.
 """
 
-import re
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import NamedTuple
 
-from minicache.data.files import MOST_ROW
-from minicache.data.records import ROLES, Pair, Turn
+from minicache.data import layouts
+from minicache.data.columns import Columns, Reading, Row, with_reading
+from minicache.data.layouts import Sample
+from minicache.data.records import NO_CONTEXT, Context, Note, Pair, Turn
+from minicache.data.template import NO_ARGUMENTS
+from minicache.data.turns import json_list, kind_of, listed, text_of, turns_of
 from minicache.errors import RowRefused
 
-Row = dict[str, Any]
-
-
-# The whole chosen and the whole rejected conversation.
-Conversations = tuple[list[Turn], list[Turn]]
-
-
-ROLE_NAMES = {
-    **{role: role for role in ROLES},
-    "human": "user",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "developer": "system",
-    "observation": "tool",
-    "function_call": "assistant",
-}
-
-
-HH_TURN = re.compile(r"\n\n(Human|Assistant):")
-
-
-# --- one function for each format: a row -> two whole conversations ---
-
-
-def from_messages(row: Row) -> Conversations:
-    """`chosen` and `rejected` are lists of {role, content}; `prompt` is absent, a string or a list (MiniMind, UltraFeedback)."""
-    sides = [_turns(row[side], side) for side in ("chosen", "rejected")]
-    if not all(sides):
-        raise RowRefused("empty-answer", "a side has no turns")
-    # Whether the sides repeat the prompt.
-    whole = any(side[0].role != "assistant" for side in sides)
-    if row.get("prompt") is None or (whole and not isinstance(row["prompt"], list)):
-        return sides[0], sides[1]
-    prompt = _prompt(row["prompt"], "prompt")
-    if not whole:
-        return prompt + sides[0], prompt + sides[1]
-    if any(side[: len(prompt)] != prompt for side in sides):
-        raise RowRefused("prompts-differ", "each side repeats a prompt, and that prompt does not begin with 'prompt'")
-    return sides[0], sides[1]
-
-
-def from_prompt(row: Row) -> Conversations:
-    """`prompt`, `chosen`, `rejected` strings (TRL); the prompt may also be a list of {role, content}."""
-    return _answers(_prompt(row["prompt"], "prompt"), row["chosen"], row["rejected"])
-
-
-def from_stack_exchange(row: Row) -> Conversations:
-    """`question`, `response_j` (preferred), `response_k` (lvwerra/stack-exchange-paired)."""
-    return _answers(_prompt(row["question"], "question"), row["response_j"], row["response_k"])
-
-
-def from_sharegpt(row: Row) -> Conversations:
-    """`conversations` are {from, value}; `chosen` and `rejected` are one such turn or a list of them (LLaMA-Factory)."""
-    prompt = _turns(row["conversations"], "conversations")
-    if row.get("system"):
-        prompt = [Turn("system", _text(row["system"], "system")), *prompt]
-    sides = [row[side] if isinstance(row[side], list) else [row[side]] for side in ("chosen", "rejected")]
-    return prompt + _turns(sides[0], "chosen"), prompt + _turns(sides[1], "rejected")
-
-
-def from_transcript(row: Row) -> Conversations:
-    r"""`chosen` and `rejected` are transcripts "\n\nHuman: … \n\nAssistant: …" (Anthropic HH). Turns are stripped."""
-    return _transcript(row["chosen"], "chosen"), _transcript(row["rejected"], "rejected")
-
-
-def _is_transcript(row: Row) -> bool:
-    return isinstance(row["chosen"], str) and row["chosen"].startswith("\n\nHuman:")
+AUTO = Reading()
 
 
 class Format(NamedTuple):
-    """A row format.
+    """A form of a row.
 
-    fields: the fields it needs. read: a row -> the two whole conversations. fits: a further test of a row.
+    fields: the columns it needs. read: the columns of a row -> prompt and answers. fits: a further test of a row.
     """
 
     fields: set[str]
-    read: Callable[[Row], Conversations]
+    read: Callable[[Columns], Sample]
     fits: Callable[[Row], bool] = lambda row: True
 
 
-# The first format that fits a row reads it.
+# The first form that fits a row reads it.
 FORMATS: dict[str, Format] = {
-    "sharegpt": Format({"conversations", "chosen", "rejected"}, from_sharegpt),
-    "stack-exchange": Format({"question", "response_j", "response_k"}, from_stack_exchange),
-    "messages": Format({"chosen", "rejected"}, from_messages, lambda row: isinstance(row["chosen"], list)),
-    "prompt": Format({"prompt", "chosen", "rejected"}, from_prompt, lambda row: isinstance(row["chosen"], str)),
-    "hh": Format({"chosen", "rejected"}, from_transcript, _is_transcript),
+    "sharegpt": Format({"conversations", "chosen", "rejected"}, layouts.from_sharegpt),
+    "stack-exchange": Format({"question", "response_j", "response_k"}, layouts.from_stack_exchange),
+    "messages": Format({"chosen", "rejected"}, layouts.from_messages, layouts.has_turns),
+    "prompt": Format({"prompt", "chosen", "rejected"}, layouts.from_prompt, layouts.has_texts),
+    "hh": Format({"chosen", "rejected"}, layouts.from_transcript, layouts.is_transcript),
+    "alpaca": Format({"instruction", "chosen", "rejected"}, layouts.from_alpaca, layouts.has_texts),
+    "orca": Format({"question", "chosen", "rejected"}, layouts.from_question, layouts.has_texts),
+    "swift": Format({"messages"}, layouts.from_swift, layouts.has_rejection),
 }
 
 
-def to_pair(row: object, file: str, line: int, format: str = "auto") -> Pair:
-    """The pair in a row of `file` at `line`.
+def to_pairs(row: object, file: str, line: int, reading: Reading = AUTO) -> list[Pair]:
+    """The pairs in a row of `file` at `line`: one, or several of a ranked list.
 
     Raises:
-        RowRefused: the row holds no pair; with a reason code and what was expected.
+        RowRefused: the row holds no pair, or something that a model is meant to see and that its form does not use; with a reason
+            code and what was expected.
     """
     if not isinstance(row, dict):
-        raise RowRefused("wrong-type", f"expected an object, got {_kind(row)}")
-    chosen, rejected = _reader(row, format)(row)
-    return Pair.from_conversations(chosen, rejected, file, line)
+        raise RowRefused("wrong-type", f"expected an object, got {kind_of(row)}")
+    if reading.columns or reading.ignore_fields:
+        row = with_reading(row, reading)
+    columns = Columns(row)
+    sample = _reader(columns, reading.format)(columns)
+    context, notes = _context(columns, sample)
+    prompt = _prompt_of(columns, sample, notes)
+    pairs = [_pair(prompt, chosen, rejected) for chosen, rejected in sample.pairs]
+    if columns.unread:
+        notes += columns.notes(_texts(pairs, context))
+    return [replace(pair, file=file, line=line, context=context, notes=tuple(notes)) for pair in pairs]
 
 
-def to_prompt(row: object) -> tuple[Turn, ...]:
+def to_pair(row: object, file: str, line: int, format: str = "auto") -> Pair:
+    """The first pair in a row, see `to_pairs`."""
+    return to_pairs(row, file, line, Reading(format))[0]
+
+
+def to_prompt(row: object, reading: Reading = AUTO) -> tuple[tuple[Turn, ...], Context]:
     """The turns of a prompt: a text, a row with `prompt`, `messages` or `conversations`, or the prompt of a preference row.
 
     Assistant turns at the end of a conversation are left out, so that files of dialogues and of pairs can be used unchanged.
@@ -125,104 +81,129 @@ def to_prompt(row: object) -> tuple[Turn, ...]:
     if isinstance(row, str):
         row = {"prompt": row}
     if not isinstance(row, dict):
-        raise RowRefused("wrong-type", f"expected an object or text, got {_kind(row)}")
+        raise RowRefused("wrong-type", f"expected an object or text, got {kind_of(row)}")
     if "chosen" in row or "rejected" in row or "response_j" in row:
-        return to_pair(row, "", 0).prompt
-    field = next((name for name in ("messages", "conversations", "prompt") if row.get(name) is not None), None)
+        pair = to_pairs(row, "", 0, reading)[0]
+        return pair.prompt, pair.context
+    columns = Columns(with_reading(row, reading))
+    field = next((name for name in ("messages", "conversations", "prompt") if name in columns), None)
     if field is None:
         raise RowRefused(
-            "missing-field", f"expected 'prompt', 'messages' or 'conversations'; the row has {_listed(row)}"
+            "missing-field", f"expected 'prompt', 'messages' or 'conversations'; the row has {listed(row)}"
         )
-    turns = _prompt(row[field], field)
-    if row.get("system"):
-        turns = [Turn("system", _text(row["system"], "system")), *turns]
+    sample = Sample(layouts.prompt_of(columns[field], field), [])
+    context, notes = _context(columns, sample)
+    turns = _prompt_of(columns, sample, notes)
     while turns and turns[-1].role == "assistant":
         turns.pop()
     if not turns or turns[-1].role == "system" or not turns[-1].content.strip():
         raise RowRefused("no-prompt", f"{field!r} asks nothing: expected a user turn with text in it")
-    return tuple(turns)
+    columns.notes(text for turn in sample.prompt for text in (turn.content,))
+    return tuple(turns), context
 
 
-def _reader(row: Row, format: str) -> Callable[[Row], Conversations]:
+def _reader(columns: Columns, format: str) -> Callable[[Columns], Sample]:
+    row = columns.values
     if format != "auto":
         known = FORMATS[format]
         if missing := sorted(known.fields - row.keys()):
-            raise RowRefused("missing-field", f"format {format} needs {_listed(missing)}; the row has {_listed(row)}")
+            raise RowRefused("missing-field", f"format {format} needs {listed(missing)}; the row has {listed(row)}")
         return known.read
     for known in FORMATS.values():
         if known.fields <= row.keys() and known.fits(row):
             return known.read
+    raise _unknown(columns.row)
+
+
+def _unknown(row: Row) -> RowRefused:
+    """The refusal of a row that no form fits."""
     if "chosen" in row and "rejected" in row:
+        if row["rejected"] is None:
+            return RowRefused("wrong-type", "'rejected' must be text or a list of turns, got null")
         if isinstance(row["chosen"], str):
-            raise RowRefused("missing-field", "chosen and rejected are strings, and there is no 'prompt'")
-        raise RowRefused("wrong-type", f"'chosen' must be text or a list of turns, got {_kind(row['chosen'])}")
+            return RowRefused(
+                "missing-field",
+                f"chosen and rejected are strings, and there is no 'prompt'; the row has {listed(row)}; name its prompt: "
+                "--columns prompt=COLUMN",
+            )
+        return RowRefused("wrong-type", f"'chosen' must be text or a list of turns, got {kind_of(row['chosen'])}")
     if any(known.fields & row.keys() for known in FORMATS.values()):
-        raise RowRefused("missing-field", f"a pair needs both answers; the row has {_listed(row)}")
-    raise RowRefused("unknown-format", f"no known format has the fields {_listed(row)}; formats: {', '.join(FORMATS)}")
-
-
-# --- readers that the formats share ---
-
-
-def _text(value: object, field: str) -> str:
-    if not isinstance(value, str):
-        raise RowRefused("wrong-type", f"{field!r} must be text, got {_kind(value)}")
-    if len(value) > MOST_ROW:
-        raise RowRefused("too-large", f"{field!r} has {len(value):,} characters, expected {MOST_ROW:,} or fewer")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise RowRefused("bad-unicode", f"{field!r} holds a lone surrogate, which UTF-8 cannot encode") from None
-    return value
-
-
-def _turns(value: object, field: str) -> list[Turn]:
-    if not isinstance(value, list):
-        raise RowRefused("wrong-type", f"{field!r} must be a list of turns, got {_kind(value)}")
-    return [_turn(item, field) for item in value]
-
-
-def _turn(item: object, field: str) -> Turn:
-    if not isinstance(item, dict):
-        raise RowRefused("wrong-type", f"a turn of {field!r} must be an object, got {_kind(item)}")
-    role_key, text_key = ("from", "value") if "from" in item else ("role", "content")
-    for key in (role_key, text_key):
-        if key not in item:
-            raise RowRefused("missing-field", f"a turn of {field!r} has no {key!r}; it has {_listed(item)}")
-    role = ROLE_NAMES.get(_text(item[role_key], role_key).lower())
-    if role is None:
-        raise RowRefused("unknown-role", f"role {item[role_key][:40]!r} in {field!r}; known: {', '.join(ROLE_NAMES)}")
-    return Turn(role, _text(item[text_key], text_key))
-
-
-def _prompt(value: object, field: str) -> list[Turn]:
-    return _turns(value, field) if isinstance(value, list) else [Turn("user", _text(value, field))]
-
-
-def _answers(prompt: list[Turn], chosen: object, rejected: object) -> Conversations:
-    return (
-        [*prompt, Turn("assistant", _text(chosen, "chosen"))],
-        [*prompt, Turn("assistant", _text(rejected, "rejected"))],
+        return RowRefused("missing-field", f"a pair needs both answers; the row has {listed(row)}")
+    return RowRefused(
+        "unknown-format",
+        f"no known form has the columns {listed(row)}; name them: --columns prompt=…,chosen=…,rejected=… "
+        f"(forms: {', '.join(FORMATS)})",
     )
 
 
-def _transcript(value: object, field: str) -> list[Turn]:
-    parts = HH_TURN.split(_text(value, field))
-    if parts[0].strip() or len(parts) < 3:
-        raise RowRefused("wrong-type", rf"{field!r} does not read '\n\nHuman: …\n\nAssistant: …'")
-    return [
-        Turn("user" if who == "Human" else "assistant", text.strip())
-        for who, text in zip(parts[1::2], parts[2::2], strict=True)
-    ]
+# --- what all forms share ---
 
 
-def _kind(value: object) -> str:
-    if value is None:
-        return "null"
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
-    return names.get(type(value), type(value).__name__)
+def _context(columns: Columns, sample: Sample) -> tuple[Context, list[Note]]:
+    """Tools, documents and template arguments of a row, and notes on them."""
+    tools, documents = columns.get("tools", "functions"), columns.get("documents")
+    # MiniMind's system turns hold the tools.
+    turns = [*sample.prompt, *(sample.pairs[0][0] if sample.pairs else ())]
+    in_turn = next((turn.more["tools"] for turn in turns if turn.more and "tools" in turn.more), None)
+    arguments = columns.get("chat_template_kwargs")
+    if tools is in_turn is documents is arguments is None:
+        return NO_CONTEXT, []
+    if isinstance(arguments, str):
+        arguments = json_list(arguments, "chat_template_kwargs")[0]
+    if arguments is not None and not isinstance(arguments, dict):
+        raise RowRefused("wrong-type", f"'chat_template_kwargs' must be an object, got {kind_of(arguments)}")
+    for name in arguments or ():
+        if name in NO_ARGUMENTS and name != "tools":
+            raise RowRefused("wrong-type", f"'chat_template_kwargs': {name!r} is no argument of a chat template")
+    tools = (arguments or {}).get("tools", tools if tools is not None else in_turn)
+    context = Context(
+        tools=None if tools is None else json_list(tools, "tools"),
+        documents=None if documents is None else json_list(documents, "documents"),
+        arguments={name: value for name, value in (arguments or {}).items() if name != "tools"},
+    )
+    return context, []
 
 
-def _listed(names: object) -> str:
-    assert isinstance(names, (list, dict))
-    return ", ".join(repr(str(name)[:40]) for name in list(names)[:8]) or "none"
+def _prompt_of(columns: Columns, sample: Sample, notes: list[Note]) -> list[Turn]:
+    """The prompt of a row with its system text and its earlier turns."""
+    prompt = sample.prompt
+    if (history := columns.get("history")) is not None:
+        prompt = [*layouts.history_of(history), *prompt]
+    system = columns.get("system", "system_prompt", "system_message")
+    if system is None:
+        return prompt
+    own = turns_of(system, "system") if isinstance(system, list | dict) else [Turn("system", text_of(system, "system"))]
+    first = prompt or (sample.pairs[0][0] if sample.pairs else [])
+    if first and first[0].role == "system":
+        # As in LLaMA-Factory (data/converter.py), the conversation's own system turn goes before the column.
+        if own != first[:1]:
+            notes.append(Note("system-turn"))
+        return prompt
+    return [*own, *prompt]
+
+
+def _pair(prompt: list[Turn], chosen: list[Turn], rejected: list[Turn]) -> Pair:
+    """The pair of a prompt and two continuations. An assistant's turn at the prompt's end opens both answers."""
+    last = prompt[-1] if prompt else None
+    if last is None or last.role != "assistant" or last.says_nothing or (last.more and "tool_calls" in last.more):
+        return Pair.from_conversations([*prompt, *chosen], [*prompt, *rejected])
+    sides = [_continued(last, side) for side in (chosen, rejected)]
+    pair = Pair.from_conversations([*prompt[:-1], *sides[0]], [*prompt[:-1], *sides[1]])
+    return replace(pair, opening=last.content) if len(pair.prompt) == len(prompt) - 1 else pair
+
+
+def _continued(opening: Turn, side: list[Turn]) -> list[Turn]:
+    if not side or side[0].role != "assistant":
+        return [opening, *side]
+    more = {**(opening.more or {}), **(side[0].more or {})} or None
+    return [Turn("assistant", opening.content + side[0].content, more), *side[1:]]
+
+
+def _texts(pairs: list[Pair], context: Context) -> Iterator[str]:
+    """All texts that the pairs of a row hold."""
+    for pair in pairs:
+        for turn in (*pair.prompt, *pair.chosen, *pair.rejected):
+            yield turn.content
+    for value in (context.tools, context.documents):
+        if value:
+            yield json.dumps(value, ensure_ascii=False)

@@ -1,27 +1,69 @@
-"""Turn and Pair: a preference as text, before any tokenizer."""
+"""Turn, Context and Pair: a preference as messages, before any tokenizer."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from minicache.errors import RowRefused
 
 ROLES = ("system", "user", "assistant", "tool")
+# Keys of a message with what the model thought before it answered.
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+
+
+class Note(NamedTuple):
+    """What became of a part of a row that is not refused. kind: see `minicache.reports.notes`. detail: such as a column."""
+
+    kind: str
+    detail: str = ""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One message of a conversation. role: one of ROLES."""
+    """One message of a conversation.
+
+    role: one of ROLES. content: the text, "" without any. more: the message's other keys as the template gets them
+    (`tool_calls`, `reasoning_content`, …); `content` stands among them where the message says null.
+    """
 
     role: str
     content: str
+    more: Mapping[str, Any] | None = field(default=None, hash=False)
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The message as a template gets it."""
+        return {"role": self.role, "content": self.content, **(self.more or {})}
+
+    @property
+    def says_nothing(self) -> bool:
+        """Whether there is neither text nor a call in it."""
+        return not self.content.strip() and not (self.more and self.more.get("tool_calls"))
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a template gets beside the messages.
+
+    tools: schemas of functions. documents: what to answer from. arguments: the template's own, such as `enable_thinking`.
+    """
+
+    tools: list[Any] | None = None
+    documents: list[Any] | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+NO_CONTEXT = Context()
 
 
 @dataclass(frozen=True)
 class Pair:
     """Two continuations of one prompt.
 
-    prompt: the turns that both sides share.
-    chosen, rejected: the turns that follow; each begins with an assistant turn.
+    prompt: the turns that both sides share. opening: text that both first answers begin with and that belongs to the prompt.
+    chosen, rejected: the turns that follow, the opening included; each begins with an assistant turn.
     file, line: origin of the pair: the file as the user named it; the line, or the row of a JSON array or parquet file, from 1.
+    context: what the template gets beside the turns. notes: parts of the row that are not used, and the like.
     """
 
     prompt: tuple[Turn, ...]
@@ -29,11 +71,18 @@ class Pair:
     rejected: tuple[Turn, ...]
     file: str = ""
     line: int = 0
+    opening: str = ""
+    context: Context = field(default=NO_CONTEXT, hash=False)
+    notes: tuple[Note, ...] = field(default=(), compare=False)
 
     @property
     def characters(self) -> int:
         """Characters of both sides together, the prompt counted on each."""
-        return sum(len(turn.content) for turns in (self.prompt * 2, self.chosen, self.rejected) for turn in turns)
+        return sum(
+            len(turn.content) + _characters(turn.more)
+            for turns in (self.prompt * 2, self.chosen, self.rejected)
+            for turn in turns
+        ) + 2 * _characters((self.context.tools, self.context.documents))
 
     @classmethod
     def from_conversations(cls, chosen: list[Turn], rejected: list[Turn], file: str = "", line: int = 0) -> "Pair":
@@ -52,13 +101,33 @@ class Pair:
         if not shared and chosen[0].role == rejected[0].role == "assistant":
             raise RowRefused("missing-field", "there is no prompt: nothing precedes the answers")
         for name, turns in (("chosen", chosen[shared:]), ("rejected", rejected[shared:])):
-            if not turns or not any(turn.content.strip() for turn in turns if turn.role == "assistant"):
-                raise RowRefused("empty-answer", f"{name} has no answer of its own")
-            if turns[0].role != "assistant":
-                raise RowRefused(
-                    "prompts-differ", f"the sides differ first in a {turns[0].role} turn, not in an answer"
-                )
-            if not turns[-1].content.strip() or turns[-1].role != "assistant":
-                raise RowRefused("empty-answer", f"{name} does not end in an answer")
+            _require_answer(name, turns)
         prompt, own, other = (tuple(turns) for turns in (chosen[:shared], chosen[shared:], rejected[shared:]))
         return cls(prompt=prompt, chosen=own, rejected=other, file=file, line=line)
+
+
+def _require_answer(name: str, turns: list[Turn]) -> None:
+    """Raises RowRefused: these turns, which follow the shared prompt, are no answer."""
+    if all(turn.says_nothing for turn in turns if turn.role == "assistant"):
+        raise RowRefused("empty-answer", f"{name} has no answer of its own")
+    if turns[0].role != "assistant":
+        raise RowRefused("prompts-differ", f"the sides differ first in a {turns[0].role} turn, not in an answer")
+    if turns[-1].says_nothing or turns[-1].role != "assistant":
+        raise RowRefused("empty-answer", f"{name} does not end in an answer")
+
+
+def texts_in(value: object) -> Iterator[str]:
+    """Every text in a JSON value, the names of its objects' entries included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, each in value.items():
+            yield str(name)
+            yield from texts_in(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from texts_in(each)
+
+
+def _characters(value: object) -> int:
+    return sum(map(len, texts_in(value))) if value else 0

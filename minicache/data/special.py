@@ -8,14 +8,15 @@ the contents as plain text.
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from minicache.data.records import Turn
+from minicache.data.records import NO_CONTEXT, Context, Turn, texts_in
 from minicache.errors import ModelError, RowRefused
 from minicache.pairs import Ints
 
@@ -64,23 +65,62 @@ class SpecialText:
         Raises:
             RowRefused: a content holds such text and `refuse` is set, or it cannot be encoded as plain text.
         """
-        return tuple(self._hide(turn, refuse) for turn in turns)
+        return tuple(self._hidden_turn(turn, refuse) for turn in turns)
 
-    def _hide(self, turn: Turn, refuse: bool) -> Turn:
-        found = self._text.search(turn.content)
+    def _hidden_turn(self, turn: Turn, refuse: bool) -> Turn:
+        what = f"a {turn.role} turn"
+        content = self._hidden_text(turn.content, what, refuse)
+        more = self.hide_all(turn.more, what, refuse) if turn.more else turn.more
+        if content is turn.content and more == turn.more:
+            return turn
+        return replace(turn, content=content, more=more)
+
+    def hide_all(self, value: Any, what: str, refuse: bool = False) -> Any:
+        """A JSON value with the text of special tokens hidden in all of its texts. what: its name in errors.
+
+        Raises:
+            RowRefused: as `hide`.
+        """
+        if isinstance(value, str):
+            return self._hidden_text(value, what, refuse)
+        if isinstance(value, Mapping):
+            return {
+                self.hide_all(name, what, refuse): self.hide_all(each, what, refuse) for name, each in value.items()
+            }
+        return [self.hide_all(each, what, refuse) for each in value] if isinstance(value, list) else value
+
+    def _hidden_text(self, text: str, what: str, refuse: bool) -> str:
+        found = self._text.search(text)
         if found and refuse:
             raise RowRefused(
-                "special-text",
-                f"a {turn.role} turn holds {found[0]!r}, the text of a special token; see --special-text",
+                "special-text", f"{what} holds {found[0]!r}, the text of a special token; see --special-text"
             )
-        if not self._names.isdisjoint(turn.content):
+        if not self._names.isdisjoint(text):
             raise RowRefused(
                 "special-text", "a content holds private-use characters, which minidpo uses in place of special tokens"
             )
-        content = self._text.sub(lambda found: self.hidden[found[0]], turn.content) if found else turn.content
-        if self._made.pattern != NOTHING and self._made.search(self.backend.normalizer.normalize_str(content)):
-            raise RowRefused("special-text", f"the tokenizer makes a special token of what a {turn.role} turn holds")
-        return replace(turn, content=content) if found else turn
+        hidden = self._text.sub(lambda found: self.hidden[found[0]], text) if found else text
+        if self._made.pattern != NOTHING and self._made.search(self.backend.normalizer.normalize_str(hidden)):
+            raise RowRefused("special-text", f"the tokenizer makes a special token of what {what} holds")
+        return hidden
+
+    def hide_context(self, context: Context, refuse: bool = False) -> Context:
+        """As `hide`, for what a template gets beside the turns."""
+        if context is NO_CONTEXT:
+            return context
+        return Context(
+            tools=self.hide_all(context.tools, "a tool", refuse),
+            documents=self.hide_all(context.documents, "a document", refuse),
+            arguments=self.hide_all(context.arguments, "a template argument", refuse),
+        )
+
+    def first_in(self, turns: Iterable[Turn]) -> str:
+        """The first text of a special token in these turns, "" without any."""
+        for turn in turns:
+            for text in (turn.content, *texts_in(turn.more)):
+                if found := self._text.search(text):
+                    return found[0]
+        return ""
 
     def is_in(self, text: str) -> bool:
         """Whether a rendered text holds hidden text."""

@@ -14,15 +14,13 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer, processors
 
-from minicache.data.records import Turn
+from minicache.data.records import NO_CONTEXT, Context, Turn
 from minicache.data.special import SpecialText
-from minicache.errors import ConfigError, ModelError, RowRefused
+from minicache.data.template import Template
+from minicache.errors import ModelError
 from minicache.pairs import Ints
 
 log = logging.getLogger(__name__)
@@ -46,13 +44,16 @@ class ChatTokenizer:
     """A tokenizer with its chat template.
 
     backend: the object of the tokenizers library. template: Jinja source. special: names like bos_token -> text.
-    digest: of everything that turns text into ids.
+    digest: of everything that turns text into ids. date, arguments: what the template gets besides, see `Template`; the
+    arguments as JSON text.
     """
 
     backend: Tokenizer
     template: str
     special: dict[str, str]
     digest: str
+    date: str = ""
+    arguments: str = ""
 
     @classmethod
     def load(cls, directory: Path) -> "ChatTokenizer":
@@ -78,23 +79,9 @@ class ChatTokenizer:
         log.debug("tokenizer %s: chat template from %s", directory, source)
         return cls(backend, template, special, _digest(content))
 
-    def render(self, turns: tuple[Turn, ...], open_answer: bool = False) -> str:
-        """The conversation as one string; with `open_answer` it ends in the generation prompt.
-
-        Raises:
-            RowRefused: the template refuses these turns (most templates enforce an order of roles).
-            ConfigError: the template cannot be compiled.
-        """
-        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-        template = self._compiled
-        try:
-            return template.render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=open_answer, **self.special
-            )
-        # a template is a program and may raise anything on an unusual row
-        except Exception as error:
-            line = " ".join(str(error).split())[:300] or type(error).__name__
-            raise RowRefused("template", f"the chat template refuses it: {line}") from error
+    def render(self, turns: tuple[Turn, ...], open_answer: bool = False, context: Context = NO_CONTEXT) -> str:
+        """The conversation as one string; see `Template.render`."""
+        return self.chat.render(turns, open_answer, context)
 
     def encode(self, texts: list[str], hides: bool = False) -> list[tuple[Ints, Ints]]:
         """For each text: ids (n,) int32 and the character span of each token, (n, 2) int64 begin and end.
@@ -126,19 +113,9 @@ class ChatTokenizer:
         return SpecialText(self.backend, set(self.special.values()))
 
     @cached_property
-    def _compiled(self) -> jinja2.Template:
-        # The environment of transformers without `strftime_now`: a template that writes today's date into the prompt
-        # (Llama 3.2) then uses its fixed date, so that the same data gives the same pairs on another day.
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise_exception
-        # transformers' block around an assistant turn renders as its content.
-        template = re.sub(r"\{%(-?)\s*generation\s*(-?)%\}", r"{%\1 if true \2%}", self.template)
-        template = re.sub(r"\{%(-?)\s*endgeneration\s*(-?)%\}", r"{%\1 endif \2%}", template)
-        try:
-            return environment.from_string(template)
-        except jinja2.TemplateError as error:
-            raise ConfigError(f"the chat template cannot be compiled: {error}") from error
+    def chat(self) -> Template:
+        """The chat template, ready to render."""
+        return Template(self.template, self.special, self.date, json.loads(self.arguments or "{}"))
 
 
 def copy_tokenizer(directory: Path, target: Path) -> None:
@@ -194,11 +171,3 @@ def _digest(content: dict[str, Any]) -> str:
     """blake2b-128 of what turns text into ids; padding, truncation and post-processing are not used."""
     used = {key: content.get(key) for key in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
     return blake2b(json.dumps(used, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def _to_json(value: object, ensure_ascii: bool = False, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)

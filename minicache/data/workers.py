@@ -20,18 +20,18 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from minicache.data.encode import CHUNK, Encoder
-from minicache.data.formats import to_pair
+from minicache.data.columns import Reading
+from minicache.data.encode import CHUNK, Encoded, Encoder
+from minicache.data.formats import to_pairs
 from minicache.data.records import Pair
 from minicache.errors import OutputError, RowRefused
-from minicache.pairs import EncodedPair
 
 log = logging.getLogger(__name__)
 
 # Line number and row, as `read_rows` gives them.
 Row = tuple[int, object]
-# The pair and whether it was truncated, or the refusal of the row.
-Encoded = tuple[EncodedPair, bool] | RowRefused
+# An encoded pair, or the refusal of a row.
+Result = Encoded | RowRefused
 # Rows encoded before workers are started, which takes half a second.
 ALONE = 32 * CHUNK
 # Most workers: one process can read rows and write blocks for about so many.
@@ -46,11 +46,11 @@ class RowEncoder:
 
     encoder: Encoder
     file: str
-    format: str
+    reading: Reading
     number: int
 
-    def encode(self, rows: Iterable[Row]) -> Iterator[Encoded]:
-        """For each row, in order: the encoded pair and whether it was truncated, or the refusal."""
+    def encode(self, rows: Iterable[Row]) -> Iterator[Result]:
+        """For each pair of the rows, in order: the encoded pair, or the refusal of its row."""
         return self.encoder.encode_all(self._pairs(rows), self.number)
 
     def _pairs(self, rows: Iterable[Row]) -> Iterator[Pair | RowRefused]:
@@ -58,12 +58,12 @@ class RowEncoder:
             try:
                 if isinstance(row, RowRefused):
                     raise row
-                yield to_pair(row, self.file, line, self.format)
+                yield from to_pairs(row, self.file, line, self.reading)
             except RowRefused as refusal:
                 refusal.line = line
                 yield refusal
 
-    def encode_by_all_cores(self, rows: Iterable[Row]) -> Generator[Encoded, None, None]:
+    def encode_by_all_cores(self, rows: Iterable[Row]) -> Generator[Result, None, None]:
         """As `encode`, with several processes where there are many rows. Only a few chunks of rows are in memory.
 
         Raises:
@@ -101,9 +101,9 @@ class _Pool:
             worker.process.wait()
             worker.close()
 
-    def encode(self, first: Row, rows: Iterator[Row]) -> Iterator[Encoded]:
+    def encode(self, first: Row, rows: Iterator[Row]) -> Iterator[Result]:
         """For each row, in order: the encoded pair or the refusal. An error in reading is raised after the rows before it."""
-        coming: deque[Future[list[Encoded]]] = deque()
+        coming: deque[Future[list[Result]]] = deque()
         chunk = [first, *islice(rows, CHUNK - 1)]
         problem: Exception | None = None
         while chunk or coming:
@@ -120,7 +120,7 @@ class _Pool:
         if problem:
             raise problem
 
-    def _ask(self, chunk: list[Row]) -> list[Encoded]:
+    def _ask(self, chunk: list[Row]) -> list[Result]:
         worker = self.idle.get()
         try:
             return worker.ask(chunk)
@@ -149,7 +149,7 @@ class _Worker:
         tokenizer = replace(encoder.encoder.tokenizer)
         self.encoder: RowEncoder | None = replace(encoder, encoder=replace(encoder.encoder, tokenizer=tokenizer))
 
-    def ask(self, chunk: list[Row]) -> list[Encoded]:
+    def ask(self, chunk: list[Row]) -> list[Result]:
         """The encoded pairs or refusals of a chunk of rows.
 
         Raises:
@@ -162,7 +162,7 @@ class _Worker:
                 self.encoder = None
             pickle.dump(chunk, self.process.stdin, pickle.HIGHEST_PROTOCOL)
             self.process.stdin.flush()
-            answer: list[Encoded] | Exception = pickle.load(self.process.stdout)
+            answer: list[Result] | Exception = pickle.load(self.process.stdout)
         except (OSError, EOFError, pickle.UnpicklingError) as error:
             raise OutputError(
                 f"a process that encodes rows has died (exit code {self.process.wait()}); expected memory for one such process "
@@ -200,7 +200,7 @@ def serve() -> None:
     os._exit(0)
 
 
-def _answer(encoder: RowEncoder, chunk: list[Row]) -> list[Encoded] | Exception:
+def _answer(encoder: RowEncoder, chunk: list[Row]) -> list[Result] | Exception:
     try:
         encoded = list(encoder.encode(chunk))
     except Exception as error:
@@ -209,5 +209,5 @@ def _answer(encoder: RowEncoder, chunk: list[Row]) -> list[Encoded] | Exception:
     for item in encoded:
         if not isinstance(item, RowRefused):
             # computed here, the cached digest is pickled with the pair
-            item[0].digest  # noqa: B018
+            item.pair.digest  # noqa: B018
     return encoded

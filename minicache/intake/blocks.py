@@ -7,13 +7,14 @@ files alone: not on the number of calls, on kills, or on blocks that were damage
 import copy
 import hashlib
 import logging
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from minicache.cache.blocks import Blocks
 from minicache.cache.identity import Identity
 from minicache.cache.manifest import Source
 from minicache.cache.writer import CacheWriter
+from minicache.data.columns import Reading
 from minicache.data.encode import Encoder
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import CacheMismatch, MinicacheError, OutputError, StoreError
@@ -32,22 +33,23 @@ def hash_files(files: tuple[str, ...]) -> dict[str, str]:
 def encoder_of(identity: Identity, tokenizer: ChatTokenizer) -> Encoder:
     """The encoder that makes pairs with the options of this identity."""
     names = (item.name for item in fields(Encoder) if item.name != "tokenizer")
+    tokenizer = replace(tokenizer, date=identity.date, arguments=identity.template_args)
     return Encoder(tokenizer=tokenizer, **{name: getattr(identity, name) for name in names})
 
 
-def holds_all(blocks: Blocks, given: dict[str, str], format: str) -> bool:
+def holds_all(blocks: Blocks, given: dict[str, str], reading: Reading) -> bool:
     """Whether, by the cache's log, all these files were read to their end and no other file is unfinished.
 
     Raises:
-        CacheMismatch: a file was read in another format.
+        CacheMismatch: a file was read with other options.
     """
-    _require_format(blocks, given, format)
+    _require_reading(blocks, given, reading)
     known = {source.sha256: source.complete for source in blocks.log.sources}
     return all(known.values()) and given.keys() <= known.keys() and len(blocks) == blocks.log.blocks
 
 
 def take_in(
-    cache: CacheWriter, encoder: Encoder, given: dict[str, str], format: str, fail: bool, tracker: Tracker
+    cache: CacheWriter, encoder: Encoder, given: dict[str, str], reading: Reading, fail: bool, tracker: Tracker
 ) -> None:
     """Encode the pairs that the cache does not hold yet and write them into free blocks, in the order of the files.
 
@@ -58,16 +60,16 @@ def take_in(
     Raises:
         DataError: a file cannot be read, no row became a pair, or (with `fail`) a row was refused.
         ModelError: the tokenizer gives ids that the model does not know.
-        CacheMismatch: a file was read in another format before.
+        CacheMismatch: a file was read with other options before.
         CacheDamaged: a block is damaged and its pairs are not in these files.
             After any of these the cache is as before.
         OutputError, StoreError: the disk is full, the object store cannot be reached. What is written stays, and the same call
             resumes.
     """
-    _require_format(cache.blocks, given, format)
+    _require_reading(cache.blocks, given, reading)
     _drop_abandoned(cache, given, tracker)
     before, blocks_before = copy.deepcopy(cache.log), len(cache.blocks)
-    numbers = {_register(cache.log.sources, sha256, file, format): file for sha256, file in given.items()}
+    numbers = {_register(cache.log.sources, sha256, file, reading): file for sha256, file in given.items()}
     stored = Stored.read(cache.blocks)
     needed = sources_of_holes(cache.blocks, before, stored, set(numbers))
     todo = sorted(number for number in numbers if number in needed or not cache.log.sources[number].complete)
@@ -79,7 +81,7 @@ def take_in(
     filling = Filling(cache=cache, holes=stored.holes, fail=fail, places=stored.places())
     try:
         for number in todo:
-            filling.read(number, numbers[number], encoder, format, tracker)
+            filling.read(number, numbers[number], encoder, reading, tracker)
         filling.finish(set(todo))
     except (OutputError, StoreError):
         raise
@@ -95,12 +97,13 @@ def _sha256(file: str) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _require_format(blocks: Blocks, given: dict[str, str], format: str) -> None:
-    """Raises CacheMismatch: the cache read one of the files in another format."""
+def _require_reading(blocks: Blocks, given: dict[str, str], reading: Reading) -> None:
+    """Raises CacheMismatch: the cache read one of the files with other options."""
     for source in blocks.log.sources:
-        if source.sha256 in given and source.format != format:
+        before = Reading(source.format, **source.reading)
+        if source.sha256 in given and before != reading:
             raise CacheMismatch(
-                f"{blocks.path}: {given[source.sha256]} was read with --format {source.format}, asked for {format}. "
+                f"{blocks.path}: {given[source.sha256]} was read with {before}, asked for {reading}. "
                 "Ask for the same, or name another --ref-cache"
             )
 
@@ -117,10 +120,11 @@ def _drop_abandoned(cache: CacheWriter, given: dict[str, str], tracker: Tracker)
         cache.write_log()
 
 
-def _register(sources: list[Source], sha256: str, file: str, format: str) -> int:
+def _register(sources: list[Source], sha256: str, file: str, reading: Reading) -> int:
     """The number of a file with this content in the log; a new content gets the next number."""
     for number, source in enumerate(sources):
         if source.sha256 == sha256:
             return number
-    sources.append(Source(name=file, size=Path(file).stat().st_size, sha256=sha256, format=format))
+    size = Path(file).stat().st_size
+    sources.append(Source(name=file, size=size, sha256=sha256, format=reading.format, reading=reading.others))
     return len(sources) - 1

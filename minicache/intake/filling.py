@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from minicache.cache.manifest import Source
 from minicache.cache.refusals import Refusal, read_refusals, source_of, write_refusals
 from minicache.cache.writer import CacheWriter
-from minicache.data.encode import Encoder
+from minicache.data.columns import Reading
+from minicache.data.encode import Encoded, Encoder
 from minicache.data.files import read_rows
 from minicache.data.workers import RowEncoder
 from minicache.errors import CacheDamaged, DataError, ModelError, RowRefused
@@ -34,34 +35,44 @@ class Filling:
     pending: list[EncodedPair] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
 
-    def read(self, number: int, file: str, encoder: Encoder, format: str, tracker: Tracker) -> None:
+    def read(self, number: int, file: str, encoder: Encoder, reading: Reading, tracker: Tracker) -> None:
         """Encode a file from its beginning and write its pairs; its last block may be smaller."""
         started, source = time.monotonic(), self.cache.log.sources[number]
         source.rows = source.kept = source.duplicates = source.truncated = 0
-        source.refused = {}
-        rows = RowEncoder(encoder, file, format, number).encode_by_all_cores(read_rows(file))
+        source.refused, source.unused, source.noted, source.example = {}, {}, {}, ""
+        line, met = 0, set[bytes]()
+        rows = RowEncoder(encoder, file, reading, number).encode_by_all_cores(read_rows(file))
         with closing(rows):
             for item in rows:
-                source.rows += 1
-                tracker.advance(1, 0)
+                before, line = line, item.line if isinstance(item, RowRefused) else item.pair.source[1]
+                if line != before:
+                    source.rows += 1
+                    tracker.advance(1, 0)
+                    met.clear()
                 if isinstance(item, RowRefused):
                     self._refuse(number, file, item)
                 else:
-                    self._keep(source, *item)
+                    self._keep(source, item, met)
+                    _count(source, item, is_first=line != before)
         if self.pending:
             self._write_block()
         source.complete = True
         seconds = time.monotonic() - started
-        log.debug("%s, format %s: %d of %d rows kept, %.1f s", file, format, source.kept, source.rows, seconds)
+        log.debug("%s, %s: %d pairs of %d rows kept, %.1f s", file, reading, source.kept, source.rows, seconds)
 
-    def _keep(self, source: Source, pair: EncodedPair, truncated: bool) -> None:
-        """Count a pair; append it to the next block, unless it is stored already or repeats another."""
+    def _keep(self, source: Source, item: Encoded, met: set[bytes]) -> None:
+        """Count a pair; append it to the next block, unless it is stored already or repeats another.
+
+        met: the digests of the row's pairs before it.
+        """
+        pair = item.pair
         place = self.places.get(pair.digest)
-        if place not in (None, pair.source):
+        if place not in (None, pair.source) or pair.digest in met:
             source.duplicates += 1
             return
+        met.add(pair.digest)
         source.kept += 1
-        source.truncated += truncated
+        source.truncated += item.truncated
         if place is None:
             self.places[pair.digest] = pair.source
             self.pending.append(pair)
@@ -119,3 +130,14 @@ class Filling:
         place = self.cache.place
         lines = [line.text for line in read_refusals(place) if source_of(line) not in numbers]
         write_refusals(place, lines + [json.dumps(row, ensure_ascii=False) for row in self.refusals])
+
+
+def _count(source: Source, item: Encoded, is_first: bool) -> None:
+    """Count the notes on a row, once for all of its pairs. is_first: whether this is the row's first pair."""
+    for kind, detail in item.notes if is_first else ():
+        if kind == "unused":
+            source.unused[detail] = source.unused.get(detail, 0) + 1
+            continue
+        source.noted[kind] = source.noted.get(kind, 0) + 1
+        if kind == "special-text" and not source.example:
+            source.example = f"line {item.pair.source[1]}: {detail}"

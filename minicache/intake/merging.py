@@ -22,6 +22,7 @@ from minicache.cache.refusals import read_refusals, source_of, write_refusals
 from minicache.cache.repack import repack, select
 from minicache.cache.schema import CachedPairs
 from minicache.cache.writer import CacheWriter
+from minicache.data.columns import Reading
 from minicache.data.tokenizers import copy_tokenizer
 from minicache.errors import CacheDamaged, CacheError, CacheMismatch
 from minicache.trackers import Tracker
@@ -52,13 +53,17 @@ def join_sources(sources: list[Source], cache: ReferenceCache) -> NDArray[np.int
         number = known.setdefault(source.sha256, len(sources))
         if number == len(sources):
             sources.append(deepcopy(source))
-        elif sources[number].format != source.format:
+        elif (before := _reading(sources[number])) != (reading := _reading(source)):
             raise CacheMismatch(
-                f"{cache.path}: {source.name} was read with --format {source.format}, in another of the caches with "
-                f"{sources[number].format}; expected one format for each file"
+                f"{cache.path}: {source.name} was read with {reading}, in another of the caches with {before}; expected the "
+                "same for each file"
             )
         numbers.append(number)
     return np.array(numbers, np.int64)
+
+
+def _reading(source: Source) -> Reading:
+    return Reading(source.format, **source.reading)
 
 
 # --- which pairs to keep ---

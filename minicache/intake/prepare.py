@@ -67,7 +67,7 @@ def _bring_in(request: Request) -> None:
         request.tracker.note(f"{request.path} exists: going on with it")
     encoder = encoder_of(request.identity, request.tokenizer)
     try:
-        take_in(cache, encoder, request.files, config.format, config.on_bad_row == "fail", request.tracker)
+        take_in(cache, encoder, request.files, config.reading, config.on_bad_row == "fail", request.tracker)
     except (OutputError, StoreError):
         raise
     except MinicacheError:
@@ -153,7 +153,7 @@ def _is_ready(request: Request) -> bool:
         return False
     request.require_same(blocks)
     of = request.config.share[1]
-    return blocks.log.shards == of and holds_all(blocks, request.files, request.config.format)
+    return blocks.log.shards == of and holds_all(blocks, request.files, request.config.reading)
 
 
 def _is_sound(request: Request) -> bool:

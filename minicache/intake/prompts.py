@@ -9,8 +9,9 @@ import numpy as np
 from minicache.cache.reader import ReferenceCache
 from minicache.data.files import read_rows
 from minicache.data.formats import to_prompt
-from minicache.data.records import Turn
+from minicache.data.records import NO_CONTEXT, Context, Turn
 from minicache.data.tokenizers import ChatTokenizer
+from minicache.data.written import Written
 from minicache.errors import CacheMismatch, DataError, RowRefused
 from minicache.options.others import CompareConfig
 from minicache.options.where import Where
@@ -20,8 +21,8 @@ from minicache.pairs import CHOSEN, EncodedPair, Ints
 ROWS = {".jsonl", ".json", ".ndjson", ".parquet"}
 DEFAULT_PAIRS = 16
 
-# A prompt's origin, as an error names it, and its turns.
-Asked = tuple[str, tuple[Turn, ...]]
+# A prompt's origin, as an error names it, its turns, and what the template gets beside them.
+Asked = tuple[str, tuple[Turn, ...], Context]
 
 
 @dataclass(frozen=True)
@@ -40,20 +41,22 @@ def read_prompts(config: CompareConfig, tokenizer: ChatTokenizer) -> list[Prompt
         DataError: a file or a row of it holds no prompt.
         CacheError: the cache cannot be read or was made with another tokenizer.
     """
-    asked: list[Asked] = [("--prompt", (Turn("user", text),)) for text in config.prompt]
-    asked += list(_of_file(config.prompts)) if config.prompts else []
-    prompts = [_render(place, turns, config.system, tokenizer) for place, turns in asked]
+    asked: list[Asked] = [("--prompt", (Turn("user", text),), NO_CONTEXT) for text in config.prompt]
+    asked += list(_of_file(config.prompts, config)) if config.prompts else []
+    prompts = [
+        _render(place, _with_system(turns, config.system), context, tokenizer) for place, turns, context in asked
+    ]
     return prompts + (_of_cache(config.ref_cache, config.pairs, tokenizer) if config.ref_cache else [])
 
 
-def _of_file(file: Path) -> Iterator[Asked]:
+def _of_file(file: Path, config: CompareConfig) -> Iterator[Asked]:
     rows = read_rows(str(file)) if ROWS & set(file.suffixes) else _lines(file)
     for number, row in rows:
         place = f"--prompts {file}, line {number}"
         try:
             if isinstance(row, RowRefused):
                 raise row
-            yield place, to_prompt(row)
+            yield place, *to_prompt(row, config.reading)
         except RowRefused as refusal:
             raise DataError(f"{place}: {refusal}") from refusal
 
@@ -69,11 +72,16 @@ def _lines(file: Path) -> Iterator[tuple[int, object]]:
     yield from found
 
 
-def _render(place: str, turns: tuple[Turn, ...], system: str | None, tokenizer: ChatTokenizer) -> Prompt:
-    if system and all(turn.role != "system" for turn in turns):
-        turns = (Turn("system", system), *turns)
+def _with_system(turns: tuple[Turn, ...], system: str | None) -> tuple[Turn, ...]:
+    return (Turn("system", system), *turns) if system and all(turn.role != "system" for turn in turns) else turns
+
+
+def _render(place: str, turns: tuple[Turn, ...], context: Context, tokenizer: ChatTokenizer) -> Prompt:
     try:
-        text = tokenizer.render(tokenizer.special_text.hide(turns), open_answer=True)
+        special = tokenizer.special_text
+        hidden = special.hide(turns), special.hide_context(context)
+        text = tokenizer.render(hidden[0], True, hidden[1])
+        Written(tokenizer.chat).check(text, *hidden, shared=len(turns))
         if tokenizer.special_text.is_in(text):
             tokenizer.special_text.require_plain(text)
     except RowRefused as refusal:

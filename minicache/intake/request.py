@@ -14,6 +14,7 @@ from minicache.cache.identity import FORMAT_VERSION, Identity
 from minicache.cache.manifest import Log, Manifest, now
 from minicache.cache.places.opening import place_at
 from minicache.cache.places.place import Place
+from minicache.data.template import parse_arguments, require_read
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import DataError
 from minicache.intake.blocks import hash_files
@@ -98,6 +99,7 @@ def _tokenizer(config: PrecomputeConfig, directory: Path) -> ChatTokenizer:
             raise DataError(f"--chat-template {config.chat_template}: cannot be read: {error}") from error
     save_tokenizer(config.tokenizer or config.model, directory, template, config.trust_remote_code)
     tokenizer = ChatTokenizer.load(directory)
+    require_read(tokenizer.chat, config.date, parse_arguments(config.template_arg))
     # A policy should be prompted with the template that it was trained with, so the template stays with the tokenizer.
     (directory / "chat_template.jinja").write_text(tokenizer.template, encoding="utf-8")
     return tokenizer
@@ -122,6 +124,8 @@ def _identity(
         block_pairs=config.block_pairs or _block_pairs(loaded, config.max_length, device),
         per_token=config.per_token,
         special_text=config.special_text,
+        date=config.date,
+        template_args=parse_arguments(config.template_arg),
     )
 
 

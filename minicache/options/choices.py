@@ -3,11 +3,12 @@
 from minicache.options.catalog import LAYOUTS
 
 TRUNCATE = ("right", "left", "refuse")
-LOSS_ON = ("response", "assistant")
+LOSS_ON = ("response", "answer", "assistant")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 ON_BAD_ROW = ("skip", "fail")
 THINK = ("keep", "drop")
 SPECIAL_TEXT = ("plain", "refuse", "allow")
+PAIRS = ("best-worst", "best-each", "all")
 LOGPS = ("mean", "sum")
 PARALLEL = ("ddp", "fsdp", "hybrid")
 ON_MAX_KL = ("warn", "stop")

@@ -125,7 +125,8 @@ def check_options(config: Any) -> None:
     """
     for item in fields(config):
         if KEY in item.metadata:
-            item.metadata[KEY].check(flag(item.name), getattr(config, item.name))
+            declared = item.metadata[KEY]
+            declared.check(declared.shown or flag(item.name), getattr(config, item.name))
 
 
 def flag(name: str) -> str:

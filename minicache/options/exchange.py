@@ -91,6 +91,10 @@ class ImportConfig:
     tokenizer: str | None = option(None, texts.AS_STAGE_ONE)
     chat_template: Path | None = option(None, texts.AS_STAGE_ONE)
     format: str | None = option(None, texts.AS_STAGE_ONE, choices=texts.formats)
+    columns: str | None = option(None, texts.AS_STAGE_ONE, metavar="NAME=COLUMN,…")
+    ignore_fields: str | None = option(None, texts.AS_STAGE_ONE, metavar="NAME,…")
+    template_arg: tuple[str, ...] = option((), texts.AS_STAGE_ONE, metavar="NAME=VALUE")
+    date: str | None = option(None, texts.AS_STAGE_ONE, metavar="DATE")
     max_length: int | None = option(None, texts.AS_STAGE_ONE, least=2)
     truncate: str | None = option(None, texts.AS_STAGE_ONE, choices=lambda: TRUNCATE)
     loss_on: str | None = option(None, texts.AS_STAGE_ONE, choices=lambda: LOSS_ON)
@@ -107,8 +111,9 @@ class ImportConfig:
     def of_encoding(self) -> dict[str, str | int | Path]:
         """The values, by name, of the options that say how rows become pairs, as far as they are given."""
         names = ("tokenizer", "chat_template", "format", "max_length", "truncate", "loss_on", "think", "special_text")
-        given = {name: getattr(self, name) for name in (*names, "block_pairs", "on_bad_row")}
-        return {name: value for name, value in given.items() if value is not None}
+        rows = ("columns", "ignore_fields", "template_arg", "date")
+        given = {name: getattr(self, name) for name in (*names, *rows, "block_pairs", "on_bad_row")}
+        return {name: value for name, value in given.items() if value not in (None, ())}
 
     def require_known(self) -> None:
         """Check the options for a table from `export`.

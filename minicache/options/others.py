@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from minicache.data.columns import Reading
+from minicache.data.template import parse_arguments, require_date
 from minicache.errors import ConfigError
 from minicache.options import texts
 from minicache.options.choices import DTYPES, LOGPS
-from minicache.options.declare import check_options, needed, option
+from minicache.options.declare import check_options, flag, needed, option
 from minicache.options.where import Where, different
 
 CACHE_ARGUMENT = "A reference cache: a directory or a URL."
@@ -93,6 +95,12 @@ class CompareConfig:
         None, "A file: one prompt per line, or jsonl, json or parquet rows of prompts or messages."
     )
     ref_cache: Where | None = option(None, "Take prompts from the pairs of this cache.", metavar="PATH")
+    columns: str = option("", "As for precompute-ref, for --prompts.", metavar="NAME=COLUMN,…")
+    ignore_fields: str = option("", "As for precompute-ref, for --prompts.", metavar="NAME,…")
+    template_arg: tuple[str, ...] = option(
+        (), "As for precompute-ref. (Default: as in the policy's run.)", metavar="NAME=VALUE"
+    )
+    date: str = option("", "As for precompute-ref. (Default: as in the policy's run.)", metavar="DATE")
     pairs: int | None = option(None, "Number of those pairs, evenly spread. (Default: 16.)", least=1)
     system: str | None = option(None, "System turn of conversations without one.")
     max_new_tokens: int = option(128, "Most tokens of an answer.", least=1)
@@ -106,6 +114,14 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+        self.reading.require_sound()
+        require_date(self.date)
+        parse_arguments(self.template_arg)
+        for name in ("columns", "ignore_fields"):
+            if getattr(self, name) and not self.prompts:
+                raise ConfigError(
+                    f"{flag(name)}: is about the rows of --prompts; expected both, got {flag(name)} alone"
+                )
         if not self.prompts and not self.prompt and not self.ref_cache:
             raise ConfigError("compare: expected --prompt TEXT, --prompts FILE or --ref-cache CACHE, got none of them")
         if not all(text.strip() for text in self.prompt):
@@ -121,6 +137,11 @@ class CompareConfig:
         named = [file.absolute() for file in (self.prompts, self.jsonl, self.html) if file]
         if len(set(named)) < len(named):
             raise ConfigError("--prompts, --jsonl, --html: expected different files, got one twice")
+
+    @property
+    def reading(self) -> Reading:
+        """How the rows of --prompts become prompts."""
+        return Reading(columns=self.columns, ignore_fields=self.ignore_fields)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from minicache.data.columns import Reading
+from minicache.data.template import parse_arguments, require_date
 from minicache.errors import ConfigError
 from minicache.options import texts
 from minicache.options.checks import split_share
@@ -12,6 +14,7 @@ from minicache.options.choices import (
     MOST_BLOCK_PAIRS,
     MOST_LENGTH,
     ON_BAD_ROW,
+    PAIRS,
     PARALLEL,
     SPECIAL_TEXT,
     THINK,
@@ -36,7 +39,12 @@ class PrecomputeConfig:
     ref_cache: Where = needed(texts.REF_CACHE, metavar="PATH")
     tokenizer: str | None = option(None, "The tokenizer, if it is not with the model (a .pth has none).")
     chat_template: Path | None = option(None, "A Jinja template that replaces the tokenizer's own.")
+    template_arg: tuple[str, ...] = option((), texts.TEMPLATE_ARG, metavar="NAME=VALUE")
+    date: str = option("", texts.DATE, metavar="DATE")
     format: str = option("auto", "Row format: {names}.", choices=texts.formats)
+    columns: str = option("", texts.COLUMNS, metavar="NAME=COLUMN,…")
+    ignore_fields: str = option("", texts.IGNORE_FIELDS, metavar="NAME,…")
+    row_pairs: str | None = option(None, texts.PAIRS, shown="--pairs", choices=lambda: PAIRS)
     max_length: int = option(1024, "Most tokens of prompt and answer together.", least=2, most=MOST_LENGTH)
     truncate: str = option(
         "right",
@@ -44,7 +52,9 @@ class PrecomputeConfig:
         choices=lambda: TRUNCATE,
     )
     loss_on: str = option(
-        "response", "Tokens that count: 'response', or every 'assistant' turn.", choices=lambda: LOSS_ON
+        "response",
+        "Tokens that count: the whole 'response', the assistant's 'answer' in it, or every 'assistant' turn.",
+        choices=lambda: LOSS_ON,
     )
     think: str = option(
         "keep", "An empty think block that the template writes: 'keep' it or 'drop' it.", choices=lambda: THINK
@@ -75,6 +85,14 @@ class PrecomputeConfig:
             raise ConfigError("--data: expected at least one preference file, got none")
         check_options(self)
         split_share(self.shard)
+        require_date(self.date)
+        parse_arguments(self.template_arg)
+        self.reading.require_sound()
+
+    @property
+    def reading(self) -> Reading:
+        """How rows become pairs."""
+        return Reading(self.format, self.columns, self.ignore_fields, self.row_pairs or "")
 
     @property
     def share(self) -> tuple[int, int]:

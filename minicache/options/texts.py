@@ -11,6 +11,11 @@ SCRATCH = (
 PARALLEL = "With several processes: ddp (a copy each), fsdp (shards), hybrid (shards in a node, a copy per node)."
 TOKENS_PER_BATCH = "Token slots of one forward pass. (Default: many, halved where they do not fit in memory.)"
 AS_STAGE_ONE = "As for precompute-ref."
+COLUMNS = "Columns with other names, such as prompt=question,chosen=answers.0.text; a path leads into nested ones."
+IGNORE_FIELDS = "Columns, and keys of turns, to pass over: name,name."
+PAIRS = "The pairs of a list of ranked or scored answers: {names}."
+TEMPLATE_ARG = "A value that the chat template reads, such as enable_thinking=false; may be given several times."
+DATE = "The date, YYYY-MM-DD, for a chat template that asks for today's. (Default: the same one on every day.)"
 
 
 def formats() -> tuple[str, ...]:

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from minicache.data.columns import Reading
 from minicache.errors import ConfigError
 from minicache.options import texts
 from minicache.options.catalog import DIVERGENCES, OPTIMIZERS, SCHEDULES, names_of
 from minicache.options.checks import check_caches
-from minicache.options.choices import DTYPES, LOGPS, ON_MAX_KL, PARALLEL, layout_help, layouts
+from minicache.options.choices import DTYPES, LOGPS, ON_MAX_KL, PAIRS, PARALLEL, layout_help, layouts
 from minicache.options.declare import check_options, flag, needed, option, options_of
 from minicache.options.where import Where, split_weight
 from minicache.trackers import TRACKERS
@@ -129,6 +130,11 @@ class TrainConfig:
         (), "Train only on the pairs of these preference files; the cache must hold them.", movable=True
     )
     format: str = option("auto", "Row format of --data, as for precompute-ref.", choices=texts.formats, movable=True)
+    columns: str = option("", "As for precompute-ref, for --data.", metavar="NAME=COLUMN,…", movable=True)
+    ignore_fields: str = option("", "As for precompute-ref, for --data.", metavar="NAME,…", movable=True)
+    row_pairs: str | None = option(
+        None, "As for precompute-ref, for --data.", shown="--pairs", choices=lambda: PAIRS, movable=True
+    )
     model: str | None = option(
         None,
         "Where the reference's weights are now. (Default: where stage one found them.)",
@@ -234,12 +240,18 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_caches(self.caches)
         check_options(self)
+        self.reading.require_sound()
         if self.on_max_kl != "warn" and self.max_kl is None:
             raise ConfigError("--on-max-kl: is used with --max-kl only; expected both, got --on-max-kl alone")
         if self.warmup > 1 and self.warmup % 1:
             raise ConfigError(
                 f"--warmup: expected a share of the steps below 1, or a number of steps, got {self.warmup}"
             )
+
+    @property
+    def reading(self) -> Reading:
+        """How the rows of --data become pairs."""
+        return Reading(self.format, self.columns, self.ignore_fields, self.row_pairs or "")
 
     @property
     def caches(self) -> list[tuple[Where, float | None]]:

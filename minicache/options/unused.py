@@ -8,6 +8,7 @@ from minicache.options.declare import flag, options_of
 from minicache.options.objective import parse_loss
 from minicache.options.train import LossOptions, TrainConfig
 
+FLAGS = {item.name: declared.shown or flag(item.name) for item, declared in options_of(TrainConfig)}
 DEFAULTS = {item.name: item.default for item, _ in options_of(TrainConfig)}
 OF_SOME_LOSSES = sorted({name for entry in LOSSES.values() for name in entry.reads})
 
@@ -31,7 +32,7 @@ def _read_by_schedule(config: TrainConfig, name: str) -> str | None:
 
 
 def _read_with_data(config: TrainConfig, name: str) -> str | None:
-    return None if config.data else "is the format of --data; expected both, got --format alone"
+    return None if config.data else "is about the rows of --data; expected both, got it alone"
 
 
 def _read_without_lora(config: TrainConfig, name: str) -> str | None:
@@ -46,7 +47,7 @@ def _read_without_init_from(config: TrainConfig, name: str) -> str | None:
 RULES: Mapping[str, Callable[[TrainConfig, str], str | None]] = {
     **dict.fromkeys((item.name for item, _ in options_of(LossOptions) if item.name in OF_SOME_LOSSES), _read_by_loss),
     "min_lr": _read_by_schedule,
-    "format": _read_with_data,
+    **dict.fromkeys(("format", "columns", "ignore_fields", "row_pairs"), _read_with_data),
     "save_dtype": _read_without_lora,
     "model": _read_without_init_from,
 }
@@ -70,4 +71,4 @@ def require_read(config: TrainConfig, given: Collection[str]) -> None:
         values |= {name: getattr(group, name) for name in values if hasattr(group, name)}
     for name in given:
         if values.get(name) != DEFAULTS.get(name) and (why := why_unread(config, name)):
-            raise ConfigError(f"{flag(name)}: {why}, or leave {flag(name)} out")
+            raise ConfigError(f"{FLAGS[name]}: {why}, or leave {FLAGS[name]} out")

@@ -2,9 +2,10 @@
 
 import logging
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
+from minicache.data.template import parse_arguments, require_read
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.disk import check_writable, written_whole
 from minicache.errors import ConfigError
@@ -31,13 +32,23 @@ def compare(config: CompareConfig, world: World, tracker: Tracker) -> list[Answe
         check_writable(file)
     policy = policy_source(config.policy)
     reference = config.reference or _reference_of(config.policy)
-    tokenizer = ChatTokenizer.load(Path(policy))
+    tokenizer = _tokenizer(config, policy)
     prompts = read_prompts(config, tokenizer)
     before, after = (_ask(source, tokenizer, prompts, config, world, tracker) for source in (reference, policy))
     answers = [_side_by_side(*each) for each in zip(prompts, before, after, strict=True)]
     _note_cut(answers, config, tracker)
     _write(answers, config, {"reference": reference, "policy": config.policy})
     return answers
+
+
+def _tokenizer(config: CompareConfig, policy: str) -> ChatTokenizer:
+    """The policy's tokenizer; its template gets what the run's did, unless other values are given."""
+    behind = run_behind(config.policy)
+    tokenizer = ChatTokenizer.load(Path(policy))
+    given = parse_arguments(config.template_arg)
+    require_read(tokenizer.chat, config.date, given)
+    date = config.date or (behind and behind.date) or ""
+    return replace(tokenizer, date=date, arguments=given or (behind and behind.template_args) or "")
 
 
 def _reference_of(run: str) -> str:
@@ -73,7 +84,7 @@ def _ask(
 def _side_by_side(prompt: Prompt, before: Answer, after: Answer) -> Answers:
     return Answers(
         prompt=prompt.text,
-        messages=[asdict(turn) for turn in prompt.turns],
+        messages=[turn.message for turn in prompt.turns],
         reference=before.text,
         policy=after.text,
         reference_cut=before.is_cut,

@@ -161,6 +161,8 @@ def _record(run: Run, policy: Policy, worst: float) -> RunRecord:
         device=run.world.device.type,
         layout_used=run.scorer.layout_name,
         token_budget=run.budget,
+        date=run.cache.identity.date or None,
+        template_args=run.cache.identity.template_args or None,
     )
 
 

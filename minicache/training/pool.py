@@ -115,13 +115,13 @@ def _asked(config: TrainConfig, cache: ReferenceCache, table: PairTable, tracker
     places: list[tuple[int, int]] = []
     refused: Counter[str] = Counter()
     for number, file in enumerate(config.data):
-        with closing(RowEncoder(encoder, file, config.format, number).encode_by_all_cores(read_rows(file))) as rows:
+        with closing(RowEncoder(encoder, file, config.reading, number).encode_by_all_cores(read_rows(file))) as rows:
             for item in rows:
                 if isinstance(item, RowRefused):
                     refused[item.reason] += 1
                 else:
-                    digests.append(item[0].digest)
-                    places.append(item[0].source)
+                    digests.append(item.pair.digest)
+                    places.append(item.pair.source)
     keys, first = np.unique(np.frombuffer(b"".join(digests), "V16"), return_index=True)
     _, in_keys, in_table = np.intersect1d(keys, table.keys, return_indices=True)
     if len(in_keys) < len(keys):

@@ -27,7 +27,8 @@ class RunRecord:
     started from; stored_dtype: the precision in which its weights are stored. handshake: the largest difference that the
     handshake found, nats per token. steps, pairs, held_out: optimizer steps of the whole run, pairs of an epoch, pairs to
     validate on. processes, device, layout_used, token_budget: what the machine decided. outcome: of a finished run. failed: why
-    a sweep recorded the run as failed.
+    a sweep recorded the run as failed. date, template_args: what the chat template was given, as in the cache's identity; None
+    where there is nothing.
     """
 
     options: dict[str, Any]
@@ -43,6 +44,8 @@ class RunRecord:
     token_budget: int
     outcome: Outcome | None = None
     failed: str | None = None
+    date: str | None = None
+    template_args: str | None = None
 
     @property
     def flat(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from minicache.cache.identity import digest_of
 from minicache.cache.manifest import Manifest
 from minicache.cache.reader import ReferenceCache
+from minicache.data.columns import Reading
 from minicache.data.encode import Encoder
 from minicache.data.files import MOST_DEPTH, MOST_ROW, read_rows, zstd
 from minicache.data.formats import FORMATS, to_pair, to_prompt
@@ -112,11 +113,11 @@ def test_no_content_ends_a_turn_or_changes_another(
     )
     encoder = Encoder(tokenizer, 10**6, loss_on=loss_on)
     try:
-        encoded, _ = encoder.encode(pair)
+        encoded = encoder.encode(pair).pair
     except RowRefused as refusal:
         assert refusal.reason in ("template", "special-text", "identical")
         return
-    plain, _ = encoder.encode(harmless)
+    plain = encoder.encode(harmless).pair
     for side, answer in enumerate((pair.chosen, pair.rejected)):
         ids, mask = encoded.side(side)
         assert tokenizer.decode(ids) == tokenizer.render(pair.prompt + answer)
@@ -161,7 +162,7 @@ def test_what_is_nested_too_deeply_is_refused_alone_or_among_many(tokenizer_dir:
     for at, depth in enumerate(depths):
         lines[-2 * at - 2] = lines[-2 * at - 2][:-1] + ', "more": ' + "[" * depth + "]" * depth + "}"
     (tmp_path / "file").write_text("\n".join(lines))
-    encoder = RowEncoder(Encoder(ChatTokenizer.load(tokenizer_dir), 500), "file", "auto", 0)
+    encoder = RowEncoder(Encoder(ChatTokenizer.load(tokenizer_dir), 500), "file", Reading(), 0)
     results = list(encoder.encode_by_all_cores(read_rows(str(tmp_path / "file"))))
     refused = {
         item.line: item.reason for item in results if isinstance(item, RowRefused) if item.reason == "broken-json"

@@ -83,7 +83,7 @@ def test_in_every_template_only_its_own_special_tokens_are_special(
     harmless = encoder.encode(pair_of("why", "not", "and"))[0]
     for text in TYPED:
         pair = pair_of(text, text, text + "?", chosen=text + "!", rejected="a" + text)
-        encoded, _ = encoder.encode(pair)
+        encoded = encoder.encode(pair).pair
         for side, answer in enumerate((pair.chosen, pair.rejected)):
             ids, mask = encoded.side(side)
             assert tokenizer.decode(ids) == tokenizer.render(pair.prompt + answer)

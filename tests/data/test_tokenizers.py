@@ -1,6 +1,7 @@
 """Chat templates render as transformers renders them, today as on any other day; what cannot work is a clean error."""
 
 import json
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -157,9 +158,12 @@ def test_todays_date_never_gets_into_a_prompt(tokenizer_dir: Path, tmp_path: Pat
     assert "26 Jul 2024" in text and f"{datetime.now().astimezone():%d %b %Y}" not in text
 
 
-def test_a_template_that_insists_on_todays_date_is_refused(tokenizer_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(RowRefused, match="strftime_now"):
-        with_template(tokenizer_dir, tmp_path, "{{ strftime_now('%Y') }}").render(TALK)
+def test_a_template_that_insists_on_todays_date_gets_a_fixed_one(tokenizer_dir: Path, tmp_path: Path) -> None:
+    tokenizer = with_template(tokenizer_dir, tmp_path, "{{ strftime_now('%d %B %Y') }}")
+    assert tokenizer.render(TALK) == "26 July 2024"
+    assert replace(tokenizer, date="2026-11-25").render(TALK) == "25 November 2026"
+    asking = with_template(tokenizer_dir, tmp_path, LLAMA3)
+    assert "Today Date: 25 Nov 2026" in replace(asking, date="2026-11-25").render(TALK)
 
 
 def test_without_a_template_there_is_the_plain_form(tokenizer_dir: Path, tmp_path: Path) -> None:

@@ -15,10 +15,11 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from minicache.data import workers
+from minicache.data.columns import Reading
 from minicache.data.encode import CHUNK, Encoder
 from minicache.data.files import read_rows
 from minicache.data.tokenizers import ChatTokenizer
-from minicache.data.workers import Encoded, Row, RowEncoder
+from minicache.data.workers import Result, Row, RowEncoder
 from minicache.errors import DataError, ModelError, OutputError, RowRefused
 from tests.conftest import make_rows, precompute_into, write_jsonl
 from tests.helpers.stores import assert_same_store
@@ -33,7 +34,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def encoder(tokenizer_dir: Path) -> RowEncoder:
-    return RowEncoder(Encoder(ChatTokenizer.load(tokenizer_dir), 40), "pairs.jsonl", "auto", 3)
+    return RowEncoder(Encoder(ChatTokenizer.load(tokenizer_dir), 40), "pairs.jsonl", Reading(), 3)
 
 
 def mixed_rows(count: int) -> list[dict[str, Any]]:
@@ -46,14 +47,14 @@ def mixed_rows(count: int) -> list[dict[str, Any]]:
     return rows[:count]
 
 
-def told(items: Iterator[Encoded]) -> list[tuple[object, ...]]:
+def told(items: Iterator[Result]) -> list[tuple[object, ...]]:
     """Everything about each item."""
     found: list[tuple[object, ...]] = []
     for item in items:
         if isinstance(item, RowRefused):
             found.append((item.reason, str(item), item.line))
         else:
-            pair, truncated = item
+            pair, truncated, _ = item
             dtypes = pair.tokens.dtype, pair.loss_mask.dtype
             found.append((truncated, pair.digest, *dtypes, *(str(value) for value in asdict(pair).values())))
     return found
@@ -114,7 +115,7 @@ def test_what_is_wrong_with_a_file_is_told_after_the_rows_before_it(encoder: Row
 def test_an_error_in_a_worker_is_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tokenizer that has no token for a text, not even one for the unknown."""
     Tokenizer(models.WordLevel({"a": 0}, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
-    encoder = RowEncoder(Encoder(ChatTokenizer.load(tmp_path), 40), "pairs.jsonl", "auto", 0)
+    encoder = RowEncoder(Encoder(ChatTokenizer.load(tmp_path), 40), "pairs.jsonl", Reading(), 0)
     monkeypatch.setattr(workers, "ALONE", 0)
     with pytest.raises(ModelError, match="the tokenizer cannot encode the data"):
         list(encoder.encode_by_all_cores(numbered(CHUNK)))
@@ -140,12 +141,13 @@ PARENT = """
 import sys
 from pathlib import Path
 from minicache.data import workers
+from minicache.data.columns import Reading
 from minicache.data.encode import Encoder
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.processes.signals import Interruptible
 from tests.conftest import make_rows
 workers.ALONE, workers._cores = 0, lambda: 2
-encoder = workers.RowEncoder(Encoder(ChatTokenizer.load(Path(sys.argv[1])), 40), "f", "auto", 0)
+encoder = workers.RowEncoder(Encoder(ChatTokenizer.load(Path(sys.argv[1])), 40), "f", Reading(), 0)
 rows = make_rows(200)
 def endless():
     while True:

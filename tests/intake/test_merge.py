@@ -119,7 +119,9 @@ def test_a_file_read_in_two_formats_is_refused(
     apart: list[Path], files: list[Path], model_dir: Path, tmp_path: Path
 ) -> None:
     other = precompute_into(tmp_path / "other", model_dir, files[0], format="messages", per_token=True)
-    with pytest.raises(CacheMismatch, match="was read with --format messages, in another of the caches with auto"):
+    with pytest.raises(
+        CacheMismatch, match="was read with --format messages, in another of the caches with --format auto"
+    ):
         run(tmp_path / "merged", apart[0], other)
 
 

@@ -137,9 +137,9 @@ def test_a_new_option_of_a_loss_that_another_does_not_read_is_refused(ref_cache:
 
 
 FORMAT = """
-def from_question(row):
-    question = [formats.Turn("user", row["ask"])]
-    return tuple(question + [formats.Turn("assistant", row[side])] for side in ("good", "bad"))
+def from_question(columns):
+    good, bad = ([formats.Turn("assistant", columns[side])] for side in ("good", "bad"))
+    return formats.Sample([formats.Turn("user", columns["ask"])], [(good, bad)])
 formats.FORMATS["question"] = formats.Format({"ask", "good", "bad"}, from_question)
 """
 

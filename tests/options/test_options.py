@@ -104,7 +104,10 @@ UNREAD: dict[str, tuple[dict[str, Any], str]] = {
         {"schedule": "constant", "min_lr": 0.1},
         "--schedule constant does not read it; expected cosine, linear",
     ),
-    "format": ({"format": "hh"}, "expected both, got --format alone"),
+    "format": ({"format": "hh"}, "expected both, got it alone"),
+    "columns": ({"columns": "prompt=question"}, "expected both, got it alone"),
+    "ignore_fields": ({"ignore_fields": "images"}, "expected both, got it alone"),
+    "row_pairs": ({"row_pairs": "all"}, "expected both, got it alone"),
     "save_dtype": ({"lora_rank": 4, "save_dtype": "bfloat16"}, "without --lora-rank"),
     "model": ({"model": "m", "init_from": "n"}, "--init-from"),
 }

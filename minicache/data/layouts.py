@@ -1,0 +1,159 @@
+"""Forms of preference rows: one function for each, from the columns of a row to its prompt and answers."""
+
+import re
+from typing import NamedTuple
+
+from minicache.data.columns import Columns, Row
+from minicache.data.records import Turn
+from minicache.data.turns import kind_of, text_of, turns_of
+from minicache.errors import RowRefused
+
+# The columns with the prompt of answers that are turns.
+PROMPTS = ("prompt", "messages", "conversations", "conversation")
+HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+
+Sides = tuple[list[Turn], list[Turn]]
+
+
+class Sample(NamedTuple):
+    """What a row says: a prompt, [] where the sides repeat it, and the turns that follow it, chosen and rejected."""
+
+    prompt: list[Turn]
+    pairs: list[Sides]
+
+
+# --- tests of a row ---
+
+
+def has_turns(row: Row) -> bool:
+    return isinstance(row["chosen"], list | dict)
+
+
+def has_texts(row: Row) -> bool:
+    return isinstance(row["chosen"], str)
+
+
+def is_transcript(row: Row) -> bool:
+    return isinstance(row["chosen"], str) and row["chosen"].startswith("\n\nHuman:")
+
+
+def has_rejection(row: Row) -> bool:
+    return "rejected_response" in row or "rejected_messages" in row
+
+
+# --- one function for each form ---
+
+
+def from_messages(columns: Columns) -> Sample:
+    """`chosen` and `rejected` are turns {role, content}; the prompt stands in both, or in a column (MiniMind, TRL, axolotl)."""
+    chosen, rejected = (turns_of(columns[side], side) for side in ("chosen", "rejected"))
+    if not chosen or not rejected:
+        raise RowRefused("empty-answer", "a side has no turns")
+    name = next((name for name in PROMPTS if columns.values.get(name) not in (None, [], "")), None)
+    if name is None:
+        return Sample([], [(chosen, rejected)])
+    if all(side[0].role == "assistant" for side in (chosen, rejected)):
+        return Sample(prompt_of(columns[name], name), [(chosen, rejected)])
+    if name == "prompt":
+        _require_same_prompt(columns[name], chosen, rejected)
+    return Sample([], [(chosen, rejected)])
+
+
+def _require_same_prompt(prompt: object, chosen: list[Turn], rejected: list[Turn]) -> None:
+    """Raises RowRefused: the prompt of a row is not the one that its sides repeat."""
+    if isinstance(prompt, list | dict):
+        turns = turns_of(prompt, "prompt")
+        is_same = all(side[: len(turns)] == turns for side in (chosen, rejected))
+    else:
+        text = text_of(prompt, "prompt").strip()
+        shared = [one for one, other in zip(chosen, rejected, strict=False) if one == other and one.role != "system"]
+        # A text that is one of the turns, or a rendering of all of them.
+        is_same = any(text in turn.content for turn in chosen) or all(turn.content.strip() in text for turn in shared)
+    if not is_same:
+        raise RowRefused("prompts-differ", "each side repeats a prompt, and that prompt does not begin with 'prompt'")
+
+
+def from_prompt(columns: Columns) -> Sample:
+    """`prompt`, `chosen`, `rejected` strings (TRL); the prompt may also be a list of {role, content}."""
+    return _answered(columns, "prompt", "chosen", "rejected")
+
+
+def from_question(columns: Columns) -> Sample:
+    """`question`, `chosen`, `rejected`, and `system` (Intel/orca_dpo_pairs)."""
+    return _answered(columns, "question", "chosen", "rejected")
+
+
+def from_stack_exchange(columns: Columns) -> Sample:
+    """`question`, `response_j` (preferred), `response_k` (lvwerra/stack-exchange-paired)."""
+    return _answered(columns, "question", "response_j", "response_k")
+
+
+def from_alpaca(columns: Columns) -> Sample:
+    """`instruction`, `input`, `chosen`, `rejected`; also `system`, `history` (LLaMA-Factory, data/converter.py)."""
+    parts = [text_of(columns[name], name) for name in ("instruction", "input") if columns.get(name)]
+    return Sample([Turn("user", "\n".join(parts))], [_texts_of(columns, "chosen", "rejected")])
+
+
+def from_sharegpt(columns: Columns) -> Sample:
+    """`conversations` are {from, value}; `chosen` and `rejected` are one such turn or a list of them (LLaMA-Factory)."""
+    chosen, rejected = (turns_of(columns[side], side) for side in ("chosen", "rejected"))
+    return Sample(turns_of(columns["conversations"], "conversations"), [(chosen, rejected)])
+
+
+def from_swift(columns: Columns) -> Sample:
+    """`messages` end in the preferred answer; `rejected_response` is the other one, `rejected_messages` all turns (ms-swift)."""
+    chosen = turns_of(columns["messages"], "messages")
+    if "rejected_messages" in columns:
+        return Sample([], [(chosen, turns_of(columns["rejected_messages"], "rejected_messages"))])
+    other = columns["rejected_response"]
+    if chosen and chosen[-1].role != "assistant":
+        raise RowRefused("empty-answer", "'messages' do not end in an answer")
+    own = (
+        turns_of(other, "rejected_response")
+        if isinstance(other, list | dict)
+        else [Turn("assistant", text_of(other, "rejected_response"))]
+    )
+    return Sample(chosen[:-1], [(chosen[-1:], own)])
+
+
+def from_transcript(columns: Columns) -> Sample:
+    r"""`chosen` and `rejected` are transcripts "\n\nHuman: … \n\nAssistant: …" (Anthropic HH). Turns are stripped."""
+    chosen, rejected = (_transcript(columns[side], side) for side in ("chosen", "rejected"))
+    return Sample([], [(chosen, rejected)])
+
+
+# --- what the forms share ---
+
+
+def prompt_of(value: object, field: str) -> list[Turn]:
+    """The turns of a prompt: a list of turns, or a text that the user says."""
+    return turns_of(value, field) if isinstance(value, list | dict) else [Turn("user", text_of(value, field))]
+
+
+def history_of(value: object) -> list[Turn]:
+    """Earlier turns: [question, answer] each (LLaMA-Factory), or turns."""
+    if isinstance(value, list) and all(isinstance(item, list) and len(item) == 2 for item in value):
+        roles = ("user", "assistant")
+        return [Turn(role, text_of(text, "history")) for item in value for role, text in zip(roles, item, strict=True)]
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        return turns_of(value, "history")
+    raise RowRefused("wrong-type", f"'history' must be a list of [question, answer] or of turns, got {kind_of(value)}")
+
+
+def _answered(columns: Columns, prompt: str, chosen: str, rejected: str) -> Sample:
+    return Sample(prompt_of(columns[prompt], prompt), [_texts_of(columns, chosen, rejected)])
+
+
+def _texts_of(columns: Columns, chosen: str, rejected: str) -> Sides:
+    one, other = (Turn("assistant", text_of(columns[name], name)) for name in (chosen, rejected))
+    return [one], [other]
+
+
+def _transcript(value: object, field: str) -> list[Turn]:
+    parts = HH_TURN.split(text_of(value, field))
+    if parts[0].strip() or len(parts) < 3:
+        raise RowRefused("wrong-type", rf"{field!r} does not read '\n\nHuman: …\n\nAssistant: …'")
+    return [
+        Turn("user" if who == "Human" else "assistant", text.strip())
+        for who, text in zip(parts[1::2], parts[2::2], strict=True)
+    ]

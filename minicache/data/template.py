@@ -1,0 +1,216 @@
+"""A chat template: messages -> text, as transformers' `apply_chat_template` renders them. No torch."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cached_property
+from typing import Any
+
+import jinja2
+from jinja2 import meta, nodes
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from minicache.data.records import NO_CONTEXT, Context, Turn
+from minicache.errors import ConfigError, RowRefused
+
+# The date of templates that ask for today's: the same rows give the same pairs on every day. It is the one that Llama 3's
+# templates fall back to.
+FIXED_DATE = "2024-07-26"
+# Names that are no arguments of a template: what it always gets, and arguments of `apply_chat_template` itself.
+NO_ARGUMENTS = (
+    "messages",
+    "tools",
+    "documents",
+    "add_generation_prompt",
+    "tokenize",
+    "continue_final_message",
+    "chat_template",
+)
+# A call that no row holds.
+CALLED = {"qxk": "qxv"}
+
+
+@dataclass(frozen=True)
+class Template:
+    """A chat template.
+
+    source: Jinja. special: names like bos_token -> text. date: what `strftime_now` gives, ISO 8601; "" is FIXED_DATE, or none
+    for a template that can do without. arguments: values of variables that the template reads, such as `enable_thinking`.
+    """
+
+    source: str
+    special: Mapping[str, str]
+    date: str = ""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def render(self, turns: tuple[Turn, ...], open_answer: bool = False, context: Context = NO_CONTEXT) -> str:
+        """The conversation as one string; with `open_answer` it ends in the generation prompt.
+
+        Raises:
+            RowRefused: the template refuses these turns (most templates enforce an order of roles).
+            ConfigError: the template cannot be compiled.
+        """
+        template = self._compiled
+        values = {**self.special, **self.arguments, **context.arguments}
+        try:
+            return template.render(
+                **{
+                    **values,
+                    "messages": [self._message(turn) for turn in turns],
+                    "tools": context.tools,
+                    "documents": context.documents,
+                    "add_generation_prompt": open_answer,
+                }
+            )
+        # a template is a program and may raise anything on an unusual row
+        except Exception as error:
+            line = " ".join(str(error).split())[:300] or type(error).__name__
+            raise RowRefused("template", f"the chat template refuses it: {line}") from error
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """The names of all variables that the template reads: its arguments, `tools`, `documents` and others."""
+        return frozenset(meta.find_undeclared_variables(self._parsed))
+
+    def mentions(self, name: str) -> bool:
+        """Whether the template names this key of a message anywhere."""
+        return name in self._names
+
+    @cached_property
+    def _names(self) -> set[str]:
+        attributes = {node.attr for node in self._parsed.find_all(nodes.Getattr)}
+        return attributes | {node.value for node in self._parsed.find_all(nodes.Const) if isinstance(node.value, str)}
+
+    @cached_property
+    def asks_date(self) -> bool:
+        """Whether the template asks for today's date."""
+        return "strftime_now" in self.variables
+
+    @cached_property
+    def _text(self) -> str:
+        # transformers' block around an assistant turn renders as its content.
+        text = re.sub(r"\{%(-?)\s*generation\s*(-?)%\}", r"{%\1 if true \2%}", self.source)
+        return re.sub(r"\{%(-?)\s*endgeneration\s*(-?)%\}", r"{%\1 endif \2%}", text)
+
+    @cached_property
+    def _environment(self) -> ImmutableSandboxedEnvironment:
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise_exception
+        # A template that can do without a date (Llama 3.2) writes its own fixed one.
+        if self.date or not re.search(r"strftime_now\s+is\s+(not\s+)?defined", self.source):
+            environment.globals["strftime_now"] = datetime.fromisoformat(self.date or FIXED_DATE).strftime
+        return environment
+
+    @cached_property
+    def _parsed(self) -> nodes.Template:
+        try:
+            return self._environment.parse(self._text)
+        except jinja2.TemplateError as error:
+            raise ConfigError(f"the chat template cannot be compiled: {error}") from error
+
+    @cached_property
+    def _compiled(self) -> jinja2.Template:
+        try:
+            return self._environment.from_string(self._text)
+        except jinja2.TemplateError as error:
+            raise ConfigError(f"the chat template cannot be compiled: {error}") from error
+
+    # --- the arguments of a call: an object in most templates, JSON text in some ---
+
+    def _message(self, turn: Turn) -> dict[str, Any]:
+        if not (turn.more and turn.more.get("tool_calls")):
+            return turn.message
+        return {**turn.message, "tool_calls": [self._call(call) for call in turn.more["tool_calls"]]}
+
+    def _call(self, call: Any) -> Any:
+        arguments = call["function"].get("arguments")
+        if isinstance(arguments, str) and not self._takes_text:
+            arguments = _decoded(arguments)
+        elif isinstance(arguments, dict) and arguments and self._takes_text and not self._takes_objects:
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        else:
+            return call
+        return {**call, "function": {**call["function"], "arguments": arguments}}
+
+    @cached_property
+    def _takes_text(self) -> bool:
+        """Whether the template writes arguments that are JSON text as they are, not as a quoted text."""
+        return json.dumps(CALLED) in self._rendered_call(json.dumps(CALLED))
+
+    @cached_property
+    def _takes_objects(self) -> bool:
+        return CALLED["qxk"] in self._rendered_call(CALLED)
+
+    def _rendered_call(self, arguments: Any) -> str:
+        """What the template writes of a call with these arguments, "" if it cannot."""
+        call = {"type": "function", "id": "c00000001", "function": {"name": "f", "arguments": arguments}}
+        for content in (None, ""):
+            answer = {"role": "assistant", "content": content, "tool_calls": [call]}
+            values = {**self.special, "tools": None, "documents": None, "add_generation_prompt": False}
+            try:
+                text = self._compiled.render(messages=[{"role": "user", "content": "q"}, answer], **values)
+            # as in `render`
+            except Exception:
+                continue
+            if CALLED["qxk"] in text:
+                return text
+        return ""
+
+
+def _decoded(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _to_json(value: object, ensure_ascii: bool = False, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+# --- values from a command line ---
+
+
+def parse_arguments(entries: tuple[str, ...]) -> str:
+    """The values of NAME=VALUE entries as the JSON text of an object, "" for none. A value is JSON, or else text.
+
+    Raises:
+        ConfigError: an entry has another form, or a name occurs twice or is no argument of a template.
+    """
+    found: dict[str, Any] = {}
+    for entry in entries:
+        name, equals, value = entry.partition("=")
+        if not equals or not name.isidentifier() or name in found or name in NO_ARGUMENTS:
+            raise ConfigError(
+                f"--template-arg {entry}: expected NAME=VALUE, each name once, such as enable_thinking=false"
+            )
+        found[name] = _decoded(value)
+    return json.dumps(found, sort_keys=True, ensure_ascii=False) if found else ""
+
+
+def require_date(date: str) -> None:
+    """Raises ConfigError: this is neither "" nor a date."""
+    try:
+        if date and datetime.fromisoformat(date).date().isoformat() == date:
+            return
+    except ValueError:
+        pass
+    if date:
+        raise ConfigError(f"--date {date}: expected a date like {FIXED_DATE}")
+
+
+def require_read(template: Template, date: str, arguments: str) -> None:
+    """Raises ConfigError: the template does not read a date or a value that it is given. arguments: JSON text, or ""."""
+    if date and not template.asks_date:
+        raise ConfigError("--date: the chat template does not ask for today's date; leave it out")
+    for name in json.loads(arguments or "{}"):
+        if name not in template.variables:
+            raise ConfigError(f"--template-arg {name}: the chat template does not read it; leave it out")

@@ -1,0 +1,212 @@
+"""Turns of a conversation, as preference files hold them -> `Turn`. A turn keeps every key that a template may read."""
+
+import json
+from typing import Any
+
+from minicache.data.files import MOST_ROW
+from minicache.data.records import ROLES, Turn
+from minicache.errors import RowRefused
+
+ROLE_NAMES = {
+    **{role: role for role in ROLES},
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "chatbot": "assistant",
+    "model": "assistant",
+    "developer": "system",
+    "observation": "tool",
+    "ipython": "tool",
+    "function": "tool",
+    "tool_response": "tool",
+    "tool_results": "tool",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+}
+# Roles whose content is a call as JSON text (LLaMA-Factory, ms-swift).
+CALLERS = ("function_call", "tool_call")
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+
+
+def text_of(value: object, field: str) -> str:
+    """A text, as it is.
+
+    Raises:
+        RowRefused: it is none, is too long, or cannot be encoded.
+    """
+    if not isinstance(value, str):
+        raise RowRefused("wrong-type", f"{field!r} must be text, got {kind_of(value)}")
+    if len(value) > MOST_ROW:
+        raise RowRefused("too-large", f"{field!r} has {len(value):,} characters, expected {MOST_ROW:,} or fewer")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise RowRefused("bad-unicode", f"{field!r} holds a lone surrogate, which UTF-8 cannot encode") from None
+    return value
+
+
+def turns_of(value: object, field: str) -> list[Turn]:
+    """The turns of a list, or of a single turn."""
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
+        raise RowRefused("wrong-type", f"{field!r} must be a list of turns, got {kind_of(value)}")
+    return [turn_of(item, field) for item in value]
+
+
+def turn_of(item: object, field: str) -> Turn:
+    """A message of any common form: {role, content}, {from, value} or {role, text}, and its other keys.
+
+    Raises:
+        RowRefused: it has no role or no content, an unknown role, or is no text.
+    """
+    if not isinstance(item, dict):
+        raise RowRefused("wrong-type", f"a turn of {field!r} must be an object, got {kind_of(item)}")
+    role_key = "from" if "from" in item else "role"
+    text_key = next((key for key in ("content", "value", "text") if key in item), "")
+    is_call = bool(item.get("tool_calls") or item.get("function_call"))
+    for key, is_there in (
+        (role_key, role_key in item),
+        ("value" if role_key == "from" else "content", text_key or is_call),
+    ):
+        if not is_there:
+            raise RowRefused("missing-field", f"a turn of {field!r} has no {key!r}; it has {listed(item)}")
+    name = text_of(item[role_key], role_key).lower()
+    role = ROLE_NAMES.get(name)
+    if role is None:
+        raise RowRefused("unknown-role", f"role {item[role_key][:40]!r} in {field!r}; known: {', '.join(ROLE_NAMES)}")
+    if len(item) == 2 and type(item.get(text_key)) is str and name not in CALLERS:
+        return Turn(role, text_of(item[text_key], text_key))
+    more = {
+        key: value for key, value in item.items() if key not in (role_key, text_key) and value not in (None, "", [], {})
+    }
+    return _with_keys(role, name, item.get(text_key), more, field)
+
+
+def _with_keys(role: str, name: str, content: object, more: dict[str, Any], field: str) -> Turn:
+    """A turn with keys beside role and content, or whose content is no text."""
+    for key in MEDIA:
+        if key in more:
+            raise _no_media(key, field)
+    calls = _calls(more)
+    if name in CALLERS:
+        calls = _call_list(_json(text_of(content, name), name), name)
+        content = ""
+    if calls:
+        more["tool_calls"] = calls
+    if isinstance(content, list):
+        content = _text_of_parts(content, field)
+    if content is None and calls:
+        more["content"], content = None, ""
+    for value in more.values():
+        _require_sound(value)
+    return Turn(role, text_of(content, "content"), more or None)
+
+
+def _text_of_parts(parts: list[Any], field: str) -> str:
+    """The text of a content that is a list of parts. Raises RowRefused: a part is no text."""
+    texts = []
+    for part in parts:
+        if isinstance(part, str):
+            part = {"type": "text", "text": part}
+        if not isinstance(part, dict):
+            raise RowRefused("wrong-type", f"a part of a content in {field!r} must be an object, got {kind_of(part)}")
+        kind = str(part.get("type", "text"))
+        if kind not in ("text", "input_text", "output_text") or "text" not in part:
+            raise _no_media(kind, field)
+        texts.append(text_of(part["text"], "text"))
+    return "".join(texts)
+
+
+def _no_media(kind: str, field: str) -> RowRefused:
+    return RowRefused(
+        "media", f"{field!r} holds {kind[:40]!r}; expected text: minidpo trains language models on text alone"
+    )
+
+
+# --- calls ---
+
+
+def _calls(more: dict[str, Any]) -> list[Any]:
+    """The calls of a message, removed from its keys: `tool_calls`, or `function_call` of older APIs."""
+    for key in ("tool_calls", "function_call"):
+        if key in more:
+            value = more.pop(key)
+            return _call_list(_json(value, key) if isinstance(value, str) else value, key)
+    return []
+
+
+def _call_list(value: Any, key: str) -> list[Any]:
+    items = value if isinstance(value, list) else [value]
+    return [_call(_json(item, key) if isinstance(item, str) else item, key) for item in items]
+
+
+def _call(call: Any, key: str) -> dict[str, Any]:
+    """A call as templates read it: {type, function: {name, arguments}}. Raises RowRefused: it is none."""
+    if isinstance(call, dict) and not isinstance(call.get("function"), dict) and "name" in call:
+        function = {name: call[name] for name in ("name", "arguments", "parameters") if name in call}
+        function.setdefault("arguments", function.pop("parameters", {}))
+        rest = {name: each for name, each in call.items() if name not in ("name", "arguments", "parameters", "type")}
+        call = {**rest, "type": "function", "function": function}
+    if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
+        raise RowRefused(
+            "wrong-type", f"{key!r}: expected a call with a function's name and arguments, got {kind_of(call)}"
+        )
+    text_of(call["function"].get("name"), "name")
+    return call
+
+
+def _json(text: str, field: str) -> Any:
+    """The value of a JSON text. Raises RowRefused: it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise RowRefused("wrong-type", f"{field!r}: expected JSON, got {text[:40]!r}") from None
+
+
+def json_list(value: object, field: str) -> list[Any]:
+    """A list of objects, or the JSON text of one, or of a list of JSON texts (`tools`, `documents`).
+
+    Raises:
+        RowRefused: it is none.
+    """
+    if isinstance(value, str):
+        value = _json(value, field)
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
+        raise RowRefused("wrong-type", f"{field!r} must be a list or the JSON text of one, got {kind_of(value)}")
+    items = [_json(item, field) if isinstance(item, str) and item.lstrip()[:1] == "{" else item for item in value]
+    _require_sound(items)
+    return items
+
+
+def _require_sound(value: object) -> None:
+    """Raises RowRefused: a text within a value is too long or cannot be encoded."""
+    if isinstance(value, str):
+        text_of(value, "a text")
+    elif isinstance(value, dict):
+        for name, each in value.items():
+            _require_sound(name)
+            _require_sound(each)
+    elif isinstance(value, list):
+        for each in value:
+            _require_sound(each)
+
+
+# --- words for messages ---
+
+
+def kind_of(value: object) -> str:
+    """What a JSON value is, in words."""
+    if value is None:
+        return "null"
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
+    return names.get(type(value), type(value).__name__)
+
+
+def listed(names: object) -> str:
+    """Names in quotes, the first ones of many."""
+    assert isinstance(names, (list, dict))
+    return ", ".join(repr(str(name)[:40]) for name in list(names)[:8]) or "none"
