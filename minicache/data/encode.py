@@ -59,8 +59,9 @@ class Encoder:
         """For each row, in order: the encoded pair, or the refusal."""
         for chunk in _chunks(rows):
             rendered = [row if isinstance(row, RowRefused) else _try(row, self._renderer.render, row) for row in chunk]
-            texts = [side.text for item in rendered if not isinstance(item, RowRefused) for side in item[0]]
-            encoded = iter(self.tokenizer.encode(texts, hides=self.special_text != "allow"))
+            all_sides = [side for item in rendered if not isinstance(item, RowRefused) for side in item[0]]
+            hiding = [at for at, side in enumerate(all_sides) if side.hides]
+            encoded = iter(self.tokenizer.encode([side.text for side in all_sides], hiding))
             for row, item in zip(chunk, rendered, strict=True):
                 if isinstance(item, RowRefused):
                     yield item

@@ -19,11 +19,13 @@ Span = tuple[int, int]  # characters, begin and end
 
 
 class Side(NamedTuple):
-    """A rendered side. spans: characters that count. begin: position where the side's own answer begins."""
+    """A rendered side. spans: characters that count. begin: position where the side's own answer begins. hides: whether text of
+    special tokens is hidden in it."""
 
     text: str
     spans: list[Span]
     begin: int
+    hides: bool
 
 
 class Frame(NamedTuple):
@@ -50,17 +52,20 @@ class Renderer:
             RowRefused: the template cannot write these turns, or leaves out what one of them says.
         """
         special, notes = self.tokenizer.special_text, list(pair.notes)
-        if found := special.first_in((*pair.prompt, *pair.chosen, *pair.rejected)):
+        hidden = self._hidden(pair)
+        hides = hidden != pair
+        if (hides or self.special_text == "allow") and (found := special.first_in(pair)):
             notes.append(Note("special-text", found))
-        pair = self._hidden(pair)
+        opened = self._text(hidden.prompt, hidden.context, open_answer=True)
         sides = []
-        for answer in (pair.chosen, pair.rejected):
-            turns = pair.prompt + answer
-            text = self._text(turns, pair.context)
-            notes += self._written.check(text, turns, pair.context, len(pair.prompt))
-            if self.special_text != "allow" and special.is_in(text):
+        for answer in (hidden.chosen, hidden.rejected):
+            turns = hidden.prompt + answer
+            text = self._text(turns, hidden.context)
+            notes += self._written.check(text, turns, hidden.context, len(hidden.prompt))
+            if hides:
                 special.require_plain(text)
-            sides.append(self._side(text, pair, turns))
+            spans, begin = self._counted(text, opened, hidden, turns)
+            sides.append(Side(text, spans, begin, hides))
         return sides, notes
 
     def _text(self, turns: tuple[Turn, ...], context: Context = NO_CONTEXT, open_answer: bool = False) -> str:
@@ -87,27 +92,27 @@ class Renderer:
 
     # --- what counts ---
 
-    def _side(self, text: str, pair: Pair, turns: tuple[Turn, ...]) -> Side:
+    def _counted(self, text: str, opened: str, pair: Pair, turns: tuple[Turn, ...]) -> tuple[list[Span], int]:
+        """The spans that count of a side, and where its own answer begins. opened: the prompt with a generation prompt."""
         answers = turns[len(pair.prompt) :]
         if self.loss_on == "response" or (self.loss_on == "answer" and len(answers) == 1):
-            spans, own = [(self._boundary(text, pair), len(text))], 0
+            spans, own = [(self._boundary(text, opened, pair), len(text))], 0
         else:
             spans = self._assistant_spans(text, turns)
             own = sum(turn.role == "assistant" for turn in pair.prompt)
             if self.loss_on == "answer":
-                spans, own = self._answer_spans(text, pair, spans[own:]), 0
+                spans, own = self._answer_spans(text, opened, pair, spans[own:]), 0
         if pair.opening:
             spans[own] = (_after_opening(text, spans[own], pair.opening, answers[0].content), spans[own][1])
-        return Side(text, spans, spans[own][0])
+        return spans, spans[own][0]
 
-    def _boundary(self, text: str, pair: Pair) -> int:
+    def _boundary(self, text: str, opened: str, pair: Pair) -> int:
         """The position of the answer: the end of what the text shares with the prompt rendered with a generation prompt.
 
         Raises:
             RowRefused: the template renders the prompt differently once an answer follows.
         """
         prompt, context = pair.prompt, pair.context
-        opened = self._text(prompt, context, open_answer=True)
         boundary = _shared_length(text, opened)
         if boundary < len(opened):
             # The "<" of an answer "<b>…" is not part of a "<think>" that only the generation prompt has.
@@ -145,12 +150,11 @@ class Renderer:
             position = span[1] - len(frame.closing)
         return spans
 
-    def _answer_spans(self, text: str, pair: Pair, spans: list[Span]) -> list[Span]:
+    def _answer_spans(self, text: str, opened: str, pair: Pair, spans: list[Span]) -> list[Span]:
         """The spans of the side's own assistant turns, each without what a generation prompt puts before it."""
-        opened = self._text(pair.prompt, pair.context, open_answer=True)
         tail = opened[opened.rfind(self._frame.header) + len(self._frame.header) :] if self._frame.header else ""
         later = [(begin + _opened_length(text, begin, tail), end) for begin, end in spans[1:]]
-        return [(self._boundary(text, pair), spans[0][1]), *later]
+        return [(self._boundary(text, opened, pair), spans[0][1]), *later]
 
     @cached_property
     def _frame(self) -> Frame:

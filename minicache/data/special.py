@@ -8,7 +8,7 @@ the contents as plain text.
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from minicache.data.records import NO_CONTEXT, Context, Turn, texts_in
+from minicache.data.records import NO_CONTEXT, Context, Pair, Turn, texts_in
 from minicache.errors import ModelError, RowRefused
 from minicache.pairs import Ints
 
@@ -114,17 +114,13 @@ class SpecialText:
             arguments=self.hide_all(context.arguments, "a template argument", refuse),
         )
 
-    def first_in(self, turns: Iterable[Turn]) -> str:
-        """The first text of a special token in these turns, "" without any."""
-        for turn in turns:
+    def first_in(self, pair: Pair) -> str:
+        """The first text of a special token in a pair's turns, "" without any."""
+        for turn in (*pair.prompt, *pair.chosen, *pair.rejected):
             for text in (turn.content, *texts_in(turn.more)):
                 if found := self._text.search(text):
                     return found[0]
         return ""
-
-    def is_in(self, text: str) -> bool:
-        """Whether a rendered text holds hidden text."""
-        return self._hidden.search(text) is not None
 
     def encode(self, texts: list[str]) -> list[Encoding]:
         """The encodings of rendered texts by the twin, hidden text as plain text; see `ids` for the tokenizer's own ids."""

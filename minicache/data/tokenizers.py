@@ -8,6 +8,7 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
@@ -83,19 +84,18 @@ class ChatTokenizer:
         """The conversation as one string; see `Template.render`."""
         return self.chat.render(turns, open_answer, context)
 
-    def encode(self, texts: list[str], hides: bool = False) -> list[tuple[Ints, Ints]]:
+    def encode(self, texts: list[str], hiding: Sequence[int] = ()) -> list[tuple[Ints, Ints]]:
         """For each text: ids (n,) int32 and the character span of each token, (n, 2) int64 begin and end.
 
-        hides: `special_text` has hidden text in them, which is then encoded as the plain text that it replaces.
+        hiding: indices of texts in which `special_text` has hidden text, which is encoded as the plain text that it replaces.
 
         Raises:
             ModelError: the tokenizer has no token for some text, and no unknown token.
         """
-        hidden = [at for at, text in enumerate(texts) if hides and self.special_text.is_in(text)]
         try:
             encodings = self.backend.encode_batch(texts, add_special_tokens=False)
             ids: list[Ints] = [np.array(encoding.ids, np.int32) for encoding in encodings]
-            for at, encoding in zip(hidden, self.special_text.encode([texts[at] for at in hidden]), strict=True):
+            for at, encoding in zip(hiding, self.special_text.encode([texts[at] for at in hiding]), strict=True):
                 encodings[at], ids[at] = encoding, self.special_text.ids(encoding)
         # the tokenizers library raises bare Exception
         except Exception as error:

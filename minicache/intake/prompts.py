@@ -82,11 +82,12 @@ def _render(place: str, turns: tuple[Turn, ...], context: Context, tokenizer: Ch
         hidden = special.hide(turns), special.hide_context(context)
         text = tokenizer.render(hidden[0], True, hidden[1])
         Written(tokenizer.chat).check(text, *hidden, shared=len(turns))
-        if tokenizer.special_text.is_in(text):
-            tokenizer.special_text.require_plain(text)
+        hides = hidden != (turns, context)
+        if hides:
+            special.require_plain(text)
     except RowRefused as refusal:
         raise DataError(f"{place}: {refusal}") from refusal
-    ((ids, _),) = tokenizer.encode([text], hides=True)
+    ((ids, _),) = tokenizer.encode([text], [0] if hides else [])
     if not len(ids):
         raise DataError(f"{place}: has no token; expected some text")
     shown = "\n\n".join(f"{turn.role}: {turn.content}" for turn in turns) if len(turns) > 1 else turns[0].content

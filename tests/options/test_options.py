@@ -15,7 +15,7 @@ from minicache.options.dictionaries import fill
 from minicache.options.objective import parse_loss, starts_at_ln_2
 from minicache.options.sweep import SWEPT, sweep_config
 from minicache.options.train import TrainConfig
-from minicache.options.unused import RULES, require_read
+from minicache.options.unused import FLAGS, RULES, require_read
 
 CONFIGS = [
     each
@@ -120,7 +120,7 @@ def test_each_rule_has_its_example() -> None:
 @pytest.mark.parametrize("name", UNREAD)
 def test_an_option_that_the_run_would_not_read_is_refused_by_name(name: str) -> None:
     options, message = UNREAD[name]
-    with pytest.raises(ConfigError, match=f"^{flag(name)}: ") as caught:
+    with pytest.raises(ConfigError, match=f"^{FLAGS[name]}: ") as caught:
         require_read(config_of(**options), options)
     assert message in str(caught.value)
 
