@@ -23,6 +23,8 @@ SEEN = {
     *("dialogue", "dialog", "tools", "functions", "documents", "document", "passage", "passages", "reference"),
     *("references", "knowledge", "background", "post", "article", "chat_template_kwargs", "prefix", "prefill"),
 }  # fmt: skip
+# Characters from which a text that occurs within another is no chance.
+TELLING = 20
 
 
 @dataclass(frozen=True)
@@ -105,10 +107,10 @@ class Columns:
         """
         if not self.unread:
             return []
-        notes, texts = [], [*used]
+        notes, texts = [], [text.strip() for text in used]
         for name in self.unread:
             value = self.values[name]
-            if value in ("", [], {}) or (name in SEEN and _repeats(value, texts)):
+            if value in ("", [], {}) or (name in SEEN and name not in MEDIA and _repeats(value, texts)):
                 continue
             if name in MEDIA:
                 raise RowRefused(
@@ -131,7 +133,10 @@ def _repeats(value: object, texts: list[str]) -> bool:
     """Whether each text in a value is part of the pair, so that nothing is lost without it."""
     found = [text.strip() for text in texts_in(value)]
     names = (*ROLE_NAMES, *("role", "content", "from", "value"))
-    return bool(found) and all(text in names or any(text in used for used in texts) for text in found)
+    return bool(found) and all(
+        text in names or any(text == used or (len(text) >= TELLING and text in used) for used in texts)
+        for text in found
+    )
 
 
 def _conversation(value: Any, name: str) -> Any:

@@ -12,12 +12,17 @@ from typing import NamedTuple
 from minicache.data import layouts
 from minicache.data.columns import Columns, Reading, Row, with_reading
 from minicache.data.layouts import Sample
+from minicache.data.ranking import pairs_of
 from minicache.data.records import NO_CONTEXT, Context, Note, Pair, Turn
 from minicache.data.template import NO_ARGUMENTS
 from minicache.data.turns import json_list, kind_of, listed, text_of, turns_of
 from minicache.errors import RowRefused
 
 AUTO = Reading()
+
+
+# No other program's rows have all of these columns.
+OF_EXPORTS = ("digest", "prompt_ids", "chosen_loss_mask")
 
 
 class Format(NamedTuple):
@@ -53,12 +58,20 @@ def to_pairs(row: object, file: str, line: int, reading: Reading = AUTO) -> list
     """
     if not isinstance(row, dict):
         raise RowRefused("wrong-type", f"expected an object, got {kind_of(row)}")
+    if "digest" in row and all(name in row for name in OF_EXPORTS):
+        raise RowRefused(
+            "exported", f"a table that minidpo exported: minidpo import-cache {file} --ref-cache CACHE reads it"
+        )
     if reading.columns or reading.ignore_fields:
         row = with_reading(row, reading)
     columns = Columns(row)
     sample = _reader(columns, reading.format)(columns)
-    context, notes = _context(columns, sample)
+    context = _context(columns, sample)
+    notes: list[Note] = []
     prompt = _prompt_of(columns, sample, notes)
+    if sample.answers is not None:
+        made, ties = pairs_of(sample.answers, reading.pairs)
+        sample, notes = sample._replace(pairs=made), notes + ties
     pairs = [_pair(prompt, chosen, rejected) for chosen, rejected in sample.pairs]
     if columns.unread:
         notes += columns.notes(_texts(pairs, context))
@@ -92,8 +105,8 @@ def to_prompt(row: object, reading: Reading = AUTO) -> tuple[tuple[Turn, ...], C
             "missing-field", f"expected 'prompt', 'messages' or 'conversations'; the row has {listed(row)}"
         )
     sample = Sample(layouts.prompt_of(columns[field], field), [])
-    context, notes = _context(columns, sample)
-    turns = _prompt_of(columns, sample, notes)
+    context = _context(columns, sample)
+    turns = _prompt_of(columns, sample, [])
     while turns and turns[-1].role == "assistant":
         turns.pop()
     if not turns or turns[-1].role == "system" or not turns[-1].content.strip():
@@ -139,15 +152,15 @@ def _unknown(row: Row) -> RowRefused:
 # --- what all forms share ---
 
 
-def _context(columns: Columns, sample: Sample) -> tuple[Context, list[Note]]:
-    """Tools, documents and template arguments of a row, and notes on them."""
+def _context(columns: Columns, sample: Sample) -> Context:
+    """Tools, documents and template arguments of a row."""
     tools, documents = columns.get("tools", "functions"), columns.get("documents")
     # MiniMind's system turns hold the tools.
     turns = [*sample.prompt, *(sample.pairs[0][0] if sample.pairs else ())]
     in_turn = next((turn.more["tools"] for turn in turns if turn.more and "tools" in turn.more), None)
     arguments = columns.get("chat_template_kwargs")
     if tools is in_turn is documents is arguments is None:
-        return NO_CONTEXT, []
+        return NO_CONTEXT
     if isinstance(arguments, str):
         arguments = json_list(arguments, "chat_template_kwargs")[0]
     if arguments is not None and not isinstance(arguments, dict):
@@ -156,12 +169,11 @@ def _context(columns: Columns, sample: Sample) -> tuple[Context, list[Note]]:
         if name in NO_ARGUMENTS and name != "tools":
             raise RowRefused("wrong-type", f"'chat_template_kwargs': {name!r} is no argument of a chat template")
     tools = (arguments or {}).get("tools", tools if tools is not None else in_turn)
-    context = Context(
+    return Context(
         tools=None if tools is None else json_list(tools, "tools"),
         documents=None if documents is None else json_list(documents, "documents"),
         arguments={name: value for name, value in (arguments or {}).items() if name != "tools"},
     )
-    return context, []
 
 
 def _prompt_of(columns: Columns, sample: Sample, notes: list[Note]) -> list[Turn]:

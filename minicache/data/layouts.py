@@ -4,6 +4,7 @@ import re
 from typing import NamedTuple
 
 from minicache.data.columns import Columns, Row
+from minicache.data.ranking import Answer, Sides
 from minicache.data.records import Turn
 from minicache.data.turns import kind_of, text_of, turns_of
 from minicache.errors import RowRefused
@@ -12,14 +13,16 @@ from minicache.errors import RowRefused
 PROMPTS = ("prompt", "messages", "conversations", "conversation")
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
-Sides = tuple[list[Turn], list[Turn]]
-
 
 class Sample(NamedTuple):
-    """What a row says: a prompt, [] where the sides repeat it, and the turns that follow it, chosen and rejected."""
+    """What a row says.
+
+    prompt: [] where the sides repeat it. pairs: the turns that follow it, chosen and rejected. answers: several to make pairs of.
+    """
 
     prompt: list[Turn]
     pairs: list[Sides]
+    answers: list[Answer] | None = None
 
 
 # --- tests of a row ---

@@ -36,8 +36,6 @@ TYPES = {
     "rejected_loss_mask": "list<uint8>",
 }
 PER_TOKEN = {"ref_token_logps": "list<float>"}
-# No other program's file has all of these columns.
-OF_EXPORTS = ("digest", "prompt_ids", "chosen_loss_mask")
 
 
 def prompt_length(pair: EncodedPair) -> int:

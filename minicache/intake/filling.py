@@ -20,6 +20,10 @@ from minicache.trackers import Tracker
 log = logging.getLogger(__name__)
 
 
+# Rows that prefer no answer, by the judgement of those who made them: nothing is wrong with them.
+TIES = ("tie", "both-unsafe")
+
+
 @dataclass
 class Filling:
     """Files that are being encoded and written into the free blocks of a cache.
@@ -115,7 +119,7 @@ class Filling:
 
     def _refuse(self, number: int, file: str, refusal: RowRefused) -> None:
         """Count and list a refused row. Raises DataError: refused rows are errors."""
-        if self.fail:
+        if self.fail and refusal.reason not in TIES:
             raise DataError(
                 f"{file}:{refusal.line}: {refusal.reason}: {refusal} (--on-bad-row skip goes on without it)"
             )

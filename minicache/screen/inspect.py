@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from minicache.reports.names import LENGTHS, SHOWN_PROBLEMS, STATISTICS
-from minicache.screen.results import sources_table
+from minicache.screen.results import show_notes, sources_table
 from minicache.text import visible
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def show_inspection(console: Console, it: "Inspection") -> None:
     narrow = console.width < NARROW
     console.print(Panel(_header(it), title=Text(visible(it.path)), title_align="left", border_style="cyan"))
     console.print(_sources_list(it.log["sources"]) if narrow else sources_table(it.log["sources"]))
+    show_notes(console, it.log["sources"])
     console.print(_figures(it))
     if it.lengths:
         console.print(_lengths(it.lengths))

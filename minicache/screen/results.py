@@ -14,6 +14,7 @@ from rich.text import Text
 
 from minicache.options.objective import starts_at_ln_2
 from minicache.reports.names import METRICS
+from minicache.reports.notes import notes_on
 from minicache.screen.live import duration, metrics_table
 from minicache.text import ranges, visible
 
@@ -37,7 +38,7 @@ def show_error(console: Console, message: str) -> None:
 
 
 def show_precompute(console: Console, report: "PrecomputeReport") -> None:
-    console.print(sources_table([asdict(source) for source in report.sources]))
+    show_sources(console, [asdict(source) for source in report.sources])
     scored = f"{report.scored:,} scored now" if report.scored else "nothing left to score"
     console.print(
         f"[bold green]✓[/] {report.pairs:,} pairs in [bold]{escape(str(report.ref_cache))}[/], {scored}",
@@ -68,6 +69,20 @@ def show_merge(console: Console, report: "MergeReport") -> None:
         f"{report.twice:,} pairs were in more than one cache and are kept once",
         highlight=False,
     )
+
+
+def show_sources(console: Console, sources: Sequence[Mapping[str, Any]]) -> None:
+    """Print what was read of each file, and what of it is not used."""
+    console.print(sources_table(sources))
+    show_notes(console, sources)
+
+
+def show_notes(console: Console, sources: Sequence[Mapping[str, Any]]) -> None:
+    """Print what of each file is not used, and the like."""
+    for source in sources:
+        name = f"{visible(source['name'])}: " if len(sources) > 1 else ""
+        for line in notes_on(source):
+            console.print(Text(f"  {name}{visible(line)}"), soft_wrap=True)
 
 
 def sources_table(sources: Iterable[Mapping[str, Any]]) -> Table:
@@ -184,7 +199,7 @@ def show_export_cache(console: Console, report: "ExportCacheReport") -> None:
 
 
 def show_import(console: Console, report: "ImportReport", model: str | None) -> None:
-    console.print(sources_table(report.sources))
+    show_sources(console, report.sources)
     cache = escape(visible(str(report.ref_cache)))
     console.print(
         f"[bold green]✓[/] {report.pairs:,} pairs, {report.blocks:,} blocks in [bold]{cache}[/], identity {report.identity}",

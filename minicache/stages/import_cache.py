@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from minicache.cache.places.opening import place_at
+from minicache.data.formats import OF_EXPORTS
 from minicache.errors import DataError
 from minicache.exchange.exported import import_exported
-from minicache.exchange.rows import OF_EXPORTS
 from minicache.exchange.tables import read_document, read_table
 from minicache.options.exchange import ImportConfig
 from minicache.options.where import Where
