@@ -99,6 +99,13 @@ class Columns:
                 return self[name]
         return None
 
+    def leave(self, name: str, item: Mapping[str, Any], read: tuple[str, ...]) -> None:
+        """Count the keys of a column's object that were not read as columns of their own."""
+        for key in item.keys() - {*read}:
+            if item[key] is not None:
+                self.values.setdefault(f"{name}.{key}", item[key])
+                self.unread.setdefault(f"{name}.{key}")
+
     def notes(self, used: Iterable[str]) -> list[Note]:
         """A note for each column that was not read. used: the texts of the pair.
 
@@ -163,10 +170,10 @@ def with_reading(row: Row, reading: Reading) -> Row:
 
 
 def _without(value: Any, ignored: frozenset[str]) -> Any:
-    """A conversation without these keys of its turns; any other value as it is."""
+    """A list of objects, or an object, without these keys; any other value as it is."""
     if isinstance(value, list):
         return [_without(item, ignored) if isinstance(item, dict) else item for item in value]
-    if isinstance(value, dict) and ("role" in value or "from" in value):
+    if isinstance(value, dict):
         return {
             name: each
             for name, each in value.items()

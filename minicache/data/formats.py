@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-from minicache.data import layouts
+from minicache.data import layouts, lists, votes
 from minicache.data.columns import Columns, Reading, Row, with_reading
 from minicache.data.layouts import Sample
 from minicache.data.ranking import pairs_of
@@ -19,8 +19,6 @@ from minicache.data.turns import json_list, kind_of, listed, text_of, turns_of
 from minicache.errors import RowRefused
 
 AUTO = Reading()
-
-
 # No other program's rows have all of these columns.
 OF_EXPORTS = ("digest", "prompt_ids", "chosen_loss_mask")
 
@@ -40,12 +38,29 @@ class Format(NamedTuple):
 FORMATS: dict[str, Format] = {
     "sharegpt": Format({"conversations", "chosen", "rejected"}, layouts.from_sharegpt),
     "stack-exchange": Format({"question", "response_j", "response_k"}, layouts.from_stack_exchange),
+    "ultrainteract": Format({"trajectory", "chosen", "rejected"}, layouts.from_trajectory),
+    "math-step": Format({"prompt", "initial_reason_steps", "chosen", "rejected"}, layouts.from_steps),
     "messages": Format({"chosen", "rejected"}, layouts.from_messages, layouts.has_turns),
     "prompt": Format({"prompt", "chosen", "rejected"}, layouts.from_prompt, layouts.has_texts),
     "hh": Format({"chosen", "rejected"}, layouts.from_transcript, layouts.is_transcript),
     "alpaca": Format({"instruction", "chosen", "rejected"}, layouts.from_alpaca, layouts.has_texts),
     "orca": Format({"question", "chosen", "rejected"}, layouts.from_question, layouts.has_texts),
+    "input": Format({"input", "chosen", "rejected"}, layouts.from_input, layouts.has_texts),
+    "argilla": Format({"chosen_response", "rejected_response"}, layouts.from_responses),
     "swift": Format({"messages"}, layouts.from_swift, layouts.has_rejection),
+    "pku": Format({"prompt", "response_0", "response_1", "better_response_id"}, votes.from_safety),
+    "helpsteer2": Format({"prompt", "response_1", "response_2", "preference_strength"}, votes.from_strength),
+    "helpsteer3": Format({"context", "response1", "response2", "overall_preference"}, votes.from_overall),
+    "shp": Format({"history", "human_ref_A", "human_ref_B", "labels"}, votes.from_upvotes),
+    "webgpt": Format({"question", "answer_0", "answer_1", "score_0", "score_1"}, votes.from_scores),
+    "summaries": Format({"summaries", "choice"}, votes.from_summaries),
+    "arena": Format({"conversation_a", "conversation_b", "winner"}, votes.from_arena),
+    "arena-votes": Format({"prompt", "response_a", "response_b", "winner_model_a", "winner_model_b"}, votes.from_votes),
+    "nectar": Format({"prompt", "answers"}, lists.from_ranks),
+    "answers": Format({"question", "answers"}, lists.from_posts),
+    "ultrafeedback": Format({"instruction", "completions"}, lists.from_completions),
+    "distilabel": Format({"generations"}, lists.from_generations),
+    "outputs": Format({"instruction", "output"}, lists.from_outputs, lists.has_list("output")),
 }
 
 

@@ -11,6 +11,7 @@ from minicache.errors import RowRefused
 
 # The columns with the prompt of answers that are turns.
 PROMPTS = ("prompt", "messages", "conversations", "conversation")
+OASST_TURN = re.compile(r"<\|(prompter|assistant)\|>")
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -93,8 +94,30 @@ def from_stack_exchange(columns: Columns) -> Sample:
 
 def from_alpaca(columns: Columns) -> Sample:
     """`instruction`, `input`, `chosen`, `rejected`; also `system`, `history` (LLaMA-Factory, data/converter.py)."""
-    parts = [text_of(columns[name], name) for name in ("instruction", "input") if columns.get(name)]
-    return Sample([Turn("user", "\n".join(parts))], [_texts_of(columns, "chosen", "rejected")])
+    return Sample(instruction_of(columns), [_texts_of(columns, "chosen", "rejected")])
+
+
+def from_responses(columns: Columns) -> Sample:
+    """`chosen_response`, `rejected_response` to an `instruction` or `prompt` (argilla)."""
+    name = "instruction" if columns.values.get("instruction") else "prompt"
+    return _answered(columns, name, "chosen_response", "rejected_response")
+
+
+def from_input(columns: Columns) -> Sample:
+    """`input`, `chosen`, `rejected`, and `system` (argilla/distilabel-intel-orca-dpo-pairs)."""
+    return _answered(columns, "input", "chosen", "rejected")
+
+
+def from_trajectory(columns: Columns) -> Sample:
+    """`trajectory` are {from, value} up to the answers `chosen` and `rejected`, which are texts (UltraInteract)."""
+    return Sample(turns_of(columns["trajectory"], "trajectory"), [_texts_of(columns, "chosen", "rejected")])
+
+
+def from_steps(columns: Columns) -> Sample:
+    """`initial_reason_steps` open both answers, `chosen` and `rejected` go on from there (Math-Step-DPO)."""
+    steps = columns.get("initial_reason_steps")
+    opening = [] if steps is None else [Turn("assistant", text_of(steps, "initial_reason_steps"))]
+    return Sample([*prompt_of(columns["prompt"], "prompt"), *opening], [_texts_of(columns, "chosen", "rejected")])
 
 
 def from_sharegpt(columns: Columns) -> Sample:
@@ -129,8 +152,21 @@ def from_transcript(columns: Columns) -> Sample:
 
 
 def prompt_of(value: object, field: str) -> list[Turn]:
-    """The turns of a prompt: a list of turns, or a text that the user says."""
-    return turns_of(value, field) if isinstance(value, list | dict) else [Turn("user", text_of(value, field))]
+    """The turns of a prompt: a list of turns, a transcript that ends where the assistant speaks, or a text that the user says."""
+    if isinstance(value, list | dict):
+        return turns_of(value, field)
+    text = text_of(value, field)
+    if text.startswith("\n\nHuman:") and text.rstrip().endswith("\n\nAssistant:"):
+        return _transcript(text, field)[:-1]
+    if text.startswith("<|prompter|>") and text.endswith("<|assistant|>"):
+        return _tagged(text.removesuffix("<|assistant|>"), field)
+    return [Turn("user", text)]
+
+
+def instruction_of(columns: Columns) -> list[Turn]:
+    """The turn of `instruction` and `input`, as LLaMA-Factory joins them."""
+    parts = [text_of(columns[name], name) for name in ("instruction", "input") if columns.get(name)]
+    return [Turn("user", "\n".join(parts))]
 
 
 def history_of(value: object) -> list[Turn]:
@@ -150,6 +186,17 @@ def _answered(columns: Columns, prompt: str, chosen: str, rejected: str) -> Samp
 def _texts_of(columns: Columns, chosen: str, rejected: str) -> Sides:
     one, other = (Turn("assistant", text_of(columns[name], name)) for name in (chosen, rejected))
     return [one], [other]
+
+
+def _tagged(text: str, field: str) -> list[Turn]:
+    """The turns of a text "<|prompter|>…<|endoftext|><|assistant|>…<|endoftext|>" (OpenAssistant's reward models)."""
+    parts = OASST_TURN.split(text)
+    if parts[0]:
+        raise RowRefused("wrong-type", f"{field!r} does not read '<|prompter|>…<|endoftext|><|assistant|>…'")
+    return [
+        Turn("user" if who == "prompter" else "assistant", said.removesuffix("<|endoftext|>"))
+        for who, said in zip(parts[1::2], parts[2::2], strict=True)
+    ]
 
 
 def _transcript(value: object, field: str) -> list[Turn]:
