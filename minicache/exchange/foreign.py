@@ -38,6 +38,11 @@ IDS = (
     (("prompt_ids", "chosen_ids"), ("prompt_ids", "rejected_ids")),
     (("chosen_input_ids",), ("rejected_input_ids",)),
 )
+OWN_COLUMNS = {
+    *COUNTS,
+    *(name for pair in LOGPS for name in pair),
+    *(name for ids in IDS for names in ids for name in names),
+}
 # Nats: a sum of 0 may be rounded up to this.
 ROUNDING = 1e-3
 ADVICE = (
@@ -75,8 +80,16 @@ def import_foreign(config: ImportConfig, tracker: Tracker) -> Manifest:
             _require_likely(means, cache.identity.vocabulary, config)
             cache.write_ref(block, RefBlock(means.astype(np.float32), table.token_counts))
             tracker.advance(len(table), len(table.tokens))
+        _count_as_used(cache)
     log.debug("%s: %d rows imported, %.1f s", config.file, cache.log.pairs, time.monotonic() - started)
     return cache.blocks.manifest
+
+
+def _count_as_used(cache: CacheWriter) -> None:
+    """Take the columns that the import reads out of the log's lists of unused ones."""
+    for source in cache.log.sources:
+        source.unused = {name: rows for name, rows in source.unused.items() if name not in OWN_COLUMNS}
+    cache.write_log()
 
 
 def _means(

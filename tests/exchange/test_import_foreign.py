@@ -57,6 +57,7 @@ def test_sums_become_what_stage_one_would_have_stored(
     cache, rows = scored
     report = bring_in(rows, tmp_path, model_dir, block_pairs=8)
     assert_same_values(tmp_path / "cache", cache)
+    assert report.sources[0]["unused"] == {}
     opened = ReferenceCache(tmp_path / "cache")
     assert opened.identity == ReferenceCache(cache).identity and report.identity == opened.identity.digest
     assert (report.pairs, report.blocks, report.sources[0]["kept"]) == (20, 3, 20)
