@@ -99,6 +99,10 @@ class Columns:
                 return self[name]
         return None
 
+    def left(self, *names: str) -> Any:
+        """As `get`, of the columns that were not read yet."""
+        return self.get(*(name for name in names if name in self.unread))
+
     def leave(self, name: str, item: Mapping[str, Any], read: tuple[str, ...]) -> None:
         """Count the keys of a column's object that were not read as columns of their own."""
         for key in item.keys() - {*read}:

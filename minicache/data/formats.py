@@ -82,7 +82,7 @@ def to_pairs(row: object, file: str, line: int, reading: Reading = AUTO) -> list
     columns = Columns(row)
     sample = _reader(columns, reading.format)(columns)
     context = _context(columns, sample)
-    notes: list[Note] = []
+    notes = [*sample.notes]
     prompt = _prompt_of(columns, sample, notes)
     if sample.answers is not None:
         made, ties = pairs_of(sample.answers, reading.pairs)
@@ -155,6 +155,12 @@ def _unknown(row: Row) -> RowRefused:
                 "--columns prompt=COLUMN",
             )
         return RowRefused("wrong-type", f"'chosen' must be text or a list of turns, got {kind_of(row['chosen'])}")
+    if "response" in row or "completion" in row:
+        return RowRefused(
+            "missing-field",
+            f"a row with one answer, and a pair needs two; the row has {listed(row)}; expected a file of preferences "
+            "(HelpSteer2 has one, preference/preference.jsonl.gz)",
+        )
     if any(known.fields & row.keys() for known in FORMATS.values()):
         return RowRefused("missing-field", f"a pair needs both answers; the row has {listed(row)}")
     return RowRefused(
@@ -169,11 +175,11 @@ def _unknown(row: Row) -> RowRefused:
 
 def _context(columns: Columns, sample: Sample) -> Context:
     """Tools, documents and template arguments of a row."""
-    tools, documents = columns.get("tools", "functions"), columns.get("documents")
+    tools, documents = columns.left("tools", "functions"), columns.left("documents")
     # MiniMind's system turns hold the tools.
     turns = [*sample.prompt, *(sample.pairs[0][0] if sample.pairs else ())]
     in_turn = next((turn.more["tools"] for turn in turns if turn.more and "tools" in turn.more), None)
-    arguments = columns.get("chat_template_kwargs")
+    arguments = columns.left("chat_template_kwargs")
     if tools is in_turn is documents is arguments is None:
         return NO_CONTEXT
     if isinstance(arguments, str):
@@ -194,9 +200,9 @@ def _context(columns: Columns, sample: Sample) -> Context:
 def _prompt_of(columns: Columns, sample: Sample, notes: list[Note]) -> list[Turn]:
     """The prompt of a row with its system text and its earlier turns."""
     prompt = sample.prompt
-    if (history := columns.get("history")) is not None:
+    if (history := columns.left("history")) is not None:
         prompt = [*layouts.history_of(history), *prompt]
-    system = columns.get("system", "system_prompt", "system_message")
+    system = columns.left("system", "system_prompt", "system_message")
     if system is None:
         return prompt
     own = turns_of(system, "system") if isinstance(system, list | dict) else [Turn("system", text_of(system, "system"))]

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from minicache.data.columns import Columns, Row
 from minicache.data.ranking import Answer, Sides
-from minicache.data.records import Turn
+from minicache.data.records import Note, Turn
 from minicache.data.turns import kind_of, text_of, turns_of
 from minicache.errors import RowRefused
 
@@ -19,11 +19,13 @@ class Sample(NamedTuple):
     """What a row says.
 
     prompt: [] where the sides repeat it. pairs: the turns that follow it, chosen and rejected. answers: several to make pairs of.
+    notes: what else is to be counted.
     """
 
     prompt: list[Turn]
     pairs: list[Sides]
     answers: list[Answer] | None = None
+    notes: tuple[Note, ...] = ()
 
 
 # --- tests of a row ---

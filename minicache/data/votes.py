@@ -5,18 +5,20 @@ from typing import Any
 
 from minicache.data.columns import Columns, Row
 from minicache.data.layouts import Sample, prompt_of
-from minicache.data.records import Turn
+from minicache.data.records import Note, Turn
 from minicache.data.turns import kind_of, text_of, turns_of
 from minicache.errors import RowRefused
 
 
 def from_safety(columns: Columns) -> Sample:
-    """`response_0`, `response_1` and `better_response_id` (PKU-SafeRLHF): the more helpful one, as its authors train for.
+    """`response_0`, `response_1` and `better_response_id`, the more helpful one (PKU-SafeRLHF).
 
-    Which one is safer, `safer_response_id`, is a preference of its own.
+    Its authors train on that preference, also where both are unsafe (align-anything, configs/template.py); such rows are counted.
     """
     sides = _texts(columns, "response_0", "response_1")
-    return _voted(prompt_of(columns["prompt"], "prompt"), sides, _one_of(columns, "better_response_id", {0: 0, 1: 1}))
+    sample = _voted(prompt_of(columns["prompt"], "prompt"), sides, _one_of(columns, "better_response_id", {0: 0, 1: 1}))
+    is_safe = [columns[name] for name in ("is_response_0_safe", "is_response_1_safe") if name in columns]
+    return sample._replace(notes=(Note("both-unsafe"),)) if is_safe == [False, False] else sample
 
 
 def from_strength(columns: Columns) -> Sample:

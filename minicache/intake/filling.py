@@ -20,10 +20,6 @@ from minicache.trackers import Tracker
 log = logging.getLogger(__name__)
 
 
-# Rows that prefer no answer, by the judgement of those who made them: nothing is wrong with them.
-TIES = ("tie", "both-unsafe")
-
-
 @dataclass
 class Filling:
     """Files that are being encoded and written into the free blocks of a cache.
@@ -118,8 +114,8 @@ class Filling:
         self.pending = []
 
     def _refuse(self, number: int, file: str, refusal: RowRefused) -> None:
-        """Count and list a refused row. Raises DataError: refused rows are errors."""
-        if self.fail and refusal.reason not in TIES:
+        """Count and list a refused row. Raises DataError: refused rows are errors. Nothing is wrong with a tie."""
+        if self.fail and refusal.reason != "tie":
             raise DataError(
                 f"{file}:{refusal.line}: {refusal.reason}: {refusal} (--on-bad-row skip goes on without it)"
             )
