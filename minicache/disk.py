@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from glob import escape
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 from minicache.errors import OutputError
@@ -24,6 +25,13 @@ DRAFT = re.compile(r"\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<process>[0-9a-f
 LONGEST_NAME = 180  # bytes of a name that its draft repeats; file systems allow 255 in all
 OLD_AFTER = 24 * 3600  # seconds; no file or folder takes so long to write
 NOT_TO_BE_FLUSHED = (errno.EACCES, errno.EINVAL)  # folders on Windows, those without a right to read, some file systems
+
+
+def usual_directory() -> Path:
+    """The default directory of scratch files: not /tmp, which is memory on many machines."""
+    if os.name == "nt":
+        return Path(gettempdir())
+    return Path(os.environ.get("TMPDIR") or "/var/tmp")
 
 
 @contextmanager
@@ -85,7 +93,7 @@ def written_whole(file: Path) -> Iterator[Path]:
         OutputError: the disk refuses.
     """
     check_writable(file)
-    with writing(file), _draft_beside(file) as draft:
+    with writing(file), draft_beside(file) as draft:
         yield draft
         flush_to_disk([draft])
         draft.replace(file)
@@ -103,7 +111,7 @@ def folder_written_whole(folder: Path) -> Iterator[Path]:
         if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
             raise OutputError(f"{folder}: exists already; name another or remove it")
         make_folder(folder.parent)
-        with _draft_beside(folder) as draft:
+        with draft_beside(folder) as draft:
             draft.mkdir()
             yield draft
             publish_folder(draft, folder)
@@ -125,7 +133,7 @@ def publish_folder(draft: Path, folder: Path) -> None:
 
 
 @contextmanager
-def _draft_beside(place: Path) -> Iterator[Path]:
+def draft_beside(place: Path) -> Iterator[Path]:
     """A new draft's name, removed at the end if it is still there; leftovers of killed calls are removed first."""
     remove_leftovers(place.parent, place.name)
     draft = draft_of(place)

@@ -13,16 +13,8 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import gettempdir
 
 from minicache.errors import OutputError
-
-
-def usual_directory() -> Path:
-    """The default directory of scratch files: not /tmp, which is memory on many machines."""
-    if os.name == "nt":
-        return Path(gettempdir())
-    return Path(os.environ.get("TMPDIR") or "/var/tmp")
 
 
 class ScratchFile:

@@ -30,8 +30,6 @@ else:
 
 KEY = b"minicache"
 ARROW_FILE, STATE_FILE = "data-00000-of-00001.arrow", "state.json"
-# Rows.
-READ_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -123,21 +121,8 @@ def read_document(file: str) -> dict[str, Any] | None:
 
 def read_table(file: str) -> Iterator[tuple[int, Any]]:
     """(number of the row or line from 1, row) of a table of `table_at`. Raises DataError as `read_rows`."""
-    path = Path(file)
-    if not (path / ARROW_FILE).is_file():
-        yield from read_rows(file)
-        return
-    arrow, number = _pyarrow(path), 0
-    try:
-        with arrow.memory_map(str(path / ARROW_FILE)) as source:
-            for batch in arrow.ipc.open_stream(source):
-                for start in range(0, len(batch), READ_AT_ONCE):
-                    for row in batch.slice(start, READ_AT_ONCE).to_pylist():
-                        number += 1
-                        yield number, row
-    except (OSError, ValueError) as error:
-        line = " ".join(str(error).split())
-        raise DataError(f"{file}/{ARROW_FILE}: cannot be read after {number} rows: {line}") from None
+    in_folder = Path(file) / ARROW_FILE
+    return read_rows(str(in_folder) if in_folder.is_file() else file)
 
 
 def document_beside(file: Path) -> Path:

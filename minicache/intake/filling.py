@@ -11,7 +11,7 @@ from minicache.cache.refusals import Refusal, read_refusals, source_of, write_re
 from minicache.cache.writer import CacheWriter
 from minicache.data.columns import Reading
 from minicache.data.encode import Encoded, Encoder
-from minicache.data.files import read_rows
+from minicache.data.files import DataFile, read_rows
 from minicache.data.workers import RowEncoder
 from minicache.errors import CacheDamaged, DataError, ModelError, RowRefused
 from minicache.pairs import EncodedPair, PairTable
@@ -35,13 +35,13 @@ class Filling:
     pending: list[EncodedPair] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
 
-    def read(self, number: int, file: str, encoder: Encoder, reading: Reading, tracker: Tracker) -> None:
+    def read(self, number: int, file: DataFile, encoder: Encoder, reading: Reading, tracker: Tracker) -> None:
         """Encode a file from its beginning and write its pairs; its last block may be smaller."""
         started, source = time.monotonic(), self.cache.log.sources[number]
         source.rows = source.kept = source.duplicates = source.truncated = 0
         source.refused, source.unused, source.noted, source.example = {}, {}, {}, ""
         line, met = 0, set[bytes]()
-        rows = RowEncoder(encoder, file, reading, number).encode_by_all_cores(read_rows(file))
+        rows = RowEncoder(encoder, file.name, reading, number).encode_by_all_cores(read_rows(file))
         with closing(rows):
             for item in rows:
                 before, line = line, item.line if isinstance(item, RowRefused) else item.pair.source[1]
@@ -50,7 +50,7 @@ class Filling:
                     tracker.advance(1, 0)
                     met.clear()
                 if isinstance(item, RowRefused):
-                    self._refuse(number, file, item)
+                    self._refuse(number, file.name, item)
                 else:
                     self._keep(source, item, met)
                     _count(source, item, is_first=line != before)
@@ -58,7 +58,7 @@ class Filling:
             self._write_block()
         source.complete = True
         seconds = time.monotonic() - started
-        log.debug("%s, %s: %d pairs of %d rows kept, %.1f s", file, reading, source.kept, source.rows, seconds)
+        log.debug("%s, %s: %d pairs of %d rows kept, %.1f s", file.name, reading, source.kept, source.rows, seconds)
 
     def _keep(self, source: Source, item: Encoded, met: set[bytes]) -> None:
         """Count a pair; append it to the next block, unless it is stored already or repeats another.

@@ -13,7 +13,8 @@ import torch
 from minicache.cache.contents import Contents
 from minicache.cache.reader import JoinedCaches, ReferenceCache
 from minicache.cache.schema import CachedPairs
-from minicache.cache.scratch import ScratchFile, map_scratch, usual_directory
+from minicache.cache.scratch import ScratchFile, map_scratch
+from minicache.disk import usual_directory
 from minicache.errors import MinicacheError
 from minicache.models import LoadedModel, load_model
 from minicache.processes.world import World

@@ -5,11 +5,10 @@ a cache is written last. The library repeats requests that fail for a temporary 
 """
 
 import atexit
-import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
 from functools import cache
 from hashlib import blake2b
@@ -18,8 +17,6 @@ from tempfile import gettempdir, mkdtemp
 from typing import TYPE_CHECKING, Any
 
 import obstore
-from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
-from obstore.store import MemoryStore, from_url
 from zarr.abc.store import ByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import ObjectStore
@@ -27,12 +24,12 @@ from zarr.storage import ObjectStore
 from minicache.cache.places.claims import CLAIM_FILE, Claim
 from minicache.cache.places.leases import Lease
 from minicache.cache.places.place import POLL_SECONDS, ROOT, Place
-from minicache.errors import CacheNotFound, ConfigError, OutputError, StoreError
+from minicache.errors import CacheNotFound, OutputError, StoreError
+from minicache.objects import RETRIES, in_one_line, open_store
 
 if TYPE_CHECKING:
     from obstore.store import RetryConfig
 
-RETRIES: "RetryConfig" = {"max_retries": 10, "retry_timeout": timedelta(minutes=3)}
 # Of claims: a late renewal is worthless.
 HASTY: "RetryConfig" = {"max_retries": 3, "retry_timeout": timedelta(seconds=15)}
 # What a killed creation leaves.
@@ -171,37 +168,9 @@ class Bucket(Place):
                 "wait for its end, then run the same command again"
             )
 
-    @contextmanager
-    def in_one_line(self, missing_is_error: bool = True) -> Iterator[None]:
-        """Turn the library's exceptions into a StoreError of one line.
-
-        missing_is_error: whether a missing object means a missing bucket; otherwise FileNotFoundError passes.
-        """
-        try:
-            yield
-        except FileNotFoundError as error:
-            if not missing_is_error:
-                raise
-            raise self._no_bucket() from error
-        except (PermissionDeniedError, UnauthenticatedError) as error:
-            raise StoreError(f"{self}: access was refused; check the credentials: {_first_line(error)}") from error
-        except BaseError as error:
-            # The error of listing a missing bucket.
-            if "NoSuchBucket" in str(error):
-                raise self._no_bucket() from error
-            # The address of the machine's own role, where the library looks for credentials last.
-            if re.search(r"/latest/api/token|169\.254\.169\.254", str(error)):
-                raise StoreError(
-                    f"{self}: found no credentials; expected them in the environment, as AWS_ACCESS_KEY_ID and "
-                    "AWS_SECRET_ACCESS_KEY, or from a role of this machine"
-                ) from error
-            raise StoreError(
-                f"{self}: the object store cannot be reached or refuses; check network, credentials and URL, "
-                f"then run the same command again: {_first_line(error)}"
-            ) from error
-
-    def _no_bucket(self) -> StoreError:
-        return StoreError(f"{self}: there is no such bucket; make it first, or check the URL")
+    def in_one_line(self, missing_is_error: bool = True) -> AbstractContextManager[None]:
+        """As `minicache.objects.in_one_line`."""
+        return in_one_line(self.url, missing_is_error)
 
 
 class _Chunks(ObjectStore[Any]):
@@ -243,16 +212,6 @@ class _Chunks(ObjectStore[Any]):
 def bucket_at(url: str) -> Bucket:
     """The place at a URL. Raises ConfigError: the library does not know this kind of URL, or it is not complete."""
     if url.startswith("memory://"):
-        memory = MemoryStore()
+        memory = open_store(url, RETRIES)
         return Bucket(url, memory, memory)
-    try:
-        return Bucket(url, from_url(url, retry_config=RETRIES), from_url(url, retry_config=HASTY))
-    except (BaseError, ValueError, TypeError) as error:
-        raise ConfigError(
-            f"{url}: expected s3://bucket/name, gs://bucket/name, az://container/name or a path: {_first_line(error)}"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).split("<?xml")[0].strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__
+    return Bucket(url, open_store(url, RETRIES), open_store(url, HASTY))
