@@ -22,7 +22,8 @@ class Source:
 
     format: as asked for. complete: whether it was read to its end; until then none of its pairs is scored. reading: the other
     options that say how rows become pairs, by name. unused: rows by the name of a column or key that nothing reads. noted: rows
-    by kind of note. example: a row whose content holds the text of a special token, and that text.
+    by kind of note. example: a row whose content holds the text of a special token, and that text. chosen: which rows were read,
+    as `data.sampling` says it; "" for all.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Source:
     unused: dict[str, int] = field(default_factory=dict)
     noted: dict[str, int] = field(default_factory=dict)
     example: str = ""
+    chosen: str = ""
 
     @property
     def stored(self) -> dict[str, Any]:
@@ -47,7 +49,7 @@ class Source:
 
 
 # Fields of a source that 0.1.0 did not have.
-LATER = ("reading", "unused", "noted", "example")
+LATER = ("reading", "unused", "noted", "example", "chosen")
 
 
 @dataclass

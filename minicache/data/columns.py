@@ -6,7 +6,7 @@ is refused by name. Columns that repeat what is read, and those that are null or
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from minicache.data.records import Note, texts_in
@@ -32,19 +32,28 @@ class Reading:
     """How the rows of a file become pairs: the options of that name, as they were typed.
 
     format: "auto", or the name of a form. columns: "target=path,…". ignore_fields: "name,…". pairs: which pairs a ranked list
-    gives; "" is none.
+    gives; "" is none. limit: read only the first rows. sample: read only so many rows, chosen by their content and sample_seed.
     """
 
     format: str = "auto"
     columns: str = ""
     ignore_fields: str = ""
     pairs: str = ""
+    limit: int | None = None
+    sample: int | None = None
+    sample_seed: int = 0
+
+    @classmethod
+    def stored(cls, format: str, others: Mapping[str, str]) -> "Reading":
+        """The options that a cache's log holds: `format` and the result of `others`."""
+        numbers = {name: int(others[name]) for name in ("limit", "sample", "sample_seed") if name in others}
+        return cls(format, **{**others, **numbers})  # type: ignore[arg-type]
 
     @property
     def others(self) -> dict[str, str]:
         """The options beside `format` that are not as they are by default."""
-        given = {"columns": self.columns, "ignore_fields": self.ignore_fields, "pairs": self.pairs}
-        return {name: value for name, value in given.items() if value}
+        given = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "format"}
+        return {name: str(value) for name, value in given.items() if value not in ("", None, 0)}
 
     def __str__(self) -> str:
         """The options as they are typed."""

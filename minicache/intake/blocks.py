@@ -16,6 +16,7 @@ from minicache.cache.writer import CacheWriter
 from minicache.data.columns import Reading
 from minicache.data.encode import Encoder
 from minicache.data.files import DataFile
+from minicache.data.sampling import bounds
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import CacheMismatch, MinicacheError, OutputError, StoreError
 from minicache.intake.filling import Filling
@@ -69,7 +70,7 @@ def take_in(
     _require_reading(cache.blocks, given, reading)
     _drop_abandoned(cache, given, tracker)
     before, blocks_before = copy.deepcopy(cache.log), len(cache.blocks)
-    numbers = {_register(cache.log.sources, sha256, file, reading): file for sha256, file in given.items()}
+    numbers = _register(cache.log.sources, given, reading)
     stored = Stored.read(cache.blocks)
     needed = sources_of_holes(cache.blocks, before, stored, set(numbers))
     todo = sorted(number for number in numbers if number in needed or not cache.log.sources[number].complete)
@@ -100,7 +101,7 @@ def _sha256(file: DataFile) -> str:
 def _require_reading(blocks: Blocks, given: dict[str, DataFile], reading: Reading) -> None:
     """Raises CacheMismatch: the cache read one of the files with other options."""
     for source in blocks.log.sources:
-        before = Reading(source.format, **source.reading)
+        before = Reading.stored(source.format, source.reading)
         if source.sha256 in given and before != reading:
             raise CacheMismatch(
                 f"{blocks.path}: {given[source.sha256].name} was read with {before}, asked for {reading}. "
@@ -120,11 +121,22 @@ def _drop_abandoned(cache: CacheWriter, given: dict[str, DataFile], tracker: Tra
         cache.write_log()
 
 
-def _register(sources: list[Source], sha256: str, file: DataFile, reading: Reading) -> int:
-    """The number of a file with this content in the log; a new content gets the next number."""
-    for number, source in enumerate(sources):
-        if source.sha256 == sha256:
-            return number
-    size = file.path.stat().st_size
-    sources.append(Source(name=file.name, size=size, sha256=sha256, format=reading.format, reading=reading.others))
-    return len(sources) - 1
+def _register(sources: list[Source], given: dict[str, DataFile], reading: Reading) -> dict[int, DataFile]:
+    """The files by their number in the log; a new content gets the next number."""
+    known = {source.sha256: number for number, source in enumerate(sources)}
+    new = {sha256: file for sha256, file in given.items() if sha256 not in known}
+    # Of all files: those that are known keep what they chose before.
+    chosen = dict(zip(given, bounds(list(given.values()), reading), strict=True)) if new else {}
+    for sha256, file in new.items():
+        known[sha256] = len(sources)
+        sources.append(
+            Source(
+                name=file.name,
+                size=file.path.stat().st_size,
+                sha256=sha256,
+                format=reading.format,
+                reading=reading.others,
+                chosen=chosen[sha256],
+            )
+        )
+    return {known[sha256]: file for sha256, file in given.items()}

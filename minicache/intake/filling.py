@@ -12,6 +12,7 @@ from minicache.cache.writer import CacheWriter
 from minicache.data.columns import Reading
 from minicache.data.encode import Encoded, Encoder
 from minicache.data.files import DataFile, read_rows
+from minicache.data.sampling import within
 from minicache.data.workers import RowEncoder
 from minicache.errors import CacheDamaged, DataError, ModelError, RowRefused
 from minicache.pairs import EncodedPair, PairTable
@@ -41,7 +42,9 @@ class Filling:
         source.rows = source.kept = source.duplicates = source.truncated = 0
         source.refused, source.unused, source.noted, source.example = {}, {}, {}, ""
         line, met = 0, set[bytes]()
-        rows = RowEncoder(encoder, file.name, reading, number).encode_by_all_cores(read_rows(file))
+        rows = RowEncoder(encoder, file.name, reading, number).encode_by_all_cores(
+            within(read_rows(file), source.chosen, reading.sample_seed)
+        )
         with closing(rows):
             for item in rows:
                 before, line = line, item.line if isinstance(item, RowRefused) else item.pair.source[1]

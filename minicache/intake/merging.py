@@ -63,7 +63,7 @@ def join_sources(sources: list[Source], cache: ReferenceCache) -> NDArray[np.int
 
 
 def _reading(source: Source) -> Reading:
-    return Reading(source.format, **source.reading)
+    return Reading.stored(source.format, source.reading)
 
 
 # --- which pairs to keep ---

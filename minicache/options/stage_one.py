@@ -35,7 +35,9 @@ class PrecomputeConfig:
     """
 
     model: str = needed("The SFT model: directory, hub id, .gguf or MiniMind .pth.")
-    data: tuple[str, ...] = needed("Preference files: jsonl, json, parquet; plain, gzip or zstd.")
+    data: tuple[str, ...] = needed(
+        "Preference data: files, folders, quoted globs, URLs, - for standard input, or data sets of the Hub (org/name@split)."
+    )
     ref_cache: Where = needed(texts.REF_CACHE, metavar="PATH")
     tokenizer: str | None = option(None, "The tokenizer, if it is not with the model (a .pth has none).")
     chat_template: Path | None = option(None, "A Jinja template that replaces the tokenizer's own.")
@@ -45,6 +47,11 @@ class PrecomputeConfig:
     columns: str = option("", texts.COLUMNS, metavar="NAME=COLUMN,…")
     ignore_fields: str = option("", texts.IGNORE_FIELDS, metavar="NAME,…")
     row_pairs: str | None = option(None, texts.PAIRS, shown="--pairs", choices=lambda: PAIRS)
+    limit: int | None = option(None, "Read only so many rows, the first ones of all files.", least=1)
+    sample: int | None = option(
+        None, "Read only so many rows, chosen by their content: the same ones in any order of rows and files.", least=1
+    )
+    sample_seed: int = option(0, "Another seed gives another --sample.", least=0, most=2**63 - 1)
     max_length: int = option(1024, "Most tokens of prompt and answer together.", least=2, most=MOST_LENGTH)
     truncate: str = option(
         "right",
@@ -88,11 +95,23 @@ class PrecomputeConfig:
         require_date(self.date)
         parse_arguments(self.template_arg)
         self.reading.require_sound()
+        if self.limit and self.sample:
+            raise ConfigError("--limit: --sample chooses the rows; expected one of the two, got both")
+        if self.sample_seed and not self.sample:
+            raise ConfigError("--sample-seed: is the seed of --sample; expected both, got it alone")
 
     @property
     def reading(self) -> Reading:
         """How rows become pairs."""
-        return Reading(self.format, self.columns, self.ignore_fields, self.row_pairs or "")
+        return Reading(
+            format=self.format,
+            columns=self.columns,
+            ignore_fields=self.ignore_fields,
+            pairs=self.row_pairs or "",
+            limit=self.limit,
+            sample=self.sample,
+            sample_seed=self.sample_seed,
+        )
 
     @property
     def share(self) -> tuple[int, int]:
