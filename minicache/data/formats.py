@@ -10,11 +10,11 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from minicache.data import layouts, lists, votes
+from minicache.data.arguments import NO_ARGUMENTS
 from minicache.data.columns import Columns, Reading, Row, with_reading
 from minicache.data.layouts import Sample
 from minicache.data.ranking import pairs_of
 from minicache.data.records import NO_CONTEXT, Context, Note, Pair, Turn
-from minicache.data.template import NO_ARGUMENTS
 from minicache.data.turns import json_list, kind_of, listed, text_of, turns_of
 from minicache.errors import RowRefused
 

@@ -114,6 +114,11 @@ class SpecialText:
             arguments=self.hide_all(context.arguments, "a template argument", refuse),
         )
 
+    @cached_property
+    def numbers(self) -> frozenset[int]:
+        """The ids of the special tokens."""
+        return frozenset(self.added[name][0] for name in self.hidden)
+
     def first_in(self, pair: Pair) -> str:
         """The first text of a special token in a pair's turns, "" without any."""
         for turn in (*pair.prompt, *pair.chosen, *pair.rejected):
@@ -138,8 +143,7 @@ class SpecialText:
             RowRefused: there is such text.
         """
         (encoding,) = self.encode([text])
-        special = {self.added[name][0] for name in self.hidden}
-        found = sum(number in special for number in self.ids(encoding).tolist())
+        found = sum(number in self.numbers for number in self.ids(encoding).tolist())
         if found != sum(1 for _ in self._text.finditer(text)):
             hidden = next(self._hidden.finditer(text))[0]
             raise RowRefused(

@@ -13,22 +13,10 @@ from jinja2 import meta, nodes
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from minicache.data.arguments import FIXED_DATE, decoded
 from minicache.data.records import NO_CONTEXT, Context, Turn
 from minicache.errors import ConfigError, RowRefused
 
-# The date of templates that ask for today's: the same rows give the same pairs on every day. It is the one that Llama 3's
-# templates fall back to.
-FIXED_DATE = "2024-07-26"
-# Names that are no arguments of a template: what it always gets, and arguments of `apply_chat_template` itself.
-NO_ARGUMENTS = (
-    "messages",
-    "tools",
-    "documents",
-    "add_generation_prompt",
-    "tokenize",
-    "continue_final_message",
-    "chat_template",
-)
 # A call that no row holds.
 CALLED = {"qxk": "qxv"}
 
@@ -129,7 +117,7 @@ class Template:
     def _call(self, call: Any) -> Any:
         arguments = call["function"].get("arguments")
         if isinstance(arguments, str) and not self._takes_text:
-            arguments = _decoded(arguments)
+            arguments = decoded(arguments)
         elif isinstance(arguments, dict) and arguments and self._takes_text and not self._takes_objects:
             arguments = json.dumps(arguments, ensure_ascii=False)
         else:
@@ -161,50 +149,12 @@ class Template:
         return ""
 
 
-def _decoded(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-
-
 def _to_json(value: object, ensure_ascii: bool = False, **options: Any) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
-
-
-# --- values from a command line ---
-
-
-def parse_arguments(entries: tuple[str, ...]) -> str:
-    """The values of NAME=VALUE entries as the JSON text of an object, "" for none. A value is JSON, or else text.
-
-    Raises:
-        ConfigError: an entry has another form, or a name occurs twice or is no argument of a template.
-    """
-    found: dict[str, Any] = {}
-    for entry in entries:
-        name, equals, value = entry.partition("=")
-        if not equals or not name.isidentifier() or name in found or name in NO_ARGUMENTS:
-            raise ConfigError(
-                f"--template-arg {entry}: expected NAME=VALUE, each name once, such as enable_thinking=false"
-            )
-        found[name] = _decoded(value)
-    return json.dumps(found, sort_keys=True, ensure_ascii=False) if found else ""
-
-
-def require_date(date: str) -> None:
-    """Raises ConfigError: this is neither "" nor a date."""
-    try:
-        if date and datetime.fromisoformat(date).date().isoformat() == date:
-            return
-    except ValueError:
-        pass
-    if date:
-        raise ConfigError(f"--date {date}: expected a date like {FIXED_DATE}")
 
 
 def require_read(template: Template, date: str, arguments: str) -> None:

@@ -14,8 +14,9 @@ from minicache.cache.identity import FORMAT_VERSION, Identity
 from minicache.cache.manifest import Log, Manifest, now
 from minicache.cache.places.opening import place_at
 from minicache.cache.places.place import Place
+from minicache.data.arguments import parse_arguments
 from minicache.data.files import DataFile
-from minicache.data.template import parse_arguments, require_read
+from minicache.data.template import require_read
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import DataError
 from minicache.intake.blocks import hash_files

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from minicache.data.arguments import parse_arguments, require_date
 from minicache.data.columns import Reading
-from minicache.data.template import parse_arguments, require_date
 from minicache.errors import ConfigError
 from minicache.options import texts
 from minicache.options.checks import split_share

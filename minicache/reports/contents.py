@@ -108,9 +108,16 @@ def _segments(tokenizer: ChatTokenizer, pair: EncodedPair, side: int) -> list[Se
     """A whole side as runs of tokens of one kind, each decoded at once: a character may consist of several tokens."""
     ids, mask = pair.side(side)
     shared = np.arange(len(ids)) < pair.lengths[0]
-    starts = np.flatnonzero(np.r_[True, (mask[1:] != mask[:-1]) | (shared[1:] != shared[:-1])])
-    parts = zip(starts, [*starts[1:], len(ids)], strict=True)
-    return [Segment(tokenizer.decode(ids[a:b]), bool(mask[a]), bool(shared[a])) for a, b in parts]
+    special = np.isin(ids, [*tokenizer.special_text.numbers])
+    kinds = np.stack([mask, shared, special])
+    starts = np.flatnonzero(np.r_[True, (kinds[:, 1:] != kinds[:, :-1]).any(0)])
+    segments = []
+    for before, start, stop in zip([0, *starts[:-1]], starts, [*starts[1:], len(ids)], strict=True):
+        # With the segment before it: a decoder may drop the space before the first word.
+        known = tokenizer.decode(ids[before:start]) if start > before else ""
+        text = tokenizer.decode(ids[before:stop])[len(known) :]
+        segments.append(Segment(text, bool(mask[start]), bool(shared[start]), bool(special[start])))
+    return segments
 
 
 def _problem(cache: ReferenceCache, pairs: int | None) -> str | None:

@@ -112,11 +112,15 @@ class Inspection:
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive tokens of one kind, as text. shared: whether they are in the prefix of both sides."""
+    """Consecutive tokens of one kind, as text.
+
+    shared: whether they are in the prefix of both sides. special: whether they are special tokens, and not text that reads alike.
+    """
 
     text: str
     counted: bool
     shared: bool
+    special: bool = False
 
 
 @dataclass(frozen=True)

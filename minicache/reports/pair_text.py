@@ -14,8 +14,9 @@ from minicache.text import visible
 # Tokens shown of a pair: the last ones of the shared prefix, the first ones of each side's rest.
 SHARED_SHOWN, OWN_SHOWN = 300, 600
 
-# Text that does not count; [text] that counts; [text, logprob] of one token that counts; a number of tokens left out.
-Piece = str | list[Any] | int
+# Text that does not count; [text] that counts; [text, logprob] of one token that counts; a number of tokens left out; a special
+# token, {special: text, counted, logp if known}.
+Piece = str | list[Any] | int | dict[str, Any]
 
 
 def pair_texts(cache: ReferenceCache, tokenizer: ChatTokenizer, indices: list[int]) -> dict[int, list[list[Piece]]]:
@@ -60,8 +61,13 @@ def _run(
     """The pieces of the tokens from span[0] to span[1] of a side. places: (m,) the side's tokens in the pair."""
     ids, mask, values = pair.tokens[places], pair.loss_mask[places], logps[places]
     pieces: list[Piece] = []
+    special = tokenizer.special_text.numbers
     for start, stop, text in _texts(tokenizer, ids, span):
-        if not mask[start]:
+        if int(ids[start]) in special:
+            logp = float(values[start])
+            known = {"logp": round(logp, 3)} if np.isfinite(logp) else {}
+            pieces.append({"special": visible(text), "counted": bool(mask[start]), **known})
+        elif not mask[start]:
             if pieces and isinstance(pieces[-1], str):
                 pieces[-1] += text
             else:

@@ -58,23 +58,26 @@ def show_inspection(console: Console, it: "Inspection") -> None:
 
 
 def show_pair(console: Console, view: "PairView") -> None:
-    """Print one pair: counted tokens coloured and underlined, the others dim."""
+    """Print one pair: counted tokens coloured and underlined, the others dim; special tokens in reverse, or in ⟦ ⟧ in a log."""
     prefix, chosen, rejected = view.line.lengths
     console.print(Text(f"pair {view.line.index}, {visible(view.line.source)} line {view.line.line}", style="bold"))
     console.print(
         Text.assemble("shared ", (f"{prefix} tokens", "bold"), "; ", ("counted tokens", "underline"), " are underlined")
     )
+    styled = console.is_terminal
+    special = ("special tokens", "reverse") if styled else "⟦special tokens⟧"
+    console.print(Text.assemble(special, " are marked so; text that only reads like one is not"))
     shared = [segment for segment in view.segments[0] if segment.shared]
     if shared:
         console.print(
-            Panel(_text(shared, "yellow"), title="shared by both sides", title_align="left", border_style="dim")
+            Panel(_text(shared, "yellow", styled), title="shared by both sides", title_align="left", border_style="dim")
         )
     for side, name, colour in ((0, "chosen", "green"), (1, "rejected", "red")):
         title = f"{name}: {(chosen, rejected)[side]} tokens of its own, {view.token_count[side]} counted"
         if view.line.logp_mean:
             title += f", reference {view.line.logp_mean[side]:.4f} nats per token"
         own = [segment for segment in view.segments[side] if not segment.shared]
-        console.print(Panel(_text(own, colour), title=title, title_align="left", border_style=colour))
+        console.print(Panel(_text(own, colour, styled), title=title, title_align="left", border_style=colour))
     if view.line.margin is not None:
         console.print(Text(f"reference margin {view.line.margin:+.4f} nats per token"))
 
@@ -109,6 +112,8 @@ def _header(it: "Inspection") -> Group:
         "made": f"{it.log['created']} with "
         + ", ".join(f"{name} {version}" for name, version in it.log["versions"].items()),
     }
+    given = ("date", "template_args")
+    rows |= {name.replace("_", " "): identity[name] for name in given if identity.get(name)}
     for name, value in rows.items():
         table.add_row(name, Text(visible(value)))
     line = Text.assemble(f"{bar} {int(100 * done)}%  ", state, f"  {it.blocks_scored} of {it.blocks} blocks")
@@ -216,8 +221,12 @@ def _pair_table(title: str, lines: Sequence["PairLine"], narrow: bool) -> Table:
     return table
 
 
-def _text(segments: Sequence["Segment"], colour: str) -> Text:
+def _text(segments: Sequence["Segment"], colour: str, styled: bool) -> Text:
     text = Text()
     for segment in segments:
-        text.append(visible(segment.text), style=f"{colour} underline" if segment.counted else "dim")
+        style = f"{colour} underline" if segment.counted else "dim"
+        shown = visible(segment.text)
+        if segment.special:
+            style, shown = (f"{style} reverse", shown) if styled else (style, f"⟦{shown}⟧")
+        text.append(shown, style=style)
     return text

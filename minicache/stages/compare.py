@@ -5,7 +5,8 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from minicache.data.template import parse_arguments, require_read
+from minicache.data.arguments import parse_arguments
+from minicache.data.template import require_read
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.disk import check_writable, written_whole
 from minicache.errors import ConfigError

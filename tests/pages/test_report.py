@@ -187,7 +187,7 @@ def test_texts_are_the_pairs_token_by_token_with_their_logprobs(odd_cache: Path)
             if len(ids) <= OWN_SHOWN:
                 assert "".join(text_of(piece) for piece in pieces) == visible(tokenizer.decode(ids))
                 assert means is not None
-                total = sum(piece[1] for piece in pieces if isinstance(piece, list))
+                total = sum(map(logp_of, pieces))
                 assert total == pytest.approx(float(means[side]) * mask.sum(), abs=2e-3 * len(pieces))
     longest, left_out = next((own, own[0][-1]) for _, *own in texts.values() if isinstance(own[0][-1], int))
     assert isinstance(left_out, int) and left_out > 0 and "word" in "".join(map(text_of, longest[0][:-1]))
@@ -195,7 +195,16 @@ def test_texts_are_the_pairs_token_by_token_with_their_logprobs(odd_cache: Path)
 
 def text_of(piece: Piece) -> str:
     assert not isinstance(piece, int)
+    if isinstance(piece, dict):
+        return str(piece["special"])
     return piece if isinstance(piece, str) else str(piece[0])
+
+
+def logp_of(piece: Piece) -> float:
+    """The logprob that a piece shows, 0 for none."""
+    if isinstance(piece, dict):
+        return float(piece.get("logp", 0))
+    return float(piece[1]) if isinstance(piece, list) else 0.0
 
 
 # --- the page ---
