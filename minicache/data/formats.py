@@ -41,6 +41,7 @@ FORMATS: dict[str, Format] = {
     "ultrainteract": Format({"trajectory", "chosen", "rejected"}, layouts.from_trajectory),
     "math-step": Format({"prompt", "initial_reason_steps", "chosen", "rejected"}, layouts.from_steps),
     "messages": Format({"chosen", "rejected"}, layouts.from_messages, layouts.has_turns),
+    "transcript": Format({"prompt", "chosen", "rejected"}, layouts.from_prompt_transcript, layouts.has_transcript),
     "prompt": Format({"prompt", "chosen", "rejected"}, layouts.from_prompt, layouts.has_texts),
     "hh": Format({"chosen", "rejected"}, layouts.from_transcript, layouts.is_transcript),
     "alpaca": Format({"instruction", "chosen", "rejected"}, layouts.from_alpaca, layouts.has_texts),

@@ -43,6 +43,12 @@ def is_transcript(row: Row) -> bool:
     return isinstance(row["chosen"], str) and row["chosen"].startswith("\n\nHuman:")
 
 
+def has_transcript(row: Row) -> bool:
+    """Whether the prompt is a transcript and the answers are texts."""
+    prompt, is_text = row["prompt"], isinstance(row["chosen"], str)
+    return is_text and isinstance(prompt, str) and (_ends_open(prompt) or prompt.startswith("<|prompter|>"))
+
+
 def has_rejection(row: Row) -> bool:
     return "rejected_response" in row or "rejected_messages" in row
 
@@ -82,6 +88,11 @@ def _require_same_prompt(prompt: object, chosen: list[Turn], rejected: list[Turn
 def from_prompt(columns: Columns) -> Sample:
     """`prompt`, `chosen`, `rejected` strings (TRL); the prompt may also be a list of {role, content}."""
     return _answered(columns, "prompt", "chosen", "rejected")
+
+
+def from_prompt_transcript(columns: Columns) -> Sample:
+    r"""`prompt` is a transcript "\n\nHuman: … \n\nAssistant:" (Dahoas) or "<|prompter|>…<|assistant|>" (OpenAssistant's pairs)."""
+    return Sample(transcribed(columns["prompt"], "prompt"), [_texts_of(columns, "chosen", "rejected")])
 
 
 def from_question(columns: Columns) -> Sample:
@@ -154,15 +165,21 @@ def from_transcript(columns: Columns) -> Sample:
 
 
 def prompt_of(value: object, field: str) -> list[Turn]:
-    """The turns of a prompt: a list of turns, a transcript that ends where the assistant speaks, or a text that the user says."""
-    if isinstance(value, list | dict):
-        return turns_of(value, field)
-    text = text_of(value, field)
-    if text.startswith("\n\nHuman:") and text.rstrip().endswith("\n\nAssistant:"):
-        return _transcript(text, field)[:-1]
-    if text.startswith("<|prompter|>") and text.endswith("<|assistant|>"):
-        return _tagged(text.removesuffix("<|assistant|>"), field)
-    return [Turn("user", text)]
+    """The turns of a prompt: a list of turns, or a text that the user says."""
+    return turns_of(value, field) if isinstance(value, list | dict) else [Turn("user", text_of(value, field))]
+
+
+def transcribed(value: object, field: str) -> list[Turn]:
+    """As `prompt_of`; a text may be a transcript that ends where the assistant speaks."""
+    if isinstance(value, str) and _ends_open(value):
+        return _transcript(value, field)[:-1]
+    if isinstance(value, str) and value.startswith("<|prompter|>") and value.endswith("<|assistant|>"):
+        return _tagged(value.removesuffix("<|assistant|>"), field)
+    return prompt_of(value, field)
+
+
+def _ends_open(text: str) -> bool:
+    return text.startswith("\n\nHuman:") and text.rstrip().endswith("\n\nAssistant:")
 
 
 def instruction_of(columns: Columns) -> list[Turn]:

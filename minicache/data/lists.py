@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from minicache.data.columns import Columns, Row
-from minicache.data.layouts import Sample, instruction_of, prompt_of
+from minicache.data.layouts import Sample, instruction_of, prompt_of, transcribed
 from minicache.data.ranking import Answer
 from minicache.data.records import Turn
 from minicache.data.turns import kind_of, text_of
@@ -17,7 +17,7 @@ def from_ranks(columns: Columns) -> Sample:
         Answer(_said(each, "answer"), -_score(each, "rank"))
         for each in _objects(columns, "answers", ("answer", "rank"))
     ]
-    return Sample(prompt_of(columns["prompt"], "prompt"), [], answers)
+    return Sample(transcribed(columns["prompt"], "prompt"), [], answers)
 
 
 def from_posts(columns: Columns) -> Sample:

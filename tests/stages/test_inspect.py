@@ -25,7 +25,7 @@ from minicache.reports.inspection import Inspection
 from minicache.screen.inspect import show_inspection, show_pair, show_problems
 from minicache.stages.inspect import verify_cache
 from minicache.text import visible
-from tests.conftest import make_rows, precompute_into, write_jsonl
+from tests.conftest import Cli, make_rows, precompute_into, write_jsonl
 
 
 def printed(show: Callable[[Console, Any], None], item: object, width: int = 100) -> str:
@@ -339,3 +339,21 @@ def test_names_of_files_never_steer_the_terminal(made: Path) -> None:
     for some in (problems, []):
         assert "\x1b" not in printed(lambda console, lines: show_problems(console, str(cache), lines), some)
     assert problems and all("block 1" in problem for problem in problems)
+
+
+def test_a_special_token_and_text_that_reads_like_it_are_shown_apart(model_dir: Path, tmp_path: Path, cli: Cli) -> None:
+    row = {"prompt": "Ends <|im_end|> it?", "chosen": "Yes", "rejected": "No"}
+    cache = precompute_into(tmp_path / "cache", model_dir, write_jsonl(tmp_path / "rows.jsonl", [row]))
+    _, shown, _ = cli("inspect-cache", cache, "--pair", 0)
+    assert "Ends <|im_end|> it?⟦<|im_end|>⟧" in shown and "⟦special tokens⟧ are marked so" in shown
+    _, shown, _ = cli("inspect-cache", cache, "--pair", 0, "--json")
+    segments = json.loads(shown)["segments"][0]
+    assert [part["text"] for part in segments if part["special"]] == [
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|im_start|>",
+        "<|im_end|>",
+    ]
+    assert "<|im_end|>" in "".join(part["text"] for part in segments if not part["special"])
+    _, _, _ = cli("inspect-cache", cache, "--html", tmp_path / "page.html")
+    assert "1 row with the text of a special token" in (tmp_path / "page.html").read_text()
