@@ -15,13 +15,15 @@ from minicache.errors import ConfigError, RowRefused
 
 Row = dict[str, Any]
 
+# Columns with a whole dialogue, perhaps another version of it than the pair's.
+TALKS = ("messages", "conversation", "conversations", "dialogue", "dialog")
 # Columns with something that a model is meant to see.
 SEEN = {
-    *MEDIA,
+    *(*MEDIA, *TALKS),
     *("system", "system_prompt", "system_message", "custom_system_prompt", "instruction", "instructions", "input", "query"),
-    *("question", "prompt", "problem", "context", "contexts", "history", "messages", "conversation", "conversations"),
-    *("dialogue", "dialog", "tools", "functions", "documents", "document", "passage", "passages", "reference"),
-    *("references", "knowledge", "background", "post", "article", "chat_template_kwargs", "prefix", "prefill"),
+    *("question", "prompt", "problem", "context", "contexts", "history", "tools", "functions", "documents", "document"),
+    *("passage", "passages", "reference", "references", "knowledge", "background", "post", "article"),
+    *("chat_template_kwargs", "prefix", "prefill"),
 }  # fmt: skip
 # Characters from which a text that occurs within another is no chance.
 TELLING = 20
@@ -130,7 +132,7 @@ class Columns:
         notes, texts = [], [text.strip() for text in used]
         for name in self.unread:
             value = self.values[name]
-            if value in ("", [], {}) or (name in SEEN and name not in MEDIA and _repeats(value, texts)):
+            if value in ("", [], {}) or (name in SEEN and name not in MEDIA and _repeats(name, value, texts)):
                 continue
             if name in MEDIA:
                 raise RowRefused(
@@ -149,13 +151,13 @@ class Columns:
         return notes
 
 
-def _repeats(value: object, texts: list[str]) -> bool:
-    """Whether each text in a value is part of the pair, so that nothing is lost without it."""
-    found = [text.strip() for text in texts_in(value)]
-    names = (*ROLE_NAMES, *("role", "content", "from", "value"))
-    return bool(found) and all(
-        text in names or any(text == used or (len(text) >= TELLING and text in used) for used in texts)
-        for text in found
+def _repeats(name: str, value: object, texts: list[str]) -> bool:
+    """Whether a column says what the pair says, so that nothing is lost without it: all of its texts, or of a dialogue any."""
+    keys = (*ROLE_NAMES, *("role", "content", "from", "value", "input", "output"))
+    found = [text.strip() for text in texts_in(value) if text not in keys]
+    enough = any if name in TALKS else all
+    return bool(found) and enough(
+        any(text == used or (len(text) >= TELLING and text in used) for used in texts) for text in found
     )
 
 

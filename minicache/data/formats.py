@@ -44,9 +44,11 @@ FORMATS: dict[str, Format] = {
     "transcript": Format({"prompt", "chosen", "rejected"}, layouts.from_prompt_transcript, layouts.has_transcript),
     "prompt": Format({"prompt", "chosen", "rejected"}, layouts.from_prompt, layouts.has_texts),
     "hh": Format({"chosen", "rejected"}, layouts.from_transcript, layouts.is_transcript),
+    "messages-texts": Format({"messages", "chosen", "rejected"}, layouts.from_messages_and_texts, layouts.has_texts),
     "alpaca": Format({"instruction", "chosen", "rejected"}, layouts.from_alpaca, layouts.has_texts),
     "orca": Format({"question", "chosen", "rejected"}, layouts.from_question, layouts.has_texts),
     "input": Format({"input", "chosen", "rejected"}, layouts.from_input, layouts.has_texts),
+    "response-chosen": Format({"question", "response_chosen", "response_rejected"}, layouts.from_response_names),
     "argilla": Format({"chosen_response", "rejected_response"}, layouts.from_responses),
     "swift": Format({"messages"}, layouts.from_swift, layouts.has_rejection),
     "pku": Format({"prompt", "response_0", "response_1", "better_response_id"}, votes.from_safety),
@@ -57,6 +59,11 @@ FORMATS: dict[str, Format] = {
     "summaries": Format({"summaries", "choice"}, votes.from_summaries),
     "arena": Format({"conversation_a", "conversation_b", "winner"}, votes.from_arena),
     "arena-votes": Format({"prompt", "response_a", "response_b", "winner_model_a", "winner_model_b"}, votes.from_votes),
+    "offsetbias": Format({"instruction", "output_1", "output_2", "label"}, votes.from_labels),
+    "prometheus": Format(
+        {"orig_instruction", "orig_response_A", "orig_response_B", "orig_preference"}, votes.from_judged
+    ),
+    "nemo": Format({"context", "completions"}, lists.from_completion_ranks),
     "nectar": Format({"prompt", "answers"}, lists.from_ranks),
     "answers": Format({"question", "answers"}, lists.from_posts),
     "ultrafeedback": Format({"instruction", "completions"}, lists.from_completions),
@@ -162,12 +169,16 @@ def _unknown(row: Row) -> RowRefused:
             f"a row with one answer, and a pair needs two; the row has {listed(row)}; expected a file of preferences "
             "(HelpSteer2 has one, preference/preference.jsonl.gz)",
         )
-    if any(known.fields & row.keys() for known in FORMATS.values()):
-        return RowRefused("missing-field", f"a pair needs both answers; the row has {listed(row)}")
+    name, known = max(FORMATS.items(), key=lambda item: len(item[1].fields & row.keys()) / len(item[1].fields))
+    if missing := sorted(known.fields - row.keys()) if known.fields & row.keys() else []:
+        return RowRefused(
+            "missing-field",
+            f"a pair needs a prompt and both answers; the row has {listed(row)}, and the nearest form, {name}, also needs "
+            f"{listed(missing)}; other names: --columns prompt=…,chosen=…,rejected=…",
+        )
     return RowRefused(
         "unknown-format",
-        f"no known form has the columns {listed(row)}; name them: --columns prompt=…,chosen=…,rejected=… "
-        f"(forms: {', '.join(FORMATS)})",
+        f"no known form has the columns {listed(row)}; name them: --columns prompt=…,chosen=…,rejected=…",
     )
 
 

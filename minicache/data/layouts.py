@@ -1,6 +1,7 @@
 """Forms of preference rows: one function for each, from the columns of a row to its prompt and answers."""
 
 import re
+from dataclasses import replace
 from typing import NamedTuple
 
 from minicache.data.columns import Columns, Row
@@ -9,8 +10,11 @@ from minicache.data.records import Note, Turn
 from minicache.data.turns import kind_of, text_of, turns_of
 from minicache.errors import RowRefused
 
+SIDES = ("chosen", "rejected")
 # The columns with the prompt of answers that are turns.
 PROMPTS = ("prompt", "messages", "conversations", "conversation")
+PROMPTERS = ("<|prompter|>", "prompter: ")
+OASST_LINE = re.compile(r"^(prompter|assistant): ", re.MULTILINE)
 OASST_TURN = re.compile(r"<\|(prompter|assistant)\|>")
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
@@ -46,7 +50,7 @@ def is_transcript(row: Row) -> bool:
 def has_transcript(row: Row) -> bool:
     """Whether the prompt is a transcript and the answers are texts."""
     prompt, is_text = row["prompt"], isinstance(row["chosen"], str)
-    return is_text and isinstance(prompt, str) and (_ends_open(prompt) or prompt.startswith("<|prompter|>"))
+    return is_text and isinstance(prompt, str) and (_ends_open(prompt) or prompt.startswith(PROMPTERS))
 
 
 def has_rejection(row: Row) -> bool:
@@ -91,8 +95,19 @@ def from_prompt(columns: Columns) -> Sample:
 
 
 def from_prompt_transcript(columns: Columns) -> Sample:
-    r"""`prompt` is a transcript "\n\nHuman: … \n\nAssistant:" (Dahoas) or "<|prompter|>…<|assistant|>" (OpenAssistant's pairs)."""
-    return Sample(transcribed(columns["prompt"], "prompt"), [_texts_of(columns, "chosen", "rejected")])
+    r"""`prompt` is a transcript: "\n\nHuman: … \n\nAssistant:" (Dahoas), or OpenAssistant's. Turns are stripped."""
+    one, other = ([replace(turn, content=turn.content.strip()) for turn in side] for side in _texts_of(columns, *SIDES))
+    return Sample(transcribed(columns["prompt"], "prompt"), [(one, other)])
+
+
+def from_messages_and_texts(columns: Columns) -> Sample:
+    """`messages` are the prompt of the texts `chosen` and `rejected` (axolotl)."""
+    return _answered(columns, "messages", *SIDES)
+
+
+def from_response_names(columns: Columns) -> Sample:
+    """`question`, `response_chosen`, `response_rejected`, also `system`, `history` (shibing624/DPO-En-Zh-20k-Preference)."""
+    return _answered(columns, "question", "response_chosen", "response_rejected")
 
 
 def from_question(columns: Columns) -> Sample:
@@ -117,7 +132,9 @@ def from_responses(columns: Columns) -> Sample:
 
 
 def from_input(columns: Columns) -> Sample:
-    """`input`, `chosen`, `rejected`, and `system` (argilla/distilabel-intel-orca-dpo-pairs)."""
+    """`input`, `chosen`, `rejected`, and `system` (argilla/distilabel-intel-orca-dpo-pairs, whose `status` may be a tie)."""
+    if columns.values.get("status") == "tie":
+        raise RowRefused("tie", "neither answer is preferred, by 'status'")
     return _answered(columns, "input", "chosen", "rejected")
 
 
@@ -141,18 +158,21 @@ def from_sharegpt(columns: Columns) -> Sample:
 
 def from_swift(columns: Columns) -> Sample:
     """`messages` end in the preferred answer; `rejected_response` is the other one, `rejected_messages` all turns (ms-swift)."""
-    chosen = turns_of(columns["messages"], "messages")
-    if "rejected_messages" in columns:
-        return Sample([], [(chosen, turns_of(columns["rejected_messages"], "rejected_messages"))])
-    other = columns["rejected_response"]
-    if chosen and chosen[-1].role != "assistant":
+    turns = turns_of(columns["messages"], "messages")
+    if not turns or turns[-1].role != "assistant":
         raise RowRefused("empty-answer", "'messages' do not end in an answer")
+    # All that follows the last user's turn is the answer, calls and their results among it.
+    asked = max((at for at, turn in enumerate(turns, start=1) if turn.role == "user"), default=0)
+    if "rejected_messages" in columns:
+        others = turns_of(columns["rejected_messages"], "rejected_messages")
+        return Sample([], [(turns, others if others[:1] == turns[:1] else turns[:asked] + others)])
+    other = columns["rejected_response"]
     own = (
         turns_of(other, "rejected_response")
         if isinstance(other, list | dict)
         else [Turn("assistant", text_of(other, "rejected_response"))]
     )
-    return Sample(chosen[:-1], [(chosen[-1:], own)])
+    return Sample(turns[:asked], [(turns[asked:], own)])
 
 
 def from_transcript(columns: Columns) -> Sample:
@@ -173,7 +193,7 @@ def transcribed(value: object, field: str) -> list[Turn]:
     """As `prompt_of`; a text may be a transcript that ends where the assistant speaks."""
     if isinstance(value, str) and _ends_open(value):
         return _transcript(value, field)[:-1]
-    if isinstance(value, str) and value.startswith("<|prompter|>") and value.endswith("<|assistant|>"):
+    if isinstance(value, str) and value.startswith(PROMPTERS):
         return _tagged(value.removesuffix("<|assistant|>"), field)
     return prompt_of(value, field)
 
@@ -208,14 +228,15 @@ def _texts_of(columns: Columns, chosen: str, rejected: str) -> Sides:
 
 
 def _tagged(text: str, field: str) -> list[Turn]:
-    """The turns of a text "<|prompter|>…<|endoftext|><|assistant|>…<|endoftext|>" (OpenAssistant's reward models)."""
-    parts = OASST_TURN.split(text)
-    if parts[0]:
-        raise RowRefused("wrong-type", f"{field!r} does not read '<|prompter|>…<|endoftext|><|assistant|>…'")
-    return [
-        Turn("user" if who == "prompter" else "assistant", said.removesuffix("<|endoftext|>"))
+    """The turns of a text "<|prompter|>…<|endoftext|><|assistant|>…", or "prompter: …", a turn on each line that begins so."""
+    parts = (OASST_TURN if text.startswith("<|") else OASST_LINE).split(text)
+    turns = [
+        Turn("user" if who == "prompter" else "assistant", said.removesuffix("<|endoftext|>").strip())
         for who, said in zip(parts[1::2], parts[2::2], strict=True)
     ]
+    if parts[0] or turns[-1].role != "user":
+        raise RowRefused("prompts-differ", f"{field!r} ends in the assistant's turn: the answers to it are a user's")
+    return turns
 
 
 def _transcript(value: object, field: str) -> list[Turn]:

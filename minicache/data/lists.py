@@ -38,13 +38,22 @@ def from_completions(columns: Columns) -> Sample:
     return Sample(prompt_of(columns["instruction"], "instruction"), [], answers)
 
 
+def from_completion_ranks(columns: Columns) -> Sample:
+    """`completions` are {rank, completion: turns} to the turns of a `context`, rank 0 is the best (NeMo RL)."""
+    items = _objects(columns, "completions", ("rank", "completion"))
+    answers = [Answer(prompt_of(each.get("completion"), "completion"), -_score(each, "rank")) for each in items]
+    return Sample(prompt_of(columns["context"], "context"), [], answers)
+
+
 def from_generations(columns: Columns) -> Sample:
     """`generations` and their `ratings` (or `rating`), to an `instruction`, `input` or `prompt` (distilabel)."""
     texts = columns["generations"]
     scores = columns.get("ratings", "rating")
     if not isinstance(texts, list) or not isinstance(scores, list) or len(texts) != len(scores):
         raise RowRefused("wrong-type", "expected a list of ratings as long as 'generations'")
-    name = next((name for name in ("instruction", "input", "prompt") if columns.values.get(name)), "instruction")
+    name = next(
+        (name for name in ("instruction", "input", "prompt", "messages") if columns.values.get(name)), "instruction"
+    )
     rated = [(text, score) for text, score in zip(texts, scores, strict=True) if text is not None and score is not None]
     answers = [
         Answer([Turn("assistant", text_of(text, "generations"))], _number(score, "ratings")) for text, score in rated

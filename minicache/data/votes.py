@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from minicache.data.columns import Columns, Row
+from minicache.data.columns import Columns
 from minicache.data.layouts import Sample, prompt_of
 from minicache.data.records import Note, Turn
 from minicache.data.turns import kind_of, text_of, turns_of
@@ -92,8 +92,22 @@ def from_votes(columns: Columns) -> Sample:
     return _voted([], sides, (0, 1, None)[won.index(1)])
 
 
-def has_votes(row: Row) -> bool:
-    return isinstance(row["prompt"], str) and row["prompt"].startswith("[")
+def from_labels(columns: Columns) -> Sample:
+    """`output_1`, `output_2` to an `instruction`, and `label`, the number of the better one (offsetbias)."""
+    sides = _texts(columns, "output_1", "output_2")
+    return _voted(prompt_of(columns["instruction"], "instruction"), sides, _one_of(columns, "label", {1: 0, 2: 1}))
+
+
+def from_judged(columns: Columns) -> Sample:
+    """`orig_response_A`, `orig_response_B` to `orig_instruction`, and `orig_preference` (prometheus-eval/Preference-Collection).
+
+    Its `instruction`, `input` and `output` are what the judge read and wrote.
+    """
+    for name in ("instruction", "input", "output"):
+        columns.get(name)
+    sides = _texts(columns, "orig_response_A", "orig_response_B")
+    winner = _one_of(columns, "orig_preference", {"A": 0, "B": 1})
+    return _voted(prompt_of(columns["orig_instruction"], "orig_instruction"), sides, winner)
 
 
 # --- what these forms share ---

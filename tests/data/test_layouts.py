@@ -124,7 +124,7 @@ LAYOUTS: dict[str, Layout] = {
             "chosen": f" {GOOD}",
             "rejected": f" {BAD}",
         },
-        [(f"user: Hi | assistant: Hello | user: {ASK}", f"assistant:  {GOOD}", f"assistant:  {BAD}")],
+        [(f"user: Hi | assistant: Hello | user: {ASK}", PLAIN[1], PLAIN[2])],
         unused=("response",),
     ),
     "PKU-Alignment/PKU-SafeRLHF": Layout(
@@ -365,6 +365,76 @@ LAYOUTS: dict[str, Layout] = {
         {"instruction": ASK, "generations": [BAD, GOOD], "ratings": [1, 5], "generation_models": ["a", "b"]},
         reading=Reading(pairs="best-worst"),
         unused=("generation_models",),
+    ),
+    "argilla/distilabel-capybara-dpo-7k-binarized": Layout(
+        {
+            "source": "x",
+            "conversation": [{"input": ASK, "output": MIDDLE}],
+            "original_response": MIDDLE,
+            "generation_prompt": ["rendered"],
+            "prompt": ASK,
+            "chosen": [USER, CHOSEN],
+            "rejected": [USER, REJECTED],
+            "rating_chosen": 5,
+        },
+        unused=("source", "original_response", "generation_prompt", "rating_chosen"),
+    ),
+    "argilla/distilabel-intel-orca-dpo-pairs, a tie": Layout(
+        {"system": "", "input": ASK, "chosen": GOOD, "rejected": BAD, "status": "tie"}, "tie: by 'status'"
+    ),
+    "tasksource/oasst1_pairwise_rlhf_reward, in lines": Layout(
+        {"prompt": f"prompter: Hi\nassistant: Hello\nthere\nprompter: {ASK}", "chosen": GOOD, "rejected": BAD},
+        [(f"user: Hi | assistant: Hello\nthere | user: {ASK}", PLAIN[1], PLAIN[2])],
+    ),
+    "tasksource/oasst1_pairwise_rlhf_reward, answers of users": Layout(
+        {"prompt": "prompter: Hi\nassistant: Hello", "chosen": GOOD, "rejected": BAD}, "prompts-differ: a user's"
+    ),
+    "PKU-Alignment/PKU-SafeRLHF, by safety": Layout(
+        {"prompt": ASK, "response_0": BAD, "response_1": GOOD, "better_response_id": 0, "safer_response_id": 1},
+        reading=Reading(columns="better_response_id=safer_response_id"),
+    ),
+    "shibing624/DPO-En-Zh-20k-Preference": Layout(
+        {
+            "system": "",
+            "history": [["Hi", "Hello"]],
+            "question": ASK,
+            "response_chosen": GOOD,
+            "response_rejected": BAD,
+        },
+        [(f"user: Hi | assistant: Hello | user: {ASK}", PLAIN[1], PLAIN[2])],
+    ),
+    "ms-swift, an agent": Layout(
+        {
+            "messages": [
+                USER,
+                {"role": "tool_call", "content": '{"name": "look", "arguments": {}}'},
+                {"role": "tool_response", "content": "wet"},
+                CHOSEN,
+            ],
+            "rejected_response": BAD,
+        },
+        [(f"user: {ASK}", f"assistant:  | tool: wet | assistant: {GOOD}", PLAIN[2])],
+    ),
+    "axolotl, texts": Layout({"messages": [USER], "chosen": GOOD, "rejected": BAD}),
+    "NeMo RL": Layout(
+        {
+            "context": [USER],
+            "completions": [{"rank": 1, "completion": [REJECTED]}, {"rank": 0, "completion": [CHOSEN]}],
+        },
+        reading=Reading(pairs="best-worst"),
+    ),
+    "NCSOFT/offsetbias": Layout({"instruction": ASK, "output_1": BAD, "output_2": GOOD, "label": 2}),
+    "prometheus-eval/Preference-Collection": Layout(
+        {
+            "orig_instruction": ASK,
+            "orig_response_A": GOOD,
+            "orig_response_B": BAD,
+            "orig_preference": "A",
+            "instruction": "Judge these.",
+            "output": "A",
+            "orig_score_A": "5",
+        },
+        unused=("orig_score_A",),
     ),
     "other names, nested": Layout(
         {"ask": {"text": ASK}, "out": [{"said": BAD}, {"said": GOOD}], "id": 3},
