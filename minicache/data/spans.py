@@ -141,7 +141,8 @@ class Renderer:
                 begin = text.find(content, position)
                 position = begin + len(content) if begin >= 0 else position
                 continue
-            span = _plain_span(text, turn, position, frame)
+            # Thoughts and calls stand beside the content.
+            span = None if turn.more else _plain_span(text, turn, position, frame)
             if not span and (turn.more or "</think>" in turn.content or (at and turns[at - 1].role == "tool")):
                 span = _span_of_parts(text, turn, position, frame)
             if not span:

@@ -14,11 +14,13 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from minicache.data.arguments import FIXED_DATE, decoded
-from minicache.data.records import NO_CONTEXT, Context, Turn
+from minicache.data.records import NO_CONTEXT, THOUGHTS, Context, Turn
 from minicache.errors import ConfigError, RowRefused
 
 # A call that no row holds.
 CALLED = {"qxk": "qxv"}
+# What a message without a content may hold as one, in the order in which they are tried.
+NO_CONTENTS: tuple[dict[str, Any], ...] = ({}, {"content": None}, {"content": ""})
 
 
 @dataclass(frozen=True)
@@ -110,9 +112,18 @@ class Template:
     # --- the arguments of a call: an object in most templates, JSON text in some ---
 
     def _message(self, turn: Turn) -> dict[str, Any]:
-        if not (turn.more and turn.more.get("tool_calls")):
-            return turn.message
-        return {**turn.message, "tool_calls": [self._call(call) for call in turn.more["tool_calls"]]}
+        message = turn.message
+        if not turn.more:
+            return message
+        # As transformers since 5.24 (chat_template_utils.py): thoughts stand under the names that templates read.
+        thoughts = next((turn.more[key] for key in THOUGHTS if key in turn.more), None)
+        if thoughts is not None:
+            message = {"thinking": thoughts, **message, "reasoning_content": thoughts}
+        if turn.more.get("tool_calls"):
+            message["tool_calls"] = [self._call(call) for call in turn.more["tool_calls"]]
+        if message["content"] is None:
+            message = {name: value for name, value in message.items() if name != "content"} | self._no_content
+        return message
 
     def _call(self, call: Any) -> Any:
         arguments = call["function"].get("arguments")
@@ -135,18 +146,27 @@ class Template:
 
     def _rendered_call(self, arguments: Any) -> str:
         """What the template writes of a call with these arguments, "" if it cannot."""
+        texts = (self._call_with(content, arguments) for content in NO_CONTENTS)
+        return next((text for text in texts if CALLED["qxk"] in text), "")
+
+    @cached_property
+    def _no_content(self) -> dict[str, Any]:
+        """The content of a message that has none: no such key, as in transformers, unless the template needs null (DeepSeek R1)."""
+        forms = (json.dumps(CALLED), CALLED)
+        fits = (
+            content for content in NO_CONTENTS if any(CALLED["qxk"] in self._call_with(content, form) for form in forms)
+        )
+        return next(fits, {})
+
+    def _call_with(self, content: dict[str, Any], arguments: Any) -> str:
         call = {"type": "function", "id": "c00000001", "function": {"name": "f", "arguments": arguments}}
-        for content in (None, ""):
-            answer = {"role": "assistant", "content": content, "tool_calls": [call]}
-            values = {**self.special, "tools": None, "documents": None, "add_generation_prompt": False}
-            try:
-                text = self._compiled.render(messages=[{"role": "user", "content": "q"}, answer], **values)
-            # as in `render`
-            except Exception:
-                continue
-            if CALLED["qxk"] in text:
-                return text
-        return ""
+        answer = {"role": "assistant", **content, "tool_calls": [call]}
+        values = {**self.special, "tools": None, "documents": None, "add_generation_prompt": False}
+        try:
+            return self._compiled.render(messages=[{"role": "user", "content": "q"}, answer], **values)
+        # as in `render`
+        except Exception:
+            return ""
 
 
 def _to_json(value: object, ensure_ascii: bool = False, **options: Any) -> str:

@@ -101,7 +101,7 @@ class Written:
         """Whether templates leave this part out of an earlier turn on purpose: thoughts, or the text beside a call (Llama 3.1)."""
         turn = turns[part.turn]
         if part.kind == "thought":
-            known = self._knows_tags if part.key == "content" else self.template.mentions(part.key)
+            known = self._knows_tags if part.key == "content" else any(map(self.template.mentions, THOUGHTS))
             return known and any(later.role == "user" for later in turns[part.turn + 1 :])
         return part.kind == "text" and part.turn < shared and bool(turn.more and turn.more.get("tool_calls"))
 
