@@ -19,6 +19,8 @@ from minicache.data.turns import json_list, kind_of, listed, text_of, turns_of
 from minicache.errors import RowRefused
 
 AUTO = Reading()
+# Columns with the text of a system turn; the first one that is there.
+SYSTEMS = ("system", "system_prompt", "system_message")
 # No other program's rows have all of these columns.
 OF_EXPORTS = ("digest", "prompt_ids", "chosen_loss_mask")
 
@@ -36,7 +38,7 @@ class Format(NamedTuple):
 
 # The first form that fits a row reads it.
 FORMATS: dict[str, Format] = {
-    "sharegpt": Format({"conversations", "chosen", "rejected"}, layouts.from_sharegpt),
+    "sharegpt": Format({"conversations", "chosen", "rejected"}, layouts.from_sharegpt, layouts.has_dialogue),
     "stack-exchange": Format({"question", "response_j", "response_k"}, layouts.from_stack_exchange),
     "ultrainteract": Format({"trajectory", "chosen", "rejected"}, layouts.from_trajectory),
     "math-step": Format({"prompt", "initial_reason_steps", "chosen", "rejected"}, layouts.from_steps),
@@ -63,10 +65,14 @@ FORMATS: dict[str, Format] = {
     "prometheus": Format(
         {"orig_instruction", "orig_response_A", "orig_response_B", "orig_preference"}, votes.from_judged
     ),
-    "nemo": Format({"context", "completions"}, lists.from_completion_ranks),
-    "nectar": Format({"prompt", "answers"}, lists.from_ranks),
-    "answers": Format({"question", "answers"}, lists.from_posts),
-    "ultrafeedback": Format({"instruction", "completions"}, lists.from_completions),
+    "nemo": Format(
+        {"context", "completions"}, lists.from_completion_ranks, lists.has_items_with("completions", "rank")
+    ),
+    "nectar": Format({"prompt", "answers"}, lists.from_ranks, lists.has_items_with("answers", "rank")),
+    "answers": Format({"question", "answers"}, lists.from_posts, lists.has_items_with("answers", "pm_score")),
+    "ultrafeedback": Format(
+        {"instruction", "completions"}, lists.from_completions, lists.has_items_with("completions", "overall_score")
+    ),
     "distilabel": Format({"generations"}, lists.from_generations),
     "outputs": Format({"instruction", "output"}, lists.from_outputs, lists.has_list("output")),
 }
@@ -145,9 +151,12 @@ def _reader(columns: Columns, format: str) -> Callable[[Columns], Sample]:
         if missing := sorted(known.fields - row.keys()):
             raise RowRefused("missing-field", f"format {format} needs {listed(missing)}; the row has {listed(row)}")
         return known.read
-    for known in FORMATS.values():
-        if known.fields <= row.keys() and known.fits(row):
-            return known.read
+    # An empty column is no sign of a form, but where nothing else fits (a prompt may be empty).
+    filled = {name: value for name, value in row.items() if value not in ("", [], {})}
+    for there in (filled, row):
+        for known in FORMATS.values():
+            if known.fields <= there.keys() and known.fits(there):
+                return known.read
     raise _unknown(columns.row)
 
 
@@ -187,7 +196,7 @@ def _unknown(row: Row) -> RowRefused:
 
 def _context(columns: Columns, sample: Sample) -> Context:
     """Tools, documents and template arguments of a row."""
-    tools, documents = columns.left("tools", "functions"), columns.left("documents")
+    tools, documents = columns.left("tools"), columns.left("documents")
     # MiniMind's system turns hold the tools.
     turns = [*sample.prompt, *(sample.pairs[0][0] if sample.pairs else ())]
     in_turn = next((turn.more["tools"] for turn in turns if turn.more and "tools" in turn.more), None)
@@ -214,10 +223,11 @@ def _prompt_of(columns: Columns, sample: Sample, notes: list[Note]) -> list[Turn
     prompt = sample.prompt
     if (history := columns.left("history")) is not None:
         prompt = [*layouts.history_of(history), *prompt]
-    system = columns.left("system", "system_prompt", "system_message")
-    if system is None:
+    name = next((each for each in SYSTEMS if each in columns.unread and columns.values[each] not in ("", [], {})), None)
+    if name is None:
         return prompt
-    own = turns_of(system, "system") if isinstance(system, list | dict) else [Turn("system", text_of(system, "system"))]
+    system = columns[name]
+    own = turns_of(system, name) if isinstance(system, list | dict) else [Turn("system", text_of(system, name))]
     first = prompt or (sample.pairs[0][0] if sample.pairs else [])
     if first and first[0].role == "system":
         # As in LLaMA-Factory (data/converter.py), the conversation's own system turn goes before the column.

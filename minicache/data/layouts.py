@@ -35,6 +35,10 @@ class Sample(NamedTuple):
 # --- tests of a row ---
 
 
+def has_dialogue(row: Row) -> bool:
+    return isinstance(row["conversations"], list)
+
+
 def has_turns(row: Row) -> bool:
     return isinstance(row["chosen"], list | dict)
 
@@ -151,8 +155,8 @@ def from_steps(columns: Columns) -> Sample:
 
 
 def from_sharegpt(columns: Columns) -> Sample:
-    """`conversations` are {from, value}; `chosen` and `rejected` are one such turn or a list of them (LLaMA-Factory)."""
-    chosen, rejected = (turns_of(columns[side], side) for side in ("chosen", "rejected"))
+    """`conversations` are {from, value}; `chosen` and `rejected` are one such turn or a list of them (LLaMA-Factory), or texts."""
+    chosen, rejected = (_answer_of(columns[side], side) for side in SIDES)
     return Sample(turns_of(columns["conversations"], "conversations"), [(chosen, rejected)])
 
 
@@ -167,12 +171,7 @@ def from_swift(columns: Columns) -> Sample:
         others = turns_of(columns["rejected_messages"], "rejected_messages")
         return Sample([], [(turns, others if others[:1] == turns[:1] else turns[:asked] + others)])
     other = columns["rejected_response"]
-    own = (
-        turns_of(other, "rejected_response")
-        if isinstance(other, list | dict)
-        else [Turn("assistant", text_of(other, "rejected_response"))]
-    )
-    return Sample(turns[:asked], [(turns[asked:], own)])
+    return Sample(turns[:asked], [(turns[asked:], _answer_of(other, "rejected_response"))])
 
 
 def from_transcript(columns: Columns) -> Sample:
@@ -216,6 +215,10 @@ def history_of(value: object) -> list[Turn]:
     if isinstance(value, list) and all(isinstance(item, dict) for item in value):
         return turns_of(value, "history")
     raise RowRefused("wrong-type", f"'history' must be a list of [question, answer] or of turns, got {kind_of(value)}")
+
+
+def _answer_of(value: object, field: str) -> list[Turn]:
+    return [Turn("assistant", value)] if isinstance(value, str) else turns_of(value, field)
 
 
 def _answered(columns: Columns, prompt: str, chosen: str, rejected: str) -> Sample:

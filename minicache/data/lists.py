@@ -75,6 +75,11 @@ def has_list(name: str) -> Callable[[Row], bool]:
     return lambda row: isinstance(row[name], list)
 
 
+def has_items_with(name: str, key: str) -> Callable[[Row], bool]:
+    """A test of a row: whether this column is a list of objects with this key."""
+    return lambda row: isinstance(row[name], list) and all(isinstance(item, dict) and key in item for item in row[name])
+
+
 # --- what these forms share ---
 
 

@@ -101,13 +101,13 @@ def from_labels(columns: Columns) -> Sample:
 def from_judged(columns: Columns) -> Sample:
     """`orig_response_A`, `orig_response_B` to `orig_instruction`, and `orig_preference` (prometheus-eval/Preference-Collection).
 
-    Its `instruction`, `input` and `output` are what the judge read and wrote.
+    Its `instruction`, `input` and `output` are what the judge read and wrote: they are listed.
     """
-    for name in ("instruction", "input", "output"):
-        columns.get(name)
+    judged = [name for name in ("instruction", "input", "output") if columns.get(name) is not None]
     sides = _texts(columns, "orig_response_A", "orig_response_B")
     winner = _one_of(columns, "orig_preference", {"A": 0, "B": 1})
-    return _voted(prompt_of(columns["orig_instruction"], "orig_instruction"), sides, winner)
+    sample = _voted(prompt_of(columns["orig_instruction"], "orig_instruction"), sides, winner)
+    return sample._replace(notes=tuple(Note("unused", name) for name in judged))
 
 
 # --- what these forms share ---

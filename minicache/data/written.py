@@ -134,7 +134,7 @@ class Written:
     def _unread_keys(self, text: str, turns: tuple[Turn, ...], context: Context) -> list[Note]:
         """The keys of turns, beside those that hold parts, that change nothing in the text."""
         keys = {key: None for turn in turns for key in turn.more or ()}
-        for key in ("content", "tool_calls", *THOUGHTS):
+        for key in ("content", "tool_calls", *THOUGHTS, *(("tools",) if context.tools else ())):
             keys.pop(key, None)
         return [Note("unused", f"{key} of a turn") for key in keys if self._is_without(key, text, turns, context)]
 

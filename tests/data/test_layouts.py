@@ -434,7 +434,7 @@ LAYOUTS: dict[str, Layout] = {
             "output": "A",
             "orig_score_A": "5",
         },
-        unused=("orig_score_A",),
+        unused=("orig_score_A", "instruction", "output"),
     ),
     "other names, nested": Layout(
         {"ask": {"text": ASK}, "out": [{"said": BAD}, {"said": GOOD}], "id": 3},

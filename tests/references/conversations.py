@@ -120,11 +120,25 @@ def encode(
     tokenizer: of transformers. think: "drop" removes every empty think block, as the third generation does at random.
     """
     chat_format = CHAT_FORMATS[generation]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+    messages, tools = with_calls(messages)
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False, tools=tools)
     text = text.replace(EMPTY_THINK, "") if think == "drop" else text
     ids, header, closing = (tokenizer(part)["input_ids"] for part in (text, chat_format.header, chat_format.closing))
     ids = ids[:max_length]
     return ids, assistant_mask(ids, header, closing, chat_format.skipped)
+
+
+def with_calls(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Any] | None]:
+    """Messages and tools as MiniMind 3's SFTDataset.create_chat_prompt reads them, of JSON texts, tools in the system turn."""
+    found, tools = [], None
+    for message in messages:
+        message = dict(message)
+        if message.get("role") == "system" and message.get("tools"):
+            tools = json.loads(message["tools"]) if isinstance(message["tools"], str) else message["tools"]
+        if message.get("tool_calls") and isinstance(message["tool_calls"], str):
+            message["tool_calls"] = json.loads(message["tool_calls"])
+        found.append(message)
+    return found, tools
 
 
 def shifted(ids: list[int], mask: list[int]) -> tuple[list[int], list[int], list[int]]:
