@@ -4,23 +4,20 @@ The form of a row is the first in `FORMATS` that fits it, unless the user names 
 all forms share (system text, earlier turns, tools, template arguments) is read here, and so is what becomes of other columns.
 """
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
 from minicache.data import layouts, lists, votes
-from minicache.data.arguments import NO_ARGUMENTS
 from minicache.data.columns import Columns, Reading, Row, with_reading
 from minicache.data.layouts import Sample
 from minicache.data.ranking import pairs_of
-from minicache.data.records import NO_CONTEXT, Context, Note, Pair, Turn
-from minicache.data.turns import json_list, kind_of, listed, text_of, turns_of
+from minicache.data.records import Context, Pair, Turn
+from minicache.data.shared import context_of, pair_of, texts_of, whole_prompt
+from minicache.data.turns import kind_of, listed
 from minicache.errors import RowRefused
 
 AUTO = Reading()
-# Columns with the text of a system turn; the first one that is there.
-SYSTEMS = ("system", "system_prompt", "system_message")
 # No other program's rows have all of these columns.
 OF_EXPORTS = ("digest", "prompt_ids", "chosen_loss_mask")
 
@@ -95,15 +92,15 @@ def to_pairs(row: object, file: str, line: int, reading: Reading = AUTO) -> list
         row = with_reading(row, reading)
     columns = Columns(row)
     sample = _reader(columns, reading.format)(columns)
-    context = _context(columns, sample)
+    context = context_of(columns, sample)
     notes = [*sample.notes]
-    prompt = _prompt_of(columns, sample, notes)
+    prompt = whole_prompt(columns, sample, notes)
     if sample.answers is not None:
         made, ties = pairs_of(sample.answers, reading.pairs)
         sample, notes = sample._replace(pairs=made), notes + ties
-    pairs = [_pair(prompt, chosen, rejected) for chosen, rejected in sample.pairs]
+    pairs = [pair_of(prompt, chosen, rejected) for chosen, rejected in sample.pairs]
     if columns.unread:
-        notes += columns.notes(_texts(pairs, context))
+        notes += columns.notes(texts_of(pairs, context))
     return [replace(pair, file=file, line=line, context=context, notes=tuple(notes)) for pair in pairs]
 
 
@@ -134,8 +131,8 @@ def to_prompt(row: object, reading: Reading = AUTO) -> tuple[tuple[Turn, ...], C
             "missing-field", f"expected 'prompt', 'messages' or 'conversations'; the row has {listed(row)}"
         )
     sample = Sample(layouts.prompt_of(columns[field], field), [])
-    context = _context(columns, sample)
-    turns = _prompt_of(columns, sample, [])
+    context = context_of(columns, sample)
+    turns = whole_prompt(columns, sample, [])
     while turns and turns[-1].role == "assistant":
         turns.pop()
     if not turns or turns[-1].role == "system" or not turns[-1].content.strip():
@@ -189,76 +186,3 @@ def _unknown(row: Row) -> RowRefused:
         "unknown-format",
         f"no known form has the columns {listed(row)}; name them: --columns prompt=…,chosen=…,rejected=…",
     )
-
-
-# --- what all forms share ---
-
-
-def _context(columns: Columns, sample: Sample) -> Context:
-    """Tools, documents and template arguments of a row."""
-    tools, documents = columns.left("tools"), columns.left("documents")
-    # MiniMind's system turns hold the tools.
-    turns = [*sample.prompt, *(sample.pairs[0][0] if sample.pairs else ())]
-    in_turn = next((turn.more["tools"] for turn in turns if turn.more and "tools" in turn.more), None)
-    arguments = columns.left("chat_template_kwargs")
-    if tools is in_turn is documents is arguments is None:
-        return NO_CONTEXT
-    if isinstance(arguments, str):
-        arguments = json_list(arguments, "chat_template_kwargs")[0]
-    if arguments is not None and not isinstance(arguments, dict):
-        raise RowRefused("wrong-type", f"'chat_template_kwargs' must be an object, got {kind_of(arguments)}")
-    for name in arguments or ():
-        if name in NO_ARGUMENTS and name != "tools":
-            raise RowRefused("wrong-type", f"'chat_template_kwargs': {name!r} is no argument of a chat template")
-    tools = (arguments or {}).get("tools", tools if tools is not None else in_turn)
-    return Context(
-        tools=None if tools is None else json_list(tools, "tools"),
-        documents=None if documents is None else json_list(documents, "documents"),
-        arguments={name: value for name, value in (arguments or {}).items() if name != "tools"},
-    )
-
-
-def _prompt_of(columns: Columns, sample: Sample, notes: list[Note]) -> list[Turn]:
-    """The prompt of a row with its system text and its earlier turns."""
-    prompt = sample.prompt
-    if (history := columns.left("history")) is not None:
-        prompt = [*layouts.history_of(history), *prompt]
-    name = next((each for each in SYSTEMS if each in columns.unread and columns.values[each] not in ("", [], {})), None)
-    if name is None:
-        return prompt
-    system = columns[name]
-    own = turns_of(system, name) if isinstance(system, list | dict) else [Turn("system", text_of(system, name))]
-    first = prompt or (sample.pairs[0][0] if sample.pairs else [])
-    if first and first[0].role == "system":
-        # As in LLaMA-Factory (data/converter.py), the conversation's own system turn goes before the column.
-        if own != first[:1]:
-            notes.append(Note("system-turn"))
-        return prompt
-    return [*own, *prompt]
-
-
-def _pair(prompt: list[Turn], chosen: list[Turn], rejected: list[Turn]) -> Pair:
-    """The pair of a prompt and two continuations. An assistant's turn at the prompt's end opens both answers."""
-    last = prompt[-1] if prompt else None
-    if last is None or last.role != "assistant" or last.says_nothing or (last.more and "tool_calls" in last.more):
-        return Pair.from_conversations([*prompt, *chosen], [*prompt, *rejected])
-    sides = [_continued(last, side) for side in (chosen, rejected)]
-    pair = Pair.from_conversations([*prompt[:-1], *sides[0]], [*prompt[:-1], *sides[1]])
-    return replace(pair, opening=last.content) if len(pair.prompt) == len(prompt) - 1 else pair
-
-
-def _continued(opening: Turn, side: list[Turn]) -> list[Turn]:
-    if not side or side[0].role != "assistant":
-        return [opening, *side]
-    more = {**(opening.more or {}), **(side[0].more or {})} or None
-    return [Turn("assistant", opening.content + side[0].content, more), *side[1:]]
-
-
-def _texts(pairs: list[Pair], context: Context) -> Iterator[str]:
-    """All texts that the pairs of a row hold."""
-    for pair in pairs:
-        for turn in (*pair.prompt, *pair.chosen, *pair.rejected):
-            yield turn.content
-    for value in (context.tools, context.documents):
-        if value:
-            yield json.dumps(value, ensure_ascii=False)

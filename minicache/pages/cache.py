@@ -10,7 +10,7 @@ from minicache.pages.charts import Bars, Chart, histogram
 from minicache.pages.markup import Table, report
 from minicache.reports.inspection import Inspection
 from minicache.reports.names import LENGTHS, SHOWN_PROBLEMS, STATISTICS
-from minicache.reports.notes import notes_on
+from minicache.reports.notes import notes_on, together
 
 
 def cache_page(found: CacheReport) -> str:
@@ -116,7 +116,7 @@ def _sources(found: CacheReport) -> dict[str, Any]:
     return {
         "files": Table("Files", ["file", *columns, "refused", "read to the end"], rows),
         "listed": len(sources),
-        "notes": [f"{of['name']}: {line}" for of in sources for line in notes_on(of)],
+        "notes": notes_on(together(every)) if every else [],
         "files_read": len(every),
         "reasons": Table("Refused rows by reason", ["file", "reason", "rows"], reasons, numbers_from=2),
         "refusals": Table(title, ["row", "reason", "what was wrong"], refusals, numbers_from=3, captioned=False),

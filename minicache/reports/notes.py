@@ -1,6 +1,7 @@
 """What became of the parts of a file's rows that are no tokens of a pair, in words."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # Kind of a note (`data.records.Note`) -> what it says of so many rows.
@@ -34,6 +35,23 @@ def notes_on(source: Mapping[str, Any]) -> list[str]:
         if kind == "special-text" and count >= NEARLY_ALL * used:
             lines.append(RENDERED)
     return lines
+
+
+def together(sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Several sources as one, for `notes_on`: the sums of their counts, the first example with the name of its file."""
+    summed = {name: Counter[str]() for name in ("unused", "noted", "refused")}
+    for source in sources:
+        for name, counts in summed.items():
+            counts.update(source.get(name) or {})
+    found = next((source for source in sources if source.get("example")), None)
+    example = f"{found['name']} {found['example']}" if found and len(sources) > 1 else found and found["example"]
+    readings = [source.get("reading") or {} for source in sources]
+    return {
+        "rows": sum(source["rows"] for source in sources),
+        "example": example,
+        "reading": readings[0] if all(each == readings[0] for each in readings) else {},
+        **summed,
+    }
 
 
 def _rows(count: int) -> str:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from minicache.options.objective import starts_at_ln_2
 from minicache.reports.names import METRICS
-from minicache.reports.notes import notes_on
+from minicache.reports.notes import notes_on, together
 from minicache.screen.live import duration, metrics_table
 from minicache.text import ranges, visible
 
@@ -78,11 +78,9 @@ def show_sources(console: Console, sources: Sequence[Mapping[str, Any]]) -> None
 
 
 def show_notes(console: Console, sources: Sequence[Mapping[str, Any]]) -> None:
-    """Print what of each file is not used, and the like."""
-    for source in sources:
-        name = f"{visible(source['name'])}: " if len(sources) > 1 else ""
-        for line in notes_on(source):
-            console.print(Text(f"  {name}{visible(line)}"), soft_wrap=True)
+    """Print what of the files is not used, and the like."""
+    for line in notes_on(together(sources)) if sources else ():
+        console.print(Text(f"  {visible(line)}"), soft_wrap=True)
 
 
 def sources_table(sources: Iterable[Mapping[str, Any]]) -> Table:
