@@ -92,7 +92,7 @@ def _with_keys(role: str, name: str, content: object, more: dict[str, Any], fiel
     calls = _calls(more)
     if name in CALLERS:
         calls = _call_list(_json(text_of(content, name), name), name)
-        content = ""
+        content = None
     if calls:
         more["tool_calls"] = calls
     if isinstance(content, list):

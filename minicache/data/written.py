@@ -38,10 +38,10 @@ def parts_of(turns: Iterable[Turn]) -> Iterator[Part]:
     for at, turn in enumerate(turns):
         yield from _content_parts(at, turn)
         for key in THOUGHTS if turn.more else ():
-            if isinstance(value := (turn.more or {}).get(key), str):
-                yield Part(at, "thought", value.strip(), key)
+            for text in texts_in((turn.more or {}).get(key)):
+                yield Part(at, "thought", text.strip(), key)
         for call in (turn.more or {}).get("tool_calls") or ():
-            for text in texts_in([call["function"]["name"], _object(call["function"].get("arguments"))]):
+            for text in _leaves([call["function"]["name"], _object(call["function"].get("arguments"))]):
                 yield Part(at, "call", text.strip(), "tool_calls")
 
 
@@ -54,6 +54,19 @@ def _content_parts(at: int, turn: Turn) -> Iterator[Part]:
         for piece in thought.split("<think>"):
             yield Part(at, "thought", piece.strip())
     yield Part(at, "text", text.strip())
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    """Every text and number in a JSON value, and the names of its entries."""
+    if isinstance(value, dict):
+        for name, each in value.items():
+            yield name
+            yield from _leaves(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _leaves(each)
+    elif isinstance(value, str | int | float) and not isinstance(value, bool):
+        yield value if isinstance(value, str) else json.dumps(value)
 
 
 def _object(arguments: Any) -> Any:
@@ -101,7 +114,7 @@ class Written:
         """Whether templates leave this part out of an earlier turn on purpose: thoughts, or the text beside a call (Llama 3.1)."""
         turn = turns[part.turn]
         if part.kind == "thought":
-            known = self._knows_tags if part.key == "content" else self.template.mentions(part.key)
+            known = self._knows_tags if part.key == "content" else any(map(self.template.mentions, THOUGHTS))
             return known and any(later.role == "user" for later in turns[part.turn + 1 :])
         return part.kind == "text" and part.turn < shared and bool(turn.more and turn.more.get("tool_calls"))
 
@@ -121,7 +134,7 @@ class Written:
         return self._dropped[shape]
 
     def _probe(self, turns: tuple[Turn, ...], context: Context) -> frozenset[tuple[int, str, str]]:
-        probe = tuple(_marked(turn, at) for at, turn in enumerate(turns))
+        probe = tuple(marked(turn, at) for at, turn in enumerate(turns))
         try:
             text = self.template.render(probe, context=context)
         except RowRefused:
@@ -194,8 +207,8 @@ def _shape(turn: Turn) -> object:
     return turn.role, bool(turn.content.strip()), tuple(shape), tuple(more), tuple(calls)
 
 
-def _marked(turn: Turn, at: int) -> Turn:
-    """A turn of the same shape, made of words that occur nowhere else."""
+def marked(turn: Turn, at: int, names: bool = True) -> Turn:
+    """A turn of the same shape, made of words that occur nowhere else. names: whether calls have other names, too."""
     pieces = TAGS.split(turn.content) if turn.role == "assistant" else [turn.content]
     content = "\n".join(
         piece if TAGS.fullmatch(piece) else f"qx{at}c{number}xq" for number, piece in enumerate(pieces) if piece.strip()
@@ -207,12 +220,13 @@ def _marked(turn: Turn, at: int) -> Turn:
         if isinstance(more.get(key), str):
             more[key] = f"qx{at}{key}xq"
     if more.get("tool_calls"):
-        more["tool_calls"] = [_marked_call(call, f"qx{at}f{n}xq") for n, call in enumerate(more["tool_calls"])]
+        more["tool_calls"] = [_marked_call(call, f"qx{at}f{n}xq", names) for n, call in enumerate(more["tool_calls"])]
     return Turn(turn.role, content, more)
 
 
-def _marked_call(call: dict[str, Any], word: str) -> dict[str, Any]:
+def _marked_call(call: dict[str, Any], word: str, names: bool) -> dict[str, Any]:
     arguments: Any = {word + "k": word + "v"}
     if isinstance(call["function"].get("arguments"), str):
         arguments = json.dumps(arguments)
-    return {**call, "function": {**call["function"], "name": word, "arguments": arguments}}
+    name = word if names else call["function"]["name"]
+    return {**call, "function": {**call["function"], "name": name, "arguments": arguments}}
