@@ -59,8 +59,9 @@ class Renderer:
         sides = []
         for answer in (hidden.chosen, hidden.rejected):
             turns = hidden.prompt + answer
-            text = self._text(turns, hidden.context)
-            notes += self._written.check(text, turns, hidden.context, len(hidden.prompt))
+            whole = self.tokenizer.render(turns, context=hidden.context)
+            notes += self._written.check(whole, turns, hidden.context, len(hidden.prompt))
+            text = self._without_empty_thoughts(whole)
             if hides:
                 special.require_plain(text)
             spans, begin = self._counted(text, opened, hidden, turns)
@@ -68,7 +69,9 @@ class Renderer:
         return sides, notes
 
     def _text(self, turns: tuple[Turn, ...], context: Context = NO_CONTEXT, open_answer: bool = False) -> str:
-        text = self.tokenizer.render(turns, open_answer, context)
+        return self._without_empty_thoughts(self.tokenizer.render(turns, open_answer, context))
+
+    def _without_empty_thoughts(self, text: str) -> str:
         return text.replace(EMPTY_THINK, "") if self.think == "drop" else text
 
     @cached_property

@@ -14,6 +14,8 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from markupsafe import escape
+
 from minicache.data.records import THOUGHTS, Context, Note, Turn, texts_in
 from minicache.data.template import Template
 from minicache.errors import RowRefused
@@ -77,10 +79,13 @@ def _object(arguments: Any) -> Any:
 
 
 def holds(text: str, part: str) -> bool:
-    """Whether a rendered text holds a part: as it is, as JSON, or with other whitespace."""
+    """Whether a rendered text holds a part: as it is, as JSON, as HTML, or with other whitespace."""
     if part in text:
         return True
-    if any(json.dumps(part, ensure_ascii=escaped)[1:-1] in text for escaped in (False, True)):
+    if (
+        any(json.dumps(part, ensure_ascii=escaped)[1:-1] in text for escaped in (False, True))
+        or str(escape(part)) in text
+    ):
         return True
     return "".join(part.split()) in "".join(text.split())
 
@@ -147,7 +152,8 @@ class Written:
     def _unread_keys(self, text: str, turns: tuple[Turn, ...], context: Context) -> list[Note]:
         """The keys of turns, beside those that hold parts, that change nothing in the text."""
         keys = {key: None for turn in turns for key in turn.more or ()}
-        for key in ("content", "tool_calls", *THOUGHTS):
+        # The tools in a turn are the conversation's, see `_unread_context`.
+        for key in ("content", "tool_calls", "tools" if context.tools else "", *THOUGHTS):
             keys.pop(key, None)
         return [Note("unused", f"{key} of a turn") for key in keys if self._is_without(key, text, turns, context)]
 
@@ -204,7 +210,8 @@ def _shape(turn: Turn) -> object:
     shape = TAGS.findall(turn.content) if turn.role == "assistant" and "think>" in turn.content else ()
     more = turn.more or {}
     calls = [type(call["function"].get("arguments")) for call in more.get("tool_calls") or ()]
-    return turn.role, bool(turn.content.strip()), tuple(shape), tuple(more), tuple(calls)
+    kinds = tuple((key, type(value)) for key, value in more.items())
+    return turn.role, bool(turn.content.strip()), tuple(shape), kinds, tuple(calls)
 
 
 def marked(turn: Turn, at: int, names: bool = True) -> Turn:
@@ -217,11 +224,20 @@ def marked(turn: Turn, at: int, names: bool = True) -> Turn:
         return Turn(turn.role, content)
     more = dict(turn.more)
     for key in THOUGHTS:
-        if isinstance(more.get(key), str):
-            more[key] = f"qx{at}{key}xq"
+        if key in more:
+            more[key] = _with_word(more[key], f"qx{at}{key}xq")
     if more.get("tool_calls"):
         more["tool_calls"] = [_marked_call(call, f"qx{at}f{n}xq", names) for n, call in enumerate(more["tool_calls"])]
     return Turn(turn.role, content, more)
+
+
+def _with_word(value: Any, word: str) -> Any:
+    """A JSON value of the same shape with this word in place of all texts."""
+    if isinstance(value, dict):
+        return {name: _with_word(each, word) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_with_word(each, word) for each in value]
+    return word if isinstance(value, str) else value
 
 
 def _marked_call(call: dict[str, Any], word: str, names: bool) -> dict[str, Any]:
