@@ -12,8 +12,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from minicache.data.differences import Span
 from minicache.data.records import Note, Pair
-from minicache.data.spans import Renderer, Span
+from minicache.data.spans import Renderer
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import RowRefused
 from minicache.pairs import EncodedPair, Ints

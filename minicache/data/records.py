@@ -8,7 +8,7 @@ from minicache.errors import RowRefused
 
 ROLES = ("system", "user", "assistant", "tool")
 # Keys of a message with what the model thought before it answered.
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 
 
 class Note(NamedTuple):

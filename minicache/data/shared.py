@@ -21,20 +21,24 @@ def context_of(columns: Columns, sample: Sample) -> Context:
     tools, documents = columns.left("tools"), columns.left("documents")
     # MiniMind's system turns hold the tools.
     turns = [*sample.prompt, *(sample.pairs[0][0] if sample.pairs else ())]
-    in_turn = next((turn.more["tools"] for turn in turns if turn.more and "tools" in turn.more), None)
+    in_turn = next((turn.more["tools"] for turn in reversed(turns) if turn.more and "tools" in turn.more), None)
     arguments = columns.left("chat_template_kwargs")
     if tools is in_turn is documents is arguments is None:
         return NO_CONTEXT
     if isinstance(arguments, str):
-        arguments = json_list(arguments, "chat_template_kwargs")[0]
+        arguments = next(iter(json_list(arguments, "chat_template_kwargs")), None)
     if arguments is not None and not isinstance(arguments, dict):
         raise RowRefused("wrong-type", f"'chat_template_kwargs' must be an object, got {kind_of(arguments)}")
     for name in arguments or ():
         if name in NO_ARGUMENTS and name != "tools":
             raise RowRefused("wrong-type", f"'chat_template_kwargs': {name!r} is no argument of a chat template")
-    tools = (arguments or {}).get("tools", tools if tools is not None else in_turn)
+    given = [json_list(each, "tools") for each in ((arguments or {}).get("tools"), tools, in_turn) if each is not None]
+    if any(each != given[0] for each in given):
+        raise RowRefused(
+            "unused-field", "'tools' stands in several places, and they differ; expected --ignore-fields tools"
+        )
     return Context(
-        tools=None if tools is None else json_list(tools, "tools"),
+        tools=next(iter(given), None),
         documents=None if documents is None else json_list(documents, "documents"),
         arguments={name: value for name, value in (arguments or {}).items() if name != "tools"},
     )

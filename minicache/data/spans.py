@@ -8,14 +8,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
+from minicache.data.differences import AnswerFinder, Span, shared_length
 from minicache.data.records import NO_CONTEXT, Context, Note, Pair, Turn
 from minicache.data.tokenizers import ChatTokenizer
-from minicache.data.written import Written, parts_of
+from minicache.data.written import Written
 from minicache.errors import RowRefused
 
 EMPTY_THINK = "<think>\n\n</think>\n\n"
-
-Span = tuple[int, int]  # characters, begin and end
 
 
 class Side(NamedTuple):
@@ -60,8 +59,9 @@ class Renderer:
         sides = []
         for answer in (hidden.chosen, hidden.rejected):
             turns = hidden.prompt + answer
-            text = self._text(turns, hidden.context)
-            notes += self._written.check(text, turns, hidden.context, len(hidden.prompt))
+            whole = self.tokenizer.render(turns, context=hidden.context)
+            notes += self._written.check(whole, turns, hidden.context, len(hidden.prompt))
+            text = self._without_empty_thoughts(whole)
             if hides:
                 special.require_plain(text)
             spans, begin = self._counted(text, opened, hidden, turns)
@@ -69,7 +69,9 @@ class Renderer:
         return sides, notes
 
     def _text(self, turns: tuple[Turn, ...], context: Context = NO_CONTEXT, open_answer: bool = False) -> str:
-        text = self.tokenizer.render(turns, open_answer, context)
+        return self._without_empty_thoughts(self.tokenizer.render(turns, open_answer, context))
+
+    def _without_empty_thoughts(self, text: str) -> str:
         return text.replace(EMPTY_THINK, "") if self.think == "drop" else text
 
     @cached_property
@@ -98,7 +100,7 @@ class Renderer:
         if self.loss_on == "response" or (self.loss_on == "answer" and len(answers) == 1):
             spans, own = [(self._boundary(text, opened, pair), len(text))], 0
         else:
-            spans = self._assistant_spans(text, turns)
+            spans = self._assistant_spans(text, turns, pair.context)
             own = sum(turn.role == "assistant" for turn in pair.prompt)
             if self.loss_on == "answer":
                 spans, own = self._answer_spans(text, opened, pair, spans[own:]), 0
@@ -113,18 +115,18 @@ class Renderer:
             RowRefused: the template renders the prompt differently once an answer follows.
         """
         prompt, context = pair.prompt, pair.context
-        boundary = _shared_length(text, opened)
+        boundary = shared_length(text, opened)
         if boundary < len(opened):
             # The "<" of an answer "<b>…" is not part of a "<think>" that only the generation prompt has.
             other = self._text((*prompt, Turn("assistant", "\x02answer\x02")), context)
-            boundary = min(boundary, _shared_length(other, opened))
+            boundary = min(boundary, shared_length(other, opened))
         if boundary < len(opened) and boundary < len(self._text(prompt, context)):
             raise RowRefused(
                 "template", "the chat template writes the prompt's turns differently once an answer follows"
             )
         return boundary
 
-    def _assistant_spans(self, text: str, turns: tuple[Turn, ...]) -> list[Span]:
+    def _assistant_spans(self, text: str, turns: tuple[Turn, ...], context: Context) -> list[Span]:
         """The spans of the assistant's turns, found turn by turn, so that a header that a user typed is never taken for a real one.
 
         A span begins right after the turn's header (before a think block that the template adds) and ends after the turn's
@@ -138,23 +140,38 @@ class Renderer:
         for at, turn in enumerate(turns):
             if turn.role != "assistant":
                 content = turn.content.strip()
-                begin = text.find(content, position)
+                begin = -1 if turn.role == "system" and not self._keeps_order else text.find(content, position)
                 position = begin + len(content) if begin >= 0 else position
                 continue
-            # Thoughts and calls stand beside the content.
             span = None if turn.more else _plain_span(text, turn, position, frame)
-            if not span and (turn.more or "</think>" in turn.content or (at and turns[at - 1].role == "tool")):
-                span = _span_of_parts(text, turn, position, frame)
+            if not span:
+                span = AnswerFinder(self._text, text, turns, context, frame.header).span(at, position)
             if not span:
                 raise RowRefused("template", "the chat template rewrites an assistant turn; try --loss-on response")
             spans.append(span)
-            position = span[1] - len(frame.closing)
+            position = max(position, span[1] - len(frame.closing))
         return spans
+
+    @cached_property
+    def _keeps_order(self) -> bool:
+        """Whether the template writes a system turn before all others (Mistral's goes to the last question)."""
+        talk = ("system", "user", "assistant", "user", "assistant")
+        try:
+            text = self._text(tuple(Turn(role, f"\x01{at}\x01") for at, role in enumerate(talk)))
+        except RowRefused:
+            return True
+        return -1 < text.find("\x010\x01") < text.find("\x011\x01")
 
     def _answer_spans(self, text: str, opened: str, pair: Pair, spans: list[Span]) -> list[Span]:
         """The spans of the side's own assistant turns, each without what a generation prompt puts before it."""
-        tail = opened[opened.rfind(self._frame.header) + len(self._frame.header) :] if self._frame.header else ""
-        later = [(begin + _opened_length(text, begin, tail), end) for begin, end in spans[1:]]
+        header, prompt = self._frame.header, opened.removeprefix(self._text(pair.prompt, pair.context))
+        if prompt and prompt in header:
+            # What follows the generation prompt in a header is the answer's (gpt-oss).
+            written = header.rpartition(prompt)[2]
+            later = [(begin - len(written) * text.endswith(written, 0, begin), end) for begin, end in spans[1:]]
+        else:
+            tail = opened[opened.rfind(header) + len(header) :] if header in opened else ""
+            later = [(begin + _opened_length(text, begin, tail), end) for begin, end in spans[1:]]
         return [(self._boundary(text, opened, pair), spans[0][1]), *later]
 
     @cached_property
@@ -163,18 +180,6 @@ class Renderer:
         before, _, closing = self._text((user, assistant)).rpartition(assistant.content)
         header, tag, rest = before.rpartition(user.content)[2].partition("<think>")
         return Frame(header.removeprefix(closing), tag + rest, closing)
-
-
-def _shared_length(left: str, right: str) -> int:
-    """Length of the common beginning of two strings, by bisection: comparing each character took a sixth of the encoding time."""
-    least, most = 0, min(len(left), len(right))
-    while least < most:
-        middle = (least + most + 1) // 2
-        if left[least:middle] == right[least:middle]:
-            least = middle
-        else:
-            most = middle - 1
-    return least
 
 
 def _plain_span(text: str, turn: Turn, position: int, frame: Frame) -> Span | None:
@@ -194,25 +199,6 @@ def _end_of(content: str, text: str, begin: int, think: str, closing: str) -> in
         if at >= 0 and end >= 0 and alone:
             return end
     return -1
-
-
-def _span_of_parts(text: str, turn: Turn, position: int, frame: Frame) -> Span | None:
-    """The span of an assistant turn that has thoughts or calls, or follows a tool's turn: around the parts that are written."""
-    found = [
-        (at, at + len(part.text))
-        for part in parts_of([turn])
-        if part.text and (at := text.find(part.text, position)) >= 0
-    ]
-    if not found:
-        return None
-    first, last = min(begin for begin, _ in found), max(end for _, end in found)
-    start = text.find(frame.header, position)
-    begin = start + len(frame.header)
-    end = text.find(frame.closing, last)
-    if end < 0:
-        return None
-    # After a tool's turn a template may write no header, or another one.
-    return (begin if start >= 0 and begin <= first else first, end + len(frame.closing))
 
 
 def _opened_length(text: str, begin: int, tail: str) -> int:

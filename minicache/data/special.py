@@ -23,6 +23,8 @@ from minicache.pairs import Ints
 # Private-use characters in plane 16, which hardly any font uses.
 FIRST_HIDDEN = 0x108000
 MOST = 0x10FFFE - FIRST_HIDDEN
+# Such a character as JSON in ASCII has it.
+ESCAPED = re.compile(r"\\udb[ef]", re.IGNORECASE)
 # Part of an answer: templates and --think look for them.
 MEANT = ("<think>", "</think>")
 
@@ -120,11 +122,12 @@ class SpecialText:
         return frozenset(self.added[name][0] for name in self.hidden)
 
     def first_in(self, pair: Pair) -> str:
-        """The first text of a special token in a pair's turns, "" without any."""
-        for turn in (*pair.prompt, *pair.chosen, *pair.rejected):
-            for text in (turn.content, *texts_in(turn.more)):
-                if found := self._text.search(text):
-                    return found[0]
+        """The first text of a special token in a pair, "" without any."""
+        beside = (pair.context.tools, pair.context.documents, pair.context.arguments)
+        turns = ((turn.content, turn.more) for turn in (*pair.prompt, *pair.chosen, *pair.rejected))
+        for text in (each for values in (*turns, beside) for value in values for each in texts_in(value)):
+            if found := self._text.search(text):
+                return found[0]
         return ""
 
     def encode(self, texts: list[str]) -> list[Encoding]:
@@ -142,6 +145,8 @@ class SpecialText:
         Raises:
             RowRefused: there is such text.
         """
+        if ESCAPED.search(text):
+            raise RowRefused("special-text", "the chat template escapes the text of a special token in a content")
         (encoding,) = self.encode([text])
         found = sum(number in self.numbers for number in self.ids(encoding).tolist())
         if found != sum(1 for _ in self._text.finditer(text)):

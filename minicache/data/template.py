@@ -19,8 +19,6 @@ from minicache.errors import ConfigError, RowRefused
 
 # A call that no row holds.
 CALLED = {"qxk": "qxv"}
-# What a message without a content may hold as one, in the order in which they are tried.
-NO_CONTENTS: tuple[dict[str, Any], ...] = ({}, {"content": None}, {"content": ""})
 
 
 @dataclass(frozen=True)
@@ -109,21 +107,39 @@ class Template:
         except jinja2.TemplateError as error:
             raise ConfigError(f"the chat template cannot be compiled: {error}") from error
 
-    # --- the arguments of a call: an object in most templates, JSON text in some ---
+    # --- a message as the template reads it ---
 
     def _message(self, turn: Turn) -> dict[str, Any]:
+        """The message as transformers gives it: thoughts under each of their names, and no content instead of null."""
         message = turn.message
+        if self._takes_parts_alone and turn.content:
+            message["content"] = [{"type": "text", "text": turn.content}]
         if not turn.more:
             return message
-        # As transformers since 5.24 (chat_template_utils.py): thoughts stand under the names that templates read.
-        thoughts = next((turn.more[key] for key in THOUGHTS if key in turn.more), None)
-        if thoughts is not None:
-            message = {"thinking": thoughts, **message, "reasoning_content": thoughts}
+        if message["content"] is None and not self._takes_null:
+            del message["content"]
         if turn.more.get("tool_calls"):
             message["tool_calls"] = [self._call(call) for call in turn.more["tool_calls"]]
-        if message["content"] is None:
-            message = {name: value for name, value in message.items() if name != "content"} | self._no_content
-        return message
+        # transformers/utils/chat_template_utils.py, _alias_reasoning_fields
+        thoughts = next((turn.more[key] for key in THOUGHTS if turn.more.get(key) is not None), None)
+        return message if thoughts is None else {"thinking": thoughts, **message, "reasoning_content": thoughts}
+
+    @cached_property
+    def _takes_parts_alone(self) -> bool:
+        """Whether the template writes a content that is a list of parts, and none that is text."""
+        parts = [{"type": "text", "text": CALLED["qxk"]}]
+        return CALLED["qxk"] not in self._probed(CALLED["qxk"]) and CALLED["qxk"] in self._probed(parts)
+
+    @cached_property
+    def _takes_null(self) -> bool:
+        """Whether the template writes calls beside a content that is null, and not where there is none (DeepSeek R1)."""
+        is_written = [self._writes_call({}), self._writes_call({"content": None})]
+        return is_written == [False, True]
+
+    def _writes_call(self, content: dict[str, Any]) -> bool:
+        return any(CALLED["qxk"] in self._rendered_call(each, content) for each in (CALLED, json.dumps(CALLED)))
+
+    # The arguments of a call: an object in most templates, JSON text in some.
 
     def _call(self, call: Any) -> Any:
         arguments = call["function"].get("arguments")
@@ -138,32 +154,27 @@ class Template:
     @cached_property
     def _takes_text(self) -> bool:
         """Whether the template writes arguments that are JSON text as they are, not as a quoted text."""
-        return json.dumps(CALLED) in self._rendered_call(json.dumps(CALLED))
+        return json.dumps(CALLED) in self._written_call(json.dumps(CALLED))
 
     @cached_property
     def _takes_objects(self) -> bool:
-        return CALLED["qxk"] in self._rendered_call(CALLED)
+        return CALLED["qxk"] in self._written_call(CALLED)
 
-    def _rendered_call(self, arguments: Any) -> str:
-        """What the template writes of a call with these arguments, "" if it cannot."""
-        texts = (self._call_with(content, arguments) for content in NO_CONTENTS)
+    def _written_call(self, arguments: Any) -> str:
+        """What the template writes of a call with these arguments, "" if it does not."""
+        contents: tuple[dict[str, Any], ...] = ({}, {"content": None}, {"content": ""})
+        texts = (self._rendered_call(arguments, content) for content in contents)
         return next((text for text in texts if CALLED["qxk"] in text), "")
 
-    @cached_property
-    def _no_content(self) -> dict[str, Any]:
-        """The content of a message that has none: no such key, as in transformers, unless the template needs null (DeepSeek R1)."""
-        forms = (json.dumps(CALLED), CALLED)
-        fits = (
-            content for content in NO_CONTENTS if any(CALLED["qxk"] in self._call_with(content, form) for form in forms)
-        )
-        return next(fits, {})
-
-    def _call_with(self, content: dict[str, Any], arguments: Any) -> str:
+    def _rendered_call(self, arguments: Any, content: dict[str, Any]) -> str:
         call = {"type": "function", "id": "c00000001", "function": {"name": "f", "arguments": arguments}}
-        answer = {"role": "assistant", **content, "tool_calls": [call]}
-        values = {**self.special, "tools": None, "documents": None, "add_generation_prompt": False}
+        return self._probed("q", {"role": "assistant", **content, "tool_calls": [call]})
+
+    def _probed(self, question: Any, *answers: dict[str, Any]) -> str:
+        """What the template writes of messages that no row holds, "" if it cannot."""
+        values = {**self.special, **self.arguments, "tools": None, "documents": None, "add_generation_prompt": False}
         try:
-            return self._compiled.render(messages=[{"role": "user", "content": "q"}, answer], **values)
+            return self._compiled.render(messages=[{"role": "user", "content": question}, *answers], **values)
         # as in `render`
         except Exception:
             return ""

@@ -92,7 +92,7 @@ def _with_keys(role: str, name: str, content: object, more: dict[str, Any], fiel
     calls = _calls(more)
     if name in CALLERS:
         calls = _call_list(_json(text_of(content, name), name), name)
-        content = ""
+        content = None
     if calls:
         more["tool_calls"] = calls
     if isinstance(content, list):
@@ -100,7 +100,7 @@ def _with_keys(role: str, name: str, content: object, more: dict[str, Any], fiel
     if content is None and calls:
         more["content"], content = None, ""
     for key, value in more.items():
-        if key in THOUGHTS:
+        if key in THOUGHTS and not isinstance(value, list | dict):
             text_of(value, key)
         _require_sound(value)
     return Turn(role, text_of(content, "content"), more or None)

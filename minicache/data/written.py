@@ -14,6 +14,8 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from markupsafe import escape
+
 from minicache.data.records import THOUGHTS, Context, Note, Turn, texts_in
 from minicache.data.template import Template
 from minicache.errors import RowRefused
@@ -38,10 +40,10 @@ def parts_of(turns: Iterable[Turn]) -> Iterator[Part]:
     for at, turn in enumerate(turns):
         yield from _content_parts(at, turn)
         for key in THOUGHTS if turn.more else ():
-            if isinstance(value := (turn.more or {}).get(key), str):
-                yield Part(at, "thought", value.strip(), key)
+            for text in texts_in((turn.more or {}).get(key)):
+                yield Part(at, "thought", text.strip(), key)
         for call in (turn.more or {}).get("tool_calls") or ():
-            for text in texts_in([call["function"]["name"], _object(call["function"].get("arguments"))]):
+            for text in _leaves([call["function"]["name"], _object(call["function"].get("arguments"))]):
                 yield Part(at, "call", text.strip(), "tool_calls")
 
 
@@ -56,6 +58,19 @@ def _content_parts(at: int, turn: Turn) -> Iterator[Part]:
     yield Part(at, "text", text.strip())
 
 
+def _leaves(value: Any) -> Iterator[str]:
+    """Every text and number in a JSON value, and the names of its entries."""
+    if isinstance(value, dict):
+        for name, each in value.items():
+            yield name
+            yield from _leaves(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _leaves(each)
+    elif isinstance(value, str | int | float) and not isinstance(value, bool):
+        yield value if isinstance(value, str) else json.dumps(value)
+
+
 def _object(arguments: Any) -> Any:
     try:
         return json.loads(arguments) if isinstance(arguments, str) else arguments
@@ -64,10 +79,13 @@ def _object(arguments: Any) -> Any:
 
 
 def holds(text: str, part: str) -> bool:
-    """Whether a rendered text holds a part: as it is, as JSON, or with other whitespace."""
+    """Whether a rendered text holds a part: as it is, as JSON, as HTML, or with other whitespace."""
     if part in text:
         return True
-    if any(json.dumps(part, ensure_ascii=escaped)[1:-1] in text for escaped in (False, True)):
+    if (
+        any(json.dumps(part, ensure_ascii=escaped)[1:-1] in text for escaped in (False, True))
+        or str(escape(part)) in text
+    ):
         return True
     return "".join(part.split()) in "".join(text.split())
 
@@ -121,7 +139,7 @@ class Written:
         return self._dropped[shape]
 
     def _probe(self, turns: tuple[Turn, ...], context: Context) -> frozenset[tuple[int, str, str]]:
-        probe = tuple(_marked(turn, at) for at, turn in enumerate(turns))
+        probe = tuple(marked(turn, at) for at, turn in enumerate(turns))
         try:
             text = self.template.render(probe, context=context)
         except RowRefused:
@@ -134,7 +152,8 @@ class Written:
     def _unread_keys(self, text: str, turns: tuple[Turn, ...], context: Context) -> list[Note]:
         """The keys of turns, beside those that hold parts, that change nothing in the text."""
         keys = {key: None for turn in turns for key in turn.more or ()}
-        for key in ("content", "tool_calls", *THOUGHTS, *(("tools",) if context.tools else ())):
+        # The tools in a turn are the conversation's, see `_unread_context`.
+        for key in ("content", "tool_calls", "tools" if context.tools else "", *THOUGHTS):
             keys.pop(key, None)
         return [Note("unused", f"{key} of a turn") for key in keys if self._is_without(key, text, turns, context)]
 
@@ -191,11 +210,12 @@ def _shape(turn: Turn) -> object:
     shape = TAGS.findall(turn.content) if turn.role == "assistant" and "think>" in turn.content else ()
     more = turn.more or {}
     calls = [type(call["function"].get("arguments")) for call in more.get("tool_calls") or ()]
-    return turn.role, bool(turn.content.strip()), tuple(shape), tuple(more), tuple(calls)
+    kinds = tuple((key, type(value)) for key, value in more.items())
+    return turn.role, bool(turn.content.strip()), tuple(shape), kinds, tuple(calls)
 
 
-def _marked(turn: Turn, at: int) -> Turn:
-    """A turn of the same shape, made of words that occur nowhere else."""
+def marked(turn: Turn, at: int, names: bool = True) -> Turn:
+    """A turn of the same shape, made of words that occur nowhere else. names: whether calls have other names, too."""
     pieces = TAGS.split(turn.content) if turn.role == "assistant" else [turn.content]
     content = "\n".join(
         piece if TAGS.fullmatch(piece) else f"qx{at}c{number}xq" for number, piece in enumerate(pieces) if piece.strip()
@@ -204,15 +224,25 @@ def _marked(turn: Turn, at: int) -> Turn:
         return Turn(turn.role, content)
     more = dict(turn.more)
     for key in THOUGHTS:
-        if isinstance(more.get(key), str):
-            more[key] = f"qx{at}{key}xq"
+        if key in more:
+            more[key] = _with_word(more[key], f"qx{at}{key}xq")
     if more.get("tool_calls"):
-        more["tool_calls"] = [_marked_call(call, f"qx{at}f{n}xq") for n, call in enumerate(more["tool_calls"])]
+        more["tool_calls"] = [_marked_call(call, f"qx{at}f{n}xq", names) for n, call in enumerate(more["tool_calls"])]
     return Turn(turn.role, content, more)
 
 
-def _marked_call(call: dict[str, Any], word: str) -> dict[str, Any]:
+def _with_word(value: Any, word: str) -> Any:
+    """A JSON value of the same shape with this word in place of all texts."""
+    if isinstance(value, dict):
+        return {name: _with_word(each, word) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_with_word(each, word) for each in value]
+    return word if isinstance(value, str) else value
+
+
+def _marked_call(call: dict[str, Any], word: str, names: bool) -> dict[str, Any]:
     arguments: Any = {word + "k": word + "v"}
     if isinstance(call["function"].get("arguments"), str):
         arguments = json.dumps(arguments)
-    return {**call, "function": {**call["function"], "name": word, "arguments": arguments}}
+    name = word if names else call["function"]["name"]
+    return {**call, "function": {**call["function"], "name": name, "arguments": arguments}}

@@ -135,7 +135,8 @@ def test_every_form_has_a_row_here() -> None:
 @pytest.mark.parametrize("name", ["messages", "prompt", "sharegpt", "swift"])
 def test_tools_and_system_reach_the_template_from_every_form(name: str, tokenizer_dir: Path, tmp_path: Path) -> None:
     from tests.data.test_tokenizers import with_template
-    from tests.references.families import QWEN25
+
+    template = (Path(__file__).parents[1] / "references" / "templates" / "qwen25.jinja").read_text(encoding="utf-8")
 
     user, good, bad = (
         {"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "a"), ("assistant", "b"))
@@ -150,7 +151,7 @@ def test_tools_and_system_reach_the_template_from_every_form(name: str, tokenize
         },
         "swift": {"messages": [user, good], "rejected_response": "b"},
     }
-    encoder = Encoder(with_template(tokenizer_dir, tmp_path, QWEN25), 4096)
+    encoder = Encoder(with_template(tokenizer_dir, tmp_path, template), 4096)
     tools = [{"type": "function", "function": {"name": "look"}}]
     pair, expected = (
         encoder.encode(to_pairs({**rows[form], "system": "be brief", "tools": given}, "f", 1)[0]).pair
