@@ -138,8 +138,7 @@ class SpecialText:
             RowRefused: there is such text.
         """
         (encoding,) = self.encode([text])
-        special = {self.added[name][0] for name in self.hidden}
-        found = sum(number in special for number in self.ids(encoding).tolist())
+        found = sum(number in self.numbers for number in self.ids(encoding).tolist())
         if found != sum(1 for _ in self._text.finditer(text)):
             hidden = next(self._hidden.finditer(text))[0]
             raise RowRefused(
@@ -148,6 +147,11 @@ class SpecialText:
 
     def _other(self, name: str) -> str:
         return self.hidden.get(name) or self.shown[name]
+
+    @cached_property
+    def numbers(self) -> frozenset[int]:
+        """The ids of the special tokens."""
+        return frozenset(self.added[text][0] for text in self.hidden)
 
     @cached_property
     def _twin(self) -> Tokenizer:

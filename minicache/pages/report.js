@@ -9,21 +9,24 @@ function add(parent, tag, kind, text) {
   if (text !== undefined) element.textContent = text;  // never innerHTML: what a pair says is text
   return element;
 }
-function drawWords(parent, pieces) {  // text that does not count; [text, logprob?] that does; a number of tokens left out
+const inside = (piece) => piece.special ?? piece;
+function drawWords(parent, pieces) {  // text that does not count; [text, logprob?] that does; {special: either}; a number of tokens left out
   const words = add(parent, "p", "words");
   words.dir = "auto";
   for (const piece of pieces) {
     if (typeof piece === "number") add(words, "span", "gap", ` … ${piece.toLocaleString("en")} tokens left out … `);
-    else if (typeof piece === "string") add(words, "span", "plain", piece);
     else {
-      const [text, logp] = piece, level = LEVELS.filter((bound) => logp < bound).length;
-      const token = add(words, "span", logp === undefined ? "tok" : `tok s${level}`, text);
-      if (logp !== undefined) token.title = `${logp.toFixed(2)} nats`;
+      const special = piece.special !== undefined, [text, logp] = [inside(piece)].flat();
+      const level = LEVELS.filter((bound) => logp < bound).length;
+      const kind = typeof inside(piece) === "string" ? "plain" : logp === undefined ? "tok" : `tok s${level}`;
+      const token = add(words, "span", special ? `${kind} special` : kind, text);
+      const about = [...(special ? ["special token"] : []), ...(logp !== undefined ? [`${logp.toFixed(2)} nats`] : [])];
+      if (about.length) token.title = about.join(", ");
     }
   }
 }
 function drawLeast(parent, pieces) {  // what the shading shows, in words
-  const known = pieces.filter((piece) => Array.isArray(piece) && piece.length > 1);
+  const known = pieces.map(inside).filter((piece) => Array.isArray(piece) && piece.length > 1);
   const least = known.sort((one, other) => one[1] - other[1]).slice(0, LEAST);
   if (least.length) add(parent, "p", "dim", "Least likely: " + least.map(([text, logp]) => `“${text.trim() || "␣"}” ${logp.toFixed(2)}`).join(", "));
 }

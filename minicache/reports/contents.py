@@ -107,10 +107,14 @@ def inspect_pair(config: InspectConfig) -> PairView:
 def _segments(tokenizer: ChatTokenizer, pair: EncodedPair, side: int) -> list[Segment]:
     """A whole side as runs of tokens of one kind, each decoded at once: a character may consist of several tokens."""
     ids, mask = pair.side(side)
-    shared = np.arange(len(ids)) < pair.lengths[0]
-    starts = np.flatnonzero(np.r_[True, (mask[1:] != mask[:-1]) | (shared[1:] != shared[:-1])])
-    parts = zip(starts, [*starts[1:], len(ids)], strict=True)
-    return [Segment(tokenizer.decode(ids[a:b]), bool(mask[a]), bool(shared[a])) for a, b in parts]
+    kinds = np.stack([mask, np.arange(len(ids)) < pair.lengths[0], tokenizer.are_special(ids)], axis=1).astype(bool)
+    starts = np.flatnonzero(np.r_[True, (kinds[1:] != kinds[:-1]).any(1)]).tolist()
+    segments = []
+    for before, start, stop in zip([0, *starts], starts, [*starts[1:], len(ids)], strict=False):
+        counted, shared, special = kinds[start].tolist()
+        text = tokenizer.decode_after(ids[before:stop], start - before)
+        segments.append(Segment(text=text, counted=counted, shared=shared, special=special))
+    return segments
 
 
 def _problem(cache: ReferenceCache, pairs: int | None) -> str | None:

@@ -112,11 +112,15 @@ class Inspection:
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive tokens of one kind, as text. shared: whether they are in the prefix of both sides."""
+    """Consecutive tokens of one kind, as text. shared: whether they are in the prefix of both sides.
+
+    special: whether they are special tokens. Where a row holds the text of one, encoded as plain text, they are not.
+    """
 
     text: str
     counted: bool
     shared: bool
+    special: bool
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ KINDS = {
     "left-out": "{rows}: the chat template leaves thoughts of earlier turns, or the text beside a call, out of the prompt",
     "tie": "{rows}: answers that are equally good make no pair with each other",
     "both-unsafe": "{rows}: both answers are marked unsafe; the more helpful one is preferred, as the data's authors do",
-    "special-text": "{rows} hold the text of a special token, first {example}",
+    "special-text": "{rows} with the text of a special token, first {example}",
 }
 # Share of rows from which they look as if a chat template had been applied to them before.
 NEARLY_ALL = 0.9

@@ -11,7 +11,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from minicache.reports.names import LENGTHS, SHOWN_PROBLEMS, STATISTICS
+from minicache.reports.names import LENGTHS, SHOWN_PROBLEMS, STATISTICS, template_values
 from minicache.screen.results import show_notes, sources_table
 from minicache.text import visible
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 BAR = " ▏▎▍▌▋▊▉█"
 BAR_WIDTH = 14
+# Around special tokens where a style would be lost.
+BRACKETS = "⟦{}⟧"
 NARROW = 70  # columns: a narrower terminal gets only the columns that one acts on
 
 
@@ -58,23 +60,25 @@ def show_inspection(console: Console, it: "Inspection") -> None:
 
 
 def show_pair(console: Console, view: "PairView") -> None:
-    """Print one pair: counted tokens coloured and underlined, the others dim."""
+    """Print one pair: counted tokens coloured and underlined, the others dim; special tokens inverted or in brackets."""
+    styled = console.color_system is not None
     prefix, chosen, rejected = view.line.lengths
     console.print(Text(f"pair {view.line.index}, {visible(view.line.source)} line {view.line.line}", style="bold"))
     console.print(
         Text.assemble("shared ", (f"{prefix} tokens", "bold"), "; ", ("counted tokens", "underline"), " are underlined")
     )
+    how, style = ("inverted", "reverse") if styled else (f"in {BRACKETS.format(' ')}", "")
+    console.print(Text.assemble(("special tokens", style), f" are {how}; the same text typed in a row is not"))
     shared = [segment for segment in view.segments[0] if segment.shared]
     if shared:
-        console.print(
-            Panel(_text(shared, "yellow"), title="shared by both sides", title_align="left", border_style="dim")
-        )
+        text = _text(shared, "yellow", styled)
+        console.print(Panel(text, title="shared by both sides", title_align="left", border_style="dim"))
     for side, name, colour in ((0, "chosen", "green"), (1, "rejected", "red")):
         title = f"{name}: {(chosen, rejected)[side]} tokens of its own, {view.token_count[side]} counted"
         if view.line.logp_mean:
             title += f", reference {view.line.logp_mean[side]:.4f} nats per token"
         own = [segment for segment in view.segments[side] if not segment.shared]
-        console.print(Panel(_text(own, colour), title=title, title_align="left", border_style=colour))
+        console.print(Panel(_text(own, colour, styled), title=title, title_align="left", border_style=colour))
     if view.line.margin is not None:
         console.print(Text(f"reference margin {view.line.margin:+.4f} nats per token"))
 
@@ -105,6 +109,7 @@ def _header(it: "Inspection") -> Group:
         "scored in": f"{identity['dtype']}, {identity['attention']} attention",
         "pairs cut at": f"{identity['max_length']:,} tokens a side, truncate {identity['truncate']}",
         "counted": f"loss on {identity['loss_on']}",
+        **template_values(identity),
         "identity": it.identity_digest,
         "made": f"{it.log['created']} with "
         + ", ".join(f"{name} {version}" for name, version in it.log["versions"].items()),
@@ -172,9 +177,10 @@ def _histogram(title: str, histogram: "Histogram", form: str) -> Table:
         box=None, title=title, title_justify="left", title_style="bold", pad_edge=False, padding=0, show_header=False
     )
     table.add_column(justify="right", style="dim")
-    table.add_column(justify="right", style="green")
+    # Bars that leave room free must not narrow the heading, which would wrap.
+    table.add_column(justify="right", style="green", min_width=BAR_WIDTH)
     table.add_column()
-    table.add_column(style="red")
+    table.add_column(style="red", min_width=BAR_WIDTH)
     most = max(*histogram.chosen, *histogram.rejected, 1)
     bins = zip(histogram.edges, histogram.chosen, histogram.rejected, strict=False)
     for edge, chosen, rejected in bins:
@@ -216,8 +222,12 @@ def _pair_table(title: str, lines: Sequence["PairLine"], narrow: bool) -> Table:
     return table
 
 
-def _text(segments: Sequence["Segment"], colour: str) -> Text:
+def _text(segments: Sequence["Segment"], colour: str, styled: bool) -> Text:
     text = Text()
     for segment in segments:
-        text.append(visible(segment.text), style=f"{colour} underline" if segment.counted else "dim")
+        style = f"{colour} underline" if segment.counted else "dim"
+        shown = visible(segment.text)
+        if segment.special:
+            style, shown = f"{style} reverse", shown if styled else BRACKETS.format(shown)
+        text.append(shown, style=style)
     return text
