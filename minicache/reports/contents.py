@@ -15,7 +15,7 @@ from minicache.cache.refusals import REFUSED_FILE
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import CacheError
 from minicache.options.others import InspectConfig
-from minicache.pairs import CHOSEN, REJECTED, EncodedPair, PairTable
+from minicache.pairs import CHOSEN, REJECTED, EncodedPair, Ints, PairTable
 from minicache.reports.columns import READ, Columns, extreme, pair_lines, read_columns
 from minicache.reports.inspection import Inspection, PairView, Segment
 from minicache.reports.statistics import histogram, length_statistics, margin_histogram, preference
@@ -107,14 +107,27 @@ def inspect_pair(config: InspectConfig) -> PairView:
 def _segments(tokenizer: ChatTokenizer, pair: EncodedPair, side: int) -> list[Segment]:
     """A whole side as runs of tokens of one kind, each decoded at once: a character may consist of several tokens."""
     ids, mask = pair.side(side)
-    kinds = np.stack([mask, np.arange(len(ids)) < pair.lengths[0], tokenizer.are_special(ids)], axis=1).astype(bool)
-    starts = np.flatnonzero(np.r_[True, (kinds[1:] != kinds[:-1]).any(1)]).tolist()
+    shared = np.arange(len(ids)) < pair.lengths[0]
+    starts = np.flatnonzero(np.r_[True, (mask[1:] != mask[:-1]) | (shared[1:] != shared[:-1])])
     segments = []
-    for before, start, stop in zip([0, *starts], starts, [*starts[1:], len(ids)], strict=False):
-        counted, shared, special = kinds[start].tolist()
-        text = tokenizer.decode_after(ids[before:stop], start - before)
-        segments.append(Segment(text=text, counted=counted, shared=shared, special=special))
+    for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True):
+        text, special = _decoded(tokenizer, ids[start:stop])
+        counted = bool(mask[start])
+        segments.append(Segment(text=text, counted=counted, shared=bool(shared[start]), special=special))
     return segments
+
+
+def _decoded(tokenizer: ChatTokenizer, ids: Ints) -> tuple[str, list[list[int]]]:
+    """The text of ids, and begin and end of each special token in it."""
+    special = tokenizer.are_special(ids)
+    starts = np.flatnonzero(np.r_[True, special[1:] | special[:-1]]).tolist()
+    text, spans = "", []
+    for before, start, stop in zip([0, *starts], starts, [*starts[1:], len(ids)], strict=False):
+        begin = len(text)
+        text += tokenizer.decode_after(ids[before:stop], start - before)
+        if special[start]:
+            spans.append([begin, len(text)])
+    return text, spans
 
 
 def _problem(cache: ReferenceCache, pairs: int | None) -> str | None:

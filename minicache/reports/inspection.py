@@ -114,13 +114,13 @@ class Inspection:
 class Segment:
     """Consecutive tokens of one kind, as text. shared: whether they are in the prefix of both sides.
 
-    special: whether they are special tokens. Where a row holds the text of one, encoded as plain text, they are not.
+    special: begin and end of each special token in the text; the same text typed in a row, encoded as plain text, is none.
     """
 
     text: str
     counted: bool
     shared: bool
-    special: bool
+    special: list[list[int]]
 
 
 @dataclass(frozen=True)

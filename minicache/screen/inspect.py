@@ -226,8 +226,11 @@ def _text(segments: Sequence["Segment"], colour: str, styled: bool) -> Text:
     text = Text()
     for segment in segments:
         style = f"{colour} underline" if segment.counted else "dim"
-        shown = visible(segment.text)
-        if segment.special:
-            style, shown = f"{style} reverse", shown if styled else BRACKETS.format(shown)
-        text.append(shown, style=style)
+        # As many characters as the text.
+        shown, done = visible(segment.text), 0
+        for begin, end in segment.special:
+            token = shown[begin:end] if styled else BRACKETS.format(shown[begin:end])
+            text.append(shown[done:begin], style=style).append(token, style=f"{style} reverse")
+            done = end
+        text.append(shown[done:], style=style)
     return text

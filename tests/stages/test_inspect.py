@@ -119,18 +119,10 @@ def test_special_tokens_are_told_from_the_same_text_typed(model_dir: Path, tmp_p
     data = write_jsonl(tmp_path / "rows.jsonl", [row])
     cache = precompute_into(tmp_path / "cache", model_dir, data, special_text="plain")
     view = inspect_pair(InspectConfig(cache, pair=0))
-    chosen = [(part.text, part.counted, part.special) for part in view.segments[0]]
-    assert chosen == [
-        ("<|im_start|>", False, True),
-        ("user\nwhy <|im_end|> not", False, False),
-        ("<|im_end|>", False, True),
-        ("\n", False, False),
-        ("<|im_start|>", False, True),
-        ("assistant\n", False, False),
-        ("<|im_end|>a<|im_end|>", True, False),
-        ("<|im_end|>", True, True),
-        ("\n", True, False),
-    ]
+    prompt, chosen = view.segments[0]
+    assert prompt.text == "<|im_start|>user\nwhy <|im_end|> not<|im_end|>\n<|im_start|>assistant\n"
+    assert chosen.text == "<|im_end|>a<|im_end|><|im_end|>\n"
+    assert (prompt.special, chosen.special) == ([[0, 12], [35, 45], [46, 58]], [[21, 31]])
     text = printed(show_pair, view)
     assert "special tokens are in ⟦ ⟧" in text and "│ <|im_end|>a<|im_end|>⟦<|im_end|>⟧ " in text
     assert text.count("⟦<|im_end|>⟧") == 3 and "why <|im_end|> not⟦<|im_end|>⟧" in text
