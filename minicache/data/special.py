@@ -116,11 +116,6 @@ class SpecialText:
             arguments=self.hide_all(context.arguments, "a template argument", refuse),
         )
 
-    @cached_property
-    def numbers(self) -> frozenset[int]:
-        """The ids of the special tokens."""
-        return frozenset(self.added[name][0] for name in self.hidden)
-
     def first_in(self, pair: Pair) -> str:
         """The first text of a special token in a pair, "" without any."""
         beside = (pair.context.tools, pair.context.documents, pair.context.arguments)
@@ -157,6 +152,11 @@ class SpecialText:
 
     def _other(self, name: str) -> str:
         return self.hidden.get(name) or self.shown[name]
+
+    @cached_property
+    def numbers(self) -> frozenset[int]:
+        """The ids of the special tokens."""
+        return frozenset(self.added[text][0] for text in self.hidden)
 
     @cached_property
     def _twin(self) -> Tokenizer:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer, processors
 
 from minicache.data.records import NO_CONTEXT, Context, Turn
@@ -106,6 +107,16 @@ class ChatTokenizer:
     def decode(self, ids: Ints) -> str:
         """The text of ids, (n,), special tokens included."""
         return self.backend.decode([int(token) for token in ids], skip_special_tokens=False)
+
+    def decode_after(self, ids: Ints, count: int) -> str:
+        """The text of ids after the first `count`. They are decoded too: some decoders drop the space before the first word."""
+        before, text = self.decode(ids[:count]), self.decode(ids)
+        # Where a character begins before, the two texts differ there.
+        return text[len(before) :] if text.startswith(before) else self.decode(ids[count:])
+
+    def are_special(self, ids: Ints) -> NDArray[np.bool_]:
+        """(n,) Which of the ids are special tokens; such text that a row holds has plain ids, see `SpecialText`."""
+        return np.isin(ids, list(self.special_text.numbers))
 
     @cached_property
     def special_text(self) -> SpecialText:

@@ -9,8 +9,8 @@ from minicache.pages.cache_rows import extremes, rows_to_look_at, texts
 from minicache.pages.charts import Bars, Chart, histogram
 from minicache.pages.markup import Table, report
 from minicache.reports.inspection import Inspection
-from minicache.reports.names import LENGTHS, SHOWN_PROBLEMS, STATISTICS
-from minicache.reports.notes import notes_on, together
+from minicache.reports.names import LENGTHS, SHOWN_PROBLEMS, STATISTICS, template_values
+from minicache.reports.notes import notes_on
 
 
 def cache_page(found: CacheReport) -> str:
@@ -110,14 +110,15 @@ def _sources(found: CacheReport) -> dict[str, Any]:
         ]
         for of in sources
     ]
+    notes = [[of["name"], line] for of in sources for line in notes_on(of)]
     reasons = [[of["name"], reason, f"{count:,}"] for of in sources for reason, count in sorted(of["refused"].items())]
     refusals = [row for row in map(_refusal, found.refusals) if row]
     title = f"Refused rows, the first {len(refusals)}"
     return {
         "files": Table("Files", ["file", *columns, "refused", "read to the end"], rows),
         "listed": len(sources),
-        "notes": notes_on(together(every)) if every else [],
         "files_read": len(every),
+        "notes": Table("What was not used, and the like", ["file", "what"], notes, numbers_from=2),
         "reasons": Table("Refused rows by reason", ["file", "reason", "rows"], reasons, numbers_from=2),
         "refusals": Table(title, ["row", "reason", "what was wrong"], refusals, numbers_from=3, captioned=False),
         "refused_file": found.inspection.refused_file,
@@ -142,6 +143,7 @@ def _manifest(it: Inspection) -> dict[str, Any]:
         ("counted tokens", f"--loss-on {identity['loss_on']}"),
         ("each token's logprob", "kept" if identity["per_token"] else "not kept (--per-token)"),
         ("block", f"{identity['block_pairs']:,} pairs"),
+        *template_values(identity).items(),
         ("identity", it.identity_digest),
         ("made", f"{log['created']} with {versions}"),
     ]

@@ -9,24 +9,24 @@ function add(parent, tag, kind, text) {
   if (text !== undefined) element.textContent = text;  // never innerHTML: what a pair says is text
   return element;
 }
-function drawWords(parent, pieces) {  // text that does not count; [text, logprob?] that does; a number of tokens left out; {special}
+const inside = (piece) => piece.special ?? piece;
+function drawWords(parent, pieces) {  // text that does not count; [text, logprob?] that does; {special: either}; a number of tokens left out
   const words = add(parent, "p", "words");
   words.dir = "auto";
   for (const piece of pieces) {
     if (typeof piece === "number") add(words, "span", "gap", ` … ${piece.toLocaleString("en")} tokens left out … `);
-    else if (typeof piece === "string") add(words, "span", "plain", piece);
     else {
-      const isSpecial = !Array.isArray(piece), [text, logp] = isSpecial ? [piece.special, piece.logp] : piece;
-      const level = LEVELS.filter((bound) => logp < bound).length, counts = !isSpecial || piece.counted;
-      const kinds = [isSpecial && "special", counts ? "tok" : "plain", logp !== undefined && `s${level}`];
-      const token = add(words, "span", kinds.filter(Boolean).join(" "), text);
-      token.title = [isSpecial && "special token", logp !== undefined && `${logp.toFixed(2)} nats`].filter(Boolean).join(", ");
+      const special = piece.special !== undefined, [text, logp] = [inside(piece)].flat();
+      const level = LEVELS.filter((bound) => logp < bound).length;
+      const kind = typeof inside(piece) === "string" ? "plain" : logp === undefined ? "tok" : `tok s${level}`;
+      const token = add(words, "span", special ? `${kind} special` : kind, text);
+      const about = [...(special ? ["special token"] : []), ...(logp !== undefined ? [`${logp.toFixed(2)} nats`] : [])];
+      if (about.length) token.title = about.join(", ");
     }
   }
 }
 function drawLeast(parent, pieces) {  // what the shading shows, in words
-  const known = pieces.map((piece) => piece.special ? [piece.special, piece.logp] : piece)
-    .filter((piece) => Array.isArray(piece) && piece[1] !== undefined);
+  const known = pieces.map(inside).filter((piece) => Array.isArray(piece) && piece.length > 1);
   const least = known.sort((one, other) => one[1] - other[1]).slice(0, LEAST);
   if (least.length) add(parent, "p", "dim", "Least likely: " + least.map(([text, logp]) => `“${text.trim() || "␣"}” ${logp.toFixed(2)}`).join(", "));
 }

@@ -15,7 +15,7 @@ from minicache.cache.refusals import REFUSED_FILE
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import CacheError
 from minicache.options.others import InspectConfig
-from minicache.pairs import CHOSEN, REJECTED, EncodedPair, PairTable
+from minicache.pairs import CHOSEN, REJECTED, EncodedPair, Ints, PairTable
 from minicache.reports.columns import READ, Columns, extreme, pair_lines, read_columns
 from minicache.reports.inspection import Inspection, PairView, Segment
 from minicache.reports.statistics import histogram, length_statistics, margin_histogram, preference
@@ -108,16 +108,26 @@ def _segments(tokenizer: ChatTokenizer, pair: EncodedPair, side: int) -> list[Se
     """A whole side as runs of tokens of one kind, each decoded at once: a character may consist of several tokens."""
     ids, mask = pair.side(side)
     shared = np.arange(len(ids)) < pair.lengths[0]
-    special = np.isin(ids, [*tokenizer.special_text.numbers])
-    kinds = np.stack([mask, shared, special])
-    starts = np.flatnonzero(np.r_[True, (kinds[:, 1:] != kinds[:, :-1]).any(0)])
+    starts = np.flatnonzero(np.r_[True, (mask[1:] != mask[:-1]) | (shared[1:] != shared[:-1])])
     segments = []
-    for before, start, stop in zip([0, *starts[:-1]], starts, [*starts[1:], len(ids)], strict=True):
-        # With the segment before it: a decoder may drop the space before the first word.
-        known = tokenizer.decode(ids[before:start]) if start > before else ""
-        text = tokenizer.decode(ids[before:stop])[len(known) :]
-        segments.append(Segment(text, bool(mask[start]), bool(shared[start]), bool(special[start])))
+    for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True):
+        text, special = _decoded(tokenizer, ids[start:stop])
+        counted = bool(mask[start])
+        segments.append(Segment(text=text, counted=counted, shared=bool(shared[start]), special=special))
     return segments
+
+
+def _decoded(tokenizer: ChatTokenizer, ids: Ints) -> tuple[str, list[list[int]]]:
+    """The text of ids, and begin and end of each special token in it."""
+    special = tokenizer.are_special(ids)
+    starts = np.flatnonzero(np.r_[True, special[1:] | special[:-1]]).tolist()
+    text, spans = "", []
+    for before, start, stop in zip([0, *starts], starts, [*starts[1:], len(ids)], strict=False):
+        begin = len(text)
+        text += tokenizer.decode_after(ids[before:stop], start - before)
+        if special[start]:
+            spans.append([begin, len(text)])
+    return text, spans
 
 
 def _problem(cache: ReferenceCache, pairs: int | None) -> str | None:

@@ -112,15 +112,15 @@ class Inspection:
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive tokens of one kind, as text.
+    """Consecutive tokens of one kind, as text. shared: whether they are in the prefix of both sides.
 
-    shared: whether they are in the prefix of both sides. special: whether they are special tokens, and not text that reads alike.
+    special: begin and end of each special token in the text; the same text typed in a row, encoded as plain text, is none.
     """
 
     text: str
     counted: bool
     shared: bool
-    special: bool = False
+    special: list[list[int]]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,13 @@ LENGTHS = {
     "rejected_counted": "counted, rejected",
 }
 STATISTICS = {"min": ",.0f", "median": ",.1f", "mean": ",.1f", "p95": ",.0f", "max": ",.0f"}
+# Fields of a cache's identity that name what its chat template was given -> their names; few caches have them.
+TEMPLATE_VALUES = {"date": "date", "template_args": "template args"}
+
+
+def template_values(identity: Mapping[str, Any]) -> dict[str, str]:
+    """The date and the arguments that the chat template of a cache was given, those that the identity has, by name."""
+    return {name: identity[field] for field, name in TEMPLATE_VALUES.items() if identity.get(field)}
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """Pairs of a cache as text: token by token if the cache has each token's logprob, otherwise in runs."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from minicache.cache.reader import ReferenceCache
 from minicache.data.tokenizers import ChatTokenizer
@@ -14,9 +15,10 @@ from minicache.text import visible
 # Tokens shown of a pair: the last ones of the shared prefix, the first ones of each side's rest.
 SHARED_SHOWN, OWN_SHOWN = 300, 600
 
-# Text that does not count; [text] that counts; [text, logprob] of one token that counts; a number of tokens left out; a special
-# token, {special: text, counted, logp if known}.
-Piece = str | list[Any] | int | dict[str, Any]
+# Text that does not count; [text] that counts; [text, logprob] of one token that counts; a number of tokens left out. Each
+# special token is a piece of its own.
+Plain = str | list[Any]
+Piece = Plain | dict[Literal["special"], Plain] | int
 
 
 def pair_texts(cache: ReferenceCache, tokenizer: ChatTokenizer, indices: list[int]) -> dict[int, list[list[Piece]]]:
@@ -60,42 +62,36 @@ def _run(
 ) -> list[Piece]:
     """The pieces of the tokens from span[0] to span[1] of a side. places: (m,) the side's tokens in the pair."""
     ids, mask, values = pair.tokens[places], pair.loss_mask[places], logps[places]
+    special = tokenizer.are_special(ids)
     pieces: list[Piece] = []
-    special = tokenizer.special_text.numbers
-    for start, stop, text in _texts(tokenizer, ids, span):
-        if int(ids[start]) in special:
-            logp = float(values[start])
-            known = {"logp": round(logp, 3)} if np.isfinite(logp) else {}
-            pieces.append({"special": visible(text), "counted": bool(mask[start]), **known})
-        elif not mask[start]:
-            if pieces and isinstance(pieces[-1], str):
-                pieces[-1] += text
-            else:
-                pieces.append(text)
-        elif np.isfinite(values[start:stop]).all():
-            pieces.append([text, round(float(values[start:stop].sum()), 3)])
-        elif pieces and isinstance(pieces[-1], list):
-            pieces[-1][0] += text
+    for start, stop, text in _texts(tokenizer, ids, span, special):
+        piece: Plain = visible(text) if not mask[start] else [visible(text)]
+        if isinstance(piece, list) and np.isfinite(values[start:stop]).all():
+            piece.append(round(float(values[start:stop].sum()), 3))
+        last = pieces[-1] if pieces else None
+        if special[start]:
+            pieces.append({"special": piece})
+        elif isinstance(piece, str) and isinstance(last, str):
+            pieces[-1] = last + piece
+        elif isinstance(last, list) and len(piece) == 1 and isinstance(piece, list):
+            last[0] += piece[0]
         else:
-            pieces.append([text])
-    return [visible(piece) if isinstance(piece, str) else _shown(piece) for piece in pieces]
+            pieces.append(piece)
+    return pieces
 
 
-def _shown(piece: Piece) -> Piece:
-    return [visible(piece[0]), *piece[1:]] if isinstance(piece, list) else piece
-
-
-def _texts(tokenizer: ChatTokenizer, ids: Ints, span: tuple[int, int]) -> Iterator[tuple[int, int, str]]:
-    """The shortest runs of tokens that make whole characters: begin, end and text of each.
+def _texts(
+    tokenizer: ChatTokenizer, ids: Ints, span: tuple[int, int], special: NDArray[np.bool_]
+) -> Iterator[tuple[int, int, str]]:
+    """The shortest runs of tokens that make whole characters: begin, end and text of each. A special token is its own run.
 
     A run is decoded together with the one before it: a decoder may drop the space before the first word.
     """
     begin = start = span[0]
     for stop in range(span[0] + 1, span[1] + 1):
-        before = tokenizer.decode(ids[begin:start]) if start > begin else ""
-        text = tokenizer.decode(ids[begin:stop])
+        text = tokenizer.decode_after(ids[begin:stop], start - begin)
         # The rest of a character is missing.
-        if text.endswith("\ufffd") and stop < span[1] and stop - start < 8:
+        if text.endswith("\ufffd") and stop < span[1] and not special[stop] and stop - start < 8:
             continue
-        yield start, stop, text[len(before) :]
+        yield start, stop, text
         begin, start = start, stop

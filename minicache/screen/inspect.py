@@ -11,7 +11,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from minicache.reports.names import LENGTHS, SHOWN_PROBLEMS, STATISTICS
+from minicache.reports.names import LENGTHS, SHOWN_PROBLEMS, STATISTICS, template_values
 from minicache.screen.results import show_notes, sources_table
 from minicache.text import visible
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 BAR = " ▏▎▍▌▋▊▉█"
 BAR_WIDTH = 14
+# Around special tokens where a style would be lost.
+BRACKETS = "⟦{}⟧"
 NARROW = 70  # columns: a narrower terminal gets only the columns that one acts on
 
 
@@ -58,20 +60,19 @@ def show_inspection(console: Console, it: "Inspection") -> None:
 
 
 def show_pair(console: Console, view: "PairView") -> None:
-    """Print one pair: counted tokens coloured and underlined, the others dim; special tokens in reverse, or in ⟦ ⟧ in a log."""
+    """Print one pair: counted tokens coloured and underlined, the others dim; special tokens inverted or in brackets."""
+    styled = console.color_system is not None
     prefix, chosen, rejected = view.line.lengths
     console.print(Text(f"pair {view.line.index}, {visible(view.line.source)} line {view.line.line}", style="bold"))
     console.print(
         Text.assemble("shared ", (f"{prefix} tokens", "bold"), "; ", ("counted tokens", "underline"), " are underlined")
     )
-    styled = console.is_terminal
-    special = ("special tokens", "reverse") if styled else "⟦special tokens⟧"
-    console.print(Text.assemble(special, " are marked so; text that only reads like one is not"))
+    how, style = ("inverted", "reverse") if styled else (f"in {BRACKETS.format(' ')}", "")
+    console.print(Text.assemble(("special tokens", style), f" are {how}; the same text typed in a row is not"))
     shared = [segment for segment in view.segments[0] if segment.shared]
     if shared:
-        console.print(
-            Panel(_text(shared, "yellow", styled), title="shared by both sides", title_align="left", border_style="dim")
-        )
+        text = _text(shared, "yellow", styled)
+        console.print(Panel(text, title="shared by both sides", title_align="left", border_style="dim"))
     for side, name, colour in ((0, "chosen", "green"), (1, "rejected", "red")):
         title = f"{name}: {(chosen, rejected)[side]} tokens of its own, {view.token_count[side]} counted"
         if view.line.logp_mean:
@@ -108,12 +109,11 @@ def _header(it: "Inspection") -> Group:
         "scored in": f"{identity['dtype']}, {identity['attention']} attention",
         "pairs cut at": f"{identity['max_length']:,} tokens a side, truncate {identity['truncate']}",
         "counted": f"loss on {identity['loss_on']}",
+        **template_values(identity),
         "identity": it.identity_digest,
         "made": f"{it.log['created']} with "
         + ", ".join(f"{name} {version}" for name, version in it.log["versions"].items()),
     }
-    given = ("date", "template_args")
-    rows |= {name.replace("_", " "): identity[name] for name in given if identity.get(name)}
     for name, value in rows.items():
         table.add_row(name, Text(visible(value)))
     line = Text.assemble(f"{bar} {int(100 * done)}%  ", state, f"  {it.blocks_scored} of {it.blocks} blocks")
@@ -177,9 +177,10 @@ def _histogram(title: str, histogram: "Histogram", form: str) -> Table:
         box=None, title=title, title_justify="left", title_style="bold", pad_edge=False, padding=0, show_header=False
     )
     table.add_column(justify="right", style="dim")
-    table.add_column(justify="right", style="green")
+    # Bars that leave room free must not narrow the heading, which would wrap.
+    table.add_column(justify="right", style="green", min_width=BAR_WIDTH)
     table.add_column()
-    table.add_column(style="red")
+    table.add_column(style="red", min_width=BAR_WIDTH)
     most = max(*histogram.chosen, *histogram.rejected, 1)
     bins = zip(histogram.edges, histogram.chosen, histogram.rejected, strict=False)
     for edge, chosen, rejected in bins:
@@ -225,8 +226,11 @@ def _text(segments: Sequence["Segment"], colour: str, styled: bool) -> Text:
     text = Text()
     for segment in segments:
         style = f"{colour} underline" if segment.counted else "dim"
-        shown = visible(segment.text)
-        if segment.special:
-            style, shown = (f"{style} reverse", shown) if styled else (style, f"⟦{shown}⟧")
-        text.append(shown, style=style)
+        # As many characters as the text.
+        shown, done = visible(segment.text), 0
+        for begin, end in segment.special:
+            token = shown[begin:end] if styled else BRACKETS.format(shown[begin:end])
+            text.append(shown[done:begin], style=style).append(token, style=f"{style} reverse")
+            done = end
+        text.append(shown[done:], style=style)
     return text

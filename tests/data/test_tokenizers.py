@@ -6,8 +6,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models
 
 from minicache.data.records import Turn
 from minicache.data.tokenizers import PLAIN_TEMPLATE, ChatTokenizer
@@ -309,3 +310,15 @@ def test_text_that_a_tokenizer_has_no_token_for_is_a_clean_error(tmp_path: Path)
     Tokenizer(models.WordLevel({"a": 0}, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ModelError, match="cannot encode"):
         ChatTokenizer.load(tmp_path).encode(["b"])
+
+
+def test_text_after_other_ids_is_what_they_add(tokenizer_dir: Path) -> None:
+    tokenizer = ChatTokenizer.load(tokenizer_dir)
+    words = Tokenizer(models.WordLevel({"▁a": 0, "▁b": 1}, unk_token="▁a"))
+    words.decoder = decoders.Metaspace()
+    ids = np.array([0, 1], np.int32)
+    spaced = replace(tokenizer, backend=words)
+    assert (spaced.decode(ids[1:]), spaced.decode_after(ids, 1), spaced.decode_after(ids, 0)) == ("b", " b", "a b")
+    # One character of several tokens: the first of them is none.
+    halves = tokenizer.encode(["猫"])[0][0]
+    assert len(halves) > 1 and tokenizer.decode_after(halves, 1) == tokenizer.decode(halves[1:]) != ""

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from minicache.cache.reader import ReferenceCache
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import ConfigError, DataError
 from minicache.options.others import InspectConfig, ReportConfig
+from minicache.pages.cache import _manifest, _sources
 from minicache.pages.cache_report import EXTREMES, gather
 from minicache.pages.charts import HEIGHT, Bars, Line, curves, histogram, thinned
 from minicache.pages.compare import Answers
@@ -22,7 +24,8 @@ from minicache.pages.compare import page as compare_page
 from minicache.pages.markup import Table, Where, render, report
 from minicache.pairs import EncodedPair, PairTable
 from minicache.reports import suspects
-from minicache.reports.pair_text import OWN_SHOWN, Piece, pair_texts
+from minicache.reports.notes import notes_on
+from minicache.reports.pair_text import OWN_SHOWN, Piece, Plain, _texts, pair_texts
 from minicache.stages.inspect import write_cache_page
 from minicache.stages.report import write_run_page
 from minicache.text import visible
@@ -187,24 +190,20 @@ def test_texts_are_the_pairs_token_by_token_with_their_logprobs(odd_cache: Path)
             if len(ids) <= OWN_SHOWN:
                 assert "".join(text_of(piece) for piece in pieces) == visible(tokenizer.decode(ids))
                 assert means is not None
-                total = sum(map(logp_of, pieces))
+                total = sum(piece[1] for piece in map(inside, pieces) if isinstance(piece, list))
                 assert total == pytest.approx(float(means[side]) * mask.sum(), abs=2e-3 * len(pieces))
     longest, left_out = next((own, own[0][-1]) for _, *own in texts.values() if isinstance(own[0][-1], int))
     assert isinstance(left_out, int) and left_out > 0 and "word" in "".join(map(text_of, longest[0][:-1]))
 
 
+def inside(piece: Piece) -> Plain | int:
+    return piece["special"] if isinstance(piece, dict) else piece
+
+
 def text_of(piece: Piece) -> str:
-    assert not isinstance(piece, int)
-    if isinstance(piece, dict):
-        return str(piece["special"])
-    return piece if isinstance(piece, str) else str(piece[0])
-
-
-def logp_of(piece: Piece) -> float:
-    """The logprob that a piece shows, 0 for none."""
-    if isinstance(piece, dict):
-        return float(piece.get("logp", 0))
-    return float(piece[1]) if isinstance(piece, list) else 0.0
+    found = inside(piece)
+    assert not isinstance(found, int)
+    return found if isinstance(found, str) else str(found[0])
 
 
 # --- the page ---
@@ -255,7 +254,58 @@ def test_without_each_tokens_logprob_the_page_says_how_to_get_it(ref_cache: Path
     found.check()
     assert "--per-token" in found.text
     pieces = [piece for part in next(iter(found.data["pairs"].values())) for piece in part]
-    assert {len(piece) for piece in pieces if isinstance(piece, list)} == {1}
+    assert {len(piece) for piece in map(inside, pieces) if isinstance(piece, list)} == {1}
+
+
+def test_special_tokens_are_told_from_the_same_text_typed(model_dir: Path, tmp_path: Path) -> None:
+    typed = write_jsonl(tmp_path / "typed.jsonl", [row("why<|im_end|>", "<|im_end|>", "你<|im_end|>")])
+    for per_token in (False, True):
+        cache = precompute_into(tmp_path / f"cache{per_token}", model_dir, typed, per_token=per_token)
+        found = shown(cache, tmp_path / "typed.html")
+        assert "special tokens are framed" in found.text
+        parts = [
+            [(text_of(piece), isinstance(piece, dict)) for piece in part if isinstance(piece, dict) or not per_token]
+            for part in found.data["pairs"]["0"]
+        ]
+        special = [[text for text, is_special in part if is_special] for part in parts]
+        assert special == [["<|im_start|>", "<|im_end|>", "<|im_start|>"], ["<|im_end|>"], ["<|im_end|>"]]
+        if not per_token:
+            assert parts[0][1] == ("user\nwhy<|im_end|>", False) and parts[2][0] == ("你<|im_end|>", False)
+
+
+def test_a_special_token_ends_a_character_that_has_no_end(tokenizer_dir: Path) -> None:
+    tokenizer = ChatTokenizer.load(tokenizer_dir)
+    ids = tokenizer.encode(["猫<|im_end|>a"])[0][0]
+    end = ids.tolist().index(tokenizer.backend.token_to_id("<|im_end|>"))
+    cut = np.r_[ids[: end - 1], ids[end:]]
+    runs = list(_texts(tokenizer, cut, (0, len(cut)), tokenizer.are_special(cut)))
+    assert runs[-2:] == [(end - 1, end, "<|im_end|>"), (end, end + 1, "a")]
+
+
+def test_what_of_each_file_is_not_used_is_shown(model_dir: Path, tmp_path: Path) -> None:
+    rows = [{**row("why", "the cat", "a mat"), "score": 3}, row("why<|im_end|>", "not", "then")]
+    files = [write_jsonl(tmp_path / name, rows[at:]) for at, name in enumerate(("one.jsonl", "two.jsonl"))]
+    cache = precompute_into(tmp_path / "cache", model_dir, *files)
+    (first, second) = ReferenceCache(cache).log.sources
+    lines = [notes_on(asdict(source)) for source in (first, second)]
+    assert [len(both) for both in lines] == [2, 2]
+    report = gather(InspectConfig(cache), Silent())
+    assert _sources(report)["notes"].rows == [
+        *([first.name, line] for line in lines[0]),
+        *([second.name, line] for line in lines[1]),
+    ]
+    found = shown(cache, tmp_path / "cache.html")
+    found.check()
+    assert all(line in found.text for both in lines for line in both)
+    assert "not used: score (1 row)" in found.text
+
+
+def test_what_the_template_was_given_is_among_the_facts(odd_cache: Path) -> None:
+    it = gather(InspectConfig(odd_cache), Silent()).inspection
+    assert "date" not in dict(_manifest(it)["facts"])
+    given = replace(it, identity={**it.identity, "date": "2025-02-01", "template_args": '{"thinking": false}'})
+    facts = dict(_manifest(given)["facts"])
+    assert (facts["date"], facts["template args"]) == ("2025-02-01", '{"thinking": false}')
 
 
 def test_files_refused_rows_and_problems_are_told(odd_page: Path) -> None:

@@ -1,5 +1,6 @@
 """The pages in headless Chromium: every width, dark and light, the keyboard, and nothing run or fetched that is not theirs."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -148,6 +149,21 @@ def test_a_link_to_a_pair_opens_its_text_with_shaded_tokens(browser: Browser, pa
     assert len(shades) > 1 and all("tok s" in shade for shade in shades)
     browser.open(pages["cache"], fragment=f"#{pair}")
     assert browser.run(f"document.getElementById('{pair}').open")
+
+
+def test_a_special_token_is_framed_and_named_the_same_text_typed_is_not(
+    browser: Browser, model_dir: Path, tmp_path: Path
+) -> None:
+    data = write_jsonl(tmp_path / "typed.jsonl", [row("why<|im_end|>", "<|im_end|> not", "on a mat")])
+    cache = precompute_into(tmp_path / "cache", model_dir, data, per_token=True)
+    browser.open(write_cache_page(InspectConfig(cache, html=tmp_path / "cache.html"), Silent()), fragment="#pair-0")
+    look = "(one) => [one.textContent, one.title, getComputedStyle(one).borderTopStyle]"
+    framed = browser.run(f"[...document.querySelectorAll('#pair-0 .special')].map({look})")
+    assert framed[:2] == [["<|im_start|>", "special token", "solid"], ["<|im_end|>", "special token", "solid"]]
+    assert len(framed) == 5 and all(re.fullmatch(r"special token, -\d+\.\d\d nats", one[1]) for one in framed[3:])
+    others = browser.run(f"[...document.querySelectorAll('#pair-0 .words > :not(.special)')].map({look})")
+    assert others[0][0] == "user\nwhy<|im_end|>" and {one[2] for one in others} == {"none"}
+    assert not [one for one in others if "special" in one[1]]
 
 
 def test_a_vote_is_counted_and_shown_where_only_the_pages_own_script_and_style_are_allowed(

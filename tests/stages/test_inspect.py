@@ -21,11 +21,11 @@ from minicache.options.others import InspectConfig
 from minicache.pairs import EncodedPair, PairTable
 from minicache.reports.columns import extreme
 from minicache.reports.contents import inspect_cache, inspect_pair
-from minicache.reports.inspection import Inspection
+from minicache.reports.inspection import Histogram, Inspection
 from minicache.screen.inspect import show_inspection, show_pair, show_problems
 from minicache.stages.inspect import verify_cache
 from minicache.text import visible
-from tests.conftest import Cli, make_rows, precompute_into, write_jsonl
+from tests.conftest import make_rows, precompute_into, write_jsonl
 
 
 def printed(show: Callable[[Console, Any], None], item: object, width: int = 100) -> str:
@@ -112,6 +112,41 @@ def test_what_users_wrote_never_steers_the_terminal(model_dir: Path, tmp_path: P
     assert "␛[31mred␇ [bold]x[/bold]" in text and "[red]b[/red]" in text
     assert "[red]x.jsonl" in printed(show_inspection, look(cache), 160)
     assert visible("plain 你好\n\t😀") == "plain 你好\n\t😀"
+
+
+def test_special_tokens_are_told_from_the_same_text_typed(model_dir: Path, tmp_path: Path) -> None:
+    row = {"prompt": "why <|im_end|> not", "chosen": "<|im_end|>a<|im_end|>", "rejected": "b"}
+    data = write_jsonl(tmp_path / "rows.jsonl", [row])
+    cache = precompute_into(tmp_path / "cache", model_dir, data, special_text="plain")
+    view = inspect_pair(InspectConfig(cache, pair=0))
+    prompt, chosen = view.segments[0]
+    assert prompt.text == "<|im_start|>user\nwhy <|im_end|> not<|im_end|>\n<|im_start|>assistant\n"
+    assert chosen.text == "<|im_end|>a<|im_end|><|im_end|>\n"
+    assert (prompt.special, chosen.special) == ([[0, 12], [35, 45], [46, 58]], [[21, 31]])
+    text = printed(show_pair, view)
+    assert "special tokens are in ⟦ ⟧" in text and "│ <|im_end|>a<|im_end|>⟦<|im_end|>⟧ " in text
+    assert text.count("⟦<|im_end|>⟧") == 3 and "why <|im_end|> not⟦<|im_end|>⟧" in text
+    styled = Console(width=100, color_system="standard", force_terminal=True)
+    with styled.capture() as capture:
+        show_pair(styled, view)
+    # Underlined, inverted (7) and green; the typed ones before it are not inverted.
+    assert "\x1b[4;32m<|im_end|>a<|im_end|>\x1b[0m\x1b[4;7;32m<|im_end|>\x1b[0m" in capture.get()
+    assert "⟦" not in capture.get() and "inverted" in capture.get()
+
+
+def test_what_the_template_was_given_is_shown(ref_cache: Path) -> None:
+    found = look(ref_cache)
+    assert "template args" not in printed(show_inspection, found)
+    given = replace(found, identity={**found.identity, "date": "2025-02-01", "template_args": '{"thinking": false}'})
+    text = printed(show_inspection, given)
+    assert "│ date           2025-02-01" in text and '│ template args  {"thinking": false}' in text
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_the_heading_of_a_histogram_is_one_line_however_short_its_bars(ref_cache: Path, width: int) -> None:
+    one_sided = Histogram(edges=[-1.0, -0.5, 0.0], chosen=[100, 20], rejected=[0, 0])
+    text = printed(show_inspection, replace(look(ref_cache), logp_histogram=one_sided), width)
+    assert "nats per token: chosen │ rejected" in text
 
 
 IDENTITY = Identity(
@@ -339,21 +374,3 @@ def test_names_of_files_never_steer_the_terminal(made: Path) -> None:
     for some in (problems, []):
         assert "\x1b" not in printed(lambda console, lines: show_problems(console, str(cache), lines), some)
     assert problems and all("block 1" in problem for problem in problems)
-
-
-def test_a_special_token_and_text_that_reads_like_it_are_shown_apart(model_dir: Path, tmp_path: Path, cli: Cli) -> None:
-    row = {"prompt": "Ends <|im_end|> it?", "chosen": "Yes", "rejected": "No"}
-    cache = precompute_into(tmp_path / "cache", model_dir, write_jsonl(tmp_path / "rows.jsonl", [row]))
-    _, shown, _ = cli("inspect-cache", cache, "--pair", 0)
-    assert "Ends <|im_end|> it?⟦<|im_end|>⟧" in shown and "⟦special tokens⟧ are marked so" in shown
-    _, shown, _ = cli("inspect-cache", cache, "--pair", 0, "--json")
-    segments = json.loads(shown)["segments"][0]
-    assert [part["text"] for part in segments if part["special"]] == [
-        "<|im_start|>",
-        "<|im_end|>",
-        "<|im_start|>",
-        "<|im_end|>",
-    ]
-    assert "<|im_end|>" in "".join(part["text"] for part in segments if not part["special"])
-    _, _, _ = cli("inspect-cache", cache, "--html", tmp_path / "page.html")
-    assert "1 row with the text of a special token" in (tmp_path / "page.html").read_text()
