@@ -149,9 +149,9 @@ def _from_store(url: str, scratch: Path, note: Note) -> list[DataFile]:
         return [bucket.get(key)]
     folder, split = key.rstrip("/"), ""
     if not (names := bucket.below(folder)):
-        named, at, split = folder.rpartition("@")
-        folder = named.rstrip("/") if at else folder
-        names = bucket.below(folder) if at else []
+        found = re.fullmatch(r"(?P<folder>.*?)/?@(?P<split>[^@/]+)", folder)
+        folder, split = (found["folder"], found["split"]) if found else (folder, "")
+        names = bucket.below(folder) if found else []
     if not names:
         raise DataError(f"{url}: no such object, and none below it")
     below = f"{folder}/".lstrip("/")

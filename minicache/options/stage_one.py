@@ -28,7 +28,9 @@ from minicache.options.where import Where
 
 @dataclass(frozen=True)
 class PrecomputeConfig:
-    """Options of stage one. model, tokenizer: a directory, a hub id or a file. Sizes are in tokens or pairs.
+    """Options of stage one. model, tokenizer: a directory, a hub id or a file. data: what `minicache.data.places` locates.
+
+    Sizes are in tokens or pairs.
 
     Raises:
         ConfigError: a value cannot work. Construction raises it, before any file is opened or model loaded.
@@ -36,7 +38,7 @@ class PrecomputeConfig:
 
     model: str = needed("The SFT model: directory, hub id, .gguf or MiniMind .pth.")
     data: tuple[str, ...] = needed(
-        "Preference data: files, folders, quoted globs, URLs, - for standard input, or data sets of the Hub (org/name@split)."
+        "Preference data: files, folders, globs in quotes, URLs, - (standard input), Hub data sets org/name[:config][@split]."
     )
     ref_cache: Where = needed(texts.REF_CACHE, metavar="PATH")
     tokenizer: str | None = option(None, "The tokenizer, if it is not with the model (a .pth has none).")

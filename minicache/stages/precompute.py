@@ -49,6 +49,7 @@ def precompute(config: PrecomputeConfig, world: World, tracker: Tracker) -> Prec
     """
     config = replace(config, dtype=resolve_dtype(config.dtype, world.device))
     with ExitStack() as claims:
+        tracker.begin("locating the data", None)
         # A wrong path should not cost the loading of a model.
         files = claims.enter_context(located(config.data, tracker.note)) if world.is_main else []
         for file in files:

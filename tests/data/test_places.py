@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,23 @@ import pyarrow.parquet as pq
 import pytest
 
 from minicache.cache.reader import ReferenceCache
+from minicache.cli import expand_data
 from minicache.data import urls
 from minicache.data.files import MOST_ROW, DataFile, read_rows
 from minicache.data.folders import glob_pattern, splits_by_name
 from minicache.data.places import locate, located
+from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import ConfigError, DataError, MinicacheError, RowRefused, StoreError
+from minicache.intake.prompts import read_prompts
+from minicache.options.exchange import ImportConfig
+from minicache.options.others import CompareConfig
 from minicache.options.stage_one import PrecomputeConfig
+from minicache.options.train import TrainConfig
+from minicache.stages.import_cache import import_cache
 from minicache.stages.precompute import precompute
+from minicache.stages.train import train
 from minicache.trackers import Silent
-from tests.conftest import Cli, make_rows, one_process, precompute_into, write_jsonl
+from tests.conftest import Cli, one_process, precompute_into, write_jsonl
 from tests.helpers.hub import COMMIT, OLD, Hub, serving
 
 ROWS = [{"prompt": f'why {n}\nnot, "that"', "chosen": f"the cat {n}", "rejected": f"a mat, {n}"} for n in range(40)]
@@ -140,7 +149,7 @@ def test_cells_are_text_as_they_stand_and_rows_have_the_line_they_begin_at(tmp_p
         (b'a,b\n1,"x\n2,y\n', "row at line 2 is not CSV: unexpected end of data"),
         (b'a,b\n1,2\n3,"say "hi", now"\n', "row at line 3 is not CSV: ',' expected after"),
         (b"a,b\n1," + b"x" * MOST_ROW + b"\n", f"a row of more than {MOST_ROW:,} characters"),
-        (b"a,b\n1,'" + b"x\n" * (MOST_ROW // 8) + b'2,"' + b"y\n" * MOST_ROW, "characters"),
+        (b'a,b\n1,"' + b"xy,zzzz\n" * (MOST_ROW // 8), f"a row of more than {MOST_ROW:,} characters"),
         (b"a,a\n1,2\n", "name of each column, each once; got 'a', 'a'"),
         (b"a,\x1b[31m\n1,2\n", "name of each column"),
         (b"a,b\n", "holds no rows"),
@@ -169,13 +178,9 @@ def test_a_cut_or_greedy_file_is_refused_by_the_name_it_was_given(tmp_path: Path
 
 
 def test_arrow_with_offsets_that_lead_elsewhere_is_refused_and_bad_text_costs_its_row(tmp_path: Path) -> None:
-    with pa.ipc.new_stream(tmp_path / "bad.arrow", pa.schema([("prompt", pa.string())])) as writer:
-        writer.write_batch(pa.record_batch([pa.array(["a" * 77])], ["prompt"]))
-    # The offsets 0 and 77 lie before the text; the batch's metadata hold the same numbers.
-    head, text, end = (tmp_path / "bad.arrow").read_bytes().partition(b"a" * 77)
-    before, offsets, after = head.rpartition((77).to_bytes(4, "little"))
-    assert offsets
-    (tmp_path / "bad.arrow").write_bytes(before + (10**6).to_bytes(4, "little") + after + text + end)
+    whole = as_arrow([{"prompt": "x" * 1234}])
+    before, _, after = whole.rpartition((1234).to_bytes(4, "little"))
+    (tmp_path / "bad.arrow").write_bytes(before + (10**9).to_bytes(4, "little") + after)
     with pytest.raises(DataError, match="cannot be read as arrow after 0 rows"):
         list(read_rows(str(tmp_path / "bad.arrow")))
     column = pa.array([b"a", b"\xff\xfe", b"c"]).view(pa.string())
@@ -251,7 +256,8 @@ def test_globs_go_through_folders_as_the_shell_does(tmp_path: Path, find: Find, 
     (tmp_path / "d" / "rows.txt").write_text('{"of": "rows.txt"}\n')
 
     def names(glob: str) -> list[str]:
-        return [str(row["of"]) for row in rows_of(find(tmp_path / glob)) if isinstance(row, dict)]
+        rows: list[Any] = rows_of(find(tmp_path / glob))
+        return [row["of"] for row in rows]
 
     assert names("d/x-*.jsonl") == ["d/x-1.jsonl", "d/x-2.jsonl"] and not notes
     assert names("**/*.jsonl") == ["d/e/x-3.jsonl", "d/x-1.jsonl", "d/x-2.jsonl"]
@@ -344,6 +350,8 @@ def test_an_object_a_folder_and_a_glob_of_a_store(find: Find, notes: list[str]) 
     assert rows_of(find("memory://places/d/**/*.[jc]*")) == ROWS
     assert len(find("memory://places/d/*.jsonl")) == len(find("memory://places/d/a.jsonl")) == 1
     assert rows_of(find("memory://places/s@train")) == ROWS
+    obstore.put(urls.store_at("memory://root"), "train.csv", as_table())
+    assert rows_of(find("memory://root")) == rows_of(find("memory://root/@train")) == ROWS
     for value, said in (("d/none.csv", "no such object"), ("d/*.tsv", "no object fits"), ("s", "train, test; add")):
         with pytest.raises(DataError, match=said):
             find(f"memory://places/{value}")
@@ -394,9 +402,7 @@ def test_a_data_set_is_pinned_to_a_commit_and_only_its_data_are_fetched(hub: Hub
     )
     files = find("org/name")
     assert [file.name for file in files] == [f"org/name@{COMMIT}:data/a.jsonl", f"org/name@{COMMIT}:data/b.csv"]
-    assert (rows_of(files) == ROWS and notes == ["org/name: not used: name.py, README.md"]) or notes == [
-        "org/name: not used: README.md, name.py"
-    ]
+    assert rows_of(files) == ROWS and notes == ["org/name: not used: README.md, name.py"]
     assert not [path for path in hub.asked if "name.py" in path]
     assert [file.name for file in find("org/name@train?revision=v1")] == [f"org/name@{OLD}:x.jsonl"]
     assert rows_of(find(files[1].name)) == ROWS[15:]
@@ -488,6 +494,10 @@ def run(cache: Path, model: Path, *data: str, tracker: Silent | None = None) -> 
     precompute(PrecomputeConfig(str(model), data, cache, block_pairs=8), one_process(), tracker or Silent())
 
 
+def pairs_of(cache: ReferenceCache) -> list[Any]:
+    return list(cache.load().table.keys.tolist())
+
+
 @pytest.fixture
 def plain(model_dir: Path, tmp_path: Path) -> Path:
     """A cache of the rows as one jsonl file."""
@@ -515,21 +525,21 @@ def test_a_killed_call_goes_on_when_the_same_content_comes_again(
     assert source.name == name and not source.complete and len(ReferenceCache(tmp_path / "cache").blocks) == 3
     piped(monkeypatch, LINES)
     run(tmp_path / "cache", model_dir, value)
-    (source,) = ReferenceCache(tmp_path / "cache").log.sources
-    assert source.name == name and source.complete
-    keys = [ReferenceCache(path).load().table.keys.tolist() for path in (tmp_path / "cache", plain)]
-    assert keys[0] == keys[1]
+    whole, resumed = ReferenceCache(plain), ReferenceCache(tmp_path / "cache")
+    (source,) = resumed.log.sources
+    assert source == replace(whole.log.sources[0], name=name)
+    assert pairs_of(resumed) == pairs_of(whole) and len(resumed.blocks) == len(whole.blocks)
 
 
 def test_each_kind_gives_the_same_pairs(plain: Path, model_dir: Path, tmp_path: Path) -> None:
-    expected = ReferenceCache(plain).load().table.keys.tolist()
+    expected = pairs_of(ReferenceCache(plain))
     for name in ("x.csv", "x.parquet", "x.arrow", "x.jsonl.xz"):
         (tmp_path / name).write_bytes(FILES[name])
         cache = ReferenceCache(precompute_into(tmp_path / f"of-{name}", model_dir, tmp_path / name))
-        assert cache.load().table.keys.tolist() == expected
+        assert pairs_of(cache) == expected
     folder = save_to_disk(tmp_path / "saved")
     cache = ReferenceCache(precompute_into(tmp_path / "of-saved", model_dir, folder))
-    assert cache.load().table.keys.tolist() == expected
+    assert pairs_of(cache) == expected
     assert [source.name for source in cache.log.sources] == [f"{folder}/data-b.arrow", f"{folder}/data-a.arrow"]
 
 
@@ -555,11 +565,43 @@ def test_several_processes_read_one_standard_input(model_dir: Path, tmp_path: Pa
         capture_output=True,
     )
     assert done.returncode == 0, done.stderr
-    assert (
-        ReferenceCache(tmp_path / "cache").load().table.keys.tolist()
-        == ReferenceCache(plain).load().table.keys.tolist()
+    assert pairs_of(ReferenceCache(tmp_path / "cache")) == pairs_of(ReferenceCache(plain))
+
+
+def test_a_folder_can_be_imported_and_trained_on(model_dir: Path, tmp_path: Path, plain: Path) -> None:
+    (tmp_path / "d").mkdir()
+    scored = [{**row, "ref_chosen_logps": -1.0 - n, "ref_rejected_logps": -2.0} for n, row in enumerate(ROWS)]
+    write_jsonl(tmp_path / "d" / "a.jsonl", scored[:15])
+    write_jsonl(tmp_path / "d" / "b.jsonl", scored[15:])
+    config = ImportConfig(str(tmp_path / "d"), tmp_path / "new", model=str(model_dir), logps="mean", dtype="float32")
+    import_cache(config, Silent())
+    imported = ReferenceCache(tmp_path / "new").load()
+    assert imported.table.source.tolist() == [[0, n] for n in range(1, 16)] + [[1, n] for n in range(1, 26)]
+    assert imported.reference.logp_mean[:, 0].tolist() == [-1.0 - n for n in range(40)]
+    data = (f"{tmp_path}/d/b*.jsonl",)
+    report = train(
+        TrainConfig(ref_cache=(plain,), out=tmp_path / "run", data=data, batch_size=5), one_process(), Silent()
     )
+    assert report.model_step == 5
 
 
-def test_rows_of_several_files_can_be_imported_and_trained_on(model_dir: Path, tmp_path: Path) -> None:
-    assert make_rows(1)
+def test_prompts_come_from_a_folder_and_a_pipe(
+    tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = ChatTokenizer.load(tokenizer_dir)
+
+    def prompts(value: str) -> list[str]:
+        return [prompt.text for prompt in read_prompts(CompareConfig("", prompts=value), tokenizer)]
+
+    (tmp_path / "x.csv").write_text("id,prompt\n1,why\n2,why not\n")
+    assert prompts(str(tmp_path)) == ["why", "why not"]
+    for content in (b"why\nwhy not\n", b'{"prompt": "why"}\n{"prompt": "why not"}\n'):
+        piped(monkeypatch, content)
+        assert prompts("-") == ["why", "why not"]
+
+
+def test_standard_input_can_be_one_of_several_on_the_command_line() -> None:
+    assert expand_data(["--data", "a", "-", "b", "--ref-cache", "c"]) == [
+        *("--data", "a", "--data", "-", "--data", "b"),
+        *("--ref-cache", "c"),
+    ]
