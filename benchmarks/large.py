@@ -32,6 +32,7 @@ from minicache.cache.schema import RefBlock
 from minicache.cache.writer import CacheWriter
 from minicache.data import workers
 from minicache.data.encode import Encoder
+from minicache.data.files import DataFile
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.intake.blocks import hash_files, take_in
 from minicache.trackers import Silent
@@ -133,7 +134,7 @@ def encoding(options: argparse.Namespace) -> dict[str, float]:
         path, Manifest(identity, Log(model="m", created="d", versions={})), lambda place: place.mkdir()
     )
     workers.MOST = options.workers
-    given, started, cpu = hash_files((file,)), time.perf_counter(), time.process_time()
+    given, started, cpu = hash_files([DataFile(file, Path(file))]), time.perf_counter(), time.process_time()
     with Peak() as peak:
         take_in(cache, encoder, given, "auto", False, Silent())
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu

@@ -55,7 +55,7 @@ def expand_data(arguments: list[str]) -> list[str]:
     expanded: list[str] = []
     in_data = fresh = False
     for argument in arguments:
-        if argument.startswith("-"):
+        if argument.startswith("-") and argument != "-":
             in_data, fresh = argument == "--data", True
         elif in_data and not fresh:
             expanded.append("--data")

@@ -15,7 +15,7 @@ from minicache.cache.places.drafts import drafted
 from minicache.cache.places.opening import place_at
 from minicache.cache.schema import RefBlock
 from minicache.cache.writer import CacheWriter
-from minicache.data.files import read_rows
+from minicache.data.files import DataFile, read_rows
 from minicache.errors import DataError
 from minicache.intake.prepare import prepare
 from minicache.models import load_model
@@ -45,7 +45,7 @@ ADVICE = (
 )
 
 
-def import_foreign(config: ImportConfig, tracker: Tracker) -> Manifest:
+def import_foreign(config: ImportConfig, files: list[DataFile], tracker: Tracker) -> Manifest:
     """Encode the rows as stage one does, and store the file's logprobs instead of scoring; returns the manifest.
 
     Raises:
@@ -53,7 +53,7 @@ def import_foreign(config: ImportConfig, tracker: Tracker) -> Manifest:
     """
     started = time.monotonic()
     assert config.model and config.logps and config.dtype
-    names = _names(config.file)
+    names = _names(files[0])
     tracker.begin(f"loading {config.model}", None)
     loaded = load_model(config.model, config.trust_remote_code)
     options: dict[str, Any] = {"block_pairs": BLOCK_PAIRS, **config.of_encoding, "dtype": config.dtype}
@@ -65,10 +65,11 @@ def import_foreign(config: ImportConfig, tracker: Tracker) -> Manifest:
             trust_remote_code=config.trust_remote_code,
             **options,
         )
-        prepare(request, loaded, config.dtype, torch.device("cpu"), tracker, claims)
+        prepare(request, files, loaded, torch.device("cpu"), tracker, claims)
         cache = CacheWriter(draft)
         tracker.begin("copying the logprobs", cache.log.pairs)
-        rows = read_rows(config.file)
+        by_name = {file.name: file for file in files}
+        rows = _numbered([by_name[source.name] for source in cache.log.sources])
         for block in range(len(cache.blocks)):
             table = cache.blocks.pairs(block)
             means = _means(rows, table, names, config, request)
@@ -80,7 +81,7 @@ def import_foreign(config: ImportConfig, tracker: Tracker) -> Manifest:
 
 
 def _means(
-    rows: Iterator[tuple[int, object]],
+    rows: Iterator[tuple[tuple[int, int], str, object]],
     table: PairTable,
     names: tuple[str, str],
     config: ImportConfig,
@@ -88,31 +89,41 @@ def _means(
 ) -> NDArray[np.float64]:
     """(n, 2) the file's logprobs of a block of pairs, in nats per token."""
     values = np.full((len(table), 2), np.nan)
-    for index, row, where in _rows_of(rows, table.source[:, 1], config.file):
+    for index, row, where in _rows_of(rows, table.source):
         values[index] = _logps(row, names, where)
         _check_tokens(row, table[index], table.token_counts[index], request, where)
     return values / table.token_counts if config.logps == "sum" else values
 
 
-def _names(file: str) -> tuple[str, str]:
+def _numbered(files: list[DataFile]) -> Iterator[tuple[tuple[int, int], str, object]]:
+    """((number of the file, line), "file:line", row) for each row of the files."""
+    for number, file in enumerate(files):
+        for line, row in read_rows(file):
+            yield (number, line), f"{file.name}:{line}", row
+
+
+def _names(file: DataFile) -> tuple[str, str]:
     """The two columns of the logprobs, found in the first row. Raises DataError: there is not exactly one such pair."""
     _, row = next(read_rows(file))
     found = [pair for pair in LOGPS if isinstance(row, dict) and (pair[0] in row or pair[1] in row)]
     if len(found) != 1:
         known = "; ".join(f"{chosen}, {rejected}" for chosen, rejected in LOGPS)
         got = "none of them" if not found else f"several: {', '.join(chosen for chosen, _ in found)}"
-        raise DataError(f"{file}: expected the reference's logprobs in one pair of columns ({known}), got {got}")
+        raise DataError(f"{file.name}: expected the reference's logprobs in one pair of columns ({known}), got {got}")
     return found[0]
 
 
 def _rows_of(
-    rows: Iterator[tuple[int, object]], lines: NDArray[np.int64], file: str
+    rows: Iterator[tuple[tuple[int, int], str, object]], places: NDArray[np.int64]
 ) -> Iterator[tuple[int, dict[str, Any], str]]:
-    """(position, row, "file:line") of each pair of a block; the pairs of a cache have the order of the file's lines."""
-    for index, line in enumerate(lines.tolist()):
-        row = next(row for number, row in rows if number == line)
+    """(position, row, "file:line") of each pair of a block; the pairs of a cache have the order of the files' lines.
+
+    places: (n, 2) number of the file and line of each pair.
+    """
+    for index, place in enumerate(map(tuple, places.tolist())):
+        where, row = next((where, row) for at, where, row in rows if at == place)
         assert isinstance(row, dict)
-        yield index, row, f"{file}:{line}"
+        yield index, row, where
 
 
 def _logps(row: dict[str, Any], names: tuple[str, str], where: str) -> list[float]:

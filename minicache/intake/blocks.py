@@ -8,13 +8,13 @@ import copy
 import hashlib
 import logging
 from dataclasses import fields
-from pathlib import Path
 
 from minicache.cache.blocks import Blocks
 from minicache.cache.identity import Identity
 from minicache.cache.manifest import Source
 from minicache.cache.writer import CacheWriter
 from minicache.data.encode import Encoder
+from minicache.data.files import DataFile
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import CacheMismatch, MinicacheError, OutputError, StoreError
 from minicache.intake.filling import Filling
@@ -24,7 +24,7 @@ from minicache.trackers import Tracker
 log = logging.getLogger(__name__)
 
 
-def hash_files(files: tuple[str, ...]) -> dict[str, str]:
+def hash_files(files: list[DataFile]) -> dict[str, DataFile]:
     """The files by their sha256; files with equal content count once."""
     return {_sha256(file): file for file in files}
 
@@ -35,7 +35,7 @@ def encoder_of(identity: Identity, tokenizer: ChatTokenizer) -> Encoder:
     return Encoder(tokenizer=tokenizer, **{name: getattr(identity, name) for name in names})
 
 
-def holds_all(blocks: Blocks, given: dict[str, str], format: str) -> bool:
+def holds_all(blocks: Blocks, given: dict[str, DataFile], format: str) -> bool:
     """Whether, by the cache's log, all these files were read to their end and no other file is unfinished.
 
     Raises:
@@ -47,7 +47,7 @@ def holds_all(blocks: Blocks, given: dict[str, str], format: str) -> bool:
 
 
 def take_in(
-    cache: CacheWriter, encoder: Encoder, given: dict[str, str], format: str, fail: bool, tracker: Tracker
+    cache: CacheWriter, encoder: Encoder, given: dict[str, DataFile], format: str, fail: bool, tracker: Tracker
 ) -> None:
     """Encode the pairs that the cache does not hold yet and write them into free blocks, in the order of the files.
 
@@ -89,23 +89,23 @@ def take_in(
         raise
 
 
-def _sha256(file: str) -> str:
+def _sha256(file: DataFile) -> str:
     """The digest of a file's content."""
-    with Path(file).open("rb") as stream:
+    with file.path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _require_format(blocks: Blocks, given: dict[str, str], format: str) -> None:
+def _require_format(blocks: Blocks, given: dict[str, DataFile], format: str) -> None:
     """Raises CacheMismatch: the cache read one of the files in another format."""
     for source in blocks.log.sources:
         if source.sha256 in given and source.format != format:
             raise CacheMismatch(
-                f"{blocks.path}: {given[source.sha256]} was read with --format {source.format}, asked for {format}. "
+                f"{blocks.path}: {given[source.sha256].name} was read with --format {source.format}, asked for {format}. "
                 "Ask for the same, or name another --ref-cache"
             )
 
 
-def _drop_abandoned(cache: CacheWriter, given: dict[str, str], tracker: Tracker) -> None:
+def _drop_abandoned(cache: CacheWriter, given: dict[str, DataFile], tracker: Tracker) -> None:
     """Drop the pairs of an interrupted call, unless all files of that call are given again."""
     unread = [source for source in cache.log.sources if not source.complete]
     if missing := [source.name for source in unread if source.sha256 not in given]:
@@ -117,10 +117,10 @@ def _drop_abandoned(cache: CacheWriter, given: dict[str, str], tracker: Tracker)
         cache.write_log()
 
 
-def _register(sources: list[Source], sha256: str, file: str, format: str) -> int:
+def _register(sources: list[Source], sha256: str, file: DataFile, format: str) -> int:
     """The number of a file with this content in the log; a new content gets the next number."""
     for number, source in enumerate(sources):
         if source.sha256 == sha256:
             return number
-    sources.append(Source(name=file, size=Path(file).stat().st_size, sha256=sha256, format=format))
+    sources.append(Source(name=file.name, size=file.path.stat().st_size, sha256=sha256, format=format))
     return len(sources) - 1

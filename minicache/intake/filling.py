@@ -10,7 +10,7 @@ from minicache.cache.manifest import Source
 from minicache.cache.refusals import Refusal, read_refusals, source_of, write_refusals
 from minicache.cache.writer import CacheWriter
 from minicache.data.encode import Encoder
-from minicache.data.files import read_rows
+from minicache.data.files import DataFile, read_rows
 from minicache.data.workers import RowEncoder
 from minicache.errors import CacheDamaged, DataError, ModelError, RowRefused
 from minicache.pairs import EncodedPair, PairTable
@@ -34,25 +34,25 @@ class Filling:
     pending: list[EncodedPair] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
 
-    def read(self, number: int, file: str, encoder: Encoder, format: str, tracker: Tracker) -> None:
+    def read(self, number: int, file: DataFile, encoder: Encoder, format: str, tracker: Tracker) -> None:
         """Encode a file from its beginning and write its pairs; its last block may be smaller."""
         started, source = time.monotonic(), self.cache.log.sources[number]
         source.rows = source.kept = source.duplicates = source.truncated = 0
         source.refused = {}
-        rows = RowEncoder(encoder, file, format, number).encode_by_all_cores(read_rows(file))
+        rows = RowEncoder(encoder, file.name, format, number).encode_by_all_cores(read_rows(file))
         with closing(rows):
             for item in rows:
                 source.rows += 1
                 tracker.advance(1, 0)
                 if isinstance(item, RowRefused):
-                    self._refuse(number, file, item)
+                    self._refuse(number, file.name, item)
                 else:
                     self._keep(source, *item)
         if self.pending:
             self._write_block()
         source.complete = True
         seconds = time.monotonic() - started
-        log.debug("%s, format %s: %d of %d rows kept, %.1f s", file, format, source.kept, source.rows, seconds)
+        log.debug("%s, format %s: %d of %d rows kept, %.1f s", file.name, format, source.kept, source.rows, seconds)
 
     def _keep(self, source: Source, pair: EncodedPair, truncated: bool) -> None:
         """Count a pair; append it to the next block, unless it is stored already or repeats another."""

@@ -14,6 +14,7 @@ from minicache.cache.places.claims import CLAIM_FILE, SHARD_CLAIMS, Claim
 from minicache.cache.places.opening import claimed, take_alone
 from minicache.cache.places.place import POLL_SECONDS, ROOT
 from minicache.cache.writer import CacheWriter
+from minicache.data.files import DataFile
 from minicache.errors import CacheDamaged, CacheError, CacheNotFound, MinicacheError, OutputError, StoreError
 from minicache.intake.blocks import encoder_of, holds_all, take_in
 from minicache.intake.request import Request
@@ -26,15 +27,22 @@ log = logging.getLogger(__name__)
 
 
 def prepare(
-    config: PrecomputeConfig, loaded: LoadedModel, dtype: str, device: torch.device, tracker: Tracker, claims: ExitStack
+    config: PrecomputeConfig,
+    files: list[DataFile],
+    loaded: LoadedModel,
+    device: torch.device,
+    tracker: Tracker,
+    claims: ExitStack,
 ) -> None:
     """Make the cache exist, hold every pair, and stay claimed until `claims` closes. One process of a run calls it.
+
+    config: with a settled dtype. files: those that its data names.
 
     Raises:
         MinicacheError: as `precompute`.
     """
     with TemporaryDirectory(prefix="minidpo-") as scratch:
-        request = Request.of(config, loaded, dtype, device, tracker, Path(scratch))
+        request = Request.of(config, files, loaded, device, tracker, Path(scratch))
         log.debug("%s: identity %s, %s", request.path, request.identity.digest, request.identity.stored)
         if config.shard:
             _join_shards(request, claims)

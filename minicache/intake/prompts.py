@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePosixPath
 
 import numpy as np
 
 from minicache.cache.reader import ReferenceCache
-from minicache.data.files import read_rows
+from minicache.data.files import SUFFIXES, DataFile, read_rows, suffix_of
+from minicache.data.folders import Note
 from minicache.data.formats import to_prompt
+from minicache.data.places import located
 from minicache.data.records import Turn
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import CacheMismatch, DataError, RowRefused
@@ -16,8 +18,6 @@ from minicache.options.others import CompareConfig
 from minicache.options.where import Where
 from minicache.pairs import CHOSEN, EncodedPair, Ints
 
-# Suffixes of files with rows. Any other file is plain text, a prompt per line.
-ROWS = {".jsonl", ".json", ".ndjson", ".parquet"}
 DEFAULT_PAIRS = 16
 
 # A prompt's origin, as an error names it, and its turns.
@@ -33,23 +33,25 @@ class Prompt:
     ids: Ints
 
 
-def read_prompts(config: CompareConfig, tokenizer: ChatTokenizer) -> list[Prompt]:
-    """All prompts of a config: those of --prompt first, then the file's, then the cache's.
+def read_prompts(config: CompareConfig, tokenizer: ChatTokenizer, note: Note = lambda _: None) -> list[Prompt]:
+    """All prompts of a config: those of --prompt first, then the files', then the cache's. note: shows a line to a person.
 
     Raises:
         DataError: a file or a row of it holds no prompt.
         CacheError: the cache cannot be read or was made with another tokenizer.
     """
     asked: list[Asked] = [("--prompt", (Turn("user", text),)) for text in config.prompt]
-    asked += list(_of_file(config.prompts)) if config.prompts else []
+    if config.prompts:
+        with located((str(config.prompts),), note) as files:
+            asked += [each for file in files for each in _of_file(file)]
     prompts = [_render(place, turns, config.system, tokenizer) for place, turns in asked]
     return prompts + (_of_cache(config.ref_cache, config.pairs, tokenizer) if config.ref_cache else [])
 
 
-def _of_file(file: Path) -> Iterator[Asked]:
-    rows = read_rows(str(file)) if ROWS & set(file.suffixes) else _lines(file)
+def _of_file(file: DataFile) -> Iterator[Asked]:
+    rows = read_rows(file) if _holds_rows(file) else _lines(file)
     for number, row in rows:
-        place = f"--prompts {file}, line {number}"
+        place = f"--prompts {file.name}, line {number}"
         try:
             if isinstance(row, RowRefused):
                 raise row
@@ -58,14 +60,22 @@ def _of_file(file: Path) -> Iterator[Asked]:
             raise DataError(f"{place}: {refusal}") from refusal
 
 
-def _lines(file: Path) -> Iterator[tuple[int, object]]:
+def _holds_rows(file: DataFile) -> bool:
+    """Whether a file holds rows and not a prompt per line: by its suffix; without one, as of a pipe, by whether it is JSON."""
+    if PurePosixPath(file.name).suffix:
+        return suffix_of(file.name) in SUFFIXES
+    with file.path.open("rb") as stream:
+        return stream.read(1) in (b"{", b"[")
+
+
+def _lines(file: DataFile) -> Iterator[tuple[int, object]]:
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
+        lines = file.path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--prompts {file}: cannot be read: {error}") from error
+        raise DataError(f"--prompts {file.name}: cannot be read: {error}") from error
     found = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
     if not found:
-        raise DataError(f"--prompts {file}: expected one prompt per line, found none")
+        raise DataError(f"--prompts {file.name}: expected one prompt per line, found none")
     yield from found
 
 

@@ -14,6 +14,7 @@ from minicache.cache.identity import FORMAT_VERSION, Identity
 from minicache.cache.manifest import Log, Manifest, now
 from minicache.cache.places.opening import place_at
 from minicache.cache.places.place import Place
+from minicache.data.files import DataFile
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import DataError
 from minicache.intake.blocks import hash_files
@@ -33,13 +34,13 @@ ASSUMED_FLOPS = {"cpu": 5e10, "cuda": 1e14}
 
 @dataclass(frozen=True)
 class Request:
-    """The request of a call. tokenizer_dir: the tokenizer's files as the cache will hold them. files: sha256 -> name."""
+    """The request of a call. tokenizer_dir: the tokenizer's files as the cache will hold them. files: by sha256."""
 
     config: PrecomputeConfig
     identity: Identity
     tokenizer: ChatTokenizer
     tokenizer_dir: Path
-    files: dict[str, str]
+    files: dict[str, DataFile]
     tracker: Tracker
 
     @property
@@ -54,21 +55,24 @@ class Request:
     def of(
         cls,
         config: PrecomputeConfig,
+        files: list[DataFile],
         loaded: LoadedModel,
-        dtype: str,
         device: torch.device,
         tracker: Tracker,
         scratch: Path,
     ) -> "Request":
-        """The request for these options and this reference. scratch: a directory for the tokenizer's files."""
+        """The request for these options, files and reference.
+
+        config: with a settled dtype. scratch: a directory for the tokenizer's files.
+        """
         tokenizer_dir = scratch / "tokenizer"
         tokenizer = _tokenizer(config, tokenizer_dir)
         return cls(
             config=config,
-            identity=_identity(config, loaded, tokenizer, dtype, device),
+            identity=_identity(config, loaded, tokenizer, device),
             tokenizer=tokenizer,
             tokenizer_dir=tokenizer_dir,
-            files=hash_files(config.data),
+            files=hash_files(files),
             tracker=tracker,
         )
 
@@ -104,7 +108,7 @@ def _tokenizer(config: PrecomputeConfig, directory: Path) -> ChatTokenizer:
 
 
 def _identity(
-    config: PrecomputeConfig, loaded: LoadedModel, tokenizer: ChatTokenizer, dtype: str, device: torch.device
+    config: PrecomputeConfig, loaded: LoadedModel, tokenizer: ChatTokenizer, device: torch.device
 ) -> Identity:
     return Identity(
         format_version=FORMAT_VERSION,
@@ -117,7 +121,7 @@ def _identity(
         truncate=config.truncate,
         loss_on=config.loss_on,
         think=config.think,
-        dtype=dtype,
+        dtype=config.dtype,
         attention=ATTENTION,
         block_pairs=config.block_pairs or _block_pairs(loaded, config.max_length, device),
         per_token=config.per_token,

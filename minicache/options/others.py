@@ -89,8 +89,10 @@ class CompareConfig:
     policy: str = needed("A run directory, one of its checkpoints, or a model directory.")
     reference: str | None = option(None, "The model to compare with. (Default: what the run started from.)")
     prompt: tuple[str, ...] = option((), "A prompt; may be given several times.")
-    prompts: Path | None = option(
-        None, "A file: one prompt per line, or jsonl, json or parquet rows of prompts or messages."
+    prompts: Where | None = option(
+        None,
+        "A file: one prompt per line, or rows of prompts or messages, named and formed as for precompute-ref.",
+        metavar="FILE",
     )
     ref_cache: Where | None = option(None, "Take prompts from the pairs of this cache.", metavar="PATH")
     pairs: int | None = option(None, "Number of those pairs, evenly spread. (Default: 16.)", least=1)
@@ -118,7 +120,7 @@ class CompareConfig:
             )
         if self.top_p < 1 and not self.temperature:
             raise ConfigError("--top-p: does nothing to greedy answers; expected --temperature above 0 with it")
-        named = [file.absolute() for file in (self.prompts, self.jsonl, self.html) if file]
+        named = [Path(file).absolute() for file in (self.prompts, self.jsonl, self.html) if file]
         if len(set(named)) < len(named):
             raise ConfigError("--prompts, --jsonl, --html: expected different files, got one twice")
 

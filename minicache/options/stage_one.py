@@ -25,14 +25,18 @@ from minicache.options.where import Where
 
 @dataclass(frozen=True)
 class PrecomputeConfig:
-    """Options of stage one. model, tokenizer: a directory, a hub id or a file. Sizes are in tokens or pairs.
+    """Options of stage one. model, tokenizer: a directory, a hub id or a file. data: what `minicache.data.places` locates.
+
+    Sizes are in tokens or pairs.
 
     Raises:
         ConfigError: a value cannot work. Construction raises it, before any file is opened or model loaded.
     """
 
     model: str = needed("The SFT model: directory, hub id, .gguf or MiniMind .pth.")
-    data: tuple[str, ...] = needed("Preference files: jsonl, json, parquet; plain, gzip or zstd.")
+    data: tuple[str, ...] = needed(
+        "Preference data: files, folders, globs in quotes, URLs, - (standard input), Hub data sets org/name[:config][@split]."
+    )
     ref_cache: Where = needed(texts.REF_CACHE, metavar="PATH")
     tokenizer: str | None = option(None, "The tokenizer, if it is not with the model (a .pth has none).")
     chat_template: Path | None = option(None, "A Jinja template that replaces the tokenizer's own.")

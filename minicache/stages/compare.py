@@ -32,7 +32,7 @@ def compare(config: CompareConfig, world: World, tracker: Tracker) -> list[Answe
     policy = policy_source(config.policy)
     reference = config.reference or _reference_of(config.policy)
     tokenizer = ChatTokenizer.load(Path(policy))
-    prompts = read_prompts(config, tokenizer)
+    prompts = read_prompts(config, tokenizer, tracker.note)
     before, after = (_ask(source, tokenizer, prompts, config, world, tracker) for source in (reference, policy))
     answers = [_side_by_side(*each) for each in zip(prompts, before, after, strict=True)]
     _note_cut(answers, config, tracker)

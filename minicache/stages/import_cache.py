@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from minicache.cache.places.opening import place_at
+from minicache.data.files import DataFile, read_rows
+from minicache.data.places import located
 from minicache.errors import DataError
 from minicache.exchange.exported import import_exported
 from minicache.exchange.rows import OF_EXPORTS
-from minicache.exchange.tables import read_document, read_table
+from minicache.exchange.tables import read_document
 from minicache.options.exchange import ImportConfig
 from minicache.options.where import Where
 from minicache.trackers import Tracker
@@ -37,11 +39,12 @@ def import_cache(config: ImportConfig, tracker: Tracker) -> ImportReport:
     place_at(config.ref_cache).require_free(is_new=True)
     document = read_document(config.file)
     if document is None:
-        _require_other_program(config.file)
-        config.require_stated()
-        from minicache.exchange.foreign import import_foreign
+        with located((config.file,), tracker.note) as files:
+            _require_other_program(files[0])
+            config.require_stated()
+            from minicache.exchange.foreign import import_foreign
 
-        made = import_foreign(config, tracker)
+            made = import_foreign(config, files, tracker)
     else:
         config.require_known()
         made = import_exported(config, document, tracker)
@@ -55,11 +58,11 @@ def import_cache(config: ImportConfig, tracker: Tracker) -> ImportReport:
     )
 
 
-def _require_other_program(file: str) -> None:
+def _require_other_program(file: DataFile) -> None:
     """Raises DataError: an exported table without its document. Its model is unknown, and its text is already rendered."""
-    _, row = next(read_table(file))
+    _, row = next(read_rows(file))
     if isinstance(row, dict) and all(name in row for name in OF_EXPORTS):
         raise DataError(
-            f"{file}: has the columns of an export, but what says whose logprobs they are was lost when another program wrote it "
-            "(or FILE.minicache.json is not beside it); export the cache again"
+            f"{file.name}: has the columns of an export, but what says whose logprobs they are was lost when another program wrote "
+            "it (or FILE.minicache.json is not beside it); export the cache again"
         )

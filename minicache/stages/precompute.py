@@ -1,12 +1,13 @@
 """Stage one: preference files + a frozen reference -> a reference cache."""
 
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from minicache.cache.manifest import Source
 from minicache.cache.refusals import REFUSED_FILE
 from minicache.cache.writer import CacheWriter
 from minicache.data.files import read_rows
+from minicache.data.places import located
 from minicache.intake.prepare import prepare
 from minicache.intake.scores import score_blocks
 from minicache.models import load_model
@@ -46,19 +47,21 @@ def precompute(config: PrecomputeConfig, world: World, tracker: Tracker) -> Prec
         MinicacheError: of any kind. If the data is bad, nothing of a new cache remains and an old one is as before;
             otherwise (a full disk, a model without finite logprobs) finished blocks stay.
     """
-    # A wrong path should not cost the loading of a model.
-    for file in config.data:
-        next(read_rows(file))
-    tracker.begin(f"loading {config.model}", None)
-    sharded = is_sharded(config.parallel, world)
-    loaded = load_model(config.model, config.trust_remote_code) if world.is_main or not sharded else None
-    dtype = resolve_dtype(config.dtype, world.device)
+    config = replace(config, dtype=resolve_dtype(config.dtype, world.device))
     with ExitStack() as claims:
+        tracker.begin("locating the data", None)
+        # A wrong path should not cost the loading of a model.
+        files = claims.enter_context(located(config.data, tracker.note)) if world.is_main else []
+        for file in files:
+            next(read_rows(file))
+        tracker.begin(f"loading {config.model}", None)
+        sharded = is_sharded(config.parallel, world)
+        loaded = load_model(config.model, config.trust_remote_code) if world.is_main or not sharded else None
         if world.is_main:
             assert loaded
-            prepare(config, loaded, dtype, world.device, tracker, claims)
+            prepare(config, files, loaded, world.device, tracker, claims)
         world.barrier()
-        scorer = spread(loaded.model if loaded else None, dtype, config.parallel, world)
+        scorer = spread(loaded.model if loaded else None, config.dtype, config.parallel, world)
         del loaded
         cache = CacheWriter(config.ref_cache)
         settle_layout(scorer, cache.blocks.pairs(0), config.layout, world.device, tracker)

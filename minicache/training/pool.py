@@ -10,6 +10,7 @@ import numpy as np
 from minicache.cache.reader import JoinedCaches, ReferenceCache
 from minicache.cache.schema import CachedPairs
 from minicache.data.files import read_rows
+from minicache.data.places import located
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.data.workers import RowEncoder
 from minicache.errors import CacheMismatch, ConfigError, RowRefused
@@ -114,18 +115,20 @@ def _asked(config: TrainConfig, cache: ReferenceCache, table: PairTable, tracker
     digests: list[bytes] = []
     places: list[tuple[int, int]] = []
     refused: Counter[str] = Counter()
-    for number, file in enumerate(config.data):
-        with closing(RowEncoder(encoder, file, config.format, number).encode_by_all_cores(read_rows(file))) as rows:
-            for item in rows:
-                if isinstance(item, RowRefused):
-                    refused[item.reason] += 1
-                else:
-                    digests.append(item[0].digest)
-                    places.append(item[0].source)
+    with located(config.data, tracker.note) as files:
+        for number, file in enumerate(files):
+            rows = RowEncoder(encoder, file.name, config.format, number).encode_by_all_cores(read_rows(file))
+            with closing(rows):
+                for item in rows:
+                    if isinstance(item, RowRefused):
+                        refused[item.reason] += 1
+                    else:
+                        digests.append(item[0].digest)
+                        places.append(item[0].source)
     keys, first = np.unique(np.frombuffer(b"".join(digests), "V16"), return_index=True)
     _, in_keys, in_table = np.intersect1d(keys, table.keys, return_indices=True)
     if len(in_keys) < len(keys):
-        _raise_missing(config, np.array(places)[np.sort(np.delete(first, in_keys))], cache)
+        _raise_missing([file.name for file in files], np.array(places)[np.sort(np.delete(first, in_keys))], cache)
     if not len(keys):
         raise ConfigError(
             f"--data {', '.join(config.data)}: none of {refused.total()} rows is a pair; {_reasons(refused)}"
@@ -142,10 +145,10 @@ def _reasons(refused: Counter[str]) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in refused.most_common())
 
 
-def _raise_missing(config: TrainConfig, places: np.ndarray, cache: ReferenceCache) -> None:
+def _raise_missing(files: list[str], places: np.ndarray, cache: ReferenceCache) -> None:
     """Raises CacheMismatch. places: (n, 2) number of the file and line of each pair that is in no cache."""
     listed = []
-    for number, file in enumerate(config.data):
+    for number, file in enumerate(files):
         lines = ranges(places[places[:, 0] == number, 1].tolist()).split(", ")
         if lines != [""]:
             more = f" and {len(lines) - LISTED:,} more ranges" if len(lines) > LISTED else ""

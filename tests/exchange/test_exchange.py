@@ -259,7 +259,7 @@ def test_a_table_of_another_program_has_no_document(tmp_path: Path, data_file: P
         imported(data_file, tmp_path / "back")
     with pytest.raises(DataError, match="no such file"):
         imported(tmp_path / "gone.jsonl", tmp_path / "back")
-    with pytest.raises(DataError, match="is a directory"):
+    with pytest.raises(DataError, match="it holds no file at all"):
         imported(tmp_path, tmp_path / "back")
 
 

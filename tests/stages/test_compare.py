@@ -179,7 +179,7 @@ def test_a_row_that_asks_nothing_is_named_with_its_line(
 def test_no_text_file_no_text_and_no_prompt_in_it(tokenizer_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "empty.txt").write_text("\n \n")
-    for name, said in (("none.txt", "cannot be read"), ("bytes.txt", "cannot be read"), ("empty.txt", "found none")):
+    for name, said in (("none.txt", "no such file"), ("bytes.txt", "cannot be read"), ("empty.txt", "found none")):
         with pytest.raises(DataError, match=said):
             prompts_of(tmp_path / name, tokenizer_dir)
 
