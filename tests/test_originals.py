@@ -20,6 +20,7 @@ from minicache.models import balance, load_model
 from tests.conftest import Original
 from tests.data.test_encode import THINK
 from tests.data.test_formats import require_two_forms_alike
+from tests.data.test_minimind_rows import require_miniminds_masks
 from tests.data.test_special_text import require_usual_encoding
 from tests.data.test_tokenizers import TALKS, require_same_rendering
 from tests.references.checkpoints import EXPERTS, GENERATIONS, NAMES, reference_of
@@ -84,6 +85,11 @@ def test_reference_and_package_count_the_tokens_that_the_original_counts(
             assert tuple(column.tolist() for column in encoded.side(side)) == expected[side]
             compared += 1
     assert compared >= 8
+
+
+@pytest.mark.parametrize("think", ["keep", "drop"])
+def test_rows_with_thoughts_and_calls_get_the_originals_ids_and_masks(original: Original, think: str) -> None:
+    assert require_miniminds_masks(original_tokenizer(original, "minimind3"), think) > 150
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
