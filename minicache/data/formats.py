@@ -56,7 +56,7 @@ FORMATS: dict[str, Format] = {
     "summaries": Format({"summaries", "choice"}, votes.from_summaries),
     "arena": Format({"conversation_a", "conversation_b", "winner"}, votes.from_arena),
     "arena-votes": Format({"prompt", "response_a", "response_b", "winner_model_a", "winner_model_b"}, votes.from_votes),
-    "nectar": Format({"prompt", "answers"}, lists.from_ranks),
+    "nectar": Format({"prompt", "answers"}, lists.from_ranks, lambda row: "question" not in row),
     "answers": Format({"question", "answers"}, lists.from_posts),
     "ultrafeedback": Format({"instruction", "completions"}, lists.from_completions),
     "distilabel": Format({"generations"}, lists.from_generations),
@@ -137,9 +137,11 @@ def _reader(columns: Columns, format: str) -> Callable[[Columns], Sample]:
         if missing := sorted(known.fields - row.keys()):
             raise RowRefused("missing-field", f"format {format} needs {listed(missing)}; the row has {listed(row)}")
         return known.read
-    for known in FORMATS.values():
-        if known.fields <= row.keys() and known.fits(row):
-            return known.read
+    # An empty column, such as `prompt`, does not make the row another form's where another one fits.
+    for names in ({name for name, value in row.items() if value not in ("", [], {})}, row.keys()):
+        for known in FORMATS.values():
+            if known.fields <= names and known.fits(row):
+                return known.read
     raise _unknown(columns.row)
 
 
@@ -175,12 +177,12 @@ def _unknown(row: Row) -> RowRefused:
 
 def _context(columns: Columns, sample: Sample) -> Context:
     """Tools, documents and template arguments of a row."""
-    tools, documents = columns.left("tools", "functions"), columns.left("documents")
+    tools, functions, documents = (columns.left(name) for name in ("tools", "functions", "documents"))
     # MiniMind's system turns hold the tools.
     turns = [*sample.prompt, *(sample.pairs[0][0] if sample.pairs else ())]
     in_turn = next((turn.more["tools"] for turn in reversed(turns) if turn.more and "tools" in turn.more), None)
     arguments = columns.left("chat_template_kwargs")
-    if tools is in_turn is documents is arguments is None:
+    if tools is functions is in_turn is documents is arguments is None:
         return NO_CONTEXT
     if isinstance(arguments, str):
         arguments = next(iter(json_list(arguments, "chat_template_kwargs")), None)
@@ -189,7 +191,8 @@ def _context(columns: Columns, sample: Sample) -> Context:
     for name in arguments or ():
         if name in NO_ARGUMENTS and name != "tools":
             raise RowRefused("wrong-type", f"'chat_template_kwargs': {name!r} is no argument of a chat template")
-    given = [json_list(each, "tools") for each in ((arguments or {}).get("tools"), tools, in_turn) if each is not None]
+    places = {"chat_template_kwargs": (arguments or {}).get("tools"), "tools": tools, "functions": functions}
+    given = [json_list(each, name) for name, each in [*places.items(), ("tools", in_turn)] if each is not None]
     if any(each != given[0] for each in given):
         raise RowRefused(
             "unused-field", "'tools' stands in several places, and they differ; expected --ignore-fields tools"
@@ -206,10 +209,12 @@ def _prompt_of(columns: Columns, sample: Sample, notes: list[Note]) -> list[Turn
     prompt = sample.prompt
     if (history := columns.left("history")) is not None:
         prompt = [*layouts.history_of(history), *prompt]
-    system = columns.left("system", "system_prompt", "system_message")
-    if system is None:
+    names = ("system", "system_prompt", "system_message")
+    name = next((name for name in names if columns.left(name) is not None), None)
+    if name is None:
         return prompt
-    own = turns_of(system, "system") if isinstance(system, list | dict) else [Turn("system", text_of(system, "system"))]
+    system = columns[name]
+    own = turns_of(system, name) if isinstance(system, list | dict) else [Turn("system", text_of(system, name))]
     first = prompt or (sample.pairs[0][0] if sample.pairs else [])
     if first and first[0].role == "system":
         # As in LLaMA-Factory (data/converter.py), the conversation's own system turn goes before the column.

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from minicache.data.files import MOST_ROW
-from minicache.data.records import ROLES, Turn
+from minicache.data.records import ROLES, THOUGHTS, Turn
 from minicache.errors import RowRefused
 
 ROLE_NAMES = {
@@ -99,7 +99,9 @@ def _with_keys(role: str, name: str, content: object, more: dict[str, Any], fiel
         content = _text_of_parts(content, field)
     if content is None and calls:
         more["content"], content = None, ""
-    for value in more.values():
+    for key, value in more.items():
+        if key in THOUGHTS and not isinstance(value, list | dict):
+            text_of(value, key)
         _require_sound(value)
     return Turn(role, text_of(content, "content"), more or None)
 
