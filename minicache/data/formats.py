@@ -36,7 +36,7 @@ class Format(NamedTuple):
 
 # The first form that fits a row reads it.
 FORMATS: dict[str, Format] = {
-    "sharegpt": Format({"conversations", "chosen", "rejected"}, layouts.from_sharegpt),
+    "sharegpt": Format({"conversations", "chosen", "rejected"}, layouts.from_sharegpt, layouts.has_turns),
     "stack-exchange": Format({"question", "response_j", "response_k"}, layouts.from_stack_exchange),
     "ultrainteract": Format({"trajectory", "chosen", "rejected"}, layouts.from_trajectory),
     "math-step": Format({"prompt", "initial_reason_steps", "chosen", "rejected"}, layouts.from_steps),
@@ -56,7 +56,7 @@ FORMATS: dict[str, Format] = {
     "summaries": Format({"summaries", "choice"}, votes.from_summaries),
     "arena": Format({"conversation_a", "conversation_b", "winner"}, votes.from_arena),
     "arena-votes": Format({"prompt", "response_a", "response_b", "winner_model_a", "winner_model_b"}, votes.from_votes),
-    "nectar": Format({"prompt", "answers"}, lists.from_ranks, lambda row: "question" not in row),
+    "nectar": Format({"prompt", "answers"}, lists.from_ranks, lists.has_objects("answers", "rank")),
     "answers": Format({"question", "answers"}, lists.from_posts),
     "ultrafeedback": Format({"instruction", "completions"}, lists.from_completions),
     "distilabel": Format({"generations"}, lists.from_generations),

@@ -66,6 +66,11 @@ def has_list(name: str) -> Callable[[Row], bool]:
     return lambda row: isinstance(row[name], list)
 
 
+def has_objects(name: str, key: str) -> Callable[[Row], bool]:
+    """A test of a row: whether this column is a list of objects with this key."""
+    return lambda row: isinstance(row[name], list) and all(isinstance(each, dict) and key in each for each in row[name])
+
+
 # --- what these forms share ---
 
 
