@@ -160,6 +160,18 @@ def with_key(row: Row, key: str, value: Any, place: int) -> tuple[Row, bool]:
 
 
 @quickly
+@given(st.sampled_from(["nectar", "answers", "ultrafeedback"]), NAMES, VALUES)
+def test_a_key_of_a_ranked_answer_is_listed_or_refused_by_name(
+    encoder: Encoder, form: str, name: str, value: Any
+) -> None:
+    column = "completions" if form == "ultrafeedback" else "answers"
+    row = ROWS[form]
+    if name not in row[column][0]:
+        answers = [{**each, name: value} for each in row[column]]
+        require_accounted(encoder, {**row, column: answers}, row, f"{column}.{name}")
+
+
+@quickly
 @given(st.sampled_from(sorted(ROWS)), NAMES, KEYS, st.sampled_from(NOTHING), st.integers(0, 1))
 def test_what_is_null_or_empty_changes_nothing(
     encoder: Encoder, form: str, name: str, key: str, value: Any, place: int
