@@ -180,8 +180,13 @@ def _conversation(value: Any, name: str) -> Any:
 def with_reading(row: Row, reading: Reading) -> Row:
     """The row with its columns renamed and without the fields to pass over, in its turns too."""
     if ignored := reading.ignored:
-        row = {name: _without(value, ignored) for name, value in row.items() if name not in ignored}
+        row = {name: _without(value, _inner(name, ignored)) for name, value in row.items() if name not in ignored}
     return _renamed(row, reading.renamed) if reading.columns else row
+
+
+def _inner(column: str, ignored: frozenset[str]) -> frozenset[str]:
+    """The fields to pass over within a column, which may be named with it: `completions.system`."""
+    return ignored | {name.removeprefix(f"{column}.") for name in ignored if name.startswith(f"{column}.")}
 
 
 def _without(value: Any, ignored: frozenset[str]) -> Any:

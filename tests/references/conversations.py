@@ -30,16 +30,35 @@ TEMPLATE_2510 = (
     "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' ~ m.content ~ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 ).replace("DEFAULT", str(DEFAULT_SYSTEM["minimind2-2510"]))
-# Every answer has a think block: what was thought, or nothing.
+# Every answer has a think block: what was thought, or nothing. Results of tools are a user's turn.
 TEMPLATE_3 = (
+    "{% if tools %}"
+    "{{ '<|im_start|>system\n' ~ (messages[0].content ~ '\n\n' if messages[0].role == 'system' else '') ~ 'The tools:' }}"
+    "{% for tool in tools %}{{ '\n' ~ tool | tojson }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}"
+    "{% endif %}"
     "{% for m in messages %}"
+    "{% if m.role == 'tool' %}"
+    "{% if loop.first or loop.previtem.role != 'tool' %}{{ '<|im_start|>user' }}{% endif %}"
+    "{{ '\n<tool_response>\n' ~ m.content ~ '\n</tool_response>' }}"
+    "{% if loop.last or loop.nextitem.role != 'tool' %}{{ '<|im_end|>\n' }}{% endif %}"
+    "{% elif not (tools and loop.first and m.role == 'system') %}"
     "{{ '<|im_start|>' ~ m.role ~ '\n' }}"
     "{% if m.role == 'assistant' %}"
-    "{% set parts = m.content.split('</think>') %}"
+    "{% set content = m.content if m.content is string else '' %}"
+    "{% set parts = ['', content] if m.reasoning_content is string else content.split('</think>') %}"
     "{% set thoughts = parts[0].split('<think>')[-1] if parts | length > 1 else '' %}"
+    "{% set thoughts = m.reasoning_content if m.reasoning_content is string else thoughts %}"
     "{{ '<think>\n' ~ thoughts.strip('\n') ~ '\n</think>\n\n' ~ parts[-1].lstrip('\n') }}"
+    "{% for call in m.tool_calls or [] %}"
+    "{% if parts[-1] or not loop.first %}{{ '\n' }}{% endif %}"
+    "{% set call = call.function or call %}"
+    '{{ \'<tool_call>\n{"name": "\' ~ call.name ~ \'", "arguments": \' }}'
+    "{{ (call.arguments if call.arguments is string else call.arguments | tojson) ~ '}\n</tool_call>' }}"
+    "{% endfor %}"
     "{% else %}{{ m.content }}{% endif %}"
     "{{ '<|im_end|>\n' }}"
+    "{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}"
     "{{ '<|im_start|>assistant\n' ~ ('<think>\n' if open_thinking else '<think>\n\n</think>\n\n') }}"
@@ -117,10 +136,16 @@ def encode(
 ) -> tuple[list[int], list[int]]:
     """The ids and loss mask of one side of a pair, as DPODataset makes them but for padding.
 
-    tokenizer: of transformers. think: "drop" removes every empty think block, as the third generation does at random.
+    tokenizer: of transformers. think: "drop" removes every empty think block, as the third generation does at random. Calls and
+    the tools in a system turn may be JSON text, as SFTDataset.create_chat_prompt reads them.
     """
     chat_format = CHAT_FORMATS[generation]
-    messages, tools = with_calls(messages)
+    tools, messages = None, [dict(message) for message in messages]
+    for message in messages:
+        if message["role"] == "system" and message.get("tools"):
+            tools = _from_json(message["tools"])
+        if message.get("tool_calls"):
+            message["tool_calls"] = _from_json(message["tool_calls"])
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False, tools=tools)
     text = text.replace(EMPTY_THINK, "") if think == "drop" else text
     ids, header, closing = (tokenizer(part)["input_ids"] for part in (text, chat_format.header, chat_format.closing))
@@ -128,17 +153,8 @@ def encode(
     return ids, assistant_mask(ids, header, closing, chat_format.skipped)
 
 
-def with_calls(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Any] | None]:
-    """Messages and tools as MiniMind 3's SFTDataset.create_chat_prompt reads them, of JSON texts, tools in the system turn."""
-    found, tools = [], None
-    for message in messages:
-        message = dict(message)
-        if message.get("role") == "system" and message.get("tools"):
-            tools = json.loads(message["tools"]) if isinstance(message["tools"], str) else message["tools"]
-        if message.get("tool_calls") and isinstance(message["tool_calls"], str):
-            message["tool_calls"] = json.loads(message["tool_calls"])
-        found.append(message)
-    return found, tools
+def _from_json(value: Any) -> Any:
+    return json.loads(value) if isinstance(value, str) else value
 
 
 def shifted(ids: list[int], mask: list[int]) -> tuple[list[int], list[int], list[int]]:
