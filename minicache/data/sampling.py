@@ -33,8 +33,24 @@ def bounds(files: list[DataFile], reading: Reading) -> list[str]:
         return found
     if reading.sample is not None:
         digests = (digest_of(row, reading.sample_seed) for file in files for _, row in read_rows(file))
-        return [f"{DIGEST}{heapq.nsmallest(reading.sample, digests)[-1].hex()}"] * len(files)
+        return [f"{DIGEST}{_last_of_smallest(reading.sample, digests).hex()}"] * len(files)
     return [""] * len(files)
+
+
+def _last_of_smallest(count: int, digests: Iterable[bytes]) -> bytes:
+    """The largest of the `count` smallest digests; rows with equal content count once."""
+    # A heap has the smallest number first: the negative of the largest digest.
+    heap: list[int] = []
+    kept: set[int] = set()
+    for digest in digests:
+        number = -int.from_bytes(digest)
+        if number in kept or (len(heap) == count and number <= heap[0]):
+            continue
+        kept.add(number)
+        heapq.heappush(heap, number)
+        if len(heap) > count:
+            kept.remove(heapq.heappop(heap))
+    return (-heap[0]).to_bytes(16)
 
 
 def within(rows: Iterable[NumberedRow], bound: str, seed: int) -> Iterator[NumberedRow]:

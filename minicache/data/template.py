@@ -75,7 +75,7 @@ class Template:
     @cached_property
     def asks_date(self) -> bool:
         """Whether the template asks for today's date."""
-        return "strftime_now" in self.variables
+        return any(node.name == "strftime_now" for node in self._parsed.find_all(nodes.Name))
 
     @cached_property
     def _text(self) -> str:

@@ -33,7 +33,7 @@ def compare(config: CompareConfig, world: World, tracker: Tracker) -> list[Answe
         check_writable(file)
     policy = policy_source(config.policy)
     reference = config.reference or _reference_of(config.policy)
-    tokenizer = _tokenizer(config, policy)
+    tokenizer = tokenizer_of(config, policy)
     prompts = read_prompts(config, tokenizer, tracker.note)
     before, after = (_ask(source, tokenizer, prompts, config, world, tracker) for source in (reference, policy))
     answers = [_side_by_side(*each) for each in zip(prompts, before, after, strict=True)]
@@ -42,7 +42,7 @@ def compare(config: CompareConfig, world: World, tracker: Tracker) -> list[Answe
     return answers
 
 
-def _tokenizer(config: CompareConfig, policy: str) -> ChatTokenizer:
+def tokenizer_of(config: CompareConfig, policy: str) -> ChatTokenizer:
     """The policy's tokenizer; its template gets what the run's did, unless other values are given."""
     behind = run_behind(config.policy)
     tokenizer = ChatTokenizer.load(Path(policy))

@@ -134,6 +134,13 @@ def test_a_sample_is_the_same_in_any_order(tmp_path: Path) -> None:
     assert sampled(whole) != sampled(whole, seed=1)
 
 
+def test_rows_that_repeat_another_do_not_fill_a_sample(tmp_path: Path) -> None:
+    rows = make_rows(12)
+    files = [DataFile("a", write_jsonl(tmp_path / "a", rows + rows[:5] * 20))]
+    (bound,) = bounds(files, Reading(sample=8))
+    assert len({json.dumps(row) for _, row in within(enumerate(rows * 2), bound, 0)}) == 8
+
+
 def test_a_sample_of_more_than_all_is_all_and_another_one_is_refused(model_dir: Path, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", make_rows(12))
     cache = precompute_into(tmp_path / "cache", model_dir, data, sample=5)

@@ -23,10 +23,13 @@ from minicache.errors import CacheMismatch, ConfigError, DataError, MinicacheErr
 from minicache.intake.prompts import prompt_ids, read_prompts
 from minicache.models import load_model
 from minicache.options.others import CompareConfig
+from minicache.options.train import TrainConfig
 from minicache.pages.compare import Answers, page, page_data, policy_sides
 from minicache.pages.markup import embedded
-from minicache.stages.compare import compare
+from minicache.stages.compare import compare, tokenizer_of
+from minicache.stages.train import train
 from minicache.trackers import Silent
+from minicache.training.run_directory import policy_source
 from tests.conftest import WORDS, Cli, one_process, precompute_into, tiny_llama, write_jsonl
 
 PROMPTS = ("why not", "the cat sat on a mat and then it rained", "今天天气很好", "a")
@@ -374,3 +377,33 @@ def test_the_command_shows_and_writes(
     assert len(data_of((tmp_path / "a.html").read_text(encoding="utf-8"))["items"]) == 3
     code, stdout, _ = cli(*asked, "--prompt", "why not", "--json", "--html", tmp_path / "b.html")
     assert code == 0 and json.loads(stdout)[0]["prompt"] == "why not" and (tmp_path / "b.html").is_file()
+
+
+def test_prompts_get_what_the_template_of_the_run_was_given(
+    tokenizer_dir: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    """A run on a cache with a date and template arguments: compare prompts the same way, unless it is given others."""
+    model = shutil.copytree(model_dir, tmp_path / "model")
+    template = "{{ strftime_now('%Y') }} {{ mood }} {% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    (tmp_path / "t.jinja").write_text(template)
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "why", "chosen": "not", "rejected": "on"}] * 2)
+    given: dict[str, Any] = {
+        "chat_template": tmp_path / "t.jinja",
+        "template_arg": ("mood=glad",),
+        "date": "2031-01-01",
+    }
+    cache = precompute_into(tmp_path / "cache", model, data, **given)
+    train(TrainConfig(cache, tmp_path / "run", max_steps=1, batch_size=1), one_process(), Silent())
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({}, "2031 glad why"),
+        ({"template_arg": ("mood=sad",), "date": "2040-01-01"}, "2040 sad why"),
+    ]
+    for options, expected in cases:
+        config = CompareConfig(str(tmp_path / "run"), prompt=("why",), **options)
+        tokenizer = tokenizer_of(config, policy_source(config.policy))
+        (prompt,) = read_prompts(config, tokenizer)
+        assert tokenizer.decode(prompt.ids) == f"{expected}<|im_end|>"
+    with pytest.raises(ConfigError, match="--template-arg tone: the chat template does not read it"):
+        compare(
+            CompareConfig(str(tmp_path / "run"), prompt=("why",), template_arg=("tone=x",)), one_process(), Silent()
+        )

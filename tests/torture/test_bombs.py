@@ -1,8 +1,13 @@
 """Compressed files that are far larger than they look, read in bounded memory."""
 
+import bz2
 import gzip
+import lzma
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,14 +26,19 @@ BOMBS = {  # 1.2 GB: what it begins with, is filled with and ends in; megabytes 
         f"DataError .*a JSON array of more than {MOST_ARRAY:,} char",
     ),
 }
+KINDS: dict[str, Callable[..., Any]] = {
+    "gzip": gzip.GzipFile,
+    "zstd": zstd.ZstdFile,
+    "bzip2": bz2.BZ2File,
+    "xz": partial(lzma.LZMAFile, preset=0),
+}
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
-@pytest.mark.parametrize("kind", ["gzip", "zstd"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_bomb_is_read_in_little_memory(tmp_path: Path, kind: str, bomb: str) -> None:
     begin, filling, end, memory, expected = BOMBS[bomb]
-    compress = gzip.GzipFile if kind == "gzip" else zstd.ZstdFile
-    with compress(tmp_path / "file", "wb") as file:
+    with KINDS[kind](tmp_path / "file", "wb") as file:
         file.write(begin)
         for _ in range(TIMES):
             file.write(filling)
