@@ -26,6 +26,7 @@ COMMAND = re.findall(r"```sh\n(.*?)```", DOCS, re.DOTALL)[0]
 # Kind of a tokenizer -> what the recipe puts in front of the template.
 FRONTS = {"plain": "", "bos": "{{ bos_token }}", "bos-space": "{{ bos_token + ' ' }}"}
 BOS, EOS = "<|endoftext|>", "<|im_end|>"
+MADE = 7  # rows that are not random
 Texts = dict[str, str]
 
 
@@ -34,7 +35,7 @@ def text_row(prompt: str, chosen: str, rejected: str) -> Texts:
 
 
 def rows() -> list[Texts]:
-    """Rows of strings: rendered before, ending in an end token or two, with boundaries within a word; and 200 at random."""
+    """Rows of strings, MADE by hand (rendered before, with end tokens, cut within a word, a transcript) and 200 at random."""
     made = [
         text_row("<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n", "a", "b"),
         text_row("Question: why not?\nAnswer:", " the cat sat", " on a mat\n"),
@@ -42,6 +43,7 @@ def rows() -> list[Texts]:
         text_row(f"{BOS}why ", f"{EOS}the", "你好"),
         text_row(" the c", "at sat", "世界"),
         text_row("why\n\n", "\nthen", "then"),
+        text_row("\n\nHuman: why\n\nAssistant:", " the cat", " not"),
     ]
     draw = random.Random(0)
 
@@ -59,7 +61,7 @@ def tokenizers(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
     spaced.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     spaced.decoder = decoders.Metaspace(prepend_scheme="first")
     special = [BOS, "<|im_start|>", EOS]
-    alphabet = sorted(set("".join([*WORDS, "Question: Answer?.\n<|_>😀▁"])))
+    alphabet = sorted(set("".join([*WORDS, "Question: Answer?.\n<|_>😀▁Human"])))
     trainer = trainers.BpeTrainer(
         vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
@@ -92,7 +94,7 @@ def test_the_recipe_gives_trl_s_ids(tokenizers: dict[str, Path], kind: str) -> N
         if kind == "bos-space" and row["prompt"].startswith((" ", "<|")):
             continue
         prompt, *answers, whole = trl_ids(theirs, row)
-        pair = encoder.encode(to_pair(row, "rows.jsonl", number + 1)).pair
+        pair = encoder.encode(to_pair(row, "rows.jsonl", number + 1, format="prompt")).pair
         for side, answer in enumerate(answers):
             ids, mask = pair.side(side)
             assert ids.tolist() == prompt + answer, row
@@ -110,13 +112,13 @@ def test_the_command_of_the_recipe_makes_a_cache_of_trl_s_ids(
     model.mkdir()
     for file in [*model_dir.iterdir(), *tokenizers["bos"].iterdir()]:
         (model / file.name).write_bytes(file.read_bytes())
-    write_jsonl(tmp_path / "pairs.jsonl", rows()[:6])
+    write_jsonl(tmp_path / "pairs.jsonl", rows()[:MADE])
     Path("plain.jinja").write_text(FRONTS["bos"] + TEMPLATE)
     name, *arguments = shlex.split(COMMAND.replace("\\\n", " "))
     code, _, stderr = cli(*arguments, "--dtype", "float32")
     assert (name, code) == ("minidpo", 0), stderr
     theirs = transformers_own(model, "bos")
-    for scored, row in zip(ReferenceCache(tmp_path / "cache"), rows(), strict=False):
+    for scored, row in zip(ReferenceCache(tmp_path / "cache"), rows()[:MADE], strict=True):
         prompt, *answers, _ = trl_ids(theirs, row)
         assert [scored.pair.side(side)[0].tolist() for side in (0, 1)] == [prompt + answer for answer in answers]
 
