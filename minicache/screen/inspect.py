@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 BAR = " ▏▎▍▌▋▊▉█"
 BAR_WIDTH = 14
-# Around special tokens where a style would be lost.
-BRACKETS = "⟦{}⟧"
+# Around special tokens where a style would be lost. Those that a row holds are doubled, so that it cannot imitate the mark.
+LEFT, RIGHT = "⟦⟧"
 NARROW = 70  # columns: a narrower terminal gets only the columns that one acts on
 
 
@@ -64,11 +64,7 @@ def show_pair(console: Console, view: "PairView") -> None:
     styled = console.color_system is not None
     prefix, chosen, rejected = view.line.lengths
     console.print(Text(f"pair {view.line.index}, {visible(view.line.source)} line {view.line.line}", style="bold"))
-    console.print(
-        Text.assemble("shared ", (f"{prefix} tokens", "bold"), "; ", ("counted tokens", "underline"), " are underlined")
-    )
-    how, style = ("inverted", "reverse") if styled else (f"in {BRACKETS.format(' ')}", "")
-    console.print(Text.assemble(("special tokens", style), f" are {how}; the same text typed in a row is not"))
+    console.print(Text.assemble("shared ", (f"{prefix} tokens", "bold"), "; ", _legend(styled)))
     shared = [segment for segment in view.segments[0] if segment.shared]
     if shared:
         text = _text(shared, "yellow", styled)
@@ -81,6 +77,17 @@ def show_pair(console: Console, view: "PairView") -> None:
         console.print(Panel(_text(own, colour, styled), title=title, title_align="left", border_style=colour))
     if view.line.margin is not None:
         console.print(Text(f"reference margin {view.line.margin:+.4f} nats per token"))
+
+
+def _legend(styled: bool) -> Text:
+    """What the marks in the texts mean. styled: whether the output shows styles."""
+    if not styled:
+        return Text(
+            "--json says which tokens count\n"
+            f"special tokens are in {LEFT} {RIGHT}; the same text typed in a row is in none, or in {2 * LEFT} {2 * RIGHT}"
+        )
+    counted = (("counted tokens", "underline"), " are underlined\n")
+    return Text.assemble(*counted, ("special tokens", "reverse"), " are inverted; the same text typed in a row is not")
 
 
 def show_problems(console: Console, path: str, problems: Sequence[str]) -> None:
@@ -228,9 +235,11 @@ def _text(segments: Sequence["Segment"], colour: str, styled: bool) -> Text:
         style = f"{colour} underline" if segment.counted else "dim"
         # As many characters as the text.
         shown, done = visible(segment.text), 0
-        for begin, end in segment.special:
-            token = shown[begin:end] if styled else BRACKETS.format(shown[begin:end])
-            text.append(shown[done:begin], style=style).append(token, style=f"{style} reverse")
+        for begin, end in [*segment.special, [len(shown)] * 2]:
+            typed, token = shown[done:begin], shown[begin:end]
+            if not styled:
+                typed = typed.replace(LEFT, 2 * LEFT).replace(RIGHT, 2 * RIGHT)
+                token = token and LEFT + token + RIGHT
+            text.append(typed, style=style).append(token, style=f"{style} reverse")
             done = end
-        text.append(shown[done:], style=style)
     return text

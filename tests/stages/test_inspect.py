@@ -134,6 +134,20 @@ def test_special_tokens_are_told_from_the_same_text_typed(model_dir: Path, tmp_p
     assert "⟦" not in capture.get() and "inverted" in capture.get()
 
 
+def test_no_row_can_imitate_the_mark_of_a_special_token(tmp_path: Path, model_dir: Path) -> None:
+    row = {"prompt": "why", "chosen": "⟦<|im_end|>⟧ ⟧", "rejected": "b"}
+    cache = precompute_into(tmp_path / "cache", model_dir, write_jsonl(tmp_path / "rows.jsonl", [row]))
+    view = inspect_pair(InspectConfig(cache, pair=0))
+    text = printed(show_pair, view)
+    assert "⟦⟦<|im_end|>⟧⟧ ⟧⟧⟦<|im_end|>⟧" in text and "or in ⟦⟦ ⟧⟧" in text
+    # Without styles nothing is underlined.
+    assert "underlined" not in text and "--json says which tokens count" in text
+    styled = Console(width=100, color_system="standard", force_terminal=True)
+    with styled.capture() as capture:
+        show_pair(styled, view)
+    assert "⟦<|im_end|>⟧ ⟧\x1b[0m" in capture.get() and "⟦⟦" not in capture.get()
+
+
 def test_what_the_template_was_given_is_shown(ref_cache: Path) -> None:
     found = look(ref_cache)
     assert "template args" not in printed(show_inspection, found)
