@@ -4,12 +4,12 @@ What differs between the two texts is what the turn says, whatever it is made of
 searched for. It takes several renderings, so that plain turns are found by their text instead.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from minicache.data.parts import calls_of, marked
 from minicache.data.records import Context, Turn
-from minicache.data.written import marked
 from minicache.errors import RowRefused
 
 Span = tuple[int, int]  # characters, begin and end
@@ -42,7 +42,11 @@ class AnswerFinder:
             changed = (*self.turns[:at], marked(self.turns[at], at, names=False), *self.turns[at + 1 :])
             first, last = _difference(self.text, self.render(changed, self.context))
             start = self.text.rfind(self.header, position, first) if self.header else -1
-            begin = start + len(self.header) if start >= 0 else min(self._opened(at), first)
+            begin = start + len(self.header) if start >= 0 else self._opened(at)
+            if begin > first and calls_of(self.turns[at]):
+                # What precedes the words of a call, such as its name, counts too.
+                return None
+            begin = min(begin, first)
             closing = next(each for each in self._closings(at, changed) if self.text.startswith(each, last))
         except (RowRefused, StopIteration):
             return None
@@ -67,6 +71,25 @@ class AnswerFinder:
         before = self.turns[:at]
         shared = shared_length(self.text, self.render(before, self.context, open_answer=True))
         return shared if shared >= len(self.render(before, self.context)) else len(self.text)
+
+
+def end_of_opening(
+    text: str, turns: tuple[Turn, ...], at: int, opening: str, render: Callable[[tuple[Turn, ...]], str]
+) -> int:
+    """The position in the text where the opening of answer `at` ends.
+
+    Raises:
+        RowRefused: the template does not write the answer as it is.
+    """
+    turn, end = turns[at], len(text)
+    rest = marked(Turn("assistant", turn.content[len(opening) :]), at).content or "q"
+    # The answer may begin with the same sign as one of these words.
+    for other in (rest, rest.replace("q", "z")):
+        changed = (*turns[:at], Turn(turn.role, opening + other, turn.more), *turns[at + 1 :])
+        end = min(end, shared_length(text, render(changed)))
+    if not text[:end].rstrip().endswith(opening.strip()):
+        raise RowRefused("template", "the chat template cannot go on with a prompt that ends in an assistant's turn")
+    return end
 
 
 def _difference(text: str, other: str) -> Span:

@@ -20,10 +20,10 @@ def context_of(columns: Columns, sample: Sample) -> Context:
     """Tools, documents and template arguments of a row."""
     tools, documents = columns.left("tools"), columns.left("documents")
     # MiniMind's system turns hold the tools.
-    turns = [*sample.prompt, *(sample.pairs[0][0] if sample.pairs else ())]
-    in_turn = next((turn.more["tools"] for turn in reversed(turns) if turn.more and "tools" in turn.more), None)
+    turns = [*sample.prompt, *(turn for sides in sample.pairs for side in sides for turn in side)]
+    in_turns = [turn.more["tools"] for turn in turns if turn.more and "tools" in turn.more]
     arguments = columns.left("chat_template_kwargs")
-    if tools is in_turn is documents is arguments is None:
+    if tools is documents is arguments is None and not in_turns:
         return NO_CONTEXT
     if isinstance(arguments, str):
         arguments = next(iter(json_list(arguments, "chat_template_kwargs")), None)
@@ -32,7 +32,9 @@ def context_of(columns: Columns, sample: Sample) -> Context:
     for name in arguments or ():
         if name in NO_ARGUMENTS and name != "tools":
             raise RowRefused("wrong-type", f"'chat_template_kwargs': {name!r} is no argument of a chat template")
-    given = [json_list(each, "tools") for each in ((arguments or {}).get("tools"), tools, in_turn) if each is not None]
+    given = [
+        json_list(each, "tools") for each in ((arguments or {}).get("tools"), tools, *in_turns) if each is not None
+    ]
     if any(each != given[0] for each in given):
         raise RowRefused(
             "unused-field", "'tools' stands in several places, and they differ; expected --ignore-fields tools"

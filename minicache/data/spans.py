@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
-from minicache.data.differences import AnswerFinder, Span, shared_length
+from minicache.data.differences import AnswerFinder, Span, end_of_opening, shared_length
 from minicache.data.records import NO_CONTEXT, Context, Note, Pair, Turn
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.data.written import Written
@@ -76,7 +76,7 @@ class Renderer:
 
     @cached_property
     def _written(self) -> Written:
-        return Written(self.tokenizer.chat)
+        return Written(self.tokenizer.chat, self.tokenizer.special_text.show)
 
     def _hidden(self, pair: Pair) -> Pair:
         """The pair with the text of special tokens hidden, unless it is to become these tokens."""
@@ -105,7 +105,9 @@ class Renderer:
             if self.loss_on == "answer":
                 spans, own = self._answer_spans(text, opened, pair, spans[own:]), 0
         if pair.opening:
-            spans[own] = (_after_opening(text, spans[own], pair.opening, answers[0].content), spans[own][1])
+            at, context = len(pair.prompt), pair.context
+            end = end_of_opening(text, turns, at, pair.opening, lambda turns: self._text(turns, context))
+            spans[own] = (max(end, spans[own][0]), spans[own][1])
         return spans, spans[own][0]
 
     def _boundary(self, text: str, opened: str, pair: Pair) -> int:
@@ -207,15 +209,3 @@ def _opened_length(text: str, begin: int, tail: str) -> int:
         return len(tail)
     tag = tail[: tail.find("\n") + 1]
     return len(tag) if tag.startswith("<") and text.startswith(tag, begin) else 0
-
-
-def _after_opening(text: str, span: Span, opening: str, content: str) -> int:
-    """The position in the answer's span where its opening ends.
-
-    Raises:
-        RowRefused: the template does not write the answer as it is.
-    """
-    at = text.find(content.strip(), span[0])
-    if at < 0 or at > span[1]:
-        raise RowRefused("template", "the chat template cannot go on with a prompt that ends in an assistant's turn")
-    return at + len(opening) - (len(content) - len(content.lstrip()))

@@ -70,7 +70,7 @@ class SpecialText:
         return tuple(self._hidden_turn(turn, refuse) for turn in turns)
 
     def _hidden_turn(self, turn: Turn, refuse: bool) -> Turn:
-        what = f"a {turn.role} turn"
+        what = f"a turn of the {turn.role}"
         content = self._hidden_text(turn.content, what, refuse)
         more = self.hide_all(turn.more, what, refuse) if turn.more else turn.more
         if content is turn.content and more == turn.more:
@@ -149,6 +149,10 @@ class SpecialText:
             raise RowRefused(
                 "special-text", f"the tokenizer has no plain tokens for {self.shown[hidden]!r} in a content"
             )
+
+    def show(self, text: str) -> str:
+        """A text with what is hidden in it."""
+        return self._hidden.sub(lambda found: self.shown[found[0]], text)
 
     def _other(self, name: str) -> str:
         return self.hidden.get(name) or self.shown[name]

@@ -68,6 +68,11 @@ class Template:
         return name in self._names
 
     @cached_property
+    def switches(self) -> tuple[str, ...]:
+        """Words that users put into contents and that the template looks for, such as SmolLM3's "/no_think"; the longest first."""
+        return tuple(sorted((name for name in self._names if re.fullmatch(r"/\w+", name)), key=len, reverse=True))
+
+    @cached_property
     def _names(self) -> set[str]:
         attributes = {node.attr for node in self._parsed.find_all(nodes.Getattr)}
         return attributes | {node.value for node in self._parsed.find_all(nodes.Const) if isinstance(node.value, str)}
@@ -145,7 +150,7 @@ class Template:
         arguments = call["function"].get("arguments")
         if isinstance(arguments, str) and not self._takes_text:
             arguments = decoded(arguments)
-        elif isinstance(arguments, dict) and arguments and self._takes_text and not self._takes_objects:
+        elif isinstance(arguments, dict) and self._takes_text and not self._takes_objects:
             arguments = json.dumps(arguments, ensure_ascii=False)
         else:
             return call

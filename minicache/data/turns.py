@@ -26,6 +26,8 @@ ROLE_NAMES = {
 }
 # Roles whose content is a call as JSON text (LLaMA-Factory, ms-swift).
 CALLERS = ("function_call", "tool_call")
+# Keys with the text of a turn; the first that is not empty counts.
+CONTENTS = ("content", "value", "text")
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
@@ -64,7 +66,8 @@ def turn_of(item: object, field: str) -> Turn:
     if not isinstance(item, dict):
         raise RowRefused("wrong-type", f"a turn of {field!r} must be an object, got {kind_of(item)}")
     role_key = "from" if "from" in item else "role"
-    text_key = next((key for key in ("content", "value", "text") if key in item), "")
+    text_keys = sorted((key for key in CONTENTS if key in item), key=lambda key: item[key] in (None, "", []))
+    text_key = next(iter(text_keys), "")
     is_call = bool(item.get("tool_calls") or item.get("function_call"))
     for key, is_there in (
         (role_key, role_key in item),
@@ -81,6 +84,15 @@ def turn_of(item: object, field: str) -> Turn:
     more = {
         key: value for key, value in item.items() if key not in (role_key, text_key) and value not in (None, "", [], {})
     }
+    for key in ("role", *CONTENTS):
+        if key in more and (
+            more[key] != item[text_key] if key in CONTENTS else ROLE_NAMES.get(str(more[key]).lower()) != role
+        ):
+            of = text_key if key in CONTENTS else role_key
+            raise RowRefused(
+                "unused-field", f"a turn of {field!r} has {of!r} and {key!r}, which differ; expected one of them"
+            )
+        more.pop(key, None)
     return _with_keys(role, name, item.get(text_key), more, field)
 
 

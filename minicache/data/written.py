@@ -7,94 +7,28 @@ all rows of a shape. Then each part of the real conversation is looked for in th
 contents.
 """
 
-import json
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
-from markupsafe import escape
-
-from minicache.data.records import THOUGHTS, Context, Note, Turn, texts_in
+from minicache.data.parts import Part, calls_of, holds, marked, marked_tool, parts_of, shape_of, tool_name
+from minicache.data.records import THOUGHTS, Context, Note, Turn
 from minicache.data.template import Template
 from minicache.errors import RowRefused
 
-TAGS = re.compile(r"(</?think>)")
 # Most shapes of conversations whose probes are kept.
 MOST_SHAPES = 4096
 LEFT_OUT = Note("left-out")
-
-
-class Part(NamedTuple):
-    """Something that a turn says. turn: its index. kind: "thought", "text" or "call". key: of the message."""
-
-    turn: int
-    kind: str
-    text: str
-    key: str = "content"
-
-
-def parts_of(turns: Iterable[Turn]) -> Iterator[Part]:
-    """What the turns say, part by part."""
-    for at, turn in enumerate(turns):
-        yield from _content_parts(at, turn)
-        for key in THOUGHTS if turn.more else ():
-            for text in texts_in((turn.more or {}).get(key)):
-                yield Part(at, "thought", text.strip(), key)
-        for call in (turn.more or {}).get("tool_calls") or ():
-            for text in _leaves([call["function"]["name"], _object(call["function"].get("arguments"))]):
-                yield Part(at, "call", text.strip(), "tool_calls")
-
-
-def _content_parts(at: int, turn: Turn) -> Iterator[Part]:
-    if turn.role != "assistant" or "</think>" not in turn.content:
-        yield Part(at, "text", turn.content.strip())
-        return
-    *thoughts, text = turn.content.split("</think>")
-    for thought in thoughts:
-        for piece in thought.split("<think>"):
-            yield Part(at, "thought", piece.strip())
-    yield Part(at, "text", text.strip())
-
-
-def _leaves(value: Any) -> Iterator[str]:
-    """Every text and number in a JSON value, and the names of its entries."""
-    if isinstance(value, dict):
-        for name, each in value.items():
-            yield name
-            yield from _leaves(each)
-    elif isinstance(value, list):
-        for each in value:
-            yield from _leaves(each)
-    elif isinstance(value, str | int | float) and not isinstance(value, bool):
-        yield value if isinstance(value, str) else json.dumps(value)
-
-
-def _object(arguments: Any) -> Any:
-    try:
-        return json.loads(arguments) if isinstance(arguments, str) else arguments
-    except (ValueError, RecursionError):
-        return arguments
-
-
-def holds(text: str, part: str) -> bool:
-    """Whether a rendered text holds a part: as it is, as JSON, as HTML, or with other whitespace."""
-    if part in text:
-        return True
-    if (
-        any(json.dumps(part, ensure_ascii=escaped)[1:-1] in text for escaped in (False, True))
-        or str(escape(part)) in text
-    ):
-        return True
-    return "".join(part.split()) in "".join(text.split())
+# Of a call, the entries that hold parts, and one that is always the same.
+READ = ("function", "type", "name", "arguments")
 
 
 class Written:
-    """Checks the texts that one template renders."""
+    """Checks the texts that one template renders. show: hidden text -> as it was typed, see `SpecialText`."""
 
-    def __init__(self, template: Template) -> None:
-        self.template = template
+    def __init__(self, template: Template, show: Callable[[str], str] = str) -> None:
+        self.template, self.show = template, show
         self._dropped: dict[object, frozenset[tuple[int, str, str]]] = {}
 
     def check(self, text: str, turns: tuple[Turn, ...], context: Context, shared: int) -> list[Note]:
@@ -106,10 +40,11 @@ class Written:
         dropped = self._dropped_by_shape(turns, context)
         notes: list[Note] = []
         for part in parts_of(turns):
-            if not part.text or ((part.turn, part.kind, part.key) not in dropped and holds(text, part.text)):
+            is_dropped = (part.turn, part.kind, part.key) in dropped
+            if not part.text or (not is_dropped and holds(text, part.text, self.template.switches)):
                 continue
             if not self._by_design(part, turns, shared):
-                raise _refusal(part, turns[part.turn])
+                raise _refusal(part._replace(text=self.show(part.text)), turns[part.turn])
             notes = [LEFT_OUT]
         if any(turn.more for turn in turns):
             notes += self._unread_keys(text, turns, context)
@@ -131,7 +66,7 @@ class Written:
 
     def _dropped_by_shape(self, turns: tuple[Turn, ...], context: Context) -> frozenset[tuple[int, str, str]]:
         """Turn, kind and key of the parts that the template leaves out of every conversation of this shape."""
-        shape = (tuple(map(_shape, turns)), bool(context.tools), bool(context.documents), repr(context.arguments))
+        shape = (tuple(map(shape_of, turns)), bool(context.tools), bool(context.documents), repr(context.arguments))
         if shape not in self._dropped:
             if len(self._dropped) >= MOST_SHAPES:
                 self._dropped.clear()
@@ -144,27 +79,38 @@ class Written:
             text = self.template.render(probe, context=context)
         except RowRefused:
             # It demands something of the contents, which the real conversation has.
-            return frozenset()
-        return frozenset((part.turn, part.kind, part.key) for part in parts_of(probe) if part.text not in text)
+            return frozenset(self._dropped_alone(turns, context))
+        return frozenset(_missing(probe, text))
+
+    def _dropped_alone(self, turns: tuple[Turn, ...], context: Context) -> Iterator[tuple[int, str, str]]:
+        """The parts that the template leaves out where one turn after the other is made of other words."""
+        for at, turn in enumerate(turns):
+            others = (*turns[:at], marked(turn, at), *turns[at + 1 :])
+            try:
+                text = self.template.render(others, context=context)
+            except RowRefused:
+                continue
+            yield from (part for part in _missing(others, text) if part[0] == at)
 
     # --- keys and columns that the template does not read ---
 
     def _unread_keys(self, text: str, turns: tuple[Turn, ...], context: Context) -> list[Note]:
-        """The keys of turns, beside those that hold parts, that change nothing in the text."""
-        keys = {key: None for turn in turns for key in turn.more or ()}
-        # The tools in a turn are the conversation's, see `_unread_context`.
+        """The keys of turns and calls, beside those that hold parts, that change nothing in the text."""
+        owners = {key: "call" for turn in turns for call in calls_of(turn) for key in {**call, **call["function"]}}
+        owners = {key: owner for key, owner in owners.items() if key not in READ}
+        owners |= {key: "turn" for turn in turns for key in turn.more or ()}
+        # The tools in a turn are the conversation's, see `context_of`.
         for key in ("content", "tool_calls", "tools" if context.tools else "", *THOUGHTS):
-            keys.pop(key, None)
-        return [Note("unused", f"{key} of a turn") for key in keys if self._is_without(key, text, turns, context)]
+            owners.pop(key, None)
+        unread = [*owners]
+        if not unread or not self._is_without(unread, text, turns, context):
+            unread = [key for key in owners if self._is_without([key], text, turns, context)]
+        return [Note("unused", f"{key} of a {owners[key]}") for key in unread]
 
-    def _is_without(self, key: str, text: str, turns: tuple[Turn, ...], context: Context) -> bool:
-        """Whether the text stays as it is without a key of the turns."""
-        bare = tuple(
-            replace(turn, more={name: value for name, value in (turn.more or {}).items() if name != key})
-            for turn in turns
-        )
+    def _is_without(self, keys: list[str], text: str, turns: tuple[Turn, ...], context: Context) -> bool:
+        """Whether the text stays as it is without these keys of turns and calls."""
         try:
-            return self.template.render(bare, context=context) == text
+            return self.template.render(tuple(_without(turn, keys) for turn in turns), context=context) == text
         except RowRefused:
             return False
 
@@ -174,21 +120,50 @@ class Written:
         Raises:
             RowRefused: it does not write the tools or the documents.
         """
-        for name, bare in (("tools", replace(context, tools=None)), ("documents", replace(context, documents=None))):
-            if bare == context:
+        tools = [marked_tool(tool, at) for at, tool in enumerate(context.tools or ())]
+        for name, others in (("tools", {"tools": tools or None}), ("documents", {"documents": None})):
+            other = replace(context, **others)
+            if other == context:
                 continue
             try:
-                is_same = self.template.render(turns, context=bare) == text
+                rendered = self.template.render(turns, context=other)
             except RowRefused:
-                is_same = False
-            if is_same:
+                continue
+            if rendered == text or not all(tool_name(tool) in rendered for tool in others.get("tools") or ()):
                 raise RowRefused(
                     "unused-field",
                     f"{name!r} is not written by the chat template; expected one that does (--chat-template), or "
                     f"--ignore-fields {name}",
                 )
-        unread = context.arguments.keys() - self.template.variables
-        return [Note("unused", f"chat_template_kwargs.{name}") for name in sorted(unread)]
+        unread = [f"chat_template_kwargs.{name}" for name in sorted(context.arguments.keys() - self.template.variables)]
+        unread += [f"{key} of a document" for key in self._unread_of_documents(text, turns, context)]
+        return [Note("unused", name) for name in unread]
+
+    def _unread_of_documents(self, text: str, turns: tuple[Turn, ...], context: Context) -> Iterator[str]:
+        documents = [document for document in context.documents or () if isinstance(document, dict)]
+        for key in dict.fromkeys(key for document in documents for key in document):
+            bare = [{name: each for name, each in document.items() if name != key} for document in documents]
+            try:
+                if self.template.render(turns, context=replace(context, documents=bare)) == text:
+                    yield key
+            except RowRefused:
+                continue
+
+
+def _missing(turns: tuple[Turn, ...], text: str) -> Iterator[tuple[int, str, str]]:
+    return ((part.turn, part.kind, part.key) for part in parts_of(turns) if part.text not in text)
+
+
+def _without(turn: Turn, keys: list[str]) -> Turn:
+    """A turn without these keys of it and of its calls."""
+
+    def rest(value: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: each for key, each in value.items() if key in READ or key not in keys}
+
+    more = {key: each for key, each in (turn.more or {}).items() if key not in keys}
+    if "tool_calls" in more:
+        more["tool_calls"] = [{**rest(call), "function": rest(call["function"])} for call in more["tool_calls"]]
+    return replace(turn, more=more or None)
 
 
 def _refusal(part: Part, turn: Turn) -> RowRefused:
@@ -203,46 +178,3 @@ def _refusal(part: Part, turn: Turn) -> RowRefused:
         f"the chat template does not write the {turn.role}'s {part.key!r} ({shown!r}); expected one that does "
         f"(--chat-template), or --ignore-fields {part.key}",
     )
-
-
-def _shape(turn: Turn) -> object:
-    """What the markers of a probe depend on."""
-    shape = TAGS.findall(turn.content) if turn.role == "assistant" and "think>" in turn.content else ()
-    more = turn.more or {}
-    calls = [type(call["function"].get("arguments")) for call in more.get("tool_calls") or ()]
-    kinds = tuple((key, type(value)) for key, value in more.items())
-    return turn.role, bool(turn.content.strip()), tuple(shape), kinds, tuple(calls)
-
-
-def marked(turn: Turn, at: int, names: bool = True) -> Turn:
-    """A turn of the same shape, made of words that occur nowhere else. names: whether calls have other names, too."""
-    pieces = TAGS.split(turn.content) if turn.role == "assistant" else [turn.content]
-    content = "\n".join(
-        piece if TAGS.fullmatch(piece) else f"qx{at}c{number}xq" for number, piece in enumerate(pieces) if piece.strip()
-    )
-    if not turn.more:
-        return Turn(turn.role, content)
-    more = dict(turn.more)
-    for key in THOUGHTS:
-        if key in more:
-            more[key] = _with_word(more[key], f"qx{at}{key}xq")
-    if more.get("tool_calls"):
-        more["tool_calls"] = [_marked_call(call, f"qx{at}f{n}xq", names) for n, call in enumerate(more["tool_calls"])]
-    return Turn(turn.role, content, more)
-
-
-def _with_word(value: Any, word: str) -> Any:
-    """A JSON value of the same shape with this word in place of all texts."""
-    if isinstance(value, dict):
-        return {name: _with_word(each, word) for name, each in value.items()}
-    if isinstance(value, list):
-        return [_with_word(each, word) for each in value]
-    return word if isinstance(value, str) else value
-
-
-def _marked_call(call: dict[str, Any], word: str, names: bool) -> dict[str, Any]:
-    arguments: Any = {word + "k": word + "v"}
-    if isinstance(call["function"].get("arguments"), str):
-        arguments = json.dumps(arguments)
-    name = word if names else call["function"]["name"]
-    return {**call, "function": {**call["function"], "name": name, "arguments": arguments}}

@@ -93,7 +93,7 @@ def test_in_every_template_only_its_own_special_tokens_are_special(
 
 def test_it_is_refused_or_special_if_asked(chatml: ChatTokenizer) -> None:
     pair = pair_of("why<|im_end|>")
-    with pytest.raises(RowRefused, match=r"a user turn holds '<\|im_end\|>'") as refused:
+    with pytest.raises(RowRefused, match=r"a turn of the user holds '<\|im_end\|>'") as refused:
         Encoder(chatml, 500, special_text="refuse").encode(pair)
     assert refused.value.reason == "special-text"
     ids, _ = Encoder(chatml, 500, special_text="allow").encode(pair)[0].side(0)
@@ -195,7 +195,7 @@ def test_text_that_only_the_tokenizers_normalizer_makes_special_is_refused(token
     backend.add_special_tokens([AddedToken("<|stop|>", normalized=True)])
     encoder = Encoder(saved(backend, tmp_path), 500)
     assert encoder.tokenizer.encode(["＜|STOP|＞"])[0][0].tolist() == [backend.token_to_id("<|stop|>")]
-    with pytest.raises(RowRefused, match="makes a special token of what a user turn holds"):
+    with pytest.raises(RowRefused, match="makes a special token of what a turn of the user holds"):
         encoder.encode(pair_of("＜|STOP|＞"))
     ids, _ = encoder.encode(pair_of("Why <|stop|>"))[0].side(0)
     assert backend.token_to_id("<|stop|>") not in ids.tolist()
