@@ -13,6 +13,8 @@ from minicache.training.progress import Outcome
 
 RECORD, LOCK = "run.json", ".lock"
 NEEDED = ("ref_cache", "out")
+# Options that 0.1.0 did not have: they are written only where they say something.
+LATER = ("columns", "ignore_fields", "row_pairs")
 # The defaults of the options. A record that lacks an option is of an earlier version, which behaved as by the default.
 DEFAULTS = {
     name: value for name, value in flat(TrainConfig(ref_cache="cache", out=Path("run"))).items() if name not in NEEDED
@@ -51,7 +53,8 @@ class RunRecord:
     def flat(self) -> dict[str, Any]:
         """The record as the file holds it."""
         found = {name: value for name, value in asdict(self).items() if name != "options" and value is not None}
-        return {**self.options, **found}
+        options = {name: value for name, value in self.options.items() if name not in LATER or value != DEFAULTS[name]}
+        return {**options, **found}
 
 
 FOUND = {name: hint for name, hint in get_type_hints(RunRecord).items() if name != "options"}

@@ -436,7 +436,7 @@ def test_an_interrupted_append_that_is_given_up_is_dropped(
 def test_a_file_once_read_in_one_format_is_not_taken_for_another(
     ref_cache: Path, model_dir: Path, data_file: Path
 ) -> None:
-    with pytest.raises(CacheMismatch, match=r"pairs\.jsonl was read with --format auto, asked for messages"):
+    with pytest.raises(CacheMismatch, match=r"pairs\.jsonl was read with --format auto, asked for --format messages"):
         run(ref_cache, model_dir, data_file, format="messages")
 
 
