@@ -156,7 +156,7 @@ def from_steps(columns: Columns) -> Sample:
 
 def from_sharegpt(columns: Columns) -> Sample:
     """`conversations` are {from, value}; `chosen` and `rejected` are one such turn or a list of them (LLaMA-Factory), or texts."""
-    chosen, rejected = (_answer_of(columns[side], side) for side in SIDES)
+    chosen, rejected = (answer_of(columns[side], side) for side in SIDES)
     return Sample(turns_of(columns["conversations"], "conversations"), [(chosen, rejected)])
 
 
@@ -171,7 +171,7 @@ def from_swift(columns: Columns) -> Sample:
         others = turns_of(columns["rejected_messages"], "rejected_messages")
         return Sample([], [(turns, others if others[:1] == turns[:1] else turns[:asked] + others)])
     other = columns["rejected_response"]
-    return Sample(turns[:asked], [(turns[asked:], _answer_of(other, "rejected_response"))])
+    return Sample(turns[:asked], [(turns[asked:], answer_of(other, "rejected_response"))])
 
 
 def from_transcript(columns: Columns) -> Sample:
@@ -217,8 +217,9 @@ def history_of(value: object) -> list[Turn]:
     raise RowRefused("wrong-type", f"'history' must be a list of [question, answer] or of turns, got {kind_of(value)}")
 
 
-def _answer_of(value: object, field: str) -> list[Turn]:
-    return [Turn("assistant", value)] if isinstance(value, str) else turns_of(value, field)
+def answer_of(value: object, field: str) -> list[Turn]:
+    """The turns of an answer: a list of turns, a turn, or a text that the assistant says."""
+    return turns_of(value, field) if isinstance(value, list | dict) else [Turn("assistant", text_of(value, field))]
 
 
 def _answered(columns: Columns, prompt: str, chosen: str, rejected: str) -> Sample:

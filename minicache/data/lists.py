@@ -4,10 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 from minicache.data.columns import Columns, Row
-from minicache.data.layouts import Sample, instruction_of, prompt_of, transcribed
+from minicache.data.layouts import Sample, answer_of, instruction_of, prompt_of, transcribed
 from minicache.data.ranking import Answer
 from minicache.data.records import Turn
-from minicache.data.turns import kind_of, text_of
+from minicache.data.turns import kind_of, number_of, text_of
 from minicache.errors import RowRefused
 
 
@@ -41,7 +41,7 @@ def from_completions(columns: Columns) -> Sample:
 def from_completion_ranks(columns: Columns) -> Sample:
     """`completions` are {rank, completion: turns} to the turns of a `context`, rank 0 is the best (NeMo RL)."""
     items = _objects(columns, "completions", ("rank", "completion"))
-    answers = [Answer(prompt_of(each.get("completion"), "completion"), -_score(each, "rank")) for each in items]
+    answers = [Answer(answer_of(each.get("completion"), "completion"), -_score(each, "rank")) for each in items]
     return Sample(prompt_of(columns["context"], "context"), [], answers)
 
 
@@ -56,7 +56,7 @@ def from_generations(columns: Columns) -> Sample:
     )
     rated = [(text, score) for text, score in zip(texts, scores, strict=True) if text is not None and score is not None]
     answers = [
-        Answer([Turn("assistant", text_of(text, "generations"))], _number(score, "ratings")) for text, score in rated
+        Answer([Turn("assistant", text_of(text, "generations"))], number_of(score, "ratings")) for text, score in rated
     ]
     return Sample(prompt_of(columns[name], name), [], answers)
 
@@ -97,10 +97,4 @@ def _said(item: dict[str, Any], key: str) -> list[Turn]:
 
 
 def _score(item: dict[str, Any], key: str) -> float:
-    return _number(item.get(key), key)
-
-
-def _number(value: object, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
-        raise RowRefused("wrong-type", f"{name!r} must be a number, got {kind_of(value)}")
-    return float(value)
+    return number_of(item.get(key), key)

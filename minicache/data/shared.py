@@ -9,7 +9,7 @@ from minicache.data.arguments import NO_ARGUMENTS
 from minicache.data.columns import Columns
 from minicache.data.layouts import Sample
 from minicache.data.records import NO_CONTEXT, Context, Note, Pair, Turn
-from minicache.data.turns import json_list, kind_of, text_of, turns_of
+from minicache.data.turns import json_list, kind_of, require_sound, text_of, turns_of
 from minicache.errors import RowRefused
 
 # Columns with the text of a system turn; the first one that is there.
@@ -32,6 +32,7 @@ def context_of(columns: Columns, sample: Sample) -> Context:
     for name in arguments or ():
         if name in NO_ARGUMENTS and name != "tools":
             raise RowRefused("wrong-type", f"'chat_template_kwargs': {name!r} is no argument of a chat template")
+    require_sound(arguments)
     given = [
         json_list(each, "tools") for each in ((arguments or {}).get("tools"), tools, *in_turns) if each is not None
     ]

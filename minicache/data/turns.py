@@ -1,6 +1,7 @@
 """Turns of a conversation, as preference files hold them -> `Turn`. A turn keeps every key that a template may read."""
 
 import json
+import math
 from typing import Any
 
 from minicache.data.files import MOST_ROW
@@ -46,6 +47,19 @@ def text_of(value: object, field: str) -> str:
     except UnicodeEncodeError:
         raise RowRefused("bad-unicode", f"{field!r} holds a lone surrogate, which UTF-8 cannot encode") from None
     return value
+
+
+def number_of(value: object, field: str) -> float:
+    """A finite number, to compare answers by. Raises RowRefused: it is none, or is too large to be one."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise RowRefused("wrong-type", f"{field!r} must be a number, got {kind_of(value)}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise RowRefused("wrong-type", f"{field!r} must be a finite number, got {str(value)[:40]}")
+    return number
 
 
 def turns_of(value: object, field: str) -> list[Turn]:
@@ -114,7 +128,7 @@ def _with_keys(role: str, name: str, content: object, more: dict[str, Any], fiel
     for key, value in more.items():
         if key in THOUGHTS and not isinstance(value, list | dict):
             text_of(value, key)
-        _require_sound(value)
+        require_sound(value)
     return Turn(role, text_of(content, "content"), more or None)
 
 
@@ -192,21 +206,21 @@ def json_list(value: object, field: str) -> list[Any]:
     if not isinstance(value, list):
         raise RowRefused("wrong-type", f"{field!r} must be a list or the JSON text of one, got {kind_of(value)}")
     items = [_json(item, field) if isinstance(item, str) and item.lstrip()[:1] == "{" else item for item in value]
-    _require_sound(items)
+    require_sound(items)
     return items
 
 
-def _require_sound(value: object) -> None:
-    """Raises RowRefused: a text within a value is too long or cannot be encoded."""
+def require_sound(value: object) -> None:
+    """Check every text in a JSON value. Raises RowRefused: a text within a value is too long or cannot be encoded."""
     if isinstance(value, str):
         text_of(value, "a text")
     elif isinstance(value, dict):
         for name, each in value.items():
-            _require_sound(name)
-            _require_sound(each)
+            require_sound(name)
+            require_sound(each)
     elif isinstance(value, list):
         for each in value:
-            _require_sound(each)
+            require_sound(each)
 
 
 # --- words for messages ---

@@ -6,7 +6,7 @@ from typing import Any
 from minicache.data.columns import Columns
 from minicache.data.layouts import Sample, prompt_of
 from minicache.data.records import Note, Turn
-from minicache.data.turns import kind_of, text_of, turns_of
+from minicache.data.turns import kind_of, number_of, text_of, turns_of
 from minicache.errors import RowRefused
 
 
@@ -44,7 +44,7 @@ def from_scores(columns: Columns) -> Sample:
     question = columns["question"]
     if isinstance(question, dict):
         question = question.get("full_text")
-    scores = [_number(columns, name) for name in ("score_0", "score_1")]
+    scores = [number_of(columns[name], name) for name in ("score_0", "score_1")]
     winner = None if scores[0] == scores[1] else int(scores[1] > scores[0])
     return _voted(prompt_of(question, "question"), _texts(columns, "answer_0", "answer_1"), winner)
 
@@ -134,16 +134,9 @@ def _one_of(columns: Columns, name: str, known: dict[Any, int | None]) -> int | 
     return known[value]
 
 
-def _number(columns: Columns, name: str) -> float:
-    value = columns[name]
-    if not isinstance(value, int | float):
-        raise RowRefused("wrong-type", f"{name!r} must be a number, got {kind_of(value)}")
-    return float(value)
-
-
 def _by_sign(columns: Columns, name: str) -> int | None:
     """The first answer where a strength is below 0, the second where it is above."""
-    strength = _number(columns, name)
+    strength = number_of(columns[name], name)
     return None if strength == 0 else int(strength > 0)
 
 

@@ -167,6 +167,12 @@ BAD_ROWS = [
     ("identical", {"prompt": "q", "chosen": "same", "rejected": "same"}),
     ("prompts-differ", {"chosen": ANSWER, "rejected": turns(("user", "other"), ("assistant", "a"))}),
     ("bad-unicode", {"prompt": "q", "chosen": "\ud800", "rejected": "y"}),
+    ("bad-unicode", {"conversations": turns(("user", "q")), "chosen": "\ud800", "rejected": "y"}),
+    ("bad-unicode", {"messages": ANSWER, "rejected_response": "\ud800"}),
+    ("bad-unicode", {"prompt": "q", "chosen": "x", "rejected": "y", "chat_template_kwargs": {"mood": "\ud800"}}),
+    ("wrong-type", {"prompt": "q", "response_1": "x", "response_2": "y", "preference_strength": float("nan")}),
+    ("wrong-type", {"prompt": "q", "response_1": "x", "response_2": "y", "preference_strength": True}),
+    ("wrong-type", {"prompt": "q", "answers": [{"answer": "x", "rank": 10**400}, {"answer": "y", "rank": 1}]}),
 ]
 
 

@@ -423,6 +423,10 @@ LAYOUTS: dict[str, Layout] = {
         },
         reading=Reading(pairs="best-worst"),
     ),
+    "NeMo RL, texts": Layout(
+        {"context": [USER], "completions": [{"rank": 0, "completion": GOOD}, {"rank": 1, "completion": BAD}]},
+        reading=Reading(pairs="best-worst"),
+    ),
     "NCSOFT/offsetbias": Layout({"instruction": ASK, "output_1": BAD, "output_2": GOOD, "label": 2}),
     "prometheus-eval/Preference-Collection": Layout(
         {
