@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from minicache.data.records import Note, texts_in
+from minicache.data.records import Note, is_empty, texts_in
 from minicache.data.turns import MEDIA, ROLE_NAMES, listed
 from minicache.errors import ConfigError, RowRefused
 
@@ -103,12 +103,14 @@ class Columns:
         self.unread.pop(name, None)
         return self.values[name]
 
+    def first(self, *names: str) -> str | None:
+        """The name of the first of these columns that is there and not empty, or None."""
+        return next((name for name in names if not is_empty(self.values.get(name))), None)
+
     def get(self, *names: str) -> Any:
         """The value of the first of these columns that is there and not empty, or None."""
-        for name in names:
-            if self.values.get(name) not in (None, "", [], {}):
-                return self[name]
-        return None
+        name = self.first(*names)
+        return None if name is None else self[name]
 
     def left(self, *names: str) -> Any:
         """As `get`, of the columns that were not read yet."""
@@ -132,7 +134,7 @@ class Columns:
         notes, texts = [], [text.strip() for text in used]
         for name in self.unread:
             value = self.values[name]
-            if value in ("", [], {}) or (name in SEEN and name not in MEDIA and _repeats(name, value, texts)):
+            if is_empty(value) or (name in SEEN and name not in MEDIA and _repeats(name, value, texts)):
                 continue
             if name in MEDIA:
                 raise RowRefused(

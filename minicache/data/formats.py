@@ -12,7 +12,7 @@ from minicache.data import layouts, lists, votes
 from minicache.data.columns import Columns, Reading, Row, with_reading
 from minicache.data.layouts import Sample
 from minicache.data.ranking import pairs_of
-from minicache.data.records import Context, Pair, Turn
+from minicache.data.records import Context, Pair, Turn, is_empty
 from minicache.data.shared import context_of, pair_of, texts_of, whole_prompt
 from minicache.data.turns import kind_of, listed
 from minicache.errors import RowRefused
@@ -149,7 +149,7 @@ def _reader(columns: Columns, format: str) -> Callable[[Columns], Sample]:
             raise RowRefused("missing-field", f"format {format} needs {listed(missing)}; the row has {listed(row)}")
         return known.read
     # An empty column is no sign of a form, but where nothing else fits (a prompt may be empty).
-    filled = {name: value for name, value in row.items() if value not in ("", [], {})}
+    filled = {name: value for name, value in row.items() if not is_empty(value)}
     for there in (filled, row):
         for known in FORMATS.values():
             if known.fields <= there.keys() and known.fits(there):

@@ -69,7 +69,7 @@ def from_messages(columns: Columns) -> Sample:
     chosen, rejected = (turns_of(columns[side], side) for side in ("chosen", "rejected"))
     if not chosen or not rejected:
         raise RowRefused("empty-answer", "a side has no turns")
-    name = next((name for name in PROMPTS if columns.values.get(name) not in (None, [], "")), None)
+    name = columns.first(*PROMPTS)
     if name is None:
         return Sample([], [(chosen, rejected)])
     if all(side[0].role == "assistant" for side in (chosen, rejected)):

@@ -51,9 +51,7 @@ def from_generations(columns: Columns) -> Sample:
     scores = columns.get("ratings", "rating")
     if not isinstance(texts, list) or not isinstance(scores, list) or len(texts) != len(scores):
         raise RowRefused("wrong-type", "expected a list of ratings as long as 'generations'")
-    name = next(
-        (name for name in ("instruction", "input", "prompt", "messages") if columns.values.get(name)), "instruction"
-    )
+    name = columns.first("instruction", "input", "prompt", "messages") or "instruction"
     rated = [(text, score) for text, score in zip(texts, scores, strict=True) if text is not None and score is not None]
     answers = [
         Answer([Turn("assistant", text_of(text, "generations"))], number_of(score, "ratings")) for text, score in rated

@@ -116,6 +116,11 @@ def _require_answer(name: str, turns: list[Turn]) -> None:
         raise RowRefused("empty-answer", f"{name} does not end in an answer")
 
 
+def is_empty(value: object) -> bool:
+    """Whether a value says nothing: null, "", [] and {}, but neither 0 nor false."""
+    return value in (None, "", [], {})
+
+
 def texts_in(value: object) -> Iterator[str]:
     """Every text in a JSON value, the names of its objects' entries included."""
     if isinstance(value, str):

@@ -52,7 +52,7 @@ def whole_prompt(columns: Columns, sample: Sample, notes: list[Note]) -> list[Tu
     prompt = sample.prompt
     if (history := columns.left("history")) is not None:
         prompt = [*layouts.history_of(history), *prompt]
-    name = next((each for each in SYSTEMS if each in columns.unread and columns.values[each] not in ("", [], {})), None)
+    name = columns.first(*(each for each in SYSTEMS if each in columns.unread))
     if name is None:
         return prompt
     system = columns[name]

@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 from minicache.data.files import MOST_ROW
-from minicache.data.records import ROLES, THOUGHTS, Turn
+from minicache.data.records import ROLES, THOUGHTS, Turn, is_empty
 from minicache.errors import RowRefused
 
 ROLE_NAMES = {
@@ -95,9 +95,7 @@ def turn_of(item: object, field: str) -> Turn:
         raise RowRefused("unknown-role", f"role {item[role_key][:40]!r} in {field!r}; known: {', '.join(ROLE_NAMES)}")
     if len(item) == 2 and type(item.get(text_key)) is str and name not in CALLERS:
         return Turn(role, text_of(item[text_key], text_key))
-    more = {
-        key: value for key, value in item.items() if key not in (role_key, text_key) and value not in (None, "", [], {})
-    }
+    more = {key: value for key, value in item.items() if key not in (role_key, text_key) and not is_empty(value)}
     for key in ("role", *CONTENTS):
         if key in more and (
             more[key] != item[text_key] if key in CONTENTS else ROLE_NAMES.get(str(more[key]).lower()) != role
