@@ -24,7 +24,8 @@ from minicache.trackers import Silent
 
 SIZE = {
     "vocab_size": 6400, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 2, "num_attention_heads": 8,
-    "num_key_value_heads": 4, "head_dim": 96, "max_position_embeddings": 8192, "initializer_range": 0.06, "pad_token_id": 0, "bos_token_id": 1,
+    "num_key_value_heads": 4, "head_dim": 96, "max_position_embeddings": 8192, "initializer_range": 0.06,
+    "pad_token_id": 0, "bos_token_id": 1,
     "eos_token_id": 2,
 }  # fmt: skip
 MIXED = {"layer_types": ["sliding_attention", "full_attention"]}

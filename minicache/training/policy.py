@@ -75,6 +75,8 @@ def _load(config: TrainConfig, cache: ReferenceCache, tracker: Tracker, sources:
         raise ModelError(
             f"{error} (stage one found it there; name the place of the same weights with --model)"
         ) from error
+    if loaded.left_out:
+        tracker.note(loaded.left_out)
     if loaded.vocabulary != cache.identity.vocabulary:
         raise CacheMismatch(
             f"{source}: vocabulary of {loaded.vocabulary}; {cache.path} was made with one of {cache.identity.vocabulary}"
