@@ -58,7 +58,9 @@ def require_whole(source: str, model: nn.Module, info: dict[str, Any]) -> None:
     kind = type(model).__name__
     named = next(iter(getattr(config, "architectures", None) or []), kind)
     origin = f" (its config.json says {named})" if named != kind else ""
-    wide = [f"{name} is {tuple(has)}, config.json says {tuple(due)}" for name, has, due in info["mismatched_keys"]]
+    wide = [
+        f"{name} is {tuple(has)}, config.json says {tuple(due)}" for name, has, due in sorted(info["mismatched_keys"])
+    ]
     missing = sorted(info["missing_keys"])
     left = sorted(key for key in info["unexpected_keys"] if not TABLES.search(key))
     if left and all(key.startswith(WRAPPERS) for key in left):
@@ -92,8 +94,22 @@ def _require_floats(source: str, model: nn.Module) -> None:
             )
 
 
+def beside_text(model: Any) -> list[str]:
+    """The names of a model's parameters that text never reaches: a vision tower and the like, in a model of several modes."""
+    if model.config.get_text_config() is model.config:
+        return []
+    parts = [model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()]
+    reached = {id(weight) for part in parts if part is not None for weight in part.parameters()}
+    return sorted(name for name, weight in model.named_parameters() if id(weight) not in reached)
+
+
 def left_out(source: str, model: Any) -> str | None:
-    """A line on the weights in the files that the model's class leaves out by design, such as a vision tower; None: none are."""
+    """A line on weights that are not used, such as a vision tower, by design of the model's class; None: all are."""
+    if beside := beside_text(model):
+        return (
+            f"{source}: only the language model of {type(model).__name__} is used; {len(beside)} other weights "
+            f"({_some(beside)}) are kept as they are, not trained"
+        )
     patterns = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
     if not patterns:
         return None

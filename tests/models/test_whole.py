@@ -11,7 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from minicache.errors import ModelError
 from minicache.models import load_model
-from tests.conftest import tiny_llama
+from minicache.options.train import TrainConfig
+from minicache.stages.train import train
+from minicache.trackers import Silent
+from tests.conftest import one_process, precompute_into, tiny_llama
 
 State = dict[str, torch.Tensor]
 
@@ -43,7 +46,7 @@ WRONG: dict[str, tuple[Callable[[State], State], dict[str, Any], str]] = {
     "a wrapper's names": (
         lambda state: {f"module.{name}": weight for name, weight in state.items()}, {}, "saved from inside a wrapper"
     ),
-    "another width": (lambda state: state, {"intermediate_size": 96}, "proj.weight is (64, 32), config.json says (96, 32)"),
+    "another width": (lambda state: state, {"intermediate_size": 96}, "down_proj.weight is (32, 64), config.json says (32, 96)"),
     "scales left over": (
         lambda state: state | {"model.layers.0.mlp.up_proj.weight_scale_inv": torch.ones(1)}, {}, "weight_scale_inv"
     ),
@@ -106,3 +109,27 @@ def test_weights_that_a_class_leaves_out_by_design_are_listed(tmp_path: Path) ->
         in line.replace("mtp.fc.weight, ", "")
     )
     assert "the policy is saved without them" in line
+
+
+def test_a_tower_beside_the_language_model_is_kept_as_it_is(
+    tmp_path: Path, tokenizer_dir: Path, data_file: Path
+) -> None:
+    """Gemma 3 from 4B on: text is scored and trained, also by several processes, and the policy is saved with its tower."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    text = {
+        "vocab_size": 6400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 8, "pad_token_id": 0, "eos_token_id": 2,
+    }  # fmt: skip
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    marks = {"image_token_index": 390, "boi_token_index": 391, "eoi_token_index": 392, "mm_tokens_per_image": 4}
+    vision |= {"image_size": 16, "patch_size": 8}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, **marks)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    loaded = load_model(str(tmp_path / "model"))
+    assert loaded.left_out and "only the language model of Gemma3ForConditionalGeneration is used" in loaded.left_out
+    cache = precompute_into(tmp_path / "cache", tmp_path / "model", data_file, tokenizer=str(tokenizer_dir))
+    run = train(TrainConfig(cache, tmp_path / "run", max_steps=2, lr=1e-3), one_process(), Silent())
+    before, after = (load_file(folder / "model.safetensors") for folder in (tmp_path / "model", run.model_dir))
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert same == {name for name in before if "language_model" not in name}
