@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 
+from minicache.models.settings import setting
 from minicache.scoring.attention import Spans
 
 # FlexAttention's default block size.
@@ -41,12 +42,18 @@ class Windows:
         Raises:
             ValueError: a kind of layer is not known, or a side is longer than the chunks that attention is cut into.
         """
-        kinds = set(getattr(config, "layer_types", None) or ())
-        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+        kinds = set(setting(config, "layer_types") or ())
+        window = setting(config, "sliding_window") if getattr(config, "use_sliding_window", True) else None
+        if isinstance(window, list):
+            # each layer has its own; those of other kinds have none
+            lengths = sorted({each for each in window if each})
+            if len(lengths) > 1:
+                raise ValueError(f"the model has layers with windows of {', '.join(map(str, lengths))} tokens")
+            window = next(iter(lengths), None)
         if not kinds:
             kinds = {WINDOW} if window else {FULL}
         recurrent = tuple(sorted(kinds.intersection(RECURRENT)))
-        reach = {FULL: 0, WINDOW: window or 0, CHUNK: getattr(config, "attention_chunk_size", None) or 0}
+        reach = {FULL: 0, WINDOW: window or 0, CHUNK: setting(config, "attention_chunk_size") or 0}
         of: dict[str, int] = {}
         for kind in sorted(kinds.difference(recurrent)):
             if kind not in reach or not isinstance(reach[kind], int):

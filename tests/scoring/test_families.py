@@ -49,7 +49,7 @@ WINDOWED: dict[str, dict[str, Any]] = {
         "altup_num_inputs": 2, "altup_active_idx": 0, "activation_sparsity_pattern": [0.0] * 4,
     },
     "gemma4_text": {
-        **MIXED, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 400, "global_head_dim": 8,
+        **MIXED, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 400, "global_head_dim": 16,
         "num_global_key_value_heads": 2, "num_kv_shared_layers": 0,
     },
     "cohere2": MIXED,
