@@ -22,7 +22,7 @@ from minicache.stages.train import train
 from minicache.trackers import Silent
 from tests.conftest import one_process
 from tests.zoo import plain
-from tests.zoo.families import Family
+from tests.zoo.families import Family, nature
 from tests.zoo.pairs import MAX_LENGTH
 from tests.zoo.shards import score_in_shards
 from tests.zoo.weights import save_tiny
@@ -67,7 +67,7 @@ def check(family: Family, tokenizer: Path, data: Path, place: Path) -> Found:
     name, kind, class, parameters; for each of `build`, `cache`, `train`, `lora`, `shards`: numbers, or "failed" with the line
     that a user sees ("raw": it is no error of ours); seconds of each.
     """
-    found: Found = {"name": family.name, "kind": family.kind}
+    found: Found = {"name": family.name, "kind": family.kind, "nature": nature(family)}
 
     def step(name: str, do: Callable[[], Found]) -> bool:
         started = time.perf_counter()
@@ -105,7 +105,9 @@ def _build(family: Family, tokenizer: Path, directory: Path) -> Found:
 def _cache(model: Path, data: Path, cache: Path) -> Found:
     """Stage one, and the layout that it chose."""
     notes, tried = Notes(), dict[str, str]()
-    config = PrecomputeConfig(str(model), (str(data),), cache, max_length=MAX_LENGTH, block_pairs=8, loss_on="assistant")
+    config = PrecomputeConfig(
+        str(model), (str(data),), cache, max_length=MAX_LENGTH, block_pairs=8, loss_on="assistant"
+    )
     with layouts_tried(tried):
         report = precompute(config, one_process(), notes)
     used = next(name for name, problem in tried.items() if problem == "used")
@@ -125,7 +127,13 @@ def _values(cached: CachedPairs, expected: plain.Computed) -> Found:
 
 def _settings(**more: Any) -> dict[str, Any]:
     fixed = {"schedule": "constant", "warmup": 0.0, "log_every": 1, "save_every": 0, "logps": "sum"}
-    steps = {"batch_size": plain.BATCH, "max_steps": plain.STEPS, "lr": plain.LR, "beta": plain.BETA, "seed": plain.SEED}
+    steps = {
+        "batch_size": plain.BATCH,
+        "max_steps": plain.STEPS,
+        "lr": plain.LR,
+        "beta": plain.BETA,
+        "seed": plain.SEED,
+    }
     return {**fixed, **steps, "tokens_per_micro_batch": 400, **more}
 
 
@@ -139,7 +147,12 @@ def _train(cache: Path, run: Path, cached: CachedPairs, expected: list[plain.Com
     notes = Notes()
     report = train(TrainConfig(cache, run, **_settings()), one_process(), notes)
     layout = json.loads((run / "run.json").read_text())["layout_used"]
-    found: Found = {"layout": layout, "noise": report.noise, "notes": notes.lines, "losses": _curve(run, "loss").tolist()}
+    found: Found = {
+        "layout": layout,
+        "noise": report.noise,
+        "notes": notes.lines,
+        "losses": _curve(run, "loss").tolist(),
+    }
     if expected:
         (loop,) = expected
         norms = _curve(run, "grad_norm") / np.array(loop.norms) - 1
@@ -155,7 +168,8 @@ def _reopened(directory: Path, cached: CachedPairs, loop: plain.Computed) -> Fou
     """The saved policy, opened by transformers alone, beside the policy of the plain loop."""
     from transformers import AutoModelForCausalLM
 
-    _, loading = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    opened: Any = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    _, loading = opened
     missing = sorted({*loading["missing_keys"], *loading["unexpected_keys"]})
     policy = plain.means_of(plain.open_plain(str(directory), loop.double), cached.table, plain.PROBED)
     return {"policy_off": float(np.abs(policy - loop.policy).max()), "keys_off": [str(key) for key in missing[:4]]}

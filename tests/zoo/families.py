@@ -6,13 +6,21 @@ Of the layers, so many stay that each kind of layer occurs; lists with an entry 
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.zoo.overrides import OVERRIDES, VARIANTS, WINDOWS
+from tests.zoo.overrides import NATURES, OVERRIDES, VARIANTS, WINDOWS
 
 VOCABULARY = 512
 # A window narrower than the answers.
 NARROW = 8
 PAD, BOS, EOS = 0, 1, 2
-LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "decoder_layers", "num_decoder_layers")
+LAYERS = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "num_blocks",
+    "decoder_layers",
+    "num_decoder_layers",
+)
 MOST_LAYERS = 6
 
 _WIDTH = (
@@ -77,6 +85,8 @@ SIZES: dict[str, int] = {
     "zero_expert_num": 2,
     "d_rel": 8,
     "hc_lowrank": 8,
+    "adapter_in_dim": 64,
+    "adapter_out_dim": 64,
     "o_lora_rank": 16,
     "o_groups": 2,
 }
@@ -102,7 +112,10 @@ def families() -> list[Family]:
         found.append(Family(kind, kind, OVERRIDES.get(kind, {})))
         if narrow := narrow_window(kind):
             found.append(Family(f"{kind}, window {NARROW}", kind, {**OVERRIDES.get(kind, {}), **narrow}))
-        found += [Family(f"{kind}, {name}", kind, {**OVERRIDES.get(kind, {}), **more}) for name, more in VARIANTS.get(kind, [])]
+        found += [
+            Family(f"{kind}, {name}", kind, {**OVERRIDES.get(kind, {}), **more})
+            for name, more in VARIANTS.get(kind, [])
+        ]
     return found
 
 
@@ -132,10 +145,29 @@ def tiny_config(family: Family) -> Any:
     made = CONFIG_MAPPING[family.kind]
     given = {name: value for name, value in family.settings.items() if name != "needed"}
     config = made(**_merged(_small(default_config(family.kind)), given))
-    for name, value in (("pad_token_id", PAD), ("bos_token_id", BOS), ("eos_token_id", EOS)):
-        for part in {id(config): config, id(config.get_text_config()): config.get_text_config()}.values():
+    for part in (config, *(getattr(config, name) for name in _parts(config) if "text" in name or "decoder" in name)):
+        for name, value in (("pad_token_id", PAD), ("bos_token_id", BOS), ("eos_token_id", EOS)):
             setattr(part, name, value)
     return config
+
+
+def nature(family: Family) -> str:
+    """What a family is: "decoder", the causal language models proper, or something else that the mapping lists too."""
+    from transformers.models.auto import modeling_auto
+
+    if family.settings.get("is_decoder"):
+        return "decoder"
+    if family.kind in NATURES:
+        return NATURES[family.kind]
+    try:
+        defaults = default_config(family.kind).to_dict()
+    except Exception as error:
+        return f"cannot be made: {error}"
+    if defaults["is_encoder_decoder"] or family.kind in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+        return "encoder-decoder"
+    if {"text_config", "vision_config", "audio_config", "audio_encoder", "patch_size"} & defaults.keys():
+        return "multimodal"
+    return "encoder" if defaults.get("is_decoder") is False else "decoder"
 
 
 def _merged(small: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

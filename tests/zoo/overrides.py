@@ -5,7 +5,8 @@ from typing import Any
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _MIXED = {"layer_types": ["full_attention", "sliding_attention"], "mlp_layer_types": ["dense", "sparse"]}
 _HYBRID = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
-_SPARSE_INDEX = ("index 8", {"index_topk": 8})
+# Many heads: with few of them scores are often all 0, and which of equal scores are the largest depends on padding.
+_SPARSE_INDEX = ("index 8", {"index_topk": 8, "index_n_heads": 16})
 _DECODER = ("as a decoder", {"is_decoder": True})
 _QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "layer_types": ...}
 _WINDOW = {"sliding_window": 8}
@@ -75,6 +76,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1},
     "dots3_note_text": {"head_dim": 24, **_SWA},
+    "emu3": {"vocabulary_map": {"<image>": 5}},
     "falcon_h1": {"mamba_d_head": 16},
     "gemma3n_text": {
         "num_hidden_layers": 4,
@@ -182,4 +184,16 @@ WINDOWS: dict[str, dict[str, Any]] = {
     "qwen3_moe": _QWEN_WINDOW,
     "recurrent_gemma": {"attention_window_size": 8},
     "starcoder2": _WINDOW,
+}
+
+# By model type: what a family is, where neither its defaults nor transformers' other lists say so.
+NATURES: dict[str, str] = {
+    "blt": "bytes in patches",
+    "gemma4_assistant": "draft model",
+    "gemma4_unified_assistant": "draft model",
+    "reformer": "decoder",
+    "trocr": "decoder of an encoder-decoder",
+    "whisper": "decoder of an encoder-decoder",
+    "xlm": "encoder",
+    "xlnet": "encoder",
 }

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.zoo.families import Family, families
+from tests.zoo.families import Family, families, nature
 
 SECONDS, BYTES, AT_ONCE = 180, 10 * 2**30, 2
 
@@ -64,7 +64,6 @@ def check_all(chosen: list[Family], out: Path) -> Iterator[dict[str, Any]]:
 
 def _import_everything() -> None:
     import peft  # noqa: F401
-    import torch.distributed.fsdp
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
     import tests.zoo.check  # noqa: F401
@@ -110,7 +109,7 @@ def _collect(running: dict[int, Child]) -> Iterator[dict[str, Any]]:
         if not ended:
             continue
         del running[pid]
-        found: dict[str, Any] = {"name": child.family.name, "kind": child.family.kind}
+        found: dict[str, Any] = {"name": child.family.name, "kind": child.family.kind, "nature": nature(child.family)}
         if child.result.exists():
             found = json.loads(child.result.read_text())
         else:

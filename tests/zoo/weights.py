@@ -1,8 +1,8 @@
 """A random model of a family, saved as a user has it: every weight far enough from zero that it shows in the logits."""
 
 import shutil
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ def make(family: Family) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 
     config = tiny_config(family)
-    for auto in (AutoModelForSeq2SeqLM, AutoModelForImageTextToText, AutoModelForCausalLM):
+    autos: tuple[Any, ...] = (AutoModelForSeq2SeqLM, AutoModelForImageTextToText, AutoModelForCausalLM)
+    for auto in autos:
         if type(config) in auto._model_mapping:
             return auto.from_config(config)
     raise KeyError(family.kind)
@@ -41,13 +42,11 @@ def make(family: Family) -> Any:
 def nothing_left_to_chance() -> Iterator[None]:
     """Memory that a class leaves uninitialised is NaN, so that `perturb` finds it; random numbers are the same every time."""
     torch.manual_seed(0)
-    before = torch.utils.deterministic.fill_uninitialized_memory
+    # With these, torch fills new memory with NaN by default (torch.utils.deterministic.fill_uninitialized_memory).
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
     try:
         yield
     finally:
-        torch.utils.deterministic.fill_uninitialized_memory = before
         torch.use_deterministic_algorithms(False)
 
 
