@@ -14,7 +14,7 @@ def write_pairs(file: Path) -> Path:
     """Write the pairs as JSON lines; returns the file."""
     rows = make_rows(PAIRS - 8, seed=5)
     for index in range(4):
-        rows.append(_cut(MAX_LENGTH - 10 + index))
+        rows.append(_cut(MAX_LENGTH - 18 + 2 * index))
     for row in make_rows(4, seed=6):
         for side in ("chosen", "rejected"):
             row[side][-1]["content"] = "the cat sat on a mat " + row[side][-1]["content"]
