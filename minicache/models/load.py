@@ -22,6 +22,7 @@ from minicache.models.adapter_places import adapter_place, base_name, own_templa
 from minicache.models.fingerprint import fingerprint
 from minicache.models.joined import Below, change_of
 from minicache.models.merging import merge
+from minicache.models.whole import left_out
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +45,21 @@ class LoadedModel:
         return str(config.model_type)
 
     @property
+    def attention(self) -> str:
+        """The attention implementation that transformers chose: sdpa, or eager for a family without it."""
+        config: Any = self.model.config
+        return str(config.get_text_config()._attn_implementation)
+
+    @property
     def vocabulary(self) -> int:
         """Number of token embeddings."""
         model: Any = self.model
         return int(model.get_input_embeddings().num_embeddings)
+
+    @property
+    def left_out(self) -> str | None:
+        """A line for the user on weights in its files that are not used; None: all are."""
+        return left_out(self.below.base if self.below else self.source, self.model)
 
     @cached_property
     def fingerprint(self) -> str:
