@@ -17,7 +17,11 @@ from minicache.data.tokenizers import copy_tokenizer
 from minicache.disk import folder_written_whole
 from minicache.errors import ModelError
 from minicache.models import huggingface, lora, minimind
+from minicache.models.adapter_files import ADAPTER, settings_of
+from minicache.models.adapter_places import adapter_place, base_name, own_template, tokenizer_place
 from minicache.models.fingerprint import fingerprint
+from minicache.models.joined import Below, change_of
+from minicache.models.merging import merge
 from minicache.models.whole import left_out
 
 log = logging.getLogger(__name__)
@@ -27,11 +31,12 @@ log = logging.getLogger(__name__)
 class LoadedModel:
     """A causal language model in the precision it was stored in, on the CPU, in eval mode.
 
-    model: a transformers model. source: its name, as the user gave it.
+    model: a transformers model. source: its name, as the user gave it. below: of a base with adapters merged into it.
     """
 
     model: nn.Module
     source: str
+    below: Below | None = None
 
     @property
     def family(self) -> str:
@@ -54,7 +59,7 @@ class LoadedModel:
     @property
     def left_out(self) -> str | None:
         """A line for the user on weights in its files that are not used; None: all are."""
-        return left_out(self.source, self.model)
+        return left_out(self.below.base if self.below else self.source, self.model)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -93,9 +98,9 @@ def load_model(source: str, trust_remote_code: bool = False) -> LoadedModel:
     """
     started = time.perf_counter()
     place, options = split_source(source)
-    path = Path(place)
-    if base := lora.base_of(path):
-        model = _merged(path, base, trust_remote_code)
+    path, below = Path(place), None
+    if adapter := adapter_place(source):
+        model, below = _merged(adapter, trust_remote_code)
     elif path.suffix not in FAMILIES:
         model = huggingface.load(source, trust_remote_code)
     elif path.is_file():
@@ -103,24 +108,28 @@ def load_model(source: str, trust_remote_code: bool = False) -> LoadedModel:
     else:
         raise ModelError(f"{place}: no such file")
     _log_loaded(model, source, time.perf_counter() - started)
-    return LoadedModel(model.eval().requires_grad_(False), source)
+    return LoadedModel(model.eval().requires_grad_(False), source, below)
 
 
-def _merged(directory: Path, base: str, trust_remote_code: bool) -> nn.Module:
-    """The base model with the adapter in `directory` merged into it, float32.
+def _merged(directory: Path, trust_remote_code: bool) -> tuple[nn.Module, Below]:
+    """The base model with the adapter in `directory` merged into it, float32, and what the two are.
 
     Raises:
         ModelError: the base cannot be loaded, or is not the one that the adapter was trained on.
     """
+    base = base_name(directory)
+    settings_of(directory)
     try:
-        below = load_model(base, trust_remote_code)
+        loaded = load_model(base, trust_remote_code)
     except ModelError as error:
         raise ModelError(
-            f"{directory}: the base model of this adapter, base_model_name_or_path in {lora.ADAPTER}: {error}"
+            f"{directory}: the base model of this adapter, base_model_name_or_path in {ADAPTER}: {error}"
         ) from error
-    lora.check_base(directory, base, below.fingerprint)
-    merged: nn.Module = lora.with_adapter(below.model, directory).merge_and_unload()
-    return merged
+    lora.check_base(directory, base, loaded.fingerprint)
+    below = loaded.below or Below(lasting_name(base), loaded.fingerprint, {})
+    adapted = lora.with_adapter(loaded.model, directory)
+    below = below.plus(change_of(adapted))
+    return merge(adapted, directory), below
 
 
 def _log_loaded(model: nn.Module, source: str, seconds: float) -> None:
@@ -154,15 +163,21 @@ def save_model(model: Any, tokenizer_dir: Path, directory: Path, weights: dict[s
 def save_tokenizer(source: str, directory: Path, chat_template: str | None, trust_remote_code: bool = False) -> None:
     """Write the files of the tokenizer at `source`; `chat_template`, if given, replaces its own template.
 
+    An adapter without a tokenizer has that of its base, with the adapter's own chat template if there is one.
+
     Raises:
         ModelError: there is no tokenizer at `source`, or it has no fast version.
     """
+    adapter = adapter_place(source)
+    source = tokenizer_place(source)
     place, _ = split_source(source)
     if Path(place).suffix in FAMILIES:
         raise ModelError(
             f"{place}: a .pth file holds no tokenizer; add --tokenizer DIR (MiniMind's lies in its model/ folder)"
         )
     huggingface.save_tokenizer(source, directory, trust_remote_code)
+    if chat_template is None and adapter:
+        chat_template = own_template(adapter)
     if chat_template is not None:
         (directory / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
 
