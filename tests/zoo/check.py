@@ -155,10 +155,11 @@ def _train(cache: Path, run: Path, cached: CachedPairs, expected: list[plain.Com
     }
     if expected:
         (loop,) = expected
-        norms = _curve(run, "grad_norm") / np.array(loop.norms) - 1
+        norms = np.abs(_curve(run, "grad_norm") / np.array(loop.norms) - 1)
         found |= {
             "losses_off": float(np.abs(_curve(run, "loss") - loop.losses).max()),
-            "norms_off": float(np.abs(norms).max()),
+            "gradient_off": float(norms[0]),
+            "norms_off": float(norms.max()),
             **_reopened(report.model_dir, cached, loop),
         }
     return found

@@ -45,7 +45,7 @@ def runs_in_float64(directory: str) -> bool:
     """Whether the model's own code works on float64 weights, forward and backward."""
     try:
         open_plain(directory)(input_ids=torch.arange(3, 40)[None], use_cache=False).logits.sum().backward()
-    except RuntimeError:
+    except (RuntimeError, AssertionError):
         return False
     return True
 
@@ -55,9 +55,18 @@ def logps_of(model: Any, pair: EncodedPair) -> list[torch.Tensor]:
     sides = []
     for side in (0, 1):
         ids, mask = (torch.from_numpy(values.astype(np.int64)) for values in pair.side(side))
+        forget_lengths(model)
         logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].double()
         sides.append(logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0][mask[1:].bool()])
     return sides
+
+
+def forget_lengths(model: Any) -> None:
+    """Put rotary frequencies back that a longer sequence before has changed (dynamic NTK), as in a model that was just opened."""
+    for module in model.modules():
+        if hasattr(module, "max_seq_len_cached") and hasattr(module, "original_inv_freq"):
+            module.max_seq_len_cached = module.original_max_seq_len
+            module.register_buffer("inv_freq", module.original_inv_freq.clone(), persistent=False)
 
 
 def means_of(model: Any, table: PairTable, count: int) -> np.ndarray:
