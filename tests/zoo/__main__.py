@@ -16,7 +16,9 @@ ROOT = Path(__file__).parents[2]
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.zoo", description=__doc__)
-    parser.add_argument("--only", default="", help="model types or names of rows, separated by commas; writes no page")
+    parser.add_argument(
+        "--only", default="", help="model types, separated by commas: replaces their results, writes no page"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "zoo", help="the folder of the results")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "models.md", help="the page to write")
     parser.add_argument("--table", action="store_true", help="write the page from the results of the last run")
@@ -32,15 +34,19 @@ def main() -> None:
         return
     started, results = time.monotonic(), []
     options.out.mkdir(parents=True, exist_ok=True)
+    before = [json.loads(each) for each in file.read_text().splitlines()] if options.only and file.exists() else []
     with file.open("w") as lines:
         for found in check_all(chosen(options.only), options.out):
             results.append(found)
             lines.write(json.dumps(found) + "\n")
             lines.flush()
             print(line(found), flush=True)
-    results.sort(key=lambda found: str(found["name"]))
-    file.write_text("".join(json.dumps(found) + "\n" for found in results))
     print(f"{sums(results)}; {time.monotonic() - started:.0f} s")
+    mine = {found["name"] for found in results}
+    results = sorted(
+        [*results, *(found for found in before if found["name"] not in mine)], key=lambda found: found["name"]
+    )
+    file.write_text("".join(json.dumps(found) + "\n" for found in results))
     if not options.only:
         options.page.write_text(page(results), encoding="utf-8")
         print(f"written: {options.page}")

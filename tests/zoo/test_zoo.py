@@ -73,14 +73,14 @@ def test_what_a_family_is(kind: str, expected: str) -> None:
 
 def test_a_number_beyond_its_bound_is_wrong() -> None:
     cache = {"layout": "packed", "off": 9e-6}
-    train = {"gradient_off": 9e-6, "losses_off": 9e-5, "norms_off": 9e-3, "policy_off": 9e-4, "keys_off": []}
+    train = {"gradient_off": 2.9e-5, "losses_off": 9e-5, "norms_off": 9e-3, "policy_off": 9e-4, "keys_off": []}
     found = {"name": "a", "nature": "encoder", "cache": cache, "train": train}
     assert verdict(found) == "right" and is_listed_first(found)
     for part, name, value in (
         ("cache", "off", 1.1e-5),
         ("cache", "off", float("nan")),
         ("train", "losses_off", 1.1e-4),
-        ("train", "gradient_off", 1.1e-5),
+        ("train", "gradient_off", 3.1e-5),
         ("train", "norms_off", 1.1e-2),
         ("train", "policy_off", 1.1e-3),
         ("train", "keys_off", ["lm_head.weight"]),

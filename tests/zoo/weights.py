@@ -53,10 +53,10 @@ def nothing_left_to_chance() -> Iterator[None]:
 @torch.no_grad()
 def perturb(model: torch.nn.Module) -> None:
     """Add noise to norms, biases and sinks, and draw anew the matrices that are nearly zero, very large, or not initialised."""
-    stored = model.state_dict().keys()
     random = torch.Generator().manual_seed(1)
-    tensors = [*model.named_parameters(), *((name, buffer) for name, buffer in model.named_buffers() if name in stored)]
-    for _, tensor in tensors:
+    # Of the buffers only the routers' corrections: others hold masks and decays, which a family computes.
+    corrections = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("correction_bias")]
+    for _, tensor in [*model.named_parameters(), *corrections]:
         if not tensor.is_floating_point():
             continue
         noise = torch.randn(tensor.shape, generator=random)
