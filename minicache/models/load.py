@@ -17,6 +17,7 @@ from minicache.data.tokenizers import copy_tokenizer
 from minicache.disk import folder_written_whole
 from minicache.errors import ModelError
 from minicache.models import huggingface, lora, minimind
+from minicache.models.file_kinds import require_file
 from minicache.models.fingerprint import fingerprint
 
 log = logging.getLogger(__name__)
@@ -26,11 +27,12 @@ log = logging.getLogger(__name__)
 class LoadedModel:
     """A causal language model in the precision it was stored in, on the CPU, in eval mode.
 
-    model: a transformers model. source: its name, as the user gave it.
+    model: a transformers model. source: its name, as the user gave it. notes: lines on what of the source was not used.
     """
 
     model: nn.Module
     source: str
+    notes: tuple[str, ...] = ()
 
     @property
     def family(self) -> str:
@@ -52,9 +54,10 @@ class LoadedModel:
         return digest
 
 
-# Suffix of a file -> its loader, given the path and the options behind the colon of the name. Any other source is a Hugging
-# Face directory or hub id.
-FAMILIES: dict[str, Callable[[Path, str], nn.Module]] = {".pth": minimind.load, ".pt": minimind.load}
+# What loads a file, given the path and the options behind the colon of its name: the model, and lines on what it did not use.
+Loader = Callable[[Path, str], tuple[nn.Module, tuple[str, ...]]]
+# Suffix of a file -> its loader. Any other source is a Hugging Face directory or hub id.
+FAMILIES: dict[str, Loader] = {".pth": minimind.load, ".pt": minimind.load}
 
 
 def split_source(source: str) -> tuple[str, str]:
@@ -81,21 +84,20 @@ def load_model(source: str, trust_remote_code: bool = False) -> LoadedModel:
     """
     started = time.perf_counter()
     place, options = split_source(source)
-    path = Path(place)
+    path, notes = Path(place), tuple[str, ...]()
     if base := lora.base_of(path):
-        model = _merged(path, base, trust_remote_code)
+        model, notes = _merged(path, base, trust_remote_code)
     elif path.suffix not in FAMILIES:
         model = huggingface.load(source, trust_remote_code)
-    elif path.is_file():
-        model = FAMILIES[path.suffix](path, options)
     else:
-        raise ModelError(f"{place}: no such file")
+        require_file(path)
+        model, notes = FAMILIES[path.suffix](path, options)
     _log_loaded(model, source, time.perf_counter() - started)
-    return LoadedModel(model.eval().requires_grad_(False), source)
+    return LoadedModel(model.eval().requires_grad_(False), source, notes)
 
 
-def _merged(directory: Path, base: str, trust_remote_code: bool) -> nn.Module:
-    """The base model with the adapter in `directory` merged into it, float32.
+def _merged(directory: Path, base: str, trust_remote_code: bool) -> tuple[nn.Module, tuple[str, ...]]:
+    """The base model with the adapter in `directory` merged into it, float32, and the notes on the base.
 
     Raises:
         ModelError: the base cannot be loaded, or is not the one that the adapter was trained on.
@@ -108,7 +110,7 @@ def _merged(directory: Path, base: str, trust_remote_code: bool) -> nn.Module:
         ) from error
     lora.check_base(directory, base, below.fingerprint)
     merged: nn.Module = lora.with_adapter(below.model, directory).merge_and_unload()
-    return merged
+    return merged, below.notes
 
 
 def _log_loaded(model: nn.Module, source: str, seconds: float) -> None:

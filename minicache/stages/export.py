@@ -41,7 +41,10 @@ def export(config: ExportConfig, world: World, tracker: Tracker) -> ExportReport
     check_writable(config.out)
     source = policy_source(config.policy)
     tracker.begin(f"loading {source}", None)
-    model = load_model(source, config.trust_remote_code).model
+    loaded = load_model(source, config.trust_remote_code)
+    model = loaded.model
+    for line in loaded.notes:
+        tracker.note(line)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     tracker.begin(f"writing {config.out}", None)
     if config.out.suffix == ".pth":

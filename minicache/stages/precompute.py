@@ -59,6 +59,8 @@ def precompute(config: PrecomputeConfig, world: World, tracker: Tracker) -> Prec
         loaded = load_model(config.model, config.trust_remote_code) if world.is_main or not sharded else None
         if world.is_main:
             assert loaded
+            for line in loaded.notes:
+                tracker.note(line)
             prepare(config, files, loaded, world.device, tracker, claims)
         world.barrier()
         scorer = spread(loaded.model if loaded else None, config.dtype, config.parallel, world)
