@@ -18,7 +18,7 @@ def load(source: str, trust_remote_code: bool) -> nn.Module:
     """
     from transformers import AutoModelForCausalLM
 
-    model = _from_pretrained(
+    model = from_pretrained(
         AutoModelForCausalLM, source, trust_remote_code, dtype="auto", attn_implementation=ATTENTION
     )
     if Path(source).suffix == ".gguf":
@@ -29,20 +29,6 @@ def load(source: str, trust_remote_code: bool) -> nn.Module:
     return model
 
 
-def save_tokenizer(source: str, directory: Path, trust_remote_code: bool) -> None:
-    """Write the files of the tokenizer at `source` into a directory.
-
-    Raises:
-        ModelError: there is none, transformers cannot load it, or it has no fast version.
-    """
-    from transformers import AutoTokenizer
-
-    tokenizer = _from_pretrained(AutoTokenizer, source, trust_remote_code)
-    tokenizer.save_pretrained(directory)
-    if not (directory / "tokenizer.json").exists():
-        raise ModelError(f"{source}: the tokenizer has no fast (tokenizers library) version, which minidpo needs")
-
-
 def quiet() -> None:
     """Turn off the progress bars of transformers: the commands show their own."""
     from transformers.utils import logging
@@ -51,7 +37,7 @@ def quiet() -> None:
     turn_off()
 
 
-def _from_pretrained(cls: Any, source: str, trust_remote_code: bool, **options: Any) -> Any:
+def from_pretrained(cls: Any, source: str, trust_remote_code: bool, **options: Any) -> Any:
     """An object of a transformers class, from a directory, a hub id or a .gguf file.
 
     Raises:

@@ -13,10 +13,10 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from minicache.data.tokenizers import copy_tokenizer
+from minicache.data.tokenizer_files import TEMPLATE, copy_to_policy
 from minicache.disk import folder_written_whole
 from minicache.errors import ModelError
-from minicache.models import huggingface, lora, minimind
+from minicache.models import huggingface, lora, minimind, tokenizers
 from minicache.models.file_kinds import require_file
 from minicache.models.fingerprint import fingerprint
 
@@ -138,23 +138,27 @@ def save_model(model: Any, tokenizer_dir: Path, directory: Path, weights: dict[s
         except SafetensorError as error:
             raise OSError(str(error)) from error
         lora.write_base(model, draft)
-        copy_tokenizer(tokenizer_dir, draft)
+        copy_to_policy(tokenizer_dir, draft)
 
 
-def save_tokenizer(source: str, directory: Path, chat_template: str | None, trust_remote_code: bool = False) -> None:
+def save_tokenizer(
+    source: str, directory: Path, chat_template: str | None, trust_remote_code: bool = False, model_type: str = ""
+) -> None:
     """Write the files of the tokenizer at `source`; `chat_template`, if given, replaces its own template.
 
+    model_type: that of the model to whose policy the files go; see `minicache.models.tokenizers`.
+
     Raises:
-        ModelError: there is no tokenizer at `source`, or it has no fast version.
+        ModelError: there is no tokenizer at `source`, or it cannot be written as one that does the same.
     """
     place, _ = split_source(source)
     if Path(place).suffix in FAMILIES:
         raise ModelError(
             f"{place}: a .pth file holds no tokenizer; add --tokenizer DIR (MiniMind's lies in its model/ folder)"
         )
-    huggingface.save_tokenizer(source, directory, trust_remote_code)
+    tokenizers.save_tokenizer(source, directory, trust_remote_code, model_type)
     if chat_template is not None:
-        (directory / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+        (directory / TEMPLATE).write_text(chat_template, encoding="utf-8")
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
