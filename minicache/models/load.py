@@ -19,6 +19,7 @@ from minicache.errors import ModelError
 from minicache.models import huggingface, lora, minimind, tokenizers
 from minicache.models.file_kinds import require_file
 from minicache.models.fingerprint import fingerprint
+from minicache.models.whole import left_out
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +42,22 @@ class LoadedModel:
         return str(config.model_type)
 
     @property
+    def attention(self) -> str:
+        """The attention implementation that transformers chose: sdpa, or eager for a family without it."""
+        config: Any = self.model.config
+        return str(config.get_text_config()._attn_implementation)
+
+    @property
     def vocabulary(self) -> int:
         """Number of token embeddings."""
         model: Any = self.model
         return int(model.get_input_embeddings().num_embeddings)
+
+    @property
+    def left_out(self) -> str | None:
+        """A line for the user on what of its files is not used; None: all is."""
+        lines = [*self.notes, left_out(self.source, self.model)]
+        return "; ".join(filter(None, lines)) or None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -134,11 +147,24 @@ def save_model(model: Any, tokenizer_dir: Path, directory: Path, weights: dict[s
     options: dict[str, Any] = {"save_embedding_layers": False} if hasattr(model, "get_base_model") else {}
     with folder_written_whole(directory) as draft:
         try:
-            model.save_pretrained(draft, **options, **({"state_dict": weights} if weights else {}))
+            model.save_pretrained(draft, **options, **({"state_dict": _tied(model, weights)} if weights else {}))
         except SafetensorError as error:
             raise OSError(str(error)) from error
         lora.write_base(model, draft)
         copy_to_policy(tokenizer_dir, draft)
+
+
+def _tied(model: nn.Module, weights: dict[str, Any]) -> dict[str, Any]:
+    """Gathered weights with those that are one parameter of the model as one tensor again: each is gathered by itself.
+
+    By this transformers sees that they are tied, and writes them once.
+    """
+    first: dict[int, str] = {}
+    names = {
+        name: first.setdefault(id(parameter), name)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+    return {name: weights.get(names.get(name, name), weight) for name, weight in weights.items()}
 
 
 def save_tokenizer(

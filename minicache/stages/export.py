@@ -44,8 +44,8 @@ def export(config: ExportConfig, world: World, tracker: Tracker) -> ExportReport
     tracker.begin(f"loading {source}", None)
     loaded = load_model(source, config.trust_remote_code)
     model = loaded.model
-    for line in loaded.notes:
-        tracker.note(line)
+    if loaded.left_out:
+        tracker.note(loaded.left_out)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     tracker.begin(f"writing {config.out}", None)
     if config.out.suffix == ".pth":

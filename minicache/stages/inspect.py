@@ -34,6 +34,7 @@ def verify_model(config: InspectConfig, world: "World", tracker: Tracker) -> flo
     from minicache.cache.identity import TOLERANCE
     from minicache.models import load_model
     from minicache.scoring.handshake import check_reproduces
+    from minicache.scoring.layout import settle_layout
     from minicache.scoring.loading import load_pairs
     from minicache.scoring.scorer import Scorer
 
@@ -49,6 +50,7 @@ def verify_model(config: InspectConfig, world: "World", tracker: Tracker) -> flo
     tracker.begin("re-scoring a sample", None)
     dtype = cache.identity.dtype
     scorer = Scorer(loaded.model.to(world.device, torch.float32), dtype)
+    settle_layout(scorer, cached.table, "padded", world.device, tracker)
     return check_reproduces(scorer, cached, world.device, TOLERANCE[dtype], config.model)
 
 

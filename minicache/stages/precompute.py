@@ -59,14 +59,14 @@ def precompute(config: PrecomputeConfig, world: World, tracker: Tracker) -> Prec
         loaded = load_model(config.model, config.trust_remote_code) if world.is_main or not sharded else None
         if world.is_main:
             assert loaded
-            for line in loaded.notes:
-                tracker.note(line)
+            if loaded.left_out:
+                tracker.note(loaded.left_out)
             prepare(config, files, loaded, world.device, tracker, claims)
         world.barrier()
         scorer = spread(loaded.model if loaded else None, config.dtype, config.parallel, world)
         del loaded
         cache = CacheWriter(config.ref_cache)
-        settle_layout(scorer, cache.blocks.pairs(0), config.layout, world.device, tracker)
+        settle_layout(scorer, cache.blocks.telling_pairs(), config.layout, world.device, tracker)
         blocks, scored = score_blocks(cache, scorer, config.tokens_per_batch, config.share, world, tracker)
     refused_file = cache.place.locate(REFUSED_FILE)
     missing = cache.blocks.unscored() if config.shard and world.is_main else []
