@@ -165,7 +165,7 @@ def test_shards_of_a_tied_model_write_its_head_once_and_go_on(model_dir: Path, t
     model, info = load(tmp_path / "run" / "model", output_loading_info=True)
     assert model.lm_head.weight is model.model.embed_tokens.weight and not any(info.values())
     out = cut(tmp_path / "run", tmp_path / "resumed", 3)
-    run_world(2, [("train", {**options, "out": str(out), "resume": True})], tmp_path / "world-2")
+    train(fill(TrainConfig, options_of("plain", cache, out, resume=True)), one_process(), Silent())
     assert_same_curve(tmp_path / "run", out)
 
 
