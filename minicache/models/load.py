@@ -17,8 +17,12 @@ from minicache.data.tokenizer_files import TEMPLATE, copy_to_policy
 from minicache.disk import folder_written_whole
 from minicache.errors import ModelError
 from minicache.models import huggingface, lora, minimind, tokenizers
+from minicache.models.adapter_files import ADAPTER, settings_of
+from minicache.models.adapter_places import adapter_place, base_name, own_template, tokenizer_place
 from minicache.models.file_kinds import require_file
 from minicache.models.fingerprint import fingerprint
+from minicache.models.joined import Below, change_of
+from minicache.models.merging import merge
 from minicache.models.whole import left_out
 
 log = logging.getLogger(__name__)
@@ -28,11 +32,13 @@ log = logging.getLogger(__name__)
 class LoadedModel:
     """A causal language model in the precision it was stored in, on the CPU, in eval mode.
 
-    model: a transformers model. source: its name, as the user gave it. notes: lines on what of the source was not used.
+    model: a transformers model. source: its name, as the user gave it. below: of a base with adapters merged into it.
+    notes: lines on what of the source was not used.
     """
 
     model: nn.Module
     source: str
+    below: Below | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -56,7 +62,7 @@ class LoadedModel:
     @property
     def left_out(self) -> str | None:
         """A line for the user on what of its files is not used; None: all is."""
-        lines = [*self.notes, left_out(self.source, self.model)]
+        lines = [*self.notes, left_out(self.below.base if self.below else self.source, self.model)]
         return "; ".join(filter(None, lines)) or None
 
     @cached_property
@@ -97,33 +103,37 @@ def load_model(source: str, trust_remote_code: bool = False) -> LoadedModel:
     """
     started = time.perf_counter()
     place, options = split_source(source)
-    path, notes = Path(place), tuple[str, ...]()
-    if base := lora.base_of(path):
-        model, notes = _merged(path, base, trust_remote_code)
+    path, below, notes = Path(place), None, tuple[str, ...]()
+    if adapter := adapter_place(source):
+        model, below, notes = _merged(adapter, trust_remote_code)
     elif path.suffix not in FAMILIES:
         model = huggingface.load(source, trust_remote_code)
     else:
         require_file(path)
         model, notes = FAMILIES[path.suffix](path, options)
     _log_loaded(model, source, time.perf_counter() - started)
-    return LoadedModel(model.eval().requires_grad_(False), source, notes)
+    return LoadedModel(model.eval().requires_grad_(False), source, below, notes)
 
 
-def _merged(directory: Path, base: str, trust_remote_code: bool) -> tuple[nn.Module, tuple[str, ...]]:
-    """The base model with the adapter in `directory` merged into it, float32, and the notes on the base.
+def _merged(directory: Path, trust_remote_code: bool) -> tuple[nn.Module, Below, tuple[str, ...]]:
+    """The base model with the adapter in `directory` merged into it, float32, what the two are, and the notes on the base.
 
     Raises:
         ModelError: the base cannot be loaded, or is not the one that the adapter was trained on.
     """
+    base = base_name(directory)
+    settings_of(directory)
     try:
-        below = load_model(base, trust_remote_code)
+        loaded = load_model(base, trust_remote_code)
     except ModelError as error:
         raise ModelError(
-            f"{directory}: the base model of this adapter, base_model_name_or_path in {lora.ADAPTER}: {error}"
+            f"{directory}: the base model of this adapter, base_model_name_or_path in {ADAPTER}: {error}"
         ) from error
-    lora.check_base(directory, base, below.fingerprint)
-    merged: nn.Module = lora.with_adapter(below.model, directory).merge_and_unload()
-    return merged, below.notes
+    lora.check_base(directory, base, loaded.fingerprint)
+    below = loaded.below or Below(lasting_name(base), loaded.fingerprint, {})
+    adapted = lora.with_adapter(loaded.model, directory)
+    below = below.plus(change_of(adapted))
+    return merge(adapted, directory), below, loaded.notes
 
 
 def _log_loaded(model: nn.Module, source: str, seconds: float) -> None:
@@ -172,17 +182,22 @@ def save_tokenizer(
 ) -> None:
     """Write the files of the tokenizer at `source`; `chat_template`, if given, replaces its own template.
 
+    An adapter without a tokenizer has that of its base, with the adapter's own chat template if there is one.
     model_type: that of the model to whose policy the files go; see `minicache.models.tokenizers`.
 
     Raises:
         ModelError: there is no tokenizer at `source`, or it cannot be written as one that does the same.
     """
+    adapter = adapter_place(source)
+    source = tokenizer_place(source)
     place, _ = split_source(source)
     if Path(place).suffix in FAMILIES:
         raise ModelError(
             f"{place}: a .pth file holds no tokenizer; add --tokenizer DIR (MiniMind's lies in its model/ folder)"
         )
     tokenizers.save_tokenizer(source, directory, trust_remote_code, model_type)
+    if chat_template is None and adapter:
+        chat_template = own_template(adapter)
     if chat_template is not None:
         (directory / TEMPLATE).write_text(chat_template, encoding="utf-8")
 

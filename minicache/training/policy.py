@@ -1,7 +1,6 @@
 """The model that a run trains."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -10,12 +9,12 @@ from minicache.cache.reader import ReferenceCache
 from minicache.errors import CacheMismatch, ModelError
 from minicache.models import LoadedModel, load_model
 from minicache.models.load import lasting_name
-from minicache.models.lora import add_lora, with_adapter
 from minicache.models.whole import beside_text
 from minicache.options.train import TrainConfig
 from minicache.scoring.loading import Sources
 from minicache.trackers import Tracker
 from minicache.training import checkpoints
+from minicache.training.adapters import with_adapters
 
 
 @dataclass(frozen=True)
@@ -36,18 +35,18 @@ def load_policy(
 ) -> Policy:
     """The policy to train: the reference, the model of --init-from, or the checkpoint at `resume_at`.
 
-    With --lora-rank it has adapters.
+    With --lora-rank or --continue-adapter it has adapters.
 
     Raises:
         ModelError: it cannot be loaded. CacheMismatch: it is not the model that the cache was made with.
     """
     checkpoint = None if resume_at is None else checkpoints.place(config.out, resume_at) / "model"
-    if checkpoint and not config.lora.lora_rank:
+    if checkpoint and not config.lora.wanted:
         return Policy(_trainable(load_model(str(checkpoint), config.trust_remote_code).model))
     loaded = _load(config, cache, tracker, sources)
     source, stored = lasting_name(loaded.source), str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
-    if config.lora.lora_rank:
-        return Policy(_with_adapters(config, loaded, source, checkpoint), source, stored)
+    if config.lora.wanted:
+        return Policy(with_adapters(config, loaded, source, checkpoint, sources), source, stored)
     return Policy(_trainable(loaded.model.to(torch.float32)), source, stored)
 
 
@@ -57,19 +56,6 @@ def _trainable(model: nn.Module) -> nn.Module:
     for name, weight in model.named_parameters():
         weight.requires_grad_(name not in frozen)
     return model
-
-
-def _with_adapters(config: TrainConfig, loaded: LoadedModel, source: str, checkpoint: Path | None) -> nn.Module:
-    """The base model with new adapters, or with those of a checkpoint."""
-    # Before the base is converted to float32: the digest is of the weights as they are stored.
-    weights = loaded.fingerprint
-    adapted: nn.Module
-    if checkpoint:
-        adapted = with_adapter(loaded.model, checkpoint)
-    else:
-        adapted = add_lora(loaded.model.to(torch.float32), source, config.lora, config.seed)
-    adapted.base_fingerprint = weights  # type: ignore[assignment]
-    return adapted
 
 
 def _load(config: TrainConfig, cache: ReferenceCache, tracker: Tracker, sources: Sources) -> LoadedModel:
