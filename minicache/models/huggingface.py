@@ -21,11 +21,12 @@ def load(source: str, trust_remote_code: bool) -> nn.Module:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    require_language_model(source, _from_pretrained(AutoConfig, source, trust_remote_code))
+    config = _from_pretrained(AutoConfig, source, trust_remote_code)
+    require_language_model(source, config)
     # weights of another shape are refused below, by name
     options = {"dtype": "auto", "output_loading_info": True, "ignore_mismatched_sizes": True}
     model, info = _from_pretrained(AutoModelForCausalLM, source, trust_remote_code, **options)
-    require_whole(source, model, info)
+    require_whole(source, config, model, info)
     if Path(source).suffix == ".gguf":
         # The weights are plain tensors by now. A model marked as quantized could not be saved or trained.
         model.hf_quantizer, model.is_quantized = None, False

@@ -5,6 +5,8 @@ a CPU, where attention walks over them), a block mask (FlexAttention skips the b
 caps (Gemma 2) and sinks (gpt-oss) are computed; what else a model's code passes that would change values is refused.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -14,6 +16,8 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from torch.nn.functional import scaled_dot_product_attention
 
 NAME = "minicache_spans"
+Mask = torch.Tensor | BlockMask | None
+_watched: list[list[Mask]] = []
 
 
 class Form(NamedTuple):
@@ -63,6 +67,16 @@ def set_attention(model: Any, name: str) -> None:
         base.set_attn_implementation(name)
 
 
+@contextmanager
+def watching() -> Iterator[list[Mask]]:
+    """The masks that `attend` gets within this context, one for each call."""
+    _watched.append([])
+    try:
+        yield _watched[-1]
+    finally:
+        _watched.pop()
+
+
 @cache
 def _compiled_flex() -> Any:
     # dynamic, because a packed row has another length in every batch
@@ -74,7 +88,7 @@ def attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | BlockMask | None,
+    attention_mask: Mask,
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
@@ -93,6 +107,8 @@ def attend(
     if options.get("position_bias") is not None:
         raise ValueError("its attention adds a bias to the scores")
     form = Form(scaling, softcap, s_aux)
+    for masks in _watched:
+        masks.append(attention_mask)
     if isinstance(attention_mask, BlockMask):
         output = _flex(query, key, value, attention_mask, form)
     elif isinstance(attention_mask, Spans):

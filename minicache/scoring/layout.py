@@ -7,9 +7,10 @@ import numpy as np
 import torch
 
 from minicache.cache.identity import TOLERANCE
-from minicache.errors import ConfigError
+from minicache.errors import ConfigError, ModelError
 from minicache.options.catalog import LAYOUTS
 from minicache.pairs import PairTable
+from minicache.scoring.attention import watching
 from minicache.scoring.batch import Batch
 from minicache.scoring.handshake import SAMPLE
 from minicache.scoring.layouts import layout_named
@@ -36,6 +37,8 @@ def settle_layout(scorer: Scorer, table: PairTable, asked: str, device: torch.de
         problem = trial.problem(name)
         log.debug("layout %s: %s", name, problem or "used")
         if problem is None:
+            if name == "padded":
+                trial.require_alone()
             for line in problems[:1]:
                 tracker.note(line)
             return
@@ -44,21 +47,31 @@ def settle_layout(scorer: Scorer, table: PairTable, asked: str, device: torch.de
 
 
 class _Trial:
-    """Compares layouts with `padded`, in which the model is as it was loaded, on a few short pairs and the longest."""
+    """Compares layouts with `padded`, in which the model is as it was loaded, on a few pairs."""
 
     def __init__(self, scorer: Scorer, table: PairTable, device: torch.device) -> None:
         self.scorer, self.table, self.device = scorer, table, device
         self.config = scorer.model.config.get_text_config()
-        self.longest = int(table.side_lengths.max())
-        order = np.argsort(table.lengths.sum(1), kind="stable")
-        # the longest by itself, because it may take all the memory there is
-        self.samples = [order[:SAMPLE], table.side_lengths.max(1).argmax()[None]]
+        self.ends = table.side_lengths.max(1)  # (N,) tokens of the longer side
+        self.shortest = np.argsort(table.lengths.sum(1), kind="stable")[:SAMPLE]
         self.reach = changes_beyond(self.config)
-        own_positions = self.reach is not None and self.longest > self.reach
+        own_positions = self.reach is not None and int(self.ends.max()) > self.reach
         scorer.use_layout("padded", own_positions=own_positions)
         if own_positions:
             score_rows_alone(scorer.model)
-        self.expected: list[PairScores] | None = None
+        # by the pairs of a sample
+        self.expected: dict[tuple[int, ...], PairScores] = {}
+
+    def require_alone(self) -> None:
+        """Raises ModelError: padding moves a pair's logprobs, as in models that keep a fixed number of a row's keys."""
+        alone = self._scores("padded", self.shortest[:1]).logp_mean[0]
+        beside = self._scores("padded", np.array([self.shortest[0], self.ends.argmax()])).logp_mean[0]
+        moved = float((alone - beside).abs().max())
+        if moved > TOLERANCE[self.scorer.dtype]:
+            raise ModelError(
+                f"the model's logprobs of a pair depend on the length of others in its batch, by up to {moved:.2g} nats per token; "
+                "expected a model that reads each row by itself (a lower --max-length may keep it from dropping keys)"
+            )
 
     def problem(self, layout: str) -> str | None:
         """Why this model cannot be scored in this layout; None if it can, and the scorer has it then."""
@@ -76,23 +89,34 @@ class _Trial:
         """Raises ValueError, or whatever the model's code raises: the layout cannot be used."""
         if self.scorer.own_positions:
             raise ValueError(f"its rotary positions change with a sequence's length beyond {self.reach:,} tokens")
-        windows = Windows.read(self.config, self.longest)
+        windows = Windows.read(self.config, int(self.ends.max()))
         if windows.recurrent and LAYOUTS[layout].branches:
             raise ValueError(
                 f"the model has layers of {', '.join(windows.recurrent)}, which carry chosen into rejected"
             )
-        if self.expected is None:
-            self.expected = [self._scores("padded", sample) for sample in self.samples]
-        self.scorer.use_layout(layout, windows)
-        for sample, expected in zip(self.samples, self.expected, strict=True):
-            worst = float((expected.logp_mean - self._scores(layout, sample).logp_mean).abs().max())
-            if not worst <= TOLERANCE[self.scorer.dtype]:
-                raise ValueError(f"it gives other logprobs, by up to {worst:.2g} nats per token")
+        with watching() as masks:
+            self._require_same(layout, windows, self.shortest)
+        if windows.bite:
+            beyond = np.flatnonzero(self.ends > windows.bite)
+            self._require_same(layout, windows, beyond[[self.ends[beyond].argmin()]])
+        # Code that does more with masks than hand them to each layer's attention may do something else with long rows.
+        if len(masks) != self.config.num_hidden_layers or len(set(map(id, masks))) > len(set(windows.of)):
+            self._require_same(layout, windows, self.ends.argmax()[None])
         self._require_apart(layout)
         if self.device.type == "cuda" and any(parameter.requires_grad for parameter in self.scorer.parameters()):
             # FlexAttention compiles backward separately, and not for every model
-            self.scorer(self._batch(layout, self.samples[0])).logp_sum.sum().backward()
+            self.scorer(self._batch(layout, self.shortest)).logp_sum.sum().backward()
             self.scorer.zero_grad(set_to_none=True)
+
+    def _require_same(self, layout: str, windows: Windows, sample: np.ndarray) -> None:
+        """Raises ValueError: pairs of the table, (n,) indices, have other logprobs in this layout than in `padded`."""
+        if (pairs := tuple(sample.tolist())) not in self.expected:
+            self.scorer.use_layout("padded")
+            self.expected[pairs] = self._scores("padded", sample)
+        self.scorer.use_layout(layout, windows)
+        worst = float((self.expected[pairs].logp_mean - self._scores(layout, sample).logp_mean).abs().max())
+        if not worst <= TOLERANCE[self.scorer.dtype]:
+            raise ValueError(f"it gives other logprobs, by up to {worst:.2g} nats per token")
 
     def _require_apart(self, layout: str) -> None:
         """Require that other tokens in all chosen answers do not move the logprobs of the rejected ones: a leak may be small.
@@ -100,7 +124,7 @@ class _Trial:
         Raises:
             ValueError: they do.
         """
-        batch = self._batch(layout, self.samples[0])
+        batch = self._batch(layout, self.shortest)
         with torch.no_grad():
             before = self.scorer(batch)
             after = self.scorer(replace(batch, input_ids=_other_chosen(batch)))
