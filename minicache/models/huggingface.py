@@ -21,31 +21,18 @@ def load(source: str, trust_remote_code: bool) -> nn.Module:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    require_language_model(source, _from_pretrained(AutoConfig, source, trust_remote_code))
+    config = from_pretrained(AutoConfig, source, trust_remote_code)
+    require_language_model(source, config)
     # weights of another shape are refused below, by name
     options = {"dtype": "auto", "output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, info = _from_pretrained(AutoModelForCausalLM, source, trust_remote_code, **options)
-    require_whole(source, model, info)
+    model, info = from_pretrained(AutoModelForCausalLM, source, trust_remote_code, **options)
+    require_whole(source, config, model, info)
     if Path(source).suffix == ".gguf":
         # The weights are plain tensors by now. A model marked as quantized could not be saved or trained.
         model.hf_quantizer, model.is_quantized = None, False
         vars(model.config).pop("quantization_config", None)
     assert isinstance(model, nn.Module)
     return model
-
-
-def save_tokenizer(source: str, directory: Path, trust_remote_code: bool) -> None:
-    """Write the files of the tokenizer at `source` into a directory.
-
-    Raises:
-        ModelError: there is none, transformers cannot load it, or it has no fast version.
-    """
-    from transformers import AutoTokenizer
-
-    tokenizer = _from_pretrained(AutoTokenizer, source, trust_remote_code)
-    tokenizer.save_pretrained(directory)
-    if not (directory / "tokenizer.json").exists():
-        raise ModelError(f"{source}: the tokenizer has no fast (tokenizers library) version, which minidpo needs")
 
 
 def quiet() -> None:
@@ -56,7 +43,7 @@ def quiet() -> None:
     turn_off()
 
 
-def _from_pretrained(cls: Any, source: str, trust_remote_code: bool, **options: Any) -> Any:
+def from_pretrained(cls: Any, source: str, trust_remote_code: bool, **options: Any) -> Any:
     """An object of a transformers class, from a directory, a hub id or a .gguf file.
 
     Raises:

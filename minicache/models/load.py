@@ -13,12 +13,13 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from minicache.data.tokenizers import copy_tokenizer
+from minicache.data.tokenizer_files import TEMPLATE, copy_to_policy
 from minicache.disk import folder_written_whole
 from minicache.errors import ModelError
-from minicache.models import huggingface, lora, minimind
+from minicache.models import huggingface, lora, minimind, tokenizers
 from minicache.models.adapter_files import ADAPTER, settings_of
 from minicache.models.adapter_places import adapter_place, base_name, own_template, tokenizer_place
+from minicache.models.file_kinds import require_file
 from minicache.models.fingerprint import fingerprint
 from minicache.models.joined import Below, change_of
 from minicache.models.merging import merge
@@ -32,11 +33,13 @@ class LoadedModel:
     """A causal language model in the precision it was stored in, on the CPU, in eval mode.
 
     model: a transformers model. source: its name, as the user gave it. below: of a base with adapters merged into it.
+    notes: lines on what of the source was not used.
     """
 
     model: nn.Module
     source: str
     below: Below | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def family(self) -> str:
@@ -58,8 +61,9 @@ class LoadedModel:
 
     @property
     def left_out(self) -> str | None:
-        """A line for the user on weights in its files that are not used; None: all are."""
-        return left_out(self.below.base if self.below else self.source, self.model)
+        """A line for the user on what of its files is not used; None: all is."""
+        lines = [*self.notes, left_out(self.below.base if self.below else self.source, self.model)]
+        return "; ".join(filter(None, lines)) or None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -69,9 +73,10 @@ class LoadedModel:
         return digest
 
 
-# Suffix of a file -> its loader, given the path and the options behind the colon of the name. Any other source is a Hugging
-# Face directory or hub id.
-FAMILIES: dict[str, Callable[[Path, str], nn.Module]] = {".pth": minimind.load, ".pt": minimind.load}
+# What loads a file, given the path and the options behind the colon of its name: the model, and lines on what it did not use.
+Loader = Callable[[Path, str], tuple[nn.Module, tuple[str, ...]]]
+# Suffix of a file -> its loader. Any other source is a Hugging Face directory or hub id.
+FAMILIES: dict[str, Loader] = {".pth": minimind.load, ".pt": minimind.load}
 
 
 def split_source(source: str) -> tuple[str, str]:
@@ -98,21 +103,20 @@ def load_model(source: str, trust_remote_code: bool = False) -> LoadedModel:
     """
     started = time.perf_counter()
     place, options = split_source(source)
-    path, below = Path(place), None
+    path, below, notes = Path(place), None, tuple[str, ...]()
     if adapter := adapter_place(source):
-        model, below = _merged(adapter, trust_remote_code)
+        model, below, notes = _merged(adapter, trust_remote_code)
     elif path.suffix not in FAMILIES:
         model = huggingface.load(source, trust_remote_code)
-    elif path.is_file():
-        model = FAMILIES[path.suffix](path, options)
     else:
-        raise ModelError(f"{place}: no such file")
+        require_file(path)
+        model, notes = FAMILIES[path.suffix](path, options)
     _log_loaded(model, source, time.perf_counter() - started)
-    return LoadedModel(model.eval().requires_grad_(False), source, below)
+    return LoadedModel(model.eval().requires_grad_(False), source, below, notes)
 
 
-def _merged(directory: Path, trust_remote_code: bool) -> tuple[nn.Module, Below]:
-    """The base model with the adapter in `directory` merged into it, float32, and what the two are.
+def _merged(directory: Path, trust_remote_code: bool) -> tuple[nn.Module, Below, tuple[str, ...]]:
+    """The base model with the adapter in `directory` merged into it, float32, what the two are, and the notes on the base.
 
     Raises:
         ModelError: the base cannot be loaded, or is not the one that the adapter was trained on.
@@ -129,7 +133,7 @@ def _merged(directory: Path, trust_remote_code: bool) -> tuple[nn.Module, Below]
     below = loaded.below or Below(lasting_name(base), loaded.fingerprint, {})
     adapted = lora.with_adapter(loaded.model, directory)
     below = below.plus(change_of(adapted))
-    return merge(adapted, directory), below
+    return merge(adapted, directory), below, loaded.notes
 
 
 def _log_loaded(model: nn.Module, source: str, seconds: float) -> None:
@@ -153,20 +157,36 @@ def save_model(model: Any, tokenizer_dir: Path, directory: Path, weights: dict[s
     options: dict[str, Any] = {"save_embedding_layers": False} if hasattr(model, "get_base_model") else {}
     with folder_written_whole(directory) as draft:
         try:
-            model.save_pretrained(draft, **options, **({"state_dict": weights} if weights else {}))
+            model.save_pretrained(draft, **options, **({"state_dict": _tied(model, weights)} if weights else {}))
         except SafetensorError as error:
             raise OSError(str(error)) from error
         lora.write_base(model, draft)
-        copy_tokenizer(tokenizer_dir, draft)
+        copy_to_policy(tokenizer_dir, draft)
 
 
-def save_tokenizer(source: str, directory: Path, chat_template: str | None, trust_remote_code: bool = False) -> None:
+def _tied(model: nn.Module, weights: dict[str, Any]) -> dict[str, Any]:
+    """Gathered weights with those that are one parameter of the model as one tensor again: each is gathered by itself.
+
+    By this transformers sees that they are tied, and writes them once.
+    """
+    first: dict[int, str] = {}
+    names = {
+        name: first.setdefault(id(parameter), name)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+    return {name: weights.get(names.get(name, name), weight) for name, weight in weights.items()}
+
+
+def save_tokenizer(
+    source: str, directory: Path, chat_template: str | None, trust_remote_code: bool = False, model_type: str = ""
+) -> None:
     """Write the files of the tokenizer at `source`; `chat_template`, if given, replaces its own template.
 
     An adapter without a tokenizer has that of its base, with the adapter's own chat template if there is one.
+    model_type: that of the model to whose policy the files go; see `minicache.models.tokenizers`.
 
     Raises:
-        ModelError: there is no tokenizer at `source`, or it has no fast version.
+        ModelError: there is no tokenizer at `source`, or it cannot be written as one that does the same.
     """
     adapter = adapter_place(source)
     source = tokenizer_place(source)
@@ -175,11 +195,11 @@ def save_tokenizer(source: str, directory: Path, chat_template: str | None, trus
         raise ModelError(
             f"{place}: a .pth file holds no tokenizer; add --tokenizer DIR (MiniMind's lies in its model/ folder)"
         )
-    huggingface.save_tokenizer(source, directory, trust_remote_code)
+    tokenizers.save_tokenizer(source, directory, trust_remote_code, model_type)
     if chat_template is None and adapter:
         chat_template = own_template(adapter)
     if chat_template is not None:
-        (directory / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+        (directory / TEMPLATE).write_text(chat_template, encoding="utf-8")
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:

@@ -52,11 +52,14 @@ def nothing_left_to_chance() -> Iterator[None]:
 
 @torch.no_grad()
 def perturb(model: torch.nn.Module) -> None:
-    """Add noise to norms, biases and sinks, and draw anew the matrices that are nearly zero, very large, or not initialised."""
+    """Add noise to norms, biases and sinks, and draw anew the matrices that are nearly zero, very large, or not initialised.
+
+    Tables among the buffers, such as MiniMax's decays, are computed and stay.
+    """
+    stored = model.state_dict().keys()
     random = torch.Generator().manual_seed(1)
-    # Of the buffers only the routers' corrections: others hold masks and decays, which a family computes.
-    corrections = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("correction_bias")]
-    for _, tensor in [*model.named_parameters(), *corrections]:
+    buffers = [buffer for name, buffer in model.named_buffers() if name in stored and buffer.ndim < 2]
+    for tensor in [*model.parameters(), *buffers]:
         if not tensor.is_floating_point():
             continue
         noise = torch.randn(tensor.shape, generator=random)
