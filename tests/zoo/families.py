@@ -109,13 +109,13 @@ def families() -> list[Family]:
 
     found = []
     for kind in sorted(causal):
-        found.append(Family(kind, kind, OVERRIDES.get(kind, {})))
+        given = OVERRIDES.get(kind, {})
+        if (text := OVERRIDES.get(f"{kind}_text")) and f"{kind}_text" in causal:
+            given = _merged({"text_config": text}, given)
+        found.append(Family(kind, kind, given))
         if narrow := narrow_window(kind):
-            found.append(Family(f"{kind}, window {NARROW}", kind, {**OVERRIDES.get(kind, {}), **narrow}))
-        found += [
-            Family(f"{kind}, {name}", kind, {**OVERRIDES.get(kind, {}), **more})
-            for name, more in VARIANTS.get(kind, [])
-        ]
+            found.append(Family(f"{kind}, window {NARROW}", kind, {**given, **narrow}))
+        found += [Family(f"{kind}, {name}", kind, {**given, **more}) for name, more in VARIANTS.get(kind, [])]
     return found
 
 

@@ -117,7 +117,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mellum": {**_MIXED, "mlp_layer_types": ["sparse", "sparse"]},
     "ministral": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
-    "qwen4_exp": {"text_config": _INDEXED},
     "qwen4_exp_text": _INDEXED,
     "recurrent_gemma": {"num_hidden_layers": 3, "block_types": ["recurrent", "recurrent", "attention"]},
     "reformer": {

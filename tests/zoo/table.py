@@ -146,10 +146,10 @@ Each is compared with a plain loop in float64: two live models, one answer at a 
   `shared` each prompt once, `sequences` no padding, `padded` two rows a pair. All of them give the same numbers.
 - **cache**: the largest difference of a mean logprob from float64, nats per token.
 - **three steps**: the largest difference of a loss, and of the reopened policy's mean logprobs.
-- **LoRA**: adapters on all linear layers train, and the saved ones opened with peft give the logits of the merged model.
+- **LoRA**: adapters on all linear layers train; opened with peft they give the logits of the merged model.
 - **shards**: FSDP2 on one process finds the layers, wraps them, and gives the same logprobs; backward runs.
 
-A row with a window of 8 has windows narrower than the answers; without, they are as wide as the family has them by default.
+In rows with a window of 8, windows are narrower than the answers; in others, as wide as the family has them by default.
 """
 OTHERS = """## Not for DPO here
 
