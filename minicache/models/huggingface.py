@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from minicache.errors import ModelError
+from minicache.models import stored
 
 ATTENTION = "sdpa"
 
@@ -18,13 +19,18 @@ def load(source: str, trust_remote_code: bool) -> nn.Module:
     """
     from transformers import AutoModelForCausalLM
 
-    model = _from_pretrained(
-        AutoModelForCausalLM, source, trust_remote_code, dtype="auto", attn_implementation=ATTENTION
-    )
-    if Path(source).suffix == ".gguf":
+    is_gguf = Path(source).suffix == ".gguf"
+    options = {} if is_gguf else stored.loading_options(source)
+    with stored.quietly():
+        model = _from_pretrained(
+            AutoModelForCausalLM, source, trust_remote_code, dtype="auto", attn_implementation=ATTENTION, **options
+        )
+    if is_gguf:
         # The weights are plain tensors by now. A model marked as quantized could not be saved or trained.
         model.hf_quantizer, model.is_quantized = None, False
         vars(model.config).pop("quantization_config", None)
+    else:
+        stored.settle(model, source)
     assert isinstance(model, nn.Module)
     return model
 

@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from minicache.data.tokenizers import copy_tokenizer
 from minicache.disk import folder_written_whole
 from minicache.errors import ModelError
-from minicache.models import huggingface, lora, minimind
+from minicache.models import huggingface, lora, minimind, quantized
 from minicache.models.fingerprint import fingerprint
+from minicache.options.base import flag_of
 
 log = logging.getLogger(__name__)
 
@@ -26,11 +27,14 @@ log = logging.getLogger(__name__)
 class LoadedModel:
     """A causal language model in the precision it was stored in, on the CPU, in eval mode.
 
-    model: a transformers model. source: its name, as the user gave it.
+    model: a transformers model. source: its name, as the user gave it. quantization: in which its linear layers are held, though
+    they are not stored so; a name in `QUANTIZATIONS` or "". weights: then the digest of the weights before.
     """
 
     model: nn.Module
     source: str
+    quantization: str = ""
+    weights: str | None = None
 
     @property
     def family(self) -> str:
@@ -47,7 +51,7 @@ class LoadedModel:
     @cached_property
     def fingerprint(self) -> str:
         """Digest of the weights and settings; see `minicache.models.fingerprint`."""
-        digest = fingerprint(self.model)
+        digest = self.weights or fingerprint(self.model)
         log.debug("%s: digest of the weights %s", self.source, digest)
         return digest
 
@@ -70,10 +74,12 @@ def lasting_name(source: str) -> str:
     return f"{Path(place).resolve()}{':' if options else ''}{options}" if Path(place).exists() else source
 
 
-def load_model(source: str, trust_remote_code: bool = False) -> LoadedModel:
+def load_model(source: str, trust_remote_code: bool = False, quantization: str = "") -> LoadedModel:
     """The model in a directory, hub id, .gguf file or MiniMind .pth file; for an adapter, its base with it merged, float32.
 
     The name of a .pth file can carry settings that the file lacks: "model.pth:heads=16,kv_heads=8" (see `minimind.Options`).
+    quantization: hold the linear layers in it, a name in `QUANTIZATIONS`. An adapter that was trained on a quantized base is not
+    merged: the model is that base with the adapter on it.
 
     Raises:
         ModelError: the source does not exist, is of no known kind, needs code of its own that was not allowed, or does not fit
@@ -83,39 +89,82 @@ def load_model(source: str, trust_remote_code: bool = False) -> LoadedModel:
     place, options = split_source(source)
     path = Path(place)
     if base := lora.base_of(path):
-        model = _merged(path, base, trust_remote_code)
+        model = _adapted(path, base, trust_remote_code)
     elif path.suffix not in FAMILIES:
         model = huggingface.load(source, trust_remote_code)
     elif path.is_file():
         model = FAMILIES[path.suffix](path, options)
     else:
         raise ModelError(f"{place}: no such file")
+    weights = _quantize(model, source, quantization) if quantization else None
+    if weights is None and quantized.is_quantized(model):
+        # while its content is as it is stored
+        weights = fingerprint(model)
     _log_loaded(model, source, time.perf_counter() - started)
-    return LoadedModel(model.eval().requires_grad_(False), source)
+    return LoadedModel(model.eval().requires_grad_(False), source, quantization, weights)
 
 
-def _merged(directory: Path, base: str, trust_remote_code: bool) -> nn.Module:
-    """The base model with the adapter in `directory` merged into it, float32.
+def load_unquantized(source: str, trust_remote_code: bool = False) -> LoadedModel:
+    """As `load_model`, with plain weights: an adapter of a quantized base is merged into that base's weights before quantization.
+
+    Weights that are stored quantized are turned back into float32, which cannot restore what they were before.
+
+    Raises:
+        ModelError: as `load_model`.
+    """
+    path = Path(source)
+    if not (base := lora.base_of(path)):
+        loaded = load_model(source, trust_remote_code)
+        return LoadedModel(quantized.plain(loaded.model), source)
+    below = _base(path, base, trust_remote_code, "")
+    merged: nn.Module = lora.with_adapter(quantized.plain(below.model), path).merge_and_unload()
+    return LoadedModel(merged.eval().requires_grad_(False), source)
+
+
+def _quantize(model: nn.Module, source: str, quantization: str) -> str | None:
+    """Quantize the linear layers; returns the digest of the weights before. A model that is so already stays as it is.
+
+    Raises:
+        ModelError: it is quantized in another way.
+    """
+    if quantized.is_quantized(model):
+        if lora.quantization_of(Path(source)) == quantization:
+            return None
+        raise ModelError(f"{source}: its weights are quantized already; leave {flag_of(quantization)} out")
+    weights = fingerprint(model)
+    quantized.quantize(model, quantization)
+    return weights
+
+
+def _adapted(directory: Path, base: str, trust_remote_code: bool) -> nn.Module:
+    """The base model with the adapter in `directory` merged into it, float32; on a quantized base, with the adapter on it.
 
     Raises:
         ModelError: the base cannot be loaded, or is not the one that the adapter was trained on.
     """
+    below = _base(directory, base, trust_remote_code, lora.quantization_of(directory))
+    adapted = lora.with_adapter(below.model, directory)
+    model: nn.Module = adapted if quantized.is_quantized(below.model) else adapted.merge_and_unload()
+    return model
+
+
+def _base(directory: Path, base: str, trust_remote_code: bool, quantization: str) -> LoadedModel:
+    """The base model of the adapter in `directory`. Raises ModelError: it cannot be loaded, or has other weights."""
     try:
-        below = load_model(base, trust_remote_code)
+        below = load_model(base, trust_remote_code, quantization)
     except ModelError as error:
         raise ModelError(
             f"{directory}: the base model of this adapter, base_model_name_or_path in {lora.ADAPTER}: {error}"
         ) from error
     lora.check_base(directory, base, below.fingerprint)
-    merged: nn.Module = lora.with_adapter(below.model, directory).merge_and_unload()
-    return merged
+    return below
 
 
 def _log_loaded(model: nn.Module, source: str, seconds: float) -> None:
     if log.isEnabledFor(logging.DEBUG):
         parameters = list(model.parameters())
         dtypes = ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters}))
-        count = sum(parameter.numel() for parameter in parameters)
+        count = sum(map(quantized.weight_count, parameters))
         log.debug("%s: %s, %s, %d parameters, %.1f s", source, type(model).__name__, dtypes, count, seconds)
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from minicache.errors import ConfigError, ModelError
+from minicache.models.quantized import to_float32
+from minicache.options.base import QUANTIZATIONS
 from minicache.options.train import LoraOptions
 
 ADAPTER, BASE = "adapter_config.json", "base.json"
@@ -81,9 +83,30 @@ def base_of(directory: Path) -> str | None:
 
 
 def write_base(model: nn.Module, directory: Path) -> None:
-    """Write the digest of the base's weights beside an adapter that has it (`base_fingerprint`): a name may change its weights."""
+    """Write the digest of the base's weights beside an adapter that has it (`base_fingerprint`): a name may change its weights.
+
+    With it the quantization of the base (`base_quantization`), if it was not held as it is stored.
+    """
     if base := getattr(model, "base_fingerprint", None):
-        (directory / BASE).write_text(json.dumps({"weights": base}) + "\n", encoding="utf-8")
+        quantization = getattr(model, "base_quantization", "")
+        facts = {"weights": base} | ({"quantization": quantization} if quantization else {})
+        (directory / BASE).write_text(json.dumps(facts) + "\n", encoding="utf-8")
+
+
+def quantization_of(directory: Path) -> str:
+    """The quantization of the base that an adapter was trained on, a name in QUANTIZATIONS; "" for a base as it is stored.
+
+    Raises:
+        ModelError: the adapter's file about its base cannot be read.
+    """
+    file = directory / BASE
+    try:
+        name = json.loads(file.read_text(encoding="utf-8")).get("quantization", "") if file.is_file() else ""
+        if name and name not in QUANTIZATIONS:
+            raise ValueError(f"quantization: expected one of {', '.join(QUANTIZATIONS)}, got {name!r}")
+        return str(name)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ModelError(f"{file}: cannot be read: {error}") from error
 
 
 def check_base(directory: Path, name: str, fingerprint: str) -> None:
@@ -114,7 +137,7 @@ def with_adapter(base: nn.Module, directory: Path) -> Any:
     peft = _peft()
     try:
         with _quiet():
-            return peft.PeftModel.from_pretrained(base.to(torch.float32), directory, is_trainable=True)
+            return peft.PeftModel.from_pretrained(to_float32(base, torch.device("cpu")), directory, is_trainable=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         line = " ".join(str(error).split())[:300]
         raise ModelError(f"{directory}: the adapter does not fit its base model: {line}") from error

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from minicache.errors import ConfigError
 from minicache.models.balance import has_balance, recording
+from minicache.models.quantized import compute_in
 from minicache.pairs import PairTable
 from minicache.processes.world import World
 from minicache.scoring.attention import for_device
@@ -68,6 +69,7 @@ class Scorer(nn.Module):
         super().__init__()
         self.layout_name = layout
         self.model = model.eval()
+        compute_in(model, DTYPES[dtype])
         self.dtype = dtype
         self.has_balance = has_balance(model)
         self.head = own_head(model) if head_is_own is None else Head.of(model) if head_is_own else None

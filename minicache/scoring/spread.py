@@ -16,6 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from minicache.errors import ConfigError
 from minicache.models import layers_of
 from minicache.models.lora import adapt
+from minicache.models.quantized import is_quantized, to_float32
 from minicache.processes.world import World
 from minicache.scoring.scorer import DTYPES, Scorer, own_head
 
@@ -35,7 +36,9 @@ def spread(model: nn.Module | None, dtype: str, parallel: str, world: World) -> 
     """
     if not is_sharded(parallel, world):
         assert model is not None
-        return Scorer(model.to(world.device, torch.float32), dtype)
+        return Scorer(to_float32(model, world.device), dtype)
+    if world.broadcast(model is not None and is_quantized(model)):
+        raise ConfigError(f"--parallel {parallel}: quantized weights cannot be sharded; expected --parallel ddp")
     mesh = _mesh(parallel, world)
     plan = world.broadcast(_describe(model.to(torch.float32)) if model is not None else None)
     skeleton = _skeleton(plan)

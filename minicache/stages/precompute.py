@@ -56,7 +56,8 @@ def precompute(config: PrecomputeConfig, world: World, tracker: Tracker) -> Prec
             next(read_rows(file))
         tracker.begin(f"loading {config.model}", None)
         sharded = is_sharded(config.parallel, world)
-        loaded = load_model(config.model, config.trust_remote_code) if world.is_main or not sharded else None
+        mine = world.is_main or not sharded
+        loaded = load_model(config.model, config.trust_remote_code, config.base.quantization) if mine else None
         if world.is_main:
             assert loaded
             prepare(config, files, loaded, world.device, tracker, claims)

@@ -14,7 +14,7 @@ from minicache.training.progress import Outcome
 RECORD, LOCK = "run.json", ".lock"
 NEEDED = ("ref_cache", "out")
 # Options that 0.1.0 did not have: they are written only where they say something.
-LATER = ("columns", "ignore_fields", "row_pairs")
+LATER = ("columns", "ignore_fields", "row_pairs", "base_4bit", "base_8bit")
 # The defaults of the options. A record that lacks an option is of an earlier version, which behaved as by the default.
 DEFAULTS = {
     name: value for name, value in flat(TrainConfig(ref_cache="cache", out=Path("run"))).items() if name not in NEEDED
@@ -30,7 +30,7 @@ class RunRecord:
     handshake found, nats per token. steps, pairs, held_out: optimizer steps of the whole run, pairs of an epoch, pairs to
     validate on. processes, device, layout_used, token_budget: what the machine decided. outcome: of a finished run. failed: why
     a sweep recorded the run as failed. date, template_args: what the chat template was given, as in the cache's identity; None
-    where there is nothing.
+    where there is nothing. quantization: in which the base was held, as in the cache's identity; None for weights as stored.
     """
 
     options: dict[str, Any]
@@ -48,6 +48,7 @@ class RunRecord:
     failed: str | None = None
     date: str | None = None
     template_args: str | None = None
+    quantization: str | None = None
 
     @property
     def flat(self) -> dict[str, Any]:

@@ -1,0 +1,99 @@
+"""Checkpoints that are stored quantized: what transformers is asked for, and what comes of it."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from minicache.errors import ModelError
+from minicache.models.quantized import prepared, quantized_layers, require_packages
+
+log = logging.getLogger(__name__)
+
+BITSANDBYTES = "bitsandbytes"
+# Methods that transformers turns back into plain weights while it loads, on every device. quant_method in config.json -> its class.
+PLAIN_WHEN_LOADED = {
+    "mxfp4": "Mxfp4Config",
+    "fp8": "FineGrainedFP8Config",
+    "mxfp8": "FineGrainedFP8Config",
+    "compressed-tensors": "CompressedTensorsConfig",
+    "metal": "MetalConfig",
+}
+INSTEAD = "expected an unquantized copy of the model, which --base-4bit holds in 4 bits"
+
+
+def loading_options(source: str) -> dict[str, Any]:
+    """The options with which transformers loads the model; {} for a model that is not stored quantized.
+
+    Raises:
+        ModelError: it is stored in a way that minidpo cannot train on, or a package is missing.
+    """
+    stored = _settings(source)
+    if not stored:
+        return {}
+    method = method_of(stored)
+    if method == BITSANDBYTES:
+        require_packages(f"{source}: is stored quantized by bitsandbytes")
+        # by itself transformers would put it on a GPU
+        return {"device_map": {"": "cpu"}}
+    if method in PLAIN_WHEN_LOADED:
+        import transformers
+
+        kind = getattr(transformers, PLAIN_WHEN_LOADED[method])
+        return {"quantization_config": kind.from_dict({**stored, "dequantize": True})}
+    raise ModelError(f"{source}: is stored quantized by {method}, which minidpo cannot train on; {INSTEAD}")
+
+
+def settle(model: Any, source: str) -> None:
+    """Prepare a loaded model for training, if it is quantized; drop the marks by which transformers forbids to move or save it.
+
+    Raises:
+        ModelError: it is quantized in a way that minidpo cannot train on.
+    """
+    config = getattr(model.config, "quantization_config", None)
+    if config is None:
+        return
+    layers = quantized_layers(model)
+    if not layers:
+        raise ModelError(
+            f"{source}: transformers loads it quantized by {method_of(config.to_dict())}, which minidpo cannot train on; {INSTEAD}"
+        )
+    for layer in layers:
+        try:
+            prepared(layer)
+        except ModelError as error:
+            raise ModelError(f"{source}: {error}; {INSTEAD}") from error
+    model.hf_quantizer, model.is_quantized = None, False
+    vars(model).pop("quantization_method", None)
+    vars(model.config).pop("quantization_config", None)
+
+
+def method_of(stored: dict[str, Any]) -> str:
+    """The name of the method in a `quantization_config`."""
+    named = stored.get("quant_method")
+    if named is None and (stored.get("load_in_4bit") or stored.get("load_in_8bit")):
+        return BITSANDBYTES
+    return str(getattr(named, "value", named))
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Hide transformers' warning that a quantization was given for a model that has one: it is the same."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+        yield
+
+
+def _settings(source: str) -> dict[str, Any]:
+    """`quantization_config` in the model's config.json; {} without one, or where the file cannot be read."""
+    from transformers import PretrainedConfig
+
+    try:
+        config, _ = PretrainedConfig.get_config_dict(source)
+    # whatever is wrong with it, loading the model says so
+    except Exception as error:
+        log.debug("%s: no config.json before loading: %s", source, error)
+        return {}
+    stored = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+    return stored if isinstance(stored, dict) else {}
