@@ -67,6 +67,13 @@ def settle(model: Any, source: str) -> None:
     model.hf_quantizer, model.is_quantized = None, False
     vars(model).pop("quantization_method", None)
     vars(model.config).pop("quantization_config", None)
+    # those of bitsandbytes' tensors cannot be reverted, and what is saved has none
+    kept = [each for each in getattr(model, "_weight_conversions", None) or () if not _is_of_quantizer(each)]
+    model._weight_conversions = kept or None
+
+
+def _is_of_quantizer(conversion: Any) -> bool:
+    return any(hasattr(step, "hf_quantizer") for step in getattr(conversion, "operations", ()))
 
 
 def method_of(stored: dict[str, Any]) -> str:

@@ -26,6 +26,12 @@ def is_sharded(parallel: str, world: World) -> bool:
     return parallel != "ddp" and world.size > 1
 
 
+def refuse_quantized_shards(model: nn.Module | None, parallel: str, world: World) -> None:
+    """Raises ConfigError on all ranks: the model, as rank 0 has it, is quantized and would be sharded."""
+    if is_sharded(parallel, world) and world.broadcast(model is not None and is_quantized(model)):
+        raise ConfigError(f"--parallel {parallel}: quantized weights cannot be sharded; expected --parallel ddp")
+
+
 def spread(model: nn.Module | None, dtype: str, parallel: str, world: World) -> Scorer:
     """The scorer of a model, float32, on this rank's device: with the whole model, or with this rank's shard of it.
 
@@ -37,8 +43,7 @@ def spread(model: nn.Module | None, dtype: str, parallel: str, world: World) -> 
     if not is_sharded(parallel, world):
         assert model is not None
         return Scorer(to_float32(model, world.device), dtype)
-    if world.broadcast(model is not None and is_quantized(model)):
-        raise ConfigError(f"--parallel {parallel}: quantized weights cannot be sharded; expected --parallel ddp")
+    refuse_quantized_shards(model, parallel, world)
     mesh = _mesh(parallel, world)
     plan = world.broadcast(_describe(model.to(torch.float32)) if model is not None else None)
     skeleton = _skeleton(plan)

@@ -16,7 +16,7 @@ from minicache.options.where import Where
 from minicache.processes.world import World
 from minicache.scoring.layout import settle_layout
 from minicache.scoring.scorer import resolve_dtype
-from minicache.scoring.spread import is_sharded, spread
+from minicache.scoring.spread import is_sharded, refuse_quantized_shards, spread
 from minicache.trackers import Tracker
 
 
@@ -58,6 +58,7 @@ def precompute(config: PrecomputeConfig, world: World, tracker: Tracker) -> Prec
         sharded = is_sharded(config.parallel, world)
         mine = world.is_main or not sharded
         loaded = load_model(config.model, config.trust_remote_code, config.base.quantization) if mine else None
+        refuse_quantized_shards(loaded.model if loaded else None, config.parallel, world)
         if world.is_main:
             assert loaded
             prepare(config, files, loaded, world.device, tracker, claims)

@@ -106,7 +106,8 @@ def test_an_option_that_run_json_lacks_is_no_other_option(
 ) -> None:
     out = shutil.copytree(stopped, tmp_path / "run")
     facts = json.loads((out / RECORD).read_text())
-    del facts[name]
+    # one that is later than 0.1.0 is in no run.json where it says nothing
+    facts.pop(name, None)
     (out / RECORD).write_text(json.dumps(facts))
     begun = find_begun(TrainConfig(ref_cache, out, resume=True, dtype="float32", **SETTINGS))
     assert begun and begun.step and begun.record.options[name] == DEFAULTS[name]
