@@ -4,6 +4,7 @@ Each in a process of its own, on the CPU in float32 unless --dtype names another
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -19,7 +20,7 @@ STEPS = 3
 
 
 def measure(source: str, kind: str, dtype: str, tokens: int) -> dict[str, float]:
-    """Bytes of weights and of all live tensors between steps, resident bytes then and at most in a step, seconds of a step."""
+    """Bytes of live tensors between steps; resident bytes then and at most in a step, beyond imports; seconds of a step."""
     import numpy as np
     import torch
 
@@ -31,6 +32,7 @@ def measure(source: str, kind: str, dtype: str, tokens: int) -> dict[str, float]
     from minicache.scoring.scorer import Scorer
     from minicache.training.optim import make_optimizer
 
+    before = resident()
     loaded = load_model(source, False, kind)
     model = add_lora(to_float32(loaded.model, torch.device("cpu")), source, LoraOptions(lora_rank=16), 0)
     scorer, optimizer = Scorer(model, dtype), make_optimizer(model, "adamw", 1e-5, 0.0)
@@ -44,6 +46,7 @@ def measure(source: str, kind: str, dtype: str, tokens: int) -> dict[str, float]
     seconds = []
     for step in range(STEPS + 1):
         if step == 1:
+            resident()
             # the peak from here on, without that of loading
             Path("/proc/self/clear_refs").write_text("5")
         started = time.monotonic()
@@ -57,8 +60,8 @@ def measure(source: str, kind: str, dtype: str, tokens: int) -> dict[str, float]
     gc.collect()
     return {
         "tensors": live_bytes(),
-        "resident": status("VmRSS"),
-        "peak": status("VmHWM"),
+        "resident": resident() - before,
+        "peak": status("VmHWM") - before,
         "seconds": statistics.median(seconds[1:]),
     }
 
@@ -72,6 +75,13 @@ def live_bytes() -> int:
         if isinstance(each, torch.Tensor) and each.device.type != "meta":
             storages[each.untyped_storage().data_ptr()] = each.untyped_storage().nbytes()
     return sum(storages.values())
+
+
+def resident() -> int:
+    """Resident bytes of this process, after what is free was given back to the system."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return status("VmRSS")
 
 
 def status(name: str) -> int:

@@ -4,7 +4,10 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
+
+from torch import nn
 
 from minicache.errors import ModelError
 from minicache.models.quantized import prepared, quantized_layers, require_packages
@@ -20,7 +23,10 @@ PLAIN_WHEN_LOADED = {
     "compressed-tensors": "CompressedTensorsConfig",
     "metal": "MetalConfig",
 }
+# Its tensors are turned back after loading.
+TORCHAO = "torchao"
 INSTEAD = "expected an unquantized copy of the model, which --base-4bit holds in 4 bits"
+OR = "an unquantized copy of the model needs nothing"
 
 
 def loading_options(source: str) -> dict[str, Any]:
@@ -38,10 +44,11 @@ def loading_options(source: str) -> dict[str, Any]:
         # by itself transformers would put it on a GPU
         return {"device_map": {"": "cpu"}}
     if method in PLAIN_WHEN_LOADED:
-        import transformers
-
-        kind = getattr(transformers, PLAIN_WHEN_LOADED[method])
-        return {"quantization_config": kind.from_dict({**stored, "dequantize": True})}
+        return {"quantization_config": _plain_when_loaded(source, method, stored)}
+    if method == TORCHAO and find_spec(TORCHAO):
+        return {}
+    if method == TORCHAO:
+        raise ModelError(f"{source}: is stored quantized by torchao, which is not installed: pip install torchao; {OR}")
     raise ModelError(f"{source}: is stored quantized by {method}, which minidpo cannot train on; {INSTEAD}")
 
 
@@ -55,7 +62,9 @@ def settle(model: Any, source: str) -> None:
     if config is None:
         return
     layers = quantized_layers(model)
-    if not layers:
+    if method_of(config.to_dict()) == TORCHAO:
+        turn_back(model)
+    elif not layers:
         raise ModelError(
             f"{source}: transformers loads it quantized by {method_of(config.to_dict())}, which minidpo cannot train on; {INSTEAD}"
         )
@@ -74,6 +83,26 @@ def settle(model: Any, source: str) -> None:
 
 def _is_of_quantizer(conversion: Any) -> bool:
     return any(hasattr(step, "hf_quantizer") for step in getattr(conversion, "operations", ()))
+
+
+def turn_back(model: nn.Module) -> None:
+    """Put the weights that torchao's tensors stand for in their place."""
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if type(weight) is not nn.Parameter:
+                setattr(module, name, nn.Parameter(weight.dequantize(), requires_grad=False))
+
+
+def _plain_when_loaded(source: str, method: str, stored: dict[str, Any]) -> Any:
+    """The settings with which transformers turns the weights back. Raises ModelError: it lacks a package, or they are damaged."""
+    import transformers
+
+    try:
+        return getattr(transformers, PLAIN_WHEN_LOADED[method]).from_dict({**stored, "dequantize": True})
+    # the class checks its settings and imports the method's own library
+    except Exception as error:
+        line = " ".join(str(error).split())[:200].rstrip(".")
+        raise ModelError(f"{source}: is stored quantized by {method}: {line}; {OR}") from error
 
 
 def method_of(stored: dict[str, Any]) -> str:

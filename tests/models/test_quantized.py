@@ -16,6 +16,7 @@ from minicache.errors import ConfigError, ModelError
 from minicache.models import load_model
 from minicache.models.fingerprint import fingerprint
 from minicache.models.quantized import compute_in, is_quantized, plain, quantized_layers, to_float32, weight_count
+from minicache.models.stored import turn_back
 from minicache.options.base import QUANTIZATIONS, BaseOptions, flag_of
 from minicache.scoring.head import Head
 from minicache.scoring.scorer import Scorer
@@ -51,6 +52,14 @@ def stored(tmp_path_factory: pytest.TempPathFactory, half_dir: Path) -> dict[str
         places[kind] = shutil.copytree(half_dir, tmp_path_factory.mktemp("stored") / kind)
         by_transformers(half_dir, settings).save_pretrained(places[kind])
     return places
+
+
+def stored_by(source: Path, place: Path, settings: dict[str, Any]) -> Path:
+    """A copy of a model whose config.json says that it is quantized in this way."""
+    shutil.copytree(source, place)
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    return place
 
 
 def ids(rows: int = 2) -> torch.Tensor:
@@ -190,27 +199,79 @@ def test_the_number_of_weights_is_that_before(half_dir: Path) -> None:
         assert sum(map(weight_count, load_model(str(half_dir), False, kind).model.parameters())) == count
 
 
-@pytest.mark.parametrize(
-    "method", ["gptq", "awq", "hqq", "fbgemm_fp8", "torchao", "quanto", "aqlm", "bitnet", "of-tomorrow"]
-)
+@pytest.mark.parametrize("method", ["gptq", "awq", "hqq", "fbgemm_fp8", "quanto", "aqlm", "bitnet", "of-tomorrow"])
 def test_a_method_that_nothing_here_can_train_on_is_told_by_name(half_dir: Path, tmp_path: Path, method: str) -> None:
-    model = shutil.copytree(half_dir, tmp_path / "model")
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method}}))
+    model = stored_by(half_dir, tmp_path / "model", {"quant_method": method})
     with pytest.raises(ModelError, match=f"is stored quantized by {method}, which .*an unquantized copy") as error:
         load_model(str(model))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("method", ["torchao", "compressed-tensors"])
+def test_a_method_whose_library_is_missing_is_told_by_name(
+    half_dir: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minicache.models.stored.find_spec", lambda package: None)
+    monkeypatch.setitem(sys.modules, "compressed_tensors", None)
+    model = stored_by(half_dir, tmp_path / "model", {"quant_method": method})
+    with pytest.raises(ModelError, match=f"is stored quantized by {method}.*an unquantized copy") as error:
+        load_model(str(model))
+    assert "\n" not in str(error.value)
+
+
+def test_tensors_of_torchao_are_turned_back() -> None:
+    class Packed(nn.Parameter):
+        def dequantize(self) -> torch.Tensor:
+            return self.data * 2
+
+    model: Any = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    before, bias = model[0].weight.data.clone(), model[0].bias
+    model[0].weight = Packed(model[0].weight.data, requires_grad=False)
+    turn_back(model)
+    assert type(model[0].weight) is nn.Parameter and torch.equal(model[0].weight, before * 2)
+    assert model[0].bias is bias
+
+
+def test_mxfp4_experts_are_loaded_as_plain_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As gpt-oss stores them: two 4-bit numbers a byte, and a power of two for each 32 of them."""
+    from safetensors.torch import load_file, save_file
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    monkeypatch.setattr("minicache.models.huggingface.ATTENTION", "eager")
+    config = GptOssConfig(
+        vocab_size=400,
+        hidden_size=64,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        layer_types=["full_attention"],
+    )
+    model = tmp_path / "model"
+    nn.Module.to(GptOssForCausalLM(config), torch.bfloat16).save_pretrained(model)
+    weights = load_file(model / "model.safetensors")
+    for name in [name for name in weights if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, rows, columns = weights.pop(name).shape
+        # 0.5 and 1 in E2M1, scaled by 2 ** (128 - 127)
+        weights[f"{name}_blocks"] = torch.full((experts, columns, rows // 32, 16), 0x21, dtype=torch.uint8)
+        weights[f"{name}_scales"] = torch.full((experts, columns, rows // 32), 128, dtype=torch.uint8)
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    stored_by(model, tmp_path / "mxfp4", {"quant_method": "mxfp4"})
+    loaded: Any = load_model(str(tmp_path / "mxfp4")).model
+    found = loaded.model.layers[0].mlp.experts.gate_up_proj
+    assert found.dtype == torch.bfloat16 and found.shape == (2, 64, 64)
+    assert torch.equal(found[0, :4, 0], torch.tensor([1.0, 2.0, 1.0, 2.0], dtype=torch.bfloat16))
 
 
 def test_float8_weights_are_loaded_as_plain_ones(half_dir: Path, tmp_path: Path) -> None:
     """As DeepSeek and Qwen store them: float8 with a scale for each block of 128 rows and columns."""
     from safetensors.torch import load_file, save_file
 
-    model = shutil.copytree(half_dir, tmp_path / "model")
-    config = json.loads((model / "config.json").read_text())
-    settings = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
-    settings["modules_to_not_convert"] = ["lm_head"]
-    (model / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    settings: dict[str, Any] = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    model = stored_by(half_dir, tmp_path / "model", {**settings, "modules_to_not_convert": ["lm_head"]})
     weights = load_file(model / "model.safetensors")
     for name in [name for name in weights if "proj" in name]:
         scale = weights[name].abs().max().float() / 448

@@ -20,11 +20,12 @@ from minicache.options.base import QUANTIZATIONS, BaseOptions, flag_of
 from minicache.options.train import LoraOptions, TrainConfig, ValidationOptions
 from minicache.scoring.scorer import Scorer
 from tests.conftest import Cli, precompute_into
+from tests.models.test_models import gguf_file
 from tests.models.test_quantized import CPU, SETTINGS, by_transformers, each_kind, half_dir, stored
 from tests.training import test_resume as resuming
 from tests.training.test_lora import metrics, run
 
-__all__ = ["half_dir", "stored"]  # fixtures
+__all__ = ["gguf_file", "half_dir", "stored"]  # fixtures
 
 
 def base(kind: str) -> BaseOptions:
@@ -261,6 +262,25 @@ def test_other_commands_follow_the_run_and_the_cache(
     assert not losses[half_dir]["same_weights"]
     code, stdout, stderr = cli("compare", "--policy", runs[kind], "--prompt", "why not", "--max-new-tokens", 4)
     assert code == 0, stderr
+
+
+@pytest.mark.parametrize("name", ["minimind2-2504-dense", "minimind2-2510-moe", "minimind3-moe"])
+def test_the_base_may_be_a_minimind_file(
+    checkpoints: Path, tokenizer_dir: Path, data_file: Path, tmp_path: Path, name: str, cli: Cli
+) -> None:
+    file = checkpoints / f"{name}.pth"
+    cache = precompute_into(tmp_path / "cache", file, data_file, tokenizer=str(tokenizer_dir), base=base("nf4-double"))
+    run(cache, tmp_path / "run", validation=ValidationOptions(eval_cache=cache))
+    lines = metrics(tmp_path / "run")
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and ("aux_loss" in lines[0]) == ("moe" in name)
+    code, stdout, stderr = cli("export", "--policy", tmp_path / "run", "--out", tmp_path / "out.pth", "--json")
+    assert code == 0 and json.loads(stdout)["moved"]["mean"] > 0, stderr
+
+
+def test_the_base_may_be_a_gguf_file(gguf_file: Path, data_file: Path, tmp_path: Path) -> None:
+    cache = precompute_into(tmp_path / "cache", gguf_file, data_file, base=base("nf4-double"))
+    run(cache, tmp_path / "run")
+    assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_a_sweep_holds_its_base_as_the_cache_does(
