@@ -3,6 +3,8 @@
 # make test-all  these and the slow ones; make coverage: the same, measured, with a floor (pyproject.toml)
 # make torture   kills, full disks, damage, clocks, bombs, each for real: about fifteen minutes
 # make fuzz      coverage-guided, of what reads files, for SECONDS (120)
+# make zoo       a tiny random model of every causal-LM family of transformers through both stages, and docs/models.md from it:
+#                about ten minutes on two CPU cores; ZOO="--only gemma2,mamba" for some of them, without the page
 # make package   wheel and source archive in dist/, checked, and run in an environment that holds nothing else
 # make docs      the documentation as a site, in site/
 # make bench     both stages beside a live-reference trainer and TRL, two models: about ten minutes on two CPU cores.
@@ -27,7 +29,7 @@ FULL_DATA ?= ../shared/data/dpo_en_chat.jsonl
 PYTEST := $(BIN)/python -m pytest -n auto
 EMPTY := build/empty
 
-.PHONY: demo test test-all coverage torture fuzz package bench bench-full bench-gpu bench-growth
+.PHONY: demo test test-all coverage torture fuzz zoo package bench bench-full bench-gpu bench-growth
 .PHONY: format pictures commands docs clean
 
 $(VENV)/ready: pyproject.toml
@@ -72,6 +74,9 @@ torture: $(VENV)/ready
 fuzz: $(VENV)/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check 'atheris>=3.0'
 	$(BIN)/python -m tests.fuzz.fuzz -max_total_time=$(or $(SECONDS),120) -max_len=2000
+
+zoo: $(VENV)/ready
+	$(BIN)/python -m tests.zoo $(ZOO)
 
 # TRL is only raced against: where it cannot be had, its rows are missing and say so.
 $(VENV)/bench: $(VENV)/ready

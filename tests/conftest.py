@@ -85,7 +85,11 @@ def minimind_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
 @pytest.fixture(scope="session")
 def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A byte-level BPE of 400 ids with a ChatML template."""
-    directory = tmp_path_factory.mktemp("tokenizer")
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def save_tokenizer(directory: Path) -> Path:
+    """Write the tokenizer of `tokenizer_dir`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

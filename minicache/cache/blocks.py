@@ -106,6 +106,20 @@ class Blocks:
             self.size(number)
         raise CacheError(f"{self.path}: there is no pair {index}; the cache holds {end}, numbered from 0")
 
+    def telling_pairs(self) -> PairTable:
+        """The pairs of block 0 and those of the block with the longest side: what a choice for the whole cache is made by.
+
+        Raises:
+            As `pairs`.
+        """
+        longest: dict[int, int] = {}
+        for block, found in self.each(self.outline):
+            if not isinstance(found, CacheError):
+                lengths, _ = found
+                longest[block] = int((lengths[:, 0] + lengths[:, 1:].max(1)).max())
+        block = max(longest, key=longest.__getitem__, default=0)
+        return PairTable.concatenate([self.pairs(each) for each in sorted({0, block})])
+
     # --- one block ---
 
     def whole(self, block: int) -> CachedPairs:

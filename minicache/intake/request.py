@@ -22,7 +22,6 @@ from minicache.errors import DataError
 from minicache.intake.blocks import hash_files
 from minicache.intake.tokenizer_files import template_digest
 from minicache.models import LoadedModel, save_tokenizer
-from minicache.models.huggingface import ATTENTION
 from minicache.models.load import lasting_name
 from minicache.models.quantized import weight_count
 from minicache.options.stage_one import PrecomputeConfig
@@ -126,7 +125,7 @@ def _identity(
         loss_on=config.loss_on,
         think=config.think,
         dtype=config.dtype,
-        attention=ATTENTION,
+        attention=loaded.attention,
         block_pairs=config.block_pairs or _block_pairs(loaded, config.max_length, device),
         per_token=config.per_token,
         special_text=config.special_text,

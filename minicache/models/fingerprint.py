@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from minicache.models.settings import setting
+
 # Settings that no tensor's shape shows. A setting that a config lacks, or has as None, does not count.
 SETTINGS = (
     "model_type",
@@ -16,6 +18,7 @@ SETTINGS = (
     *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon"),
     *("hidden_act", "hidden_activation", "activation_function"),
     *("rope_parameters", "partial_rotary_factor", "sliding_window", "layer_types", "clip_qkv"),
+    "attention_chunk_size",
     *("num_experts_per_tok", "moe_k", "moe_topk", "norm_topk_prob", "routed_scaling_factor", "n_group", "topk_group"),
     *("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
     *("logits_scaling", "logit_scale", "attention_multiplier", "embedding_multiplier", "residual_multiplier"),
@@ -44,7 +47,7 @@ def _tensor_digest(item: tuple[str, torch.Tensor]) -> bytes:
 
 def _settings(config: Any) -> str:
     text = config.get_text_config()
-    values = {name: _plain(getattr(text, name, None)) for name in SETTINGS}
+    values = {name: _plain(setting(text, name)) for name in SETTINGS}
     return json.dumps({name: value for name, value in values.items() if value is not None}, sort_keys=True)
 
 

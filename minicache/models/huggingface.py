@@ -1,5 +1,7 @@
 """Hugging Face directories, hub ids and .gguf files, through transformers. Weights keep the precision they were stored in."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -7,24 +9,28 @@ from torch import nn
 
 from minicache.errors import ModelError
 from minicache.models import stored
-
-ATTENTION = "sdpa"
+from minicache.models.whole import require_language_model, require_whole
 
 
 def load(source: str, trust_remote_code: bool) -> nn.Module:
-    """The causal language model at `source`, in the precision it is stored in.
+    """The causal language model at `source`, in the precision it is stored in, all of its weights from its files.
+
+    Its attention is transformers' choice: sdpa, or eager for a family without it.
 
     Raises:
-        ModelError: there is none, or transformers cannot load it.
+        ModelError: there is none, transformers cannot load it, or it is not whole.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    config = _from_pretrained(AutoConfig, source, trust_remote_code)
+    require_language_model(source, config)
     is_gguf = Path(source).suffix == ".gguf"
-    options = {} if is_gguf else stored.loading_options(source)
+    # weights of another shape are refused below, by name
+    options = {"dtype": "auto", "output_loading_info": True, "ignore_mismatched_sizes": True}
+    how = {} if is_gguf else stored.loading_options(source, config)
     with stored.quietly():
-        model = _from_pretrained(
-            AutoModelForCausalLM, source, trust_remote_code, dtype="auto", attn_implementation=ATTENTION, **options
-        )
+        model, info = _from_pretrained(AutoModelForCausalLM, source, trust_remote_code, **options, **how)
+    require_whole(source, model, info, says_how=bool(how))
     if is_gguf:
         # The weights are plain tensors by now. A model marked as quantized could not be saved or trained.
         model.hf_quantizer, model.is_quantized = None, False
@@ -73,13 +79,28 @@ def _from_pretrained(cls: Any, source: str, trust_remote_code: bool, **options: 
         raise ModelError(f"{source}: expected a model directory, a .gguf or .pth file, or a hub id like org/name")
     quiet()
     try:
-        return cls.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+        with _without_reports():
+            return cls.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
     # transformers may raise anything on a damaged file
     except Exception as error:
         line = " ".join(str(error).split()) or type(error).__name__
         hint = " (add --trust-remote-code if you trust its authors)" if "trust_remote_code" in line else ""
         what = "transformers cannot load it" if path.exists() else "no such directory, and no hub id that can be loaded"
         raise ModelError(f"{path}: {what}: {line[:300]}{hint}") from error
+
+
+@contextmanager
+def _without_reports() -> Iterator[None]:
+    """Keep transformers from printing what it finds about a checkpoint: `require_whole` refuses or the stage notes it."""
+    from transformers.utils import logging
+
+    library: Any = logging
+    before = library.get_verbosity()
+    library.set_verbosity_error()
+    try:
+        yield
+    finally:
+        library.set_verbosity(before)
 
 
 def _require_gguf(source: str) -> None:

@@ -18,6 +18,7 @@ from minicache.disk import folder_written_whole
 from minicache.errors import ModelError
 from minicache.models import huggingface, lora, minimind, quantized
 from minicache.models.fingerprint import fingerprint
+from minicache.models.whole import left_out
 from minicache.options.base import flag_of
 
 log = logging.getLogger(__name__)
@@ -43,10 +44,21 @@ class LoadedModel:
         return str(config.model_type)
 
     @property
+    def attention(self) -> str:
+        """The attention implementation that transformers chose: sdpa, or eager for a family without it."""
+        config: Any = self.model.config
+        return str(config.get_text_config()._attn_implementation)
+
+    @property
     def vocabulary(self) -> int:
         """Number of token embeddings."""
         model: Any = self.model
         return int(model.get_input_embeddings().num_embeddings)
+
+    @property
+    def left_out(self) -> str | None:
+        """A line for the user on weights in its files that are not used; None: all are."""
+        return left_out(self.source, self.model)
 
     @cached_property
     def fingerprint(self) -> str:

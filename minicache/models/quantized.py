@@ -119,6 +119,9 @@ def prepared(layer: Any) -> Any:
     if not hasattr(layer.weight, "quant_state"):
         if layer.weight.dtype != torch.int8:
             raise ModelError("its 8-bit layers hold float weights (llm_int8_has_fp16_weight); expected int8 ones")
+        # As a buffer they move with the layer; what bitsandbytes keeps at the weight would stay behind.
+        layer.register_buffer("largest", layer.weight.SCB, persistent=False)
+        layer.weight.CB = None
         layer.forward = MethodType(_forward_int8, layer)
     return layer
 
@@ -142,7 +145,7 @@ def _forward_int8(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
     """(..., out) in the precision of hidden, (..., in)."""
     cast = hidden.to(layer.compute_dtype or hidden.dtype)
     apply: Any = _Int8Product.apply
-    output: torch.Tensor = apply(cast, layer.weight.data, layer.weight.SCB)
+    output: torch.Tensor = apply(cast, layer.weight.data, layer.largest)
     return (output if layer.bias is None else output + layer.bias.to(output.dtype)).to(hidden.dtype)
 
 
@@ -156,7 +159,7 @@ def _weight(layer: Any) -> torch.Tensor:
 
     state = getattr(layer.weight, "quant_state", None)
     if state is None:
-        return _from_int8(layer.weight.data, layer.weight.SCB)
+        return _from_int8(layer.weight.data, layer.largest)
     state.dtype = torch.float32
     weight: torch.Tensor = dequantize_4bit(layer.weight.data, state)
     return weight

@@ -1,6 +1,5 @@
 """Checkpoints that are stored quantized: what transformers is asked for, and what comes of it."""
 
-import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,8 +10,6 @@ from torch import nn
 
 from minicache.errors import ModelError
 from minicache.models.quantized import prepared, quantized_layers, require_packages
-
-log = logging.getLogger(__name__)
 
 BITSANDBYTES = "bitsandbytes"
 # Methods that transformers turns back into plain weights while it loads, on every device. quant_method in config.json -> its class.
@@ -29,13 +26,14 @@ INSTEAD = "expected an unquantized copy of the model, which --base-4bit holds in
 OR = "an unquantized copy of the model needs nothing"
 
 
-def loading_options(source: str) -> dict[str, Any]:
-    """The options with which transformers loads the model; {} for a model that is not stored quantized.
+def loading_options(source: str, config: Any) -> dict[str, Any]:
+    """The options with which transformers loads the model of this config; {} for one that is not stored quantized.
 
     Raises:
         ModelError: it is stored in a way that minidpo cannot train on, or a package is missing.
     """
-    stored = _settings(source)
+    text: Any = config.get_text_config()
+    stored = getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None)
     if not stored:
         return {}
     method = method_of(stored)
@@ -119,17 +117,3 @@ def quietly() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="You passed `quantization_config`")
         yield
-
-
-def _settings(source: str) -> dict[str, Any]:
-    """`quantization_config` in the model's config.json; {} without one, or where the file cannot be read."""
-    from transformers import PretrainedConfig
-
-    try:
-        config, _ = PretrainedConfig.get_config_dict(source)
-    # whatever is wrong with it, loading the model says so
-    except Exception as error:
-        log.debug("%s: no config.json before loading: %s", source, error)
-        return {}
-    stored = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
-    return stored if isinstance(stored, dict) else {}

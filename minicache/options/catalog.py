@@ -72,15 +72,16 @@ class OptimizerEntry:
 class LayoutEntry:
     """A way to lay out pairs as rows of tokens. code: a `Layout`. about: a few words for the help.
 
-    branches: several sequences share a row, so that the model's attention must keep them apart.
+    branches: chosen and rejected go on from one prefix, which a model that carries a state from token to token cannot do.
     """
 
     code: str
     about: str
-    branches: bool = True
+    branches: bool = False
 
 
 _LOSS, _OPTIM, _SCHEDULE = "minicache.training.losses:", "minicache.training.optim:", "minicache.training.schedules:"
+_LAYOUT = "minicache.scoring.layouts:"
 _DIVERGENCE = "minicache.training.divergences:"
 _WITH_DIVERGENCE = ("f_divergence", "f_alpha")
 _SMOOTHED = ("label_smoothing", *_WITH_DIVERGENCE)
@@ -129,9 +130,10 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
 
 # In the order in which `auto` tries them. Their logprobs are compared with those of `padded`.
 LAYOUTS: dict[str, LayoutEntry] = {
-    "packed": LayoutEntry("minicache.scoring.batch:PACKED", "no padding"),
-    "shared": LayoutEntry("minicache.scoring.batch:SHARED", "prefix once"),
-    "padded": LayoutEntry("minicache.scoring.batch:PADDED", "two rows", branches=False),
+    "packed": LayoutEntry(f"{_LAYOUT}PACKED", "no padding", branches=True),
+    "shared": LayoutEntry(f"{_LAYOUT}SHARED", "prefix once", branches=True),
+    "sequences": LayoutEntry(f"{_LAYOUT}SEQUENCES", "both sides whole, no padding"),
+    "padded": LayoutEntry(f"{_LAYOUT}PADDED", "two rows"),
 }
 
 

@@ -1,118 +1,80 @@
-"""Attention over a packed row: many pairs, each a prefix with two branches that do not see each other.
+"""Attention over rows that hold pairs, each a prefix with two branches that do not see each other.
 
-The mask of such a row is its spans, (1, 1, pairs, 4): start, prefix, chosen, rejected of each pair. On a CPU attention walks
-over the spans. A GPU would wait for each, so there they become a block mask for FlexAttention, which skips the blocks that no
-token sees. transformers passes a mask of four dimensions on unchanged, so either form reaches the function registered here,
-also when a checkpointed layer runs again.
+Registered with transformers under NAME, for models whose code asks its registry. The mask says how: the spans of a packed row (on
+a CPU, where attention walks over them), a block mask (FlexAttention skips the blocks that no token sees), or a dense mask. Soft
+caps (Gemma 2) and sinks (gpt-oss) are computed; what else a model's code passes that would change values is refused.
 """
 
-from functools import cache
-from typing import Any, TypeGuard
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 NAME = "minicache_spans"
-# FlexAttention's default block size.
-BLOCK = 128
+Mask = torch.Tensor | BlockMask | None
+_watched: list[list[Mask]] = []
+
+
+class Form(NamedTuple):
+    """What a model does to the scores of its attention.
+
+    scale: None is 1 / sqrt(width). cap: scores are cap * tanh(score / cap). sinks: (heads,) the score of a key without a value.
+    """
+
+    scale: float | None = None
+    cap: float | None = None
+    sinks: torch.Tensor | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether torch's own attention computes it."""
+        return self.cap is None and self.sinks is None
+
+
+class Spans(torch.Tensor):
+    """The spans of a packed row, (1, 1, pairs, 5) int64: start, prefix, chosen, rejected, window (0: none), as a mask.
+
+    transformers passes a mask of four dimensions on unchanged. A model whose code calls torch's own attention with it (Falcon)
+    gets attention by spans, too.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is scaled_dot_product_attention:
+            return _attend_as_torch(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
 
 
 def use_spans(model: Any) -> None:
-    """Make a transformers model attend by spans when its mask is spans, and as before otherwise."""
+    """Make a transformers model attend with `attend`, if its code asks the registry; each batch then needs a mask of its own."""
     from transformers import AttentionInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    model.set_attn_implementation(NAME)
+    set_attention(model, NAME)
 
 
-def why_not_branching(model: Any) -> str | None:
-    """Why a model's configuration forbids two branches in one row; None if nothing in it does.
-
-    A window or a chunk counts positions in the row instead of the branch, and a recurrent layer carries chosen into rejected.
-    """
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    if kinds:
-        return f"the model has layers of {', '.join(sorted(kinds))}"
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        return "the model's attention has a sliding window"
-    return None
+def set_attention(model: Any, name: str) -> None:
+    """Set a model's attention implementation, unless its code has but one."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if base._can_set_attn_implementation():
+        base.set_attn_implementation(name)
 
 
-def _is_spans(mask: torch.Tensor | BlockMask | None) -> TypeGuard[torch.Tensor]:
-    return isinstance(mask, torch.Tensor) and mask.dtype == torch.int64
-
-
-def for_device(mask: torch.Tensor | BlockMask | None, length: int) -> torch.Tensor | BlockMask | None:
-    """The mask of a batch with rows of `length` tokens, in the form that attention takes on the mask's device."""
-    if not _is_spans(mask):
-        return mask
-    if mask.ndim == 2:
-        return dense_mask(mask, length)
-    return block_mask(mask[0, 0], length) if mask.is_cuda else mask
-
-
-def dense_mask(spans: torch.Tensor, length: int) -> torch.Tensor:
-    """(rows, 1, length, length) bool: True where a query (third axis) sees a key.
-
-    The mask is causal, except that rejected does not see chosen. Padding sees itself, so that no row of the mask is empty.
-
-    spans: (rows, 3) int64, lengths of prefix, chosen, rejected.
-    """
-    at = torch.arange(length, device=spans.device)
-    prefix, branch = spans[:, 0, None], spans[:, :2].sum(1)[:, None]  # (rows, 1)
-    of_rejected, of_chosen = at >= branch, (at >= prefix) & (at < branch)  # (rows, length)
-    return (at <= at[:, None]) & ~(of_rejected[:, None, :, None] & of_chosen[:, None, None, :])
-
-
-def block_mask(spans: torch.Tensor, length: int) -> BlockMask:
-    """The mask of a packed row for FlexAttention, made without a (length, length) mask.
-
-    A token sees its pair from the start up to itself, except for the gap: for a token of rejected, that is chosen.
-
-    spans: (pairs, 4) int64, start, prefix, chosen, rejected.
-    """
-    # (length,) each
-    start, prefix, chosen, _ = spans.repeat_interleave(spans[:, 1:].sum(1), dim=0, output_size=length).T
-    at = torch.arange(length, device=spans.device)
-    # The gap ends where rejected begins; for the tokens before that it is empty.
-    resume = start + prefix + chosen
-    gap = torch.where(at >= resume, start + prefix, resume)
-
-    def sees(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        hidden = (key >= gap[query]) & (key < resume[query])
-        seen: torch.Tensor = (key >= start[query]) & (key <= query) & ~hidden
-        return seen
-
-    # the first and the last key of each block, (blocks,)
-    first = torch.arange(0, length, BLOCK, device=spans.device)
-    last, query = first + BLOCK - 1, at[:, None]
-    # A token sees the keys from `before` up to but not including `after`, and from `again` to itself; either range may be empty.
-    before, after, again = start[:, None], torch.minimum(gap, at + 1)[:, None], resume[:, None]
-    # (length, blocks): whether a token sees some key of a block, and every key
-    in_first, in_second = (first < after) & (last >= before) & (before < after), (first <= query) & (last >= again)
-    some = in_first | (in_second & (again <= query))
-    every = ((first >= before) & (last < after)) | ((first >= again) & (last <= query))
-    padding = (0, 0, 0, len(first) * BLOCK - length)
-    some, every = (nn.functional.pad(seen, padding).view(len(first), BLOCK, -1) for seen in (some, every))
-    whole = every.all(1)  # (blocks, blocks)
-    partial = some.any(1) & ~whole
-    return BlockMask.from_kv_blocks(
-        *_listed(partial), *_listed(whole), BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(length, length)
-    )
-
-
-def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """For blocks, (blocks, blocks) bool: the number of True in each row, (1, 1, blocks), and their columns first; int32.
-
-    The second result, (1, 1, blocks, blocks), lists all columns of each row, those of the True entries first.
-    """
-    counts, order = blocks.sum(1), blocks.int().argsort(dim=1, descending=True, stable=True)
-    return counts.int()[None, None], order.int()[None, None]
+@contextmanager
+def watching() -> Iterator[list[Mask]]:
+    """The masks that `attend` gets within this context, one for each call."""
+    _watched.append([])
+    try:
+        yield _watched[-1]
+    finally:
+        _watched.pop()
 
 
 @cache
@@ -121,54 +83,154 @@ def _compiled_flex() -> Any:
     return torch.compile(flex_attention, dynamic=True)
 
 
-def _flex(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
-    # A compiled model compiles it too; on a CPU, in tests, the plain form is used.
-    run: Any = _compiled_flex() if query.is_cuda and not torch.compiler.is_compiling() else flex_attention
-    output: torch.Tensor = run(query, key, value, **options)
-    return output
-
-
 def attend(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | BlockMask | None,
+    attention_mask: Mask,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """The attention output, (rows, length, heads, width), and no weights: transformers' attention interface.
 
     query: (rows, heads, length, width). key, value: the same with the number of key and value heads.
-    attention_mask: a block mask, the spans of a packed row, (1, 1, pairs, 4) int64, or any mask that sdpa takes.
+    attention_mask: a block mask, the spans of a packed row, or (rows, 1, length, length) bool, True where a query sees a key.
+        None: plain causal attention.
+    scaling, softcap, s_aux: see `Form`.
+
+    Raises:
+        ValueError: the model passes a bias, or a mask of another kind.
     """
-    scale, grouped = options.get("scaling"), query.shape[1] != key.shape[1]
+    if options.get("position_bias") is not None:
+        raise ValueError("its attention adds a bias to the scores")
+    form = Form(scaling, softcap, s_aux)
+    for masks in _watched:
+        masks.append(attention_mask)
     if isinstance(attention_mask, BlockMask):
-        output = _flex(query, key, value, block_mask=attention_mask, scale=scale, enable_gqa=grouped)
-        return output.transpose(1, 2).contiguous(), None
-    if not _is_spans(attention_mask):
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+        output = _flex(query, key, value, attention_mask, form)
+    elif isinstance(attention_mask, Spans):
+        output = _by_spans(query, key, value, attention_mask, form)
+    elif attention_mask is None or attention_mask.dtype == torch.bool:
+        output = _masked(query, key, value, attention_mask, form)
+    else:
+        raise ValueError("its code made an attention mask of its own")
+    return output.transpose(1, 2).contiguous(), None
 
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    return _attend_by_spans(query, key, value, attention_mask, scale), None
 
-
-def _attend_by_spans(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: torch.Tensor, scale: float | None
+def _attend_as_torch(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """(1, length, heads, width): attention over a packed row, a pair at a time; shapes as in `attend`."""
-    grouped = query.shape[1] != key.shape[1]
+    """As torch's scaled_dot_product_attention with spans as its mask."""
+    assert isinstance(attn_mask, Spans), "spans are passed as the mask"
+    if dropout_p or is_causal:
+        raise ValueError("its attention has dropout, or a causal mask beside the one given")
+    return _by_spans(query, key, value, attn_mask, Form(scale))
+
+
+def _by_spans(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    spans: torch.Tensor,
+    form: Form,
+) -> torch.Tensor:
+    """(1, heads, length, width): attention over a packed row, a pair at a time; shapes as in `attend`."""
+    if query.shape[0] != 1:
+        raise ValueError("its attention changes the number of rows")
     parts = []
-    for start, prefix, chosen, rejected in spans[0, 0].tolist():
+    for start, prefix, chosen, rejected, window in spans[0, 0].tolist():
         branch, end = start + prefix + chosen, start + prefix + chosen + rejected
         # prefix and chosen
-        first = slice(start, branch)
-        q, k, v = (tensor[:, :, first] for tensor in (query, key, value))
-        parts.append(scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped))
+        q, k, v = (tensor[:, :, start:branch] for tensor in (query, key, value))
+        parts.append(_masked(q, k, v, _causal(prefix + chosen, 0, window, query.device), form))
+        if not rejected:
+            continue
         # rejected, which sees the prefix and itself
-        second = query[:, :, branch:end]
         k, v = (
             torch.cat([tensor[:, :, start : start + prefix], tensor[:, :, branch:end]], 2) for tensor in (key, value)
         )
-        seen = torch.ones(rejected, prefix + rejected, dtype=torch.bool, device=query.device).tril(prefix)
-        parts.append(scaled_dot_product_attention(second, k, v, attn_mask=seen, scale=scale, enable_gqa=grouped))
-    return torch.cat(parts, 2).transpose(1, 2).contiguous()
+        parts.append(_masked(query[:, :, branch:end], k, v, _causal(rejected, prefix, window, query.device), form))
+    return torch.cat(parts, 2)
+
+
+def _causal(queries: int, before: int, window: int, device: torch.device) -> torch.Tensor | None:
+    """(queries, before + queries) bool: True where a query sees a key. None: plain causal attention, which needs no mask.
+
+    before: keys before the first query's own. window: keys that a query sees, its own included; 0: all.
+    """
+    keys = before + queries
+    bites = 0 < window < keys
+    if not (before or bites):
+        return None
+    seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(before)
+    return seen.triu(before - window + 1) if bites else seen
+
+
+def _masked(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    form: Form,
+) -> torch.Tensor:
+    """(rows, heads, queries, width): attention under a mask, (…, queries, keys) bool, or None: causal. Shapes as in `attend`."""
+    groups = query.shape[1] // key.shape[1]
+    if form.is_plain:
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=form.scale, enable_gqa=groups > 1
+        )
+    key, value = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))
+    scores = (
+        query @ key.mT * (query.shape[-1] ** -0.5 if form.scale is None else form.scale)
+    )  # (rows, heads, queries, keys)
+    if form.cap is not None:
+        scores = _capped(form.cap, scores)
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    scores = scores.float().masked_fill(~mask, -torch.inf)
+    if form.sinks is not None:
+        sinks = form.sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], -1)
+    shares = scores.softmax(-1)[..., : key.shape[2]]
+    return shares.to(query.dtype) @ value
+
+
+def _flex(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: BlockMask,
+    form: Form,
+) -> torch.Tensor:
+    """(rows, heads, length, width): FlexAttention; shapes as in `attend`.
+
+    A sink takes its share of the softmax: the output is multiplied by the share that the keys have left, sigmoid(lse - sink).
+    """
+    options: dict[str, Any] = {"block_mask": mask, "scale": form.scale, "enable_gqa": query.shape[1] != key.shape[1]}
+    if form.cap is not None:
+        options["score_mod"] = partial(_capped, form.cap)
+    if form.sinks is not None:
+        options["return_aux"] = AuxRequest(lse=True)
+    # A compiled model compiles it too; on a CPU, in tests, the plain form is used.
+    run: Any = _compiled_flex() if query.is_cuda and not torch.compiler.is_compiling() else flex_attention
+    if form.sinks is None:
+        output: torch.Tensor = run(query, key, value, **options)
+        return output
+    attended, aux = run(query, key, value, **options)
+    share = torch.sigmoid(aux.lse - form.sinks.float().view(1, -1, 1))  # (rows, heads, length)
+    shared: torch.Tensor = (attended * share[..., None]).to(query.dtype)
+    return shared
+
+
+def _capped(cap: float, score: torch.Tensor, *place: torch.Tensor) -> torch.Tensor:
+    return cap * torch.tanh(score / cap)

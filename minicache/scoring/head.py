@@ -29,7 +29,7 @@ class Head:
     def of(cls, model: Any) -> "Head | None":
         """The head of a transformers model; None if it is not a plain linear layer.
 
-        The family may change its logits in other ways too, so the caller must compare them (see `own_head`).
+        The family may change its logits in other ways too, so the caller must compare them (see `probed`).
         """
         linear, config = model.get_output_embeddings(), model.config.get_text_config()
         if type(linear) is not nn.Linear:

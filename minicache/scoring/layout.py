@@ -1,6 +1,7 @@
 """The choice of a layout of batches in which a model can be scored."""
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -9,10 +10,13 @@ from minicache.cache.identity import TOLERANCE
 from minicache.errors import ConfigError
 from minicache.options.catalog import LAYOUTS
 from minicache.pairs import PairTable
-from minicache.scoring.attention import use_spans, why_not_branching
-from minicache.scoring.batch import layout_named
+from minicache.scoring.attention import watching
+from minicache.scoring.batch import Batch
 from minicache.scoring.handshake import SAMPLE
-from minicache.scoring.scorer import Scorer
+from minicache.scoring.layouts import layout_named
+from minicache.scoring.masks import Windows
+from minicache.scoring.rotary import changes_beyond, score_rows_alone
+from minicache.scoring.scorer import PairScores, Scorer
 from minicache.trackers import Tracker
 
 log = logging.getLogger(__name__)
@@ -21,17 +25,18 @@ log = logging.getLogger(__name__)
 def settle_layout(scorer: Scorer, table: PairTable, asked: str, device: torch.device, tracker: Tracker) -> None:
     """Set the scorer's layout: the one asked for, or for `auto` the first with which the model gives the values of `padded`.
 
-    The tracker notes why `auto` did not use its first choice.
+    The tracker notes why `auto` did not use its first choice. table: it must hold the longest side that will be scored.
 
     Raises:
         ConfigError: the layout asked for by name cannot be used with this model.
+        ModelError: the model cannot be scored at all.
     """
+    trial = _Trial(scorer, table, device)
     problems: list[str] = []
     for name in LAYOUTS if asked == "auto" else (asked,):
-        problem = _problem(scorer, table, name, device)
+        problem = trial.problem(name)
         log.debug("layout %s: %s", name, problem or "used")
         if problem is None:
-            scorer.layout_name = name
             for line in problems[:1]:
                 tracker.note(line)
             return
@@ -39,24 +44,94 @@ def settle_layout(scorer: Scorer, table: PairTable, asked: str, device: torch.de
     raise ConfigError(f"--layout {asked}: cannot be used with this model: {problem}; expected auto or padded")
 
 
-def _problem(scorer: Scorer, table: PairTable, layout: str, device: torch.device) -> str | None:
-    """Why this model cannot be scored in this layout, by its configuration or on a few short pairs; None if it can."""
-    if layout == "padded":
-        return None
-    if LAYOUTS[layout].branches and (reason := why_not_branching(scorer.model)):
-        return reason
-    sample = np.argsort(table.lengths.sum(1), kind="stable")[:SAMPLE]
-    try:
-        use_spans(scorer.model)
-        batches = [layout_named(name).make(table, sample).to(device) for name in ("padded", layout)]
-        with torch.no_grad():
-            expected, found = map(scorer, batches)
-        if device.type == "cuda" and any(parameter.requires_grad for parameter in scorer.parameters()):
+class _Trial:
+    """Compares layouts with `padded`, in which the model is as it was loaded, on a few pairs."""
+
+    def __init__(self, scorer: Scorer, table: PairTable, device: torch.device) -> None:
+        self.scorer, self.table, self.device = scorer, table, device
+        self.config = scorer.model.config.get_text_config()
+        self.ends = table.side_lengths.max(1)  # (N,) tokens of the longer side
+        self.shortest = np.argsort(table.lengths.sum(1), kind="stable")[:SAMPLE]
+        self.reach = changes_beyond(self.config)
+        own_positions = self.reach is not None and int(self.ends.max()) > self.reach
+        scorer.use_layout("padded", own_positions=own_positions)
+        if own_positions:
+            score_rows_alone(scorer.model)
+        # by the pairs of a sample
+        self.expected: dict[tuple[int, ...], PairScores] = {}
+
+    def problem(self, layout: str) -> str | None:
+        """Why this model cannot be scored in this layout; None if it can, and the scorer has it then."""
+        if layout == "padded":
+            return None
+        try:
+            self._try(layout)
+            return None
+        # a model's own code or a compiler may raise anything
+        except Exception as error:
+            self.scorer.use_layout("padded", own_positions=self.scorer.own_positions)
+            return " ".join(str(error).split())[:160] or type(error).__name__
+
+    def _try(self, layout: str) -> None:
+        """Raises ValueError, or whatever the model's code raises: the layout cannot be used."""
+        if self.scorer.own_positions:
+            raise ValueError(f"its rotary positions change with a sequence's length beyond {self.reach:,} tokens")
+        windows = Windows.read(self.config, int(self.ends.max()))
+        if windows.recurrent and LAYOUTS[layout].branches:
+            raise ValueError(
+                f"the model has layers of {', '.join(windows.recurrent)}, which carry chosen into rejected"
+            )
+        with watching() as masks:
+            self._require_same(layout, windows, self.shortest)
+        if windows.bite:
+            beyond = np.flatnonzero(self.ends > windows.bite)
+            self._require_same(layout, windows, beyond[[self.ends[beyond].argmin()]])
+        # Code that does more with masks than hand them to each layer's attention may do something else with long rows.
+        if len(masks) != self.config.num_hidden_layers or len(set(map(id, masks))) > len(set(windows.of)):
+            self._require_same(layout, windows, self.ends.argmax()[None])
+        self._require_apart(layout)
+        if self.device.type == "cuda" and any(parameter.requires_grad for parameter in self.scorer.parameters()):
             # FlexAttention compiles backward separately, and not for every model
-            scorer(batches[1]).logp_sum.sum().backward()
-            scorer.zero_grad(set_to_none=True)
-    # a model's own code or a compiler may raise anything
-    except Exception as error:
-        return " ".join(str(error).split())[:160] or type(error).__name__
-    worst = float((expected.logp_mean - found.logp_mean).abs().max())
-    return None if worst <= TOLERANCE[scorer.dtype] else f"it gives other logprobs, by up to {worst:.2g} nats per token"
+            self.scorer(self._batch(layout, self.shortest)).logp_sum.sum().backward()
+            self.scorer.zero_grad(set_to_none=True)
+
+    def _require_same(self, layout: str, windows: Windows, sample: np.ndarray) -> None:
+        """Raises ValueError: pairs of the table, (n,) indices, have other logprobs in this layout than in `padded`."""
+        if (pairs := tuple(sample.tolist())) not in self.expected:
+            self.scorer.use_layout("padded")
+            self.expected[pairs] = self._scores("padded", sample)
+        self.scorer.use_layout(layout, windows)
+        worst = float((self.expected[pairs].logp_mean - self._scores(layout, sample).logp_mean).abs().max())
+        if not worst <= TOLERANCE[self.scorer.dtype]:
+            raise ValueError(f"it gives other logprobs, by up to {worst:.2g} nats per token")
+
+    def _require_apart(self, layout: str) -> None:
+        """Require that other tokens in all chosen answers do not move the logprobs of the rejected ones: a leak may be small.
+
+        Raises:
+            ValueError: they do.
+        """
+        batch = self._batch(layout, self.shortest)
+        with torch.no_grad():
+            before = self.scorer(batch)
+            after = self.scorer(replace(batch, input_ids=_other_chosen(batch)))
+        moved = float((before.logp_mean - after.logp_mean)[:, 1].abs().max())
+        if not moved <= TOLERANCE[self.scorer.dtype] / 10:
+            raise ValueError(f"chosen answers move the logprobs of rejected ones, by up to {moved:.2g} nats per token")
+
+    def _batch(self, layout: str, sample: np.ndarray) -> Batch:
+        return layout_named(layout).make(self.table, sample).to(self.device)
+
+    def _scores(self, layout: str, sample: np.ndarray) -> PairScores:
+        with torch.no_grad():
+            scores: PairScores = self.scorer(self._batch(layout, sample))
+            return scores
+
+
+def _other_chosen(batch: Batch) -> torch.Tensor:
+    """(rows, length): the batch's ids, with others wherever a chosen answer alone reads them."""
+    size = batch.input_ids.numel()
+    of_rejected = batch.readers % 2 == 1
+    read = [batch.read.new_zeros(size).index_fill(0, batch.read[side], 1) for side in (of_rejected, ~of_rejected)]
+    alone = (read[1] > read[0]).view_as(batch.input_ids)
+    return torch.where(alone, batch.input_ids.flip(1), batch.input_ids)

@@ -3,8 +3,8 @@
 Log-softmax, sums and means are float32 in every precision of the model. The head runs on counted positions only.
 """
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,10 +17,13 @@ from minicache.models.balance import has_balance, recording
 from minicache.models.quantized import compute_in
 from minicache.pairs import PairTable
 from minicache.processes.world import World
-from minicache.scoring.attention import for_device
-from minicache.scoring.batch import Batch, Layout, layout_named
+from minicache.scoring.attention import set_attention, use_spans
+from minicache.scoring.batch import Batch
 from minicache.scoring.batching import Indices, by_length
 from minicache.scoring.head import Head, entropy_and_concentration
+from minicache.scoring.layouts import Layout, layout_named
+from minicache.scoring.masks import ALL_SEEN, Windows, masks_of
+from minicache.scoring.probe import decoder_of, own_errors, probed
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Positions whose distribution `_of_the_distribution` computes at once.
@@ -64,22 +67,23 @@ class Scorer(nn.Module):
     def __init__(self, model: Any, dtype: str, layout: str = "padded", head_is_own: bool | None = None) -> None:
         """Wrap a transformers model.
 
-        dtype: precision of the passes. head_is_own: whether `own_head` finds a head; None runs the model to find out.
+        dtype: precision of the passes. head_is_own: whether `probed` finds a head; None runs the model to find out.
         """
         super().__init__()
-        self.layout_name = layout
         self.model = model.eval()
         compute_in(model, DTYPES[dtype])
+        self.attention = model.config.get_text_config()._attn_implementation
         self.dtype = dtype
         self.has_balance = has_balance(model)
-        self.head = own_head(model) if head_is_own is None else Head.of(model) if head_is_own else None
+        self.head = probed(model) if head_is_own is None else Head.of(model) if head_is_own else None
         # The processes that must run each forward together, if the model is sharded.
         self.lockstep: World | None = None
+        self.use_layout(layout)
 
     def forward(self, batch: Batch, distribution: bool = False) -> PairScores:
         """The scores of a batch. distribution: also those of the whole distribution over the vocabulary."""
         record = recording(self.model) if distribution and self.has_balance else nullcontext()
-        with self._precision(batch.input_ids.device), record as routing:
+        with self._precision(batch.input_ids.device), record as routing, own_errors(self.model):
             token_logps, *of_distribution = self._token_logps(batch, distribution)
         counts = batch.sum_by_side(torch.ones_like(token_logps))
         scores = PairScores(logp_sum=batch.sum_by_side(token_logps), token_count=counts, token_logps=token_logps)
@@ -94,6 +98,18 @@ class Scorer(nn.Module):
             balance=None if balance is None else balance.view(-1, 2).mean(1),
         )
 
+    def use_layout(self, name: str, windows: Windows = ALL_SEEN, own_positions: bool = False) -> None:
+        """Score batches of this layout from now on; with `padded` the model's attention is as it was loaded.
+
+        windows: those of the model's layers that hide something in these batches. own_positions: positions are given to the model
+        also where they follow from the row, because its rotary embedding looks at the longest of them.
+        """
+        self.layout_name, self.windows, self.own_positions = name, windows, own_positions
+        if name == "padded":
+            set_attention(self.model, self.attention)
+        else:
+            use_spans(self.model)
+
     @property
     def layout(self) -> Layout:
         """The layout of its batches."""
@@ -107,12 +123,10 @@ class Scorer(nn.Module):
 
     def _token_logps(self, batch: Batch, distribution: bool) -> tuple[torch.Tensor, ...]:
         """The outputs of `Head.logps` for the batch's predictions, (K,) each."""
-        mask = for_device(batch.mask, batch.input_ids.shape[1])
-        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "attention_mask": mask}
-        inputs = {name: value for name, value in inputs.items() if value is not None}
+        inputs = self._inputs(batch)
         if self.head is None:
-            with _only_positions(self.model, batch.sources):
-                logits = self.model(**inputs, use_cache=False).logits[0]  # (K, vocabulary)
+            with _only_positions(self.model, batch.sources) as select:
+                logits = select(self.model(**inputs, use_cache=False).logits)  # (K, vocabulary)
             logps = -cross_entropy(logits.float(), batch.targets, reduction="none")
             return (logps, *_of_the_distribution(logits)) if distribution else (logps,)
         # (rows, length, hidden)
@@ -120,30 +134,25 @@ class Scorer(nn.Module):
         hidden = hidden.flatten(0, 1)[batch.sources]
         return self.head.logps(hidden.to(DTYPES[self.dtype]), batch.targets, distribution)
 
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        """What the model reads of a batch, by the names of transformers."""
+        ids = batch.input_ids
+        inputs: dict[str, Any] = {"input_ids": ids}
+        if batch.mask is not None or self.own_positions:
+            inputs["position_ids"] = batch.position_ids
+        if batch.mask is not None:
+            # walking over the spans would wait for a GPU
+            inputs["attention_mask"] = masks_of(batch.mask, ids.shape[1], self.windows, batch.mask.is_cuda)
+        if (starts := batch.boundaries) is not None:
+            at = torch.arange(ids.shape[1], device=ids.device, dtype=torch.int32)
+            inputs["seq_idx"] = torch.searchsorted(starts, at, right=True, out_int32=True)[None] - 1
+            inputs["cu_seq_lens_q"] = inputs["cu_seq_lens_k"] = starts
+        return inputs
+
     def _precision(self, device: torch.device) -> AbstractContextManager[Any]:
         if self.dtype == "float32":
             return nullcontext()
         return torch.autocast(device.type, DTYPES[self.dtype])
-
-
-def decoder_of(model: Any) -> nn.Module:
-    """The model without its head; for an adapted model (peft), that of its base, which holds the adapters."""
-    decoder: nn.Module = (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model
-    return decoder
-
-
-@torch.no_grad()
-def own_head(model: Any) -> Head | None:
-    """The model's head as `Head` computes it; None if that does not give the model's own logits."""
-    head = Head.of(model)
-    if head is None:
-        return None
-    ids = torch.arange(1, 5, device=head.linear.weight.device)[None] % head.linear.weight.shape[0]
-    expected = model(input_ids=ids, use_cache=False).logits[0].float()
-    hidden = decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
-    found = head.logits(hidden.to(head.linear.weight.dtype))
-    close = found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-2, atol=1e-2)
-    return head if close else None
 
 
 @torch.no_grad()
@@ -157,19 +166,18 @@ def _of_the_distribution(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return entropy, concentration
 
 
-class _only_positions:
-    """Context in which the model's head sees only the given positions of the flattened rows, (K,)."""
-
-    def __init__(self, model: Any, positions: torch.Tensor) -> None:
-        self.head, self.positions = model.get_output_embeddings(), positions
-
-    def __enter__(self) -> None:
-        self.handle = self.head.register_forward_pre_hook(
-            lambda head, inputs: (inputs[0].flatten(0, 1)[self.positions][None],)
-        )
-
-    def __exit__(self, *error: object) -> None:
-        self.handle.remove()
+@contextmanager
+def _only_positions(model: Any, positions: torch.Tensor) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+    """Let the model's head see only these positions of the flattened rows, (K,); gives the function that selects their logits."""
+    head = model.get_output_embeddings()
+    if head is None:
+        yield lambda logits: logits.flatten(0, 1)[positions]
+        return
+    handle = head.register_forward_pre_hook(lambda head, inputs: (inputs[0].flatten(0, 1)[positions][None],))
+    try:
+        yield lambda logits: logits[0]
+    finally:
+        handle.remove()
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> str:

@@ -18,7 +18,8 @@ from minicache.models import layers_of
 from minicache.models.lora import adapt
 from minicache.models.quantized import is_quantized, to_float32
 from minicache.processes.world import World
-from minicache.scoring.scorer import DTYPES, Scorer, own_head
+from minicache.scoring.probe import probed
+from minicache.scoring.scorer import DTYPES, Scorer
 
 
 def is_sharded(parallel: str, world: World) -> bool:
@@ -85,7 +86,7 @@ def _describe(model: nn.Module) -> dict[str, Any]:
         "config": base.config,
         "adapter": model.peft_config["default"] if base is not model else None,  # type: ignore[index]
         "base_fingerprint": getattr(model, "base_fingerprint", None),
-        "head_is_own": own_head(model) is not None,
+        "head_is_own": probed(model) is not None,
         "trained": [name for name, parameter in model.named_parameters() if parameter.requires_grad],
     }
 

@@ -33,6 +33,7 @@ def verify_model(config: InspectConfig, world: "World", tracker: Tracker) -> flo
     from minicache.models import load_model
     from minicache.models.quantized import to_float32
     from minicache.scoring.handshake import check_reproduces
+    from minicache.scoring.layout import settle_layout
     from minicache.scoring.loading import load_pairs
     from minicache.scoring.scorer import Scorer
 
@@ -48,6 +49,7 @@ def verify_model(config: InspectConfig, world: "World", tracker: Tracker) -> flo
     tracker.begin("re-scoring a sample", None)
     dtype = cache.identity.dtype
     scorer = Scorer(to_float32(loaded.model, world.device), dtype)
+    settle_layout(scorer, cached.table, "padded", world.device, tracker)
     return check_reproduces(scorer, cached, world.device, TOLERANCE[dtype], config.model)
 
 

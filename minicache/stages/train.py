@@ -15,7 +15,8 @@ from minicache.processes.world import World
 from minicache.scoring.budget import training_budget
 from minicache.scoring.layout import settle_layout
 from minicache.scoring.loading import Sources
-from minicache.scoring.scorer import Scorer, decoder_of, resolve_dtype
+from minicache.scoring.probe import decoder_of
+from minicache.scoring.scorer import Scorer, resolve_dtype
 from minicache.scoring.spread import is_sharded, spread
 from minicache.trackers import Tracker, TrackerGroup
 from minicache.training import checkpoints

@@ -12,6 +12,7 @@ from minicache.models import LoadedModel, load_model
 from minicache.models.load import lasting_name
 from minicache.models.lora import add_lora, with_adapter
 from minicache.models.quantized import is_quantized, to_float32
+from minicache.models.whole import beside_text
 from minicache.options.base import flag_of
 from minicache.options.train import TrainConfig
 from minicache.scoring.loading import Sources
@@ -69,7 +70,7 @@ def load_policy(
     """
     checkpoint = None if resume_at is None else checkpoints.place(config.out, resume_at) / "model"
     if checkpoint and not config.lora.lora_rank:
-        return Policy(load_model(str(checkpoint), config.trust_remote_code).model.requires_grad_(True))
+        return Policy(_trainable(load_model(str(checkpoint), config.trust_remote_code).model))
     loaded = _load(config, cache, tracker, sources)
     source, stored = lasting_name(loaded.source), _stored_dtype(loaded.model)
     if config.lora.lora_rank:
@@ -79,7 +80,15 @@ def load_policy(
             f"{loaded.source}: its weights are quantized, which cannot be trained; adapters on them can: add --lora-rank 16, or "
             "expected an unquantized copy of the model"
         )
-    return Policy(loaded.model.to(torch.float32).requires_grad_(True), source, stored)
+    return Policy(_trainable(loaded.model.to(torch.float32)), source, stored)
+
+
+def _trainable(model: nn.Module) -> nn.Module:
+    """The model with gradients for all weights that text reaches; DDP would wait for those of others."""
+    frozen = set(beside_text(model))
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(name not in frozen)
+    return model
 
 
 def _with_adapters(config: TrainConfig, loaded: LoadedModel, source: str, checkpoint: Path | None) -> nn.Module:
@@ -118,6 +127,8 @@ def _load(config: TrainConfig, cache: ReferenceCache, tracker: Tracker, sources:
         raise ModelError(
             f"{error} (stage one found it there; name the place of the same weights with --model)"
         ) from error
+    if loaded.left_out:
+        tracker.note(loaded.left_out)
     if loaded.vocabulary != cache.identity.vocabulary:
         raise CacheMismatch(
             f"{source}: vocabulary of {loaded.vocabulary}; {cache.path} was made with one of {cache.identity.vocabulary}"

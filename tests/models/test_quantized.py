@@ -153,6 +153,14 @@ def test_a_copy_computes_the_same_and_only_plain_weights_become_float32(half_dir
         assert torch.allclose(twin(ids()).logits, to_float32(model, CPU)(ids()).logits)
 
 
+def test_an_8_bit_layer_takes_its_scales_along_to_another_device(half_dir: Path) -> None:
+    """`Module.to` moves weights and buffers in place, not what bitsandbytes keeps at a weight."""
+    model: Any = load_model(str(half_dir), False, "int8").model
+    for layer in quantized_layers(model):
+        assert "largest" in dict(layer.named_buffers()) and layer.weight.CB is None
+    assert not [name for name in model.state_dict() if name.endswith("largest")]
+
+
 def test_conv_layers_of_gpt2_are_quantized_too() -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -232,12 +240,11 @@ def test_tensors_of_torchao_are_turned_back() -> None:
     assert model[0].bias is bias
 
 
-def test_mxfp4_experts_are_loaded_as_plain_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mxfp4_experts_are_loaded_as_plain_ones(tmp_path: Path) -> None:
     """As gpt-oss stores them: two 4-bit numbers a byte, and a power of two for each 32 of them."""
     from safetensors.torch import load_file, save_file
     from transformers import GptOssConfig, GptOssForCausalLM
 
-    monkeypatch.setattr("minicache.models.huggingface.ATTENTION", "eager")
     config = GptOssConfig(
         vocab_size=400,
         hidden_size=64,

@@ -48,7 +48,7 @@ def sgd(groups, lr):
 catalog.OPTIMIZERS["sgd"] = OptimizerEntry(code("sgd", sgd), 4, by_name=True)
 """
 LAYOUT = """
-catalog.LAYOUTS["rows"] = LayoutEntry("minicache.scoring.batch:PADDED", "rows again", branches=False)
+catalog.LAYOUTS["rows"] = LayoutEntry("minicache.scoring.layouts:PADDED", "rows again")
 """
 TRACKER = """
 class Csv(trackers.libraries.Library):

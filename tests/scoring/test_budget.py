@@ -14,7 +14,6 @@ from minicache.models import checkpoint_activations
 from minicache.options.train import TrainConfig
 from minicache.pairs import PairTable
 from minicache.scoring import budget
-from minicache.scoring.attention import use_spans
 from minicache.scoring.batch import Batch
 from minicache.scoring.budget import MOST, RESERVE, _saved, free_bytes, job_bytes, slot_bytes, training_budget
 from minicache.scoring.head import CHUNK_NUMBERS
@@ -31,7 +30,6 @@ CPU = torch.device("cpu")
 
 def scorer_and_table(layout: str = "packed") -> tuple[Scorer, PairTable]:
     model = tiny_llama().requires_grad_(True)
-    use_spans(model)
     return Scorer(model, "float32", layout), PairTable.from_pairs(random_pairs(16), "int32")
 
 
@@ -112,7 +110,6 @@ class Small(Scorer):
 
 def test_a_batch_that_does_not_fit_is_halved_until_it_does() -> None:
     model, table = tiny_llama(), PairTable.from_pairs(random_pairs(16), "int32")
-    use_spans(model)
     means = {}
     for kind in (Scorer, Small):
         scorer, means[kind] = kind(model, "float32", "packed"), np.full((16, 2), np.nan)
@@ -132,7 +129,6 @@ def test_few_attempts_find_the_batch_that_fits() -> None:
             return super().forward(batch, distribution)
 
     model, table = tiny_llama(), PairTable.from_pairs(random_pairs(64), "int32")
-    use_spans(model)
     list(score_table(Counted(model, "float32", "packed"), table, np.arange(64), None, CPU))
     failed = [at for at, size in enumerate(sizes) if size > 60]
     assert max(sizes) > 8 * 60 and 3 < len(failed) <= np.ceil(np.log2(max(sizes) / 60)) + 1

@@ -1,6 +1,5 @@
 """The one scorer against a plain computation: row by row, no padding, float64."""
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,9 +7,10 @@ import pytest
 import torch
 
 from minicache.pairs import EncodedPair, PairTable
-from minicache.scoring import head
-from minicache.scoring.attention import block_mask, use_spans
-from minicache.scoring.batch import Batch, layout_named
+from minicache.scoring import head, scorer
+from minicache.scoring.batch import Batch
+from minicache.scoring.layouts import layout_named
+from minicache.scoring.masks import Windows, block_mask, masks_of
 from minicache.scoring.scorer import Scorer, resolve_dtype
 from tests.conftest import tiny_llama
 
@@ -59,18 +59,23 @@ def test_scores_equal_the_plain_float64_computation() -> None:
     assert (scores.logp_mean - means).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("layout", ["shared", "packed"])
+@pytest.mark.parametrize("layout", ["shared", "packed", "sequences"])
 def test_every_layout_scores_alike(layout: str) -> None:
     model, pairs = tiny_llama(), random_pairs(12, seed=4)
-    use_spans(model)
     expected, found = lay_out(pairs), lay_out(pairs, layout)
     with torch.no_grad():
-        plain, other = (Scorer(model, "float32")(batch, distribution=True) for batch in (expected, found))
+        plain, other = (
+            Scorer(model, "float32", name)(batch, distribution=True)
+            for name, batch in (("padded", expected), (layout, found))
+        )
     for name in ("logp_sum", "token_count", "entropy", "alignment"):
         assert torch.allclose(getattr(plain, name), getattr(other, name), atol=1e-5), name
     tokens, masks = (np.concatenate([getattr(pair, name) for pair in pairs]) for name in ("tokens", "loss_mask"))
-    assert found.places.tolist() == np.flatnonzero(masks).tolist(), "each counted token is predicted once"
-    assert np.array_equal(found.targets.numpy(), tokens[masks > 0])
+    if layout == "sequences":
+        assert sorted(found.places.tolist()) == sorted(expected.places.tolist())
+    else:
+        assert found.places.tolist() == np.flatnonzero(masks).tolist(), "each counted token is predicted once"
+    assert np.array_equal(found.targets.numpy(), tokens[found.places.numpy()])
     assert found.input_ids.numel() < expected.input_ids.numel()
     assert len(found.read) == len(expected.read) == sum(len(pair.side(side)[0]) for pair in pairs for side in (0, 1))
 
@@ -128,21 +133,22 @@ def test_a_packed_rows_blocks_are_those_of_its_mask() -> None:
     assert np.array_equal(found.mask_mod(at[0], at[0], at[:, None], at[None]).numpy(), seen)
 
 
+def as_on_a_gpu(spans: torch.Tensor, length: int, windows: Windows, packed_for_gpu: bool) -> Any:
+    return masks_of(spans, length, windows, packed_for_gpu=True)
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attention_scores_alike() -> None:
+def test_flex_attention_scores_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """The plain form of FlexAttention, which runs on a CPU: what a GPU runs compiled."""
     model, pairs = tiny_llama().requires_grad_(False), long_pairs()
-    use_spans(model)
-    batch = lay_out(pairs, "packed")
-    assert batch.mask is not None
-    blocks = replace(batch, mask=block_mask(batch.mask[0, 0], batch.input_ids.shape[1]))  # type: ignore[arg-type]
+    monkeypatch.setattr(scorer, "masks_of", as_on_a_gpu)
     with torch.no_grad():
-        plain, found = (Scorer(model, "float32")(each) for each in (lay_out(pairs), blocks))
+        plain, found = (Scorer(model, "float32", layout)(lay_out(pairs, layout)) for layout in ("padded", "packed"))
     assert torch.allclose(plain.logp_sum, found.logp_sum, atol=1e-3)
     assert torch.allclose(plain.logp_mean, found.logp_mean, atol=1e-5)
 
 
-@pytest.mark.parametrize("layout", ["padded", "shared", "packed"])
+@pytest.mark.parametrize("layout", ["padded", "shared", "packed", "sequences"])
 @pytest.mark.parametrize("chunk", [3, 10**6])
 def test_gradients_of_every_layout_equal_the_plain_ones(
     layout: str, chunk: int, monkeypatch: pytest.MonkeyPatch
@@ -151,8 +157,7 @@ def test_gradients_of_every_layout_equal_the_plain_ones(
     monkeypatch.setitem(head.CHUNK_NUMBERS, "cpu", 400 * chunk)
     pairs, weights = random_pairs(7, seed=5), torch.linspace(-1, 2, 14).view(7, 2)
     model = tiny_llama()
-    use_spans(model)
-    (Scorer(model, "float32")(lay_out(pairs, layout)).logp_mean * weights).sum().backward()
+    (Scorer(model, "float32", layout)(lay_out(pairs, layout)).logp_mean * weights).sum().backward()
     plain = tiny_llama().double()
     total = torch.zeros((), dtype=torch.float64)
     for index, pair in enumerate(pairs):

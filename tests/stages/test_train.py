@@ -17,7 +17,7 @@ from minicache.errors import CacheMismatch, ConfigError, HandshakeError, ModelEr
 from minicache.models import fingerprint
 from minicache.options.catalog import LOSSES
 from minicache.options.train import LossOptions, TrainConfig
-from minicache.scoring.batch import padded
+from minicache.scoring.layouts import padded
 from minicache.scoring.scorer import Scorer
 from minicache.stages.train import TrainReport, train
 from minicache.trackers import Silent

@@ -17,7 +17,7 @@ from minicache.models import load_model
 from minicache.options.others import EvaluateConfig
 from minicache.options.train import LossOptions, TrainConfig, ValidationOptions
 from minicache.pairs import EncodedPair, PairTable
-from minicache.scoring.batch import padded
+from minicache.scoring.layouts import padded
 from minicache.scoring.scorer import Scorer
 from minicache.stages.evaluate import evaluate
 from minicache.stages.train import TrainReport, train

@@ -1,0 +1,123 @@
+"""Stage one of families whose attention has windows: pairs a second in the layout that `auto` takes beside padded rows.
+
+    python -m benchmarks.windowed --tokenizer DIR [--data pairs.jsonl] [--pairs 32] [--rounds 3] [--only gemma2,gpt_oss]
+
+A few layers with random weights, at a width where matrix products dominate; windows as published. Both layouts score the same
+pairs in batches of similar length; rounds alternate between them. Prints a table in Markdown.
+"""
+
+import argparse
+import time
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.case import read_pairs
+from minicache.models.load import save_tokenizer
+from minicache.pairs import PairTable
+from minicache.scoring.layout import settle_layout
+from minicache.scoring.scorer import Scorer
+from minicache.scoring.tables import score_table
+from minicache.trackers import Silent
+
+SIZE = {
+    "vocab_size": 6400, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 2, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "head_dim": 96, "max_position_embeddings": 8192, "initializer_range": 0.06,
+    "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+MIXED = {"layer_types": ["sliding_attention", "full_attention"]}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+# family -> its settings, with a window as a published model has it
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 4096},
+    "mixtral": {"sliding_window": 4096, **EXPERTS},
+    "phi3": {"sliding_window": 2047},
+    "starcoder2": {"sliding_window": 4096},
+    "gemma2": {"sliding_window": 4096, "attn_logit_softcapping": 50.0, "query_pre_attn_scalar": 96, **MIXED},
+    "gemma3_text": {"sliding_window": 512, "query_pre_attn_scalar": 96, **MIXED},
+    "gemma3n_text": {
+        "sliding_window": 512, "num_hidden_layers": 4, "layer_types": MIXED["layer_types"] * 2, "intermediate_size": [2048] * 4,
+        "hidden_size_per_layer_input": 64, "vocab_size_per_layer_input": 6400, "num_kv_shared_layers": 2, "laurel_rank": 16,
+        "altup_num_inputs": 2, "altup_active_idx": 0, "activation_sparsity_pattern": [0.0] * 4,
+    },
+    "gemma4_text": {
+        "sliding_window": 512, "hidden_size_per_layer_input": 64, "vocab_size_per_layer_input": 6400, "global_head_dim": 96,
+        "num_global_key_value_heads": 4, "num_kv_shared_layers": 0, **MIXED,
+    },
+    "cohere2": {"sliding_window": 4096, **MIXED},
+    "olmo3": {"sliding_window": 4096, **MIXED},
+    "exaone4": {"sliding_window": 4096, **MIXED},
+    "ministral": {"sliding_window": 4096, **MIXED},
+    "gpt_oss": {"sliding_window": 128, **EXPERTS, **MIXED},
+    "llama": {},
+}  # fmt: skip
+CPU = torch.device("cpu")
+
+
+def model_of(family: str) -> Any:
+    """A model with random weights, in eval mode."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**SIZE, **FAMILIES[family]})
+    return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+
+def measure(family: str, table: PairTable, rounds: int) -> dict[str, Any]:
+    """Seconds of both layouts, their ratio, and the largest difference of a mean logprob."""
+    scorer, seconds = Scorer(model_of(family), "float32"), {"padded": [], "auto": []}
+    means: dict[str, np.ndarray] = {}
+    for asked in [name for _ in range(rounds) for name in seconds]:
+        settle_layout(scorer, table, asked, CPU, Silent())
+        started, found = time.perf_counter(), np.zeros((len(table), 2))
+        for indices, _, scores in score_table(scorer, table, np.arange(len(table)), None, CPU):
+            found[indices] = scores.logp_mean.numpy()
+        seconds[asked].append(time.perf_counter() - started)
+        means[asked] = found
+    ratios = [padded / own for padded, own in zip(seconds["padded"], seconds["auto"], strict=True)]
+    return {
+        "layout": scorer.layout_name,
+        "padded": len(table) / median(seconds["padded"]),
+        "own": len(table) / median(seconds["auto"]),
+        "ratio": median(ratios),
+        "differ": float(np.abs(means["padded"] - means["auto"]).max()),
+    }
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--data", default="../shared/data/dpo_en_chat.jsonl")
+    parser.add_argument("--max-length", type=int, default=1024)
+    parser.add_argument("--pairs", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="")
+    options = parser.parse_args()
+    from pathlib import Path
+    from tempfile import mkdtemp
+
+    directory = Path(mkdtemp(prefix="minidpo-bench-"))
+    save_tokenizer(options.tokenizer, directory, None)
+    whole = read_pairs(options, directory)
+    count = min(options.pairs, len(whole))
+    table = PairTable.from_pairs(whole.take(np.arange(count) * len(whole) // count), "int32")
+    print(f"{count} pairs, the longest side {table.side_lengths.max()} tokens; {torch.get_num_threads()} threads\n")
+    print(
+        "| family | window | layout | padded, pairs/s | own, pairs/s | ratio | values differ by |\n|---|---|---|---|---|---|---|"
+    )
+    for family in [name for name in options.only.split(",") if name] or FAMILIES:
+        found = measure(family, table, options.rounds)
+        window = FAMILIES[family].get("sliding_window", "none")
+        print(
+            f"| {family} | {window} | {found['layout']} | {found['padded']:.2f} | {found['own']:.2f} | {found['ratio']:.2f} "
+            f"| {found['differ']:.1e} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""Whether a checkpoint is a causal language model and is used whole: nothing is missing, nothing made up, nothing left over.
+
+transformers fills missing weights with random numbers and drops what it has no place for; both would be scored as if they were
+the user's model.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from minicache.errors import ModelError
+
+# Names shown in an error or a note.
+SHOWN = 4
+# Tables that older releases saved and that are computed anew: no weights.
+TABLES = re.compile(
+    r"inv_freq$|(?:causal|masked|attn|attention)\.?_?(?:bias|mask)$|position_ids$|_extra_state$|\.version$"
+)
+WRAPPERS = ("module.", "_orig_mod.")
+# Types of safetensors that hold weights as they are.
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def require_language_model(source: str, config: Any) -> None:
+    """Raises ModelError: the configuration is not of a decoder-only language model that transformers knows."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    name, known = config.model_type, AutoModelForCausalLM
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if config.is_encoder_decoder:
+        raise ModelError(
+            f"{source}: {name} is an encoder-decoder; expected a decoder-only language model, as GPT or Llama"
+        )
+    if remote or type(config) in known._model_mapping:
+        return
+    if type(config) in AutoModelForImageTextToText._model_mapping:
+        raise ModelError(
+            f"{source}: {name} is a vision-language model, which minidpo does not train; expected a language model alone "
+            "(its text part saved by itself, if there is one)"
+        )
+    raise ModelError(
+        f"{source}: {name} is no causal language model that transformers knows; expected one, as GPT or Llama"
+    )
+
+
+def require_whole(source: str, model: nn.Module, info: dict[str, Any], says_how: bool = False) -> None:
+    """Require that every weight of the model came from its files, and that every weight in them has its place.
+
+    info: the loading info of `from_pretrained`. says_how: its config.json says how its weights are quantized.
+
+    Raises:
+        ModelError: weights are missing, left over, of another shape, or stored in a form that needs scales.
+    """
+    config: Any = model.config
+    kind = type(model).__name__
+    named = next(iter(getattr(config, "architectures", None) or []), kind)
+    origin = f" (its config.json says {named})" if named != kind else ""
+    wide = [
+        f"{name} is {tuple(has)}, config.json says {tuple(due)}" for name, has, due in sorted(info["mismatched_keys"])
+    ]
+    missing = sorted(info["missing_keys"])
+    left = sorted(key for key in info["unexpected_keys"] if not TABLES.search(key))
+    if left and all(key.startswith(WRAPPERS) for key in left):
+        raise ModelError(
+            f"{source}: its weights are named {_some(left)}: saved from inside a wrapper; expected names without "
+            f"{' or '.join(WRAPPERS)}: save the inner model's save_pretrained"
+        )
+    problems = wide[:1]
+    if missing:
+        problems.append(f"{len(missing)} of {kind}'s weights are not in its files ({_some(missing)})")
+    if left:
+        problems.append(f"{len(left)} in its files have no place in {kind} ({_some(left)})")
+    if problems:
+        raise ModelError(
+            f"{source}{origin}: {'; '.join(problems)}. Expected a whole causal language model, and no more"
+        )
+    if info["error_msgs"]:
+        raise ModelError(f"{source}: {' '.join(str(info['error_msgs'][0]).split())[:300]}")
+    if not (says_how or getattr(model, "is_quantized", False)):
+        _require_floats(source, model)
+
+
+def _require_floats(source: str, model: nn.Module) -> None:
+    """Raises ModelError: a weight is stored in a quantized type, and the config does not say how it was quantized."""
+    weights = {name for name, _ in model.named_parameters()}
+    for name, dtype in sorted(_stored(_folder(source)).items()):
+        if dtype not in FLOATS and (name in weights or dtype.startswith("F")):
+            raise ModelError(
+                f"{source}: {name} is stored as {dtype}, and config.json has no quantization_config that says how to read it; "
+                "expected weights in bfloat16, float16 or float32"
+            )
+
+
+def beside_text(model: Any) -> list[str]:
+    """The names of a model's parameters that text never reaches: a vision tower and the like, in a model of several modes."""
+    if model.config.get_text_config() is model.config:
+        return []
+    parts = [model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()]
+    reached = {id(weight) for part in parts if part is not None for weight in part.parameters()}
+    return sorted(name for name, weight in model.named_parameters() if id(weight) not in reached)
+
+
+def left_out(source: str, model: Any) -> str | None:
+    """A line on weights that are not used, such as a vision tower, by design of the model's class; None: all are."""
+    if beside := beside_text(model):
+        return (
+            f"{source}: only the language model of {type(model).__name__} is used; {len(beside)} other weights "
+            f"({_some(beside)}) are kept as they are, not trained"
+        )
+    patterns = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    if not patterns:
+        return None
+    own = set(model.state_dict())
+    names = sorted(
+        name
+        for name in _stored(_folder(source))
+        if name not in own and not TABLES.search(name) and any(pattern.search(name) for pattern in patterns)
+    )
+    if not names:
+        return None
+    return (
+        f"{source}: {len(names)} weights in its files are no part of {type(model).__name__} ({_some(names)}): they are not "
+        "used, and the policy is saved without them"
+    )
+
+
+def _folder(source: str) -> Path:
+    """The directory of a model's files: the source itself, or where the hub's copy of it lies."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(source).exists() or source.count("/") > 1:
+        return Path(source)
+    config = try_to_load_from_cache(source, "config.json")
+    return Path(config).parent if isinstance(config, str) else Path(source)
+
+
+def _stored(directory: Path) -> dict[str, str]:
+    """The names of the weights in the safetensors files of a directory, with their types; empty if it has none."""
+    from safetensors import safe_open
+
+    index = directory / "model.safetensors.index.json"
+    stored: dict[str, str] = {}
+    files = {"model.safetensors"}
+    if index.is_file():
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    for file in [directory / name for name in files if (directory / name).is_file()]:
+        with safe_open(file, "pt") as opened:
+            stored |= {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118  # no mapping
+    return stored
+
+
+def _some(names: list[str]) -> str:
+    """Up to SHOWN names, and how many more there are."""
+    more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

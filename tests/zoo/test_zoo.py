@@ -1,0 +1,88 @@
+"""Some families of the zoo: right in every number, in the best layout that their attention allows."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.zoo.families import Family, families, nature, tiny_config
+from tests.zoo.table import is_listed_first, verdict
+
+EXPECTED = {
+    "llama": "packed",
+    "qwen2": "packed",
+    "qwen3": "packed",
+    "qwen3_moe": "packed",
+    "gemma": "packed",
+    "gemma3_text": "padded",
+    "mistral": "padded",
+    "mixtral": "packed",
+    "phi3": "packed",
+    "gpt2": "packed",
+    "olmo3": "padded",
+    "cohere2": "padded",
+    "falcon": "shared",
+    "qwen3_next": "padded",
+    "lfm2": "padded",
+    "bamba": "padded",
+}
+# Of two layouts the first is the better one: a family may do better than is expected here.
+BEST_FIRST = ("packed", "shared", "padded")
+
+
+@pytest.mark.slow
+def test_families_are_right_in_the_layout_expected(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.zoo", "--only", ",".join(EXPECTED), "--out", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, timeout=280, cwd=Path(__file__).parents[2])
+    results = [json.loads(each) for each in (tmp_path / "results.jsonl").read_text().splitlines()]
+    found = {each["name"]: each for each in results if each["name"] in EXPECTED}
+    assert found.keys() == EXPECTED.keys()
+    for name, layout in EXPECTED.items():
+        assert verdict(found[name]) == "right", found[name]
+        used = found[name]["cache"]["layout"]
+        assert BEST_FIRST.index(used) <= BEST_FIRST.index(layout), f"{name}: {used}"
+        assert "failed" not in found[name]["lora"] and "failed" not in found[name]["shards"], found[name]
+
+
+def test_every_family_of_the_mapping_is_in_the_zoo() -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as causal
+
+    everyone = families()
+    assert {family.kind for family in everyone} == set(causal)
+    assert len({family.name for family in everyone}) == len(everyone)
+
+
+def test_a_tiny_configuration_has_every_kind_of_layer() -> None:
+    config = tiny_config(Family("gemma3_text", "gemma3_text"))
+    assert config.layer_types == ["sliding_attention", "full_attention"] and config.num_hidden_layers == 2
+    assert config.hidden_size == 64 and config.head_dim == 16 and config.vocab_size == 512
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("llama", "decoder"), ("bert", "encoder"), ("bart", "encoder-decoder"), ("gemma3", "multimodal")],
+)
+def test_what_a_family_is(kind: str, expected: str) -> None:
+    assert nature(Family(kind, kind)) == expected
+
+
+def test_a_number_beyond_its_bound_is_wrong() -> None:
+    cache = {"layout": "packed", "off": 9e-6}
+    train = {"losses_off": 9e-5, "norms_off": 9e-4, "policy_off": 9e-4, "keys_off": []}
+    found = {"name": "a", "nature": "encoder", "cache": cache, "train": train}
+    assert verdict(found) == "right" and is_listed_first(found)
+    for part, name, value in (
+        ("cache", "off", 1.1e-5),
+        ("cache", "off", float("nan")),
+        ("train", "losses_off", 1.1e-4),
+        ("train", "norms_off", 1.1e-3),
+        ("train", "policy_off", 1.1e-3),
+        ("train", "keys_off", ["lm_head.weight"]),
+    ):
+        changed = {**found, part: {**found[part], name: value}}  # type: ignore[dict-item]
+        assert verdict(changed) == "wrong" and not is_listed_first(changed), name
+    refused = {**found, "cache": {"failed": "no", "raw": False}}
+    assert verdict(refused) == "refused"
+    assert verdict({**found, "cache": {"failed": "no", "raw": True}}) == "error"
