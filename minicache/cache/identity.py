@@ -88,7 +88,10 @@ class Identity:
         problem, advice: the beginning and the end of the message. sides: its names for this identity and for the wanted one.
         """
         if differences := self.differences(wanted):
-            fields = "; ".join(f"{name} is {mine}, {sides[1]} {theirs}" for name, mine, theirs, _ in differences)
+            fields = "; ".join(
+                f"{name} is {'none' if mine == '' else mine}, {sides[1]} {'none' if theirs == '' else theirs}"
+                for name, mine, theirs, _ in differences
+            )
             raise CacheMismatch(f"{problem}: {fields}. {advice}", differences, sides)
 
     def differences(self, other: "Identity") -> list[Difference]:

@@ -1,7 +1,7 @@
 """Hugging Face directories, hub ids and .gguf files, through transformers. Weights keep the precision they were stored in."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ def load(source: str, trust_remote_code: bool) -> nn.Module:
     # weights of another shape are refused below, by name
     options = {"dtype": "auto", "output_loading_info": True, "ignore_mismatched_sizes": True}
     how = {} if is_gguf else stored.loading_options(source, config)
-    with stored.quietly():
+    with stored.quietly(source) if how else nullcontext():
         model, info = _from_pretrained(AutoModelForCausalLM, source, trust_remote_code, **options, **how)
     require_whole(source, model, info, says_how=bool(how))
     if is_gguf:

@@ -108,12 +108,23 @@ def method_of(stored: dict[str, Any]) -> str:
     named = stored.get("quant_method")
     if named is None and (stored.get("load_in_4bit") or stored.get("load_in_8bit")):
         return BITSANDBYTES
-    return str(getattr(named, "value", named))
+    return "a method that config.json does not name" if named is None else str(getattr(named, "value", named))
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
-    """Hide transformers' warning that a quantization was given for a model that has one: it is the same."""
+def quietly(source: str) -> Iterator[None]:
+    """Hide transformers' warning that a quantization was given for a model that has one: it is the same.
+
+    Raises:
+        ModelError: in place of the one that refers to a report on the screen, which is not shown.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="You passed `quantization_config`")
-        yield
+        try:
+            yield
+        except ModelError as error:
+            if "automatic conversion" not in str(error):
+                raise
+            raise ModelError(
+                f"{source}: its quantized weights cannot be read: a scale or another part of one is missing or damaged; {OR}"
+            ) from error

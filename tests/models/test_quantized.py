@@ -201,6 +201,25 @@ def test_what_is_quantized_is_not_quantized_again(stored: dict[str, Path], kind:
         load_model(str(stored[kind]), False, kind)
 
 
+@each_kind
+def test_a_stored_checkpoint_that_lacks_a_part_is_one_line(stored: dict[str, Path], kind: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = shutil.copytree(stored[kind], tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    part = "model.layers.1.mlp.up_proj." + ("weight.absmax" if kind == "nf4-double" else "SCB")
+    del weights[part]
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"its quantized weights cannot be read: .*missing or damaged") as error:
+        load_model(str(model))
+    assert "\n" not in str(error.value)
+
+
+def test_a_method_without_a_name_is_told_so(half_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"is stored quantized by a method that config\.json does not name"):
+        load_model(str(stored_by(half_dir, tmp_path / "model", {"bits": 4})))
+
+
 def test_the_number_of_weights_is_that_before(half_dir: Path) -> None:
     count = sum(map(weight_count, load_model(str(half_dir)).model.parameters()))
     for kind in QUANTIZATIONS:
