@@ -30,7 +30,7 @@ def load(source: str, trust_remote_code: bool) -> nn.Module:
     how = {} if is_gguf else stored.loading_options(source, config)
     with stored.quietly(source) if how else nullcontext():
         model, info = _from_pretrained(AutoModelForCausalLM, source, trust_remote_code, **options, **how)
-    require_whole(source, model, info, says_how=bool(how))
+    require_whole(source, config, model, info)
     if is_gguf:
         # The weights are plain tensors by now. A model marked as quantized could not be saved or trained.
         model.hf_quantizer, model.is_quantized = None, False

@@ -17,7 +17,11 @@ from minicache.data.tokenizers import copy_tokenizer
 from minicache.disk import folder_written_whole
 from minicache.errors import ModelError
 from minicache.models import huggingface, lora, minimind, quantized
+from minicache.models.adapter_files import ADAPTER, settings_of
+from minicache.models.adapter_places import adapter_place, base_name, own_template, tokenizer_place
 from minicache.models.fingerprint import fingerprint
+from minicache.models.joined import Below, change_of
+from minicache.models.merging import merge
 from minicache.models.whole import left_out
 from minicache.options.base import flag_of
 
@@ -29,11 +33,13 @@ class LoadedModel:
     """A causal language model in the precision it was stored in, on the CPU, in eval mode.
 
     model: a transformers model. source: its name, as the user gave it. quantization: in which its linear layers are held, though
-    they are not stored so; a name in `QUANTIZATIONS` or "". weights: then the digest of the weights before.
+    they are not stored so; a name in `QUANTIZATIONS` or "". weights: then the digest of the weights before. below: of a base with
+    adapters merged into it.
     """
 
     model: nn.Module
     source: str
+    below: Below | None = None
     quantization: str = ""
     weights: str | None = None
 
@@ -58,7 +64,7 @@ class LoadedModel:
     @property
     def left_out(self) -> str | None:
         """A line for the user on weights in its files that are not used; None: all are."""
-        return left_out(self.source, self.model)
+        return left_out(self.below.base if self.below else self.source, self.model)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -99,9 +105,9 @@ def load_model(source: str, trust_remote_code: bool = False, quantization: str =
     """
     started = time.perf_counter()
     place, options = split_source(source)
-    path = Path(place)
-    if base := lora.base_of(path):
-        model = _adapted(path, base, trust_remote_code)
+    path, below = Path(place), None
+    if adapter := adapter_place(source):
+        model, below = _adapted(adapter, trust_remote_code)
     elif path.suffix not in FAMILIES:
         model = huggingface.load(source, trust_remote_code)
     elif path.is_file():
@@ -113,7 +119,7 @@ def load_model(source: str, trust_remote_code: bool = False, quantization: str =
         # while its content is as it is stored
         weights = fingerprint(model)
     _log_loaded(model, source, time.perf_counter() - started)
-    return LoadedModel(model.eval().requires_grad_(False), source, quantization, weights)
+    return LoadedModel(model.eval().requires_grad_(False), source, below, quantization, weights)
 
 
 def load_unquantized(source: str, trust_remote_code: bool = False) -> LoadedModel:
@@ -124,13 +130,10 @@ def load_unquantized(source: str, trust_remote_code: bool = False) -> LoadedMode
     Raises:
         ModelError: as `load_model`.
     """
-    path = Path(source)
-    if not (base := lora.base_of(path)):
-        loaded = load_model(source, trust_remote_code)
-        return LoadedModel(quantized.plain(loaded.model), source)
-    below = _base(path, base, trust_remote_code, "")
-    merged: nn.Module = lora.with_adapter(quantized.plain(below.model), path).merge_and_unload()
-    return LoadedModel(merged.eval().requires_grad_(False), source)
+    if adapter := adapter_place(source):
+        model, below = _adapted(adapter, trust_remote_code, as_plain=True)
+        return LoadedModel(model.eval().requires_grad_(False), source, below)
+    return LoadedModel(quantized.plain(load_model(source, trust_remote_code).model), source)
 
 
 def _quantize(model: nn.Module, source: str, quantization: str) -> str | None:
@@ -140,7 +143,8 @@ def _quantize(model: nn.Module, source: str, quantization: str) -> str | None:
         ModelError: it is quantized in another way.
     """
     if quantized.is_quantized(model):
-        if lora.quantization_of(Path(source)) == quantization:
+        adapter = adapter_place(source)
+        if adapter and lora.quantization_of(adapter) == quantization:
             return None
         raise ModelError(f"{source}: its weights are quantized already; leave {flag_of(quantization)} out")
     weights = fingerprint(model)
@@ -148,28 +152,34 @@ def _quantize(model: nn.Module, source: str, quantization: str) -> str | None:
     return weights
 
 
-def _adapted(directory: Path, base: str, trust_remote_code: bool) -> nn.Module:
-    """The base model with the adapter in `directory` merged into it, float32; on a quantized base, with the adapter on it.
+def _adapted(directory: Path, trust_remote_code: bool, as_plain: bool = False) -> tuple[nn.Module, Below | None]:
+    """The base model with the adapter in `directory` merged into it, float32, and what the two are.
+
+    On a quantized base the adapter stays an adapter. as_plain: merge it, into the weights before quantization.
 
     Raises:
         ModelError: the base cannot be loaded, or is not the one that the adapter was trained on.
     """
-    below = _base(directory, base, trust_remote_code, lora.quantization_of(directory))
-    adapted = lora.with_adapter(below.model, directory)
-    model: nn.Module = adapted if quantized.is_quantized(below.model) else adapted.merge_and_unload()
-    return model
-
-
-def _base(directory: Path, base: str, trust_remote_code: bool, quantization: str) -> LoadedModel:
-    """The base model of the adapter in `directory`. Raises ModelError: it cannot be loaded, or has other weights."""
+    base = base_name(directory)
+    settings_of(directory)
     try:
-        below = load_model(base, trust_remote_code, quantization)
+        loaded = load_model(base, trust_remote_code, "" if as_plain else lora.quantization_of(directory))
     except ModelError as error:
         raise ModelError(
-            f"{directory}: the base model of this adapter, base_model_name_or_path in {lora.ADAPTER}: {error}"
+            f"{directory}: the base model of this adapter, base_model_name_or_path in {ADAPTER}: {error}"
         ) from error
-    lora.check_base(directory, base, below.fingerprint)
-    return below
+    lora.check_base(directory, base, loaded.fingerprint)
+    if hasattr(loaded.model, "get_base_model"):
+        raise ModelError(
+            f"{directory}: its base {base} is an adapter on a quantized base; expected one that `minidpo export` has merged"
+        )
+    below = loaded.below or Below(lasting_name(base), loaded.fingerprint, {})
+    model = quantized.plain(loaded.model) if as_plain else loaded.model
+    adapted = lora.with_adapter(model, directory)
+    if quantized.is_quantized(model):
+        return adapted, None
+    below = below.plus(change_of(adapted))
+    return merge(adapted, directory), below
 
 
 def _log_loaded(model: nn.Module, source: str, seconds: float) -> None:
@@ -203,15 +213,21 @@ def save_model(model: Any, tokenizer_dir: Path, directory: Path, weights: dict[s
 def save_tokenizer(source: str, directory: Path, chat_template: str | None, trust_remote_code: bool = False) -> None:
     """Write the files of the tokenizer at `source`; `chat_template`, if given, replaces its own template.
 
+    An adapter without a tokenizer has that of its base, with the adapter's own chat template if there is one.
+
     Raises:
         ModelError: there is no tokenizer at `source`, or it has no fast version.
     """
+    adapter = adapter_place(source)
+    source = tokenizer_place(source)
     place, _ = split_source(source)
     if Path(place).suffix in FAMILIES:
         raise ModelError(
             f"{place}: a .pth file holds no tokenizer; add --tokenizer DIR (MiniMind's lies in its model/ folder)"
         )
     huggingface.save_tokenizer(source, directory, trust_remote_code)
+    if chat_template is None and adapter:
+        chat_template = own_template(adapter)
     if chat_template is not None:
         (directory / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
 

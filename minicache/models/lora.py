@@ -1,21 +1,26 @@
 """Low-rank adapters through peft: the base stays frozen, the adapter is small (Hu et al. 2021, LoRA, arXiv:2106.09685)."""
 
 import json
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minicache.errors import ConfigError, ModelError
+from minicache.models.adapter_files import ADAPTER, repeated, require_all, resize, settings_of
+from minicache.models.adapter_targets import targets
+from minicache.models.joined import WEIGHTS, write_joined
+from minicache.models.peft_library import library, quiet
 from minicache.models.quantized import to_float32
 from minicache.options.base import QUANTIZATIONS
 from minicache.options.train import LoraOptions
 
-ADAPTER, BASE = "adapter_config.json", "base.json"
+BASE = "base.json"
+# The entry of that file which says that the adapter holds others too (joined.py).
+JOINED = "joined"
 
 
 def add_lora(model: nn.Module, source: str, options: LoraOptions, seed: int) -> nn.Module:
@@ -26,60 +31,30 @@ def add_lora(model: nn.Module, source: str, options: LoraOptions, seed: int) -> 
     Raises:
         ConfigError: peft is not installed, or the model has no such modules.
     """
-    peft = _peft()
-    named = _targets(model, options.lora_targets)
+    peft = library()
     config = peft.LoraConfig(
         r=options.lora_rank,
         lora_alpha=options.lora_alpha or 2 * options.lora_rank,
-        target_modules=named,
+        use_rslora=options.lora_rslora,
+        use_dora=options.lora_dora,
         task_type="CAUSAL_LM",
+        **targets(model, options.lora_targets),
     )
     torch.manual_seed(seed)
-    return adapt(model, config, source)
+    try:
+        return adapt(model, config, source)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        line = " ".join(str(error).split())[:300]
+        raise ConfigError(f"--lora-targets {options.lora_targets}: peft cannot adapt this model so: {line}") from error
 
 
 def adapt(model: nn.Module, config: Any, source: str) -> nn.Module:
     """The model with the adapters of a peft configuration, which records `source` as the base."""
-    with _quiet():
-        adapted: Any = _peft().get_peft_model(model, config)
+    with quiet():
+        adapted: Any = library().get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = source
     assert isinstance(adapted, nn.Module)
     return adapted
-
-
-def _targets(model: nn.Module, asked: str) -> str | list[str]:
-    """'all-linear', or the names of modules, checked: peft ignores an unknown name among known ones.
-
-    Raises:
-        ConfigError: the model has no linear module of a name.
-    """
-    if asked == "all-linear":
-        return asked
-    linear = sorted({name.split(".")[-1] for name, part in model.named_modules() if isinstance(part, nn.Linear)})
-    named = [name.strip() for name in asked.split(",") if name.strip()]
-    strange = [name for name in named if name not in linear]
-    if strange or not named:
-        raise ConfigError(
-            f"--lora-targets: the model has no linear modules named {', '.join(strange) or 'so'}; expected all-linear, or "
-            f"some of {', '.join(linear)}"
-        )
-    return named
-
-
-def base_of(directory: Path) -> str | None:
-    """The name of the base model in an adapter's directory; None if the directory holds no adapter.
-
-    Raises:
-        ModelError: the adapter's configuration cannot be read.
-    """
-    file = directory / ADAPTER
-    try:
-        name: str | None = (
-            json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"] if file.is_file() else None
-        )
-        return name
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{file}: cannot be read as an adapter's configuration: {error}") from error
 
 
 def write_base(model: nn.Module, directory: Path) -> None:
@@ -90,23 +65,47 @@ def write_base(model: nn.Module, directory: Path) -> None:
     if base := getattr(model, "base_fingerprint", None):
         quantization = getattr(model, "base_quantization", "")
         facts = {"weights": base} | ({"quantization": quantization} if quantization else {})
+        if below := getattr(model, "below", None):
+            write_joined(model, below, directory)
+            facts = {"weights": below.weights, JOINED: True}
         (directory / BASE).write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    if kept := getattr(model, "kept_weights", None):
+        save_file({**load_file(directory / WEIGHTS), **kept}, directory / WEIGHTS, metadata={"format": "pt"})
+
+
+def is_joined(directory: Path) -> bool:
+    """Whether the adapter in a directory holds, beside the one that was trained, those that were below it.
+
+    Raises:
+        ModelError: the file about its base cannot be read.
+    """
+    return bool(_facts(directory).get(JOINED))
 
 
 def quantization_of(directory: Path) -> str:
     """The quantization of the base that an adapter was trained on, a name in QUANTIZATIONS; "" for a base as it is stored.
 
     Raises:
-        ModelError: the adapter's file about its base cannot be read.
+        ModelError: the file about its base cannot be read.
     """
+    name = _facts(directory).get("quantization", "")
+    if name and name not in QUANTIZATIONS:
+        raise ModelError(
+            f"{directory / BASE}: cannot be read: quantization: expected one of {', '.join(QUANTIZATIONS)}, got {name!r}"
+        )
+    return str(name)
+
+
+def _facts(directory: Path) -> dict[str, Any]:
     file = directory / BASE
     try:
-        name = json.loads(file.read_text(encoding="utf-8")).get("quantization", "") if file.is_file() else ""
-        if name and name not in QUANTIZATIONS:
-            raise ValueError(f"quantization: expected one of {', '.join(QUANTIZATIONS)}, got {name!r}")
-        return str(name)
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+        facts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if file.is_file():
+            str(facts["weights"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{file}: cannot be read: {error}") from error
+    found: dict[str, Any] = facts
+    return found
 
 
 def check_base(directory: Path, name: str, fingerprint: str) -> None:
@@ -115,11 +114,7 @@ def check_base(directory: Path, name: str, fingerprint: str) -> None:
     Raises:
         ModelError: the adapter was trained on other weights.
     """
-    file = directory / BASE
-    try:
-        expected = json.loads(file.read_text(encoding="utf-8"))["weights"] if file.is_file() else fingerprint
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{file}: cannot be read: {error}") from error
+    expected = _facts(directory).get("weights", fingerprint)
     if expected != fingerprint:
         raise ModelError(
             f"{directory}: an adapter of weights {expected}, but {name} now has {fingerprint}; expected the same. Put them back, "
@@ -130,37 +125,41 @@ def check_base(directory: Path, name: str, fingerprint: str) -> None:
 def with_adapter(base: nn.Module, directory: Path) -> Any:
     """The base with its adapter, float32, trainable; its `merge_and_unload()` makes one model of them.
 
+    Every weight in the adapter's file is in the model, and every weight of the adapter comes from the file; peft itself leaves
+    out what does not fit, and invents what is missing. A base with fewer embeddings than the file is resized, as peft's users do.
+
     Raises:
         ModelError: the adapter does not fit the base.
         ConfigError: peft is not installed.
     """
-    peft = _peft()
+    peft = library()
+    config = settings_of(directory)
     try:
-        with _quiet():
-            return peft.PeftModel.from_pretrained(to_float32(base, torch.device("cpu")), directory, is_trainable=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        line = " ".join(str(error).split())[:300]
-        raise ModelError(f"{directory}: the adapter does not fit its base model: {line}") from error
+        weights = peft.load_peft_weights(str(directory), device="cpu")
+        with quiet():
+            base = to_float32(base, torch.device("cpu"))
+            resize(base, weights, directory)
+            kind = peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, peft.PeftModel)
+            adapted = kind(base, config, "default")
+            kept = _changed(adapted, weights)
+            found = adapted.load_adapter(str(directory), "default", is_trainable=True)
+    except ModelError:
+        raise
+    # peft may raise anything on a damaged file
+    except Exception as error:
+        line = " ".join(str(error).split())[:300] or type(error).__name__
+        missing = isinstance(error, KeyError)
+        problem = f"its file has no weights {line}" if missing else line
+        raise ModelError(f"{directory}: the adapter does not fit its base model: {problem}") from error
+    known = repeated(weights)
+    require_all(directory, found.missing_keys, [key for key in found.unexpected_keys if key not in known])
+    own = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    adapted.kept_weights = {key: value for key, value in kept.items() if key not in own}
+    return adapted
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide two warnings that a user cannot act on.
-
-    peft 0.21 reads an attribute that transformers 5.23 deprecates, and matches ranks against modules although it sets those of
-    stacked experts itself.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing")
-        warnings.filterwarnings(
-            "ignore", category=RuntimeWarning, message=r".*_pattern keys did not match.*gate_up_proj"
-        )
-        yield
-
-
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError:
-        raise ConfigError("LoRA adapters need another package: pip install 'minidpo[lora]'") from None
-    return peft
+def _changed(adapted: nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights that replace others of the base, float32: resized embeddings. peft would save the adapter without them."""
+    state = adapted.state_dict()
+    values = {key: value.float() for key, value in weights.items() if key in state}
+    return {key: value for key, value in values.items() if not torch.equal(value, state[key])}

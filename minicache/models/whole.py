@@ -19,6 +19,8 @@ SHOWN = 4
 TABLES = re.compile(
     r"inv_freq$|(?:causal|masked|attn|attention)\.?_?(?:bias|mask)$|position_ids$|_extra_state$|\.version$"
 )
+# Parts of models of several modes that a class for text alone leaves out.
+TOWERS = re.compile(r"(^|\.)(vision_\w+|visual|audio_\w+|multi_modal_projector|mm_projector|embed_(vision|audio))\.")
 WRAPPERS = ("module.", "_orig_mod.")
 # Types of safetensors that hold weights as they are.
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -46,15 +48,14 @@ def require_language_model(source: str, config: Any) -> None:
     )
 
 
-def require_whole(source: str, model: nn.Module, info: dict[str, Any], says_how: bool = False) -> None:
+def require_whole(source: str, config: Any, model: nn.Module, info: dict[str, Any]) -> None:
     """Require that every weight of the model came from its files, and that every weight in them has its place.
 
-    info: the loading info of `from_pretrained`. says_how: its config.json says how its weights are quantized.
+    config: as its files have it. info: the loading info of `from_pretrained`.
 
     Raises:
         ModelError: weights are missing, left over, of another shape, or stored in a form that needs scales.
     """
-    config: Any = model.config
     kind = type(model).__name__
     named = next(iter(getattr(config, "architectures", None) or []), kind)
     origin = f" (its config.json says {named})" if named != kind else ""
@@ -62,7 +63,10 @@ def require_whole(source: str, model: nn.Module, info: dict[str, Any], says_how:
         f"{name} is {tuple(has)}, config.json says {tuple(due)}" for name, has, due in sorted(info["mismatched_keys"])
     ]
     missing = sorted(info["missing_keys"])
-    left = sorted(key for key in info["unexpected_keys"] if not TABLES.search(key))
+    is_part = named != kind and config.get_text_config() is not config
+    left = sorted(
+        key for key in info["unexpected_keys"] if not (TABLES.search(key) or (is_part and TOWERS.search(key)))
+    )
     if left and all(key.startswith(WRAPPERS) for key in left):
         raise ModelError(
             f"{source}: its weights are named {_some(left)}: saved from inside a wrapper; expected names without "
@@ -77,9 +81,11 @@ def require_whole(source: str, model: nn.Module, info: dict[str, Any], says_how:
         raise ModelError(
             f"{source}{origin}: {'; '.join(problems)}. Expected a whole causal language model, and no more"
         )
+    require_language_model(source, model.config)
     if info["error_msgs"]:
         raise ModelError(f"{source}: {' '.join(str(info['error_msgs'][0]).split())[:300]}")
-    if not (says_how or getattr(model, "is_quantized", False)):
+    says_how = getattr(config, "quantization_config", None) is not None or getattr(model, "is_quantized", False)
+    if not says_how:
         _require_floats(source, model)
 
 
@@ -111,8 +117,7 @@ def left_out(source: str, model: Any) -> str | None:
             f"({_some(beside)}) are kept as they are, not trained"
         )
     patterns = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    if not patterns:
-        return None
+    patterns.append(TOWERS)
     own = set(model.state_dict())
     names = sorted(
         name

@@ -32,6 +32,9 @@ class BaseOptions:
         return next((name for name, field in QUANTIZATIONS.items() if getattr(self, field)), "")
 
 
+AS_STORED = BaseOptions()
+
+
 def flag_of(quantization: str) -> str:
     """The option that asks for a quantization: `--base-4bit`."""
     return flag(QUANTIZATIONS[quantization])

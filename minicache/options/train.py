@@ -6,15 +6,17 @@ from pathlib import Path
 from minicache.data.columns import Reading
 from minicache.errors import ConfigError
 from minicache.options import texts
-from minicache.options.base import BaseOptions, flag_of
+from minicache.options.base import AS_STORED, BaseOptions, flag_of
 from minicache.options.catalog import DIVERGENCES, OPTIMIZERS, SCHEDULES, names_of
 from minicache.options.checks import check_caches
 from minicache.options.choices import DTYPES, LOGPS, ON_MAX_KL, PAIRS, PARALLEL, layout_help, layouts
-from minicache.options.declare import check_options, flag, needed, option, options_of
+from minicache.options.declare import check_options, needed, option, options_of
+from minicache.options.lora import NO_LORA
+from minicache.options.lora import LoraOptions as LoraOptions
 from minicache.options.where import Where, split_weight
 from minicache.trackers import TRACKERS
 
-LOSS, OPTIMIZER, LORA = "Loss", "Optimizer", "LoRA"
+LOSS, OPTIMIZER = "Loss", "Optimizer"
 MEMORY, VALIDATION, LOGS = "Memory and speed", "Validation", "Checkpoints and logs"
 
 
@@ -44,24 +46,6 @@ class LossOptions:
 
     def __post_init__(self) -> None:
         check_options(self)
-
-
-@dataclass(frozen=True)
-class LoraOptions:
-    """Options of low-rank adapters, which are trained instead of all weights."""
-
-    lora_rank: int = option(
-        0, "Train adapters of this rank instead of all weights; 0: all weights.", panel=LORA, least=0
-    )
-    lora_alpha: float | None = option(None, "Scale of the adapters. (Default: twice the rank.)", panel=LORA, above=0)
-    lora_targets: str = option("all-linear", "all-linear, or names of modules: q_proj,v_proj.", panel=LORA)
-
-    def __post_init__(self) -> None:
-        check_options(self)
-        for item, _ in options_of(LoraOptions):
-            if not self.lora_rank and getattr(self, item.name) != item.default:
-                name = flag(item.name)
-                raise ConfigError(f"{name}: is used with --lora-rank only; expected both, got {name} alone")
 
 
 @dataclass(frozen=True)
@@ -187,8 +171,8 @@ class TrainConfig:
     optimizer: str = option("adamw", "{names} (bitsandbytes).", panel=OPTIMIZER, choices=names_of(OPTIMIZERS))
     weight_decay: float = option(0.0, "Weight decay of AdamW, on matrices only.", panel=OPTIMIZER, least=0)
     max_grad_norm: float = option(1.0, "Gradients are clipped to this norm; 0: no clipping.", panel=OPTIMIZER, least=0)
-    lora: LoraOptions = LoraOptions()
-    base: BaseOptions = BaseOptions()
+    lora: LoraOptions = NO_LORA
+    base: BaseOptions = AS_STORED
     dtype: str = option("auto", texts.DTYPE, panel=MEMORY, choices=lambda: DTYPES)
     layout: str = option("auto", layout_help(), panel=MEMORY, choices=layouts)
     parallel: str = option("ddp", texts.PARALLEL, panel=MEMORY, choices=lambda: PARALLEL, movable=True)
@@ -243,7 +227,7 @@ class TrainConfig:
         check_caches(self.caches)
         check_options(self)
         self.reading.require_sound()
-        if (quantization := self.base.quantization) and not self.lora.lora_rank:
+        if (quantization := self.base.quantization) and not self.lora.wanted:
             raise ConfigError(
                 f"{flag_of(quantization)}: quantized weights cannot be trained, adapters on them can; add --lora-rank 16"
             )

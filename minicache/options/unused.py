@@ -36,7 +36,8 @@ def _read_with_data(config: TrainConfig, name: str) -> str | None:
 
 
 def _read_without_lora(config: TrainConfig, name: str) -> str | None:
-    return "adapters are saved as they were trained; expected it without --lora-rank" if config.lora.lora_rank else None
+    given = "--lora-rank" if config.lora.lora_rank else "--continue-adapter"
+    return f"adapters are saved as they were trained; expected it without {given}" if config.lora.wanted else None
 
 
 def _read_without_init_from(config: TrainConfig, name: str) -> str | None:

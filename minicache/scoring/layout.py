@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from minicache.cache.identity import TOLERANCE
-from minicache.errors import ConfigError
+from minicache.errors import ConfigError, ModelError
 from minicache.options.catalog import LAYOUTS
 from minicache.pairs import PairTable
 from minicache.scoring.attention import watching
@@ -37,6 +37,8 @@ def settle_layout(scorer: Scorer, table: PairTable, asked: str, device: torch.de
         problem = trial.problem(name)
         log.debug("layout %s: %s", name, problem or "used")
         if problem is None:
+            if name == "padded":
+                trial.require_alone()
             for line in problems[:1]:
                 tracker.note(line)
             return
@@ -59,6 +61,17 @@ class _Trial:
             score_rows_alone(scorer.model)
         # by the pairs of a sample
         self.expected: dict[tuple[int, ...], PairScores] = {}
+
+    def require_alone(self) -> None:
+        """Raises ModelError: padding moves a pair's logprobs, as in models that keep a fixed number of a row's keys."""
+        alone = self._scores("padded", self.shortest[:1]).logp_mean[0]
+        beside = self._scores("padded", np.array([self.shortest[0], self.ends.argmax()])).logp_mean[0]
+        moved = float((alone - beside).abs().max())
+        if moved > TOLERANCE[self.scorer.dtype]:
+            raise ModelError(
+                f"the model's logprobs of a pair depend on the length of others in its batch, by up to {moved:.2g} nats per token; "
+                "expected a model that reads each row by itself (a lower --max-length may keep it from dropping keys)"
+            )
 
     def problem(self, layout: str) -> str | None:
         """Why this model cannot be scored in this layout; None if it can, and the scorer has it then."""

@@ -62,6 +62,10 @@ def spread(model: nn.Module | None, dtype: str, parallel: str, world: World) -> 
     # Embeddings and head are resharded after each forward too: code between steps must see the shards, not the whole.
     whole = MixedPrecisionPolicy(cast_forward_inputs=False)
     fully_shard(scorer, mesh=mesh, mp_policy=whole, reshard_after_forward=True)
+    if model is not None:
+        # What rank 0 saves with an adapter; tensors that no other rank needs.
+        for name in ("below", "kept_weights", "base_beside"):
+            setattr(skeleton, name, getattr(model, name, None))
     scorer.to_empty(device=world.device)
     _fill(skeleton, model, world)
     return scorer

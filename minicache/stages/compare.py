@@ -13,6 +13,7 @@ from minicache.errors import ConfigError
 from minicache.intake.prompts import Prompt, read_prompts
 from minicache.json_lines import to_json_lines
 from minicache.models import load_model
+from minicache.models.adapter_places import tokenizer_place
 from minicache.models.answering import Answer, Sampling, answer_all, require_fit
 from minicache.options.others import CompareConfig
 from minicache.pages.compare import Answers, page
@@ -45,7 +46,7 @@ def compare(config: CompareConfig, world: World, tracker: Tracker) -> list[Answe
 def tokenizer_of(config: CompareConfig, policy: str) -> ChatTokenizer:
     """The policy's tokenizer; its template gets what the run's did, unless other values are given."""
     behind = run_behind(config.policy)
-    tokenizer = ChatTokenizer.load(Path(policy))
+    tokenizer = ChatTokenizer.load(Path(tokenizer_place(policy)))
     given = parse_arguments(config.template_arg)
     require_read(tokenizer.chat, config.date, given)
     date = config.date or (behind and behind.date) or ""

@@ -1,7 +1,6 @@
 """The model that a run trains."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -10,14 +9,14 @@ from minicache.cache.reader import ReferenceCache
 from minicache.errors import CacheMismatch, ConfigError, ModelError
 from minicache.models import LoadedModel, load_model
 from minicache.models.load import lasting_name
-from minicache.models.lora import add_lora, with_adapter
-from minicache.models.quantized import is_quantized, to_float32
+from minicache.models.quantized import is_quantized
 from minicache.models.whole import beside_text
 from minicache.options.base import flag_of
 from minicache.options.train import TrainConfig
 from minicache.scoring.loading import Sources
 from minicache.trackers import Tracker
 from minicache.training import checkpoints
+from minicache.training.adapters import with_adapters
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def quantization_for(config: TrainConfig, cache: ReferenceCache) -> str:
             f"{flag_of(asked)}: {cache.path} was made {held}, and the policy begins as the reference; leave it out, or run "
             f"precompute-ref {flag_of(asked)} into another cache"
         )
-    if made and not config.lora.lora_rank:
+    if made and not config.lora.wanted:
         raise ConfigError(
             f"{cache.path}: made with its base in {made}; quantized weights cannot be trained, adapters on them can: add "
             "--lora-rank 16, or run precompute-ref without the quantization into another cache"
@@ -63,18 +62,19 @@ def load_policy(
 ) -> Policy:
     """The policy to train: the reference, the model of --init-from, or the checkpoint at `resume_at`.
 
-    With --lora-rank it has adapters.
+    With --lora-rank or --continue-adapter it has adapters.
 
     Raises:
         ModelError: it cannot be loaded. CacheMismatch: it is not the model that the cache was made with.
     """
     checkpoint = None if resume_at is None else checkpoints.place(config.out, resume_at) / "model"
-    if checkpoint and not config.lora.lora_rank:
+    if checkpoint and not config.lora.wanted:
         return Policy(_trainable(load_model(str(checkpoint), config.trust_remote_code).model))
     loaded = _load(config, cache, tracker, sources)
     source, stored = lasting_name(loaded.source), _stored_dtype(loaded.model)
-    if config.lora.lora_rank:
-        return Policy(_with_adapters(config, loaded, source, checkpoint), source, stored, loaded.quantization)
+    if config.lora.wanted:
+        adapted = with_adapters(config, loaded, source, checkpoint, sources)
+        return Policy(adapted, source, stored, getattr(adapted, "base_quantization", ""))
     if is_quantized(loaded.model):
         raise ConfigError(
             f"{loaded.source}: its weights are quantized, which cannot be trained; adapters on them can: add --lora-rank 16, or "
@@ -89,25 +89,6 @@ def _trainable(model: nn.Module) -> nn.Module:
     for name, weight in model.named_parameters():
         weight.requires_grad_(name not in frozen)
     return model
-
-
-def _with_adapters(config: TrainConfig, loaded: LoadedModel, source: str, checkpoint: Path | None) -> nn.Module:
-    """The base model with new adapters, or with those of a checkpoint."""
-    # Before the base is converted to float32: the digest is of the weights as they are stored.
-    weights = loaded.fingerprint
-    adapted: nn.Module
-    if hasattr(loaded.model, "get_base_model"):
-        raise ModelError(
-            f"{loaded.source}: is an adapter on a quantized base, on which no other can be trained; `minidpo export` merges it: "
-            "make a cache of the exported model"
-        )
-    if checkpoint:
-        adapted = with_adapter(loaded.model, checkpoint)
-    else:
-        adapted = add_lora(to_float32(loaded.model, torch.device("cpu")), source, config.lora, config.seed)
-    adapted.base_fingerprint = weights  # type: ignore[assignment]
-    adapted.base_quantization = loaded.quantization  # type: ignore[assignment]
-    return adapted
 
 
 def _stored_dtype(model: nn.Module) -> str:

@@ -14,7 +14,10 @@ from minicache.training.progress import Outcome
 RECORD, LOCK = "run.json", ".lock"
 NEEDED = ("ref_cache", "out")
 # Options that 0.1.0 did not have: they are written only where they say something.
-LATER = ("columns", "ignore_fields", "row_pairs", "base_4bit", "base_8bit")
+LATER = (
+    *("columns", "ignore_fields", "row_pairs", "base_4bit", "base_8bit"),
+    *("lora_rslora", "lora_dora", "lora_dropout", "continue_adapter"),
+)
 # The defaults of the options. A record that lacks an option is of an earlier version, which behaved as by the default.
 DEFAULTS = {
     name: value for name, value in flat(TrainConfig(ref_cache="cache", out=Path("run"))).items() if name not in NEEDED

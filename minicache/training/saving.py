@@ -10,6 +10,7 @@ from minicache.options.train import TrainConfig
 from minicache.scoring.scorer import DTYPES
 from minicache.trackers import JsonLines, RunName, Tracker, TrackerGroup, open_trackers
 from minicache.training import checkpoints
+from minicache.training.adapters import write_base_beside
 from minicache.training.lock import RunLock
 from minicache.training.progress import Outcome
 from minicache.training.run_directory import RunRecord, write_record
@@ -34,6 +35,7 @@ def open_run(run: Run, record: RunRecord, resume_at: int | None, lock: RunLock, 
             lock.require()
         if resume_at is None:
             write_record(out, record)
+        write_base_beside(run.scorer.model, config, run.cache.tokenizer_dir, tracker)
         return TrackerGroup(tracker, JsonLines(out / "metrics.jsonl", resume_at), *libraries)
 
 
@@ -43,6 +45,8 @@ def _require_room(run: Run, record: RunRecord, made: bool) -> None:
     trained = sum(parameter.numel() for parameter in run.scorer.model.parameters() if parameter.requires_grad)
     kept = config.keep_last + 2 if config.save_every and config.save_every < run.steps else 0
     needed = trained * (DTYPES[save_dtype(config, record)].itemsize + 12 * (kept + bool(run.held_out)))
+    if getattr(run.scorer.model, "base_beside", None):
+        needed += 4 * sum(parameter.numel() for parameter in run.scorer.model.parameters())
     free = shutil.disk_usage(out).free
     if free < needed:
         if made:
@@ -67,12 +71,12 @@ def save_policy(run: Run, outcome: Outcome, dtype: str) -> None:
     best = None if is_last else checkpoints.place(run.config.out, outcome.model_step) / "model"
     place = run.config.out / "model"
     _remove_earlier(place)
-    if best and run.config.lora.lora_rank:
+    if best and run.config.lora.wanted:
         with folder_written_whole(place) as draft:
             shutil.copytree(best, draft, dirs_exist_ok=True)
         return
     model = load_model(str(best), run.config.trust_remote_code).model if best else run.scorer.model
-    if not run.config.lora.lora_rank:
+    if not run.config.lora.wanted:
         model = model.to(DTYPES[dtype])
         weights = weights and {name: tensor.to(DTYPES[dtype]) for name, tensor in weights.items()}
     save_model(model, run.cache.tokenizer_dir, place, weights)

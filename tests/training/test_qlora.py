@@ -17,7 +17,8 @@ from minicache.models import load_model
 from minicache.models.lora import add_lora
 from minicache.models.quantized import is_quantized, plain, to_float32
 from minicache.options.base import QUANTIZATIONS, BaseOptions, flag_of
-from minicache.options.train import LoraOptions, TrainConfig, ValidationOptions
+from minicache.options.lora import LoraOptions
+from minicache.options.train import TrainConfig, ValidationOptions
 from minicache.scoring.scorer import Scorer
 from tests.conftest import Cli, precompute_into
 from tests.models.test_models import gguf_file
@@ -298,15 +299,38 @@ def test_a_sweep_holds_its_base_as_the_cache_does(
     assert code == 1 and "quantized weights cannot be trained" in stderr
 
 
-def test_no_adapter_is_trained_on_an_adapter_of_a_quantized_base(
-    runs: dict[str, Path], data_file: Path, tmp_path: Path
+def test_an_adapter_on_a_quantized_base_is_continued_and_bears_no_other(
+    runs: dict[str, Path], data_file: Path, tmp_path: Path, cli: Cli
 ) -> None:
     model = runs["nf4-double"] / "model"
     cache = precompute_into(tmp_path / "cache", model, data_file)
-    with pytest.raises(ModelError, match=r"is an adapter on a quantized base, .*`minidpo export` merges it"):
+    with pytest.raises(ConfigError, match=r"is an adapter on a quantized base; expected --continue-adapter, .* export"):
         run(cache, tmp_path / "run")
     with pytest.raises(ModelError, match="quantized already; leave --base-8bit out"):
         precompute_into(tmp_path / "other", model, data_file, base=base("int8"))
+    run(cache, tmp_path / "run", lora=LoraOptions(continue_adapter=True))
+    facts, told = (json.loads((tmp_path / "run" / name).read_text()) for name in ("run.json", "model/base.json"))
+    assert facts["quantization"] == told["quantization"] == "nf4-double" and facts["handshake"] < 1e-5
+    assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    code, _, stderr = cli("compare", "--policy", tmp_path / "run", "--prompt", "why not", "--max-new-tokens", 4)
+    assert code == 0, stderr
+
+
+def test_a_reference_may_be_an_adapter_that_was_merged_before_quantization(
+    half_dir: Path, data_file: Path, tmp_path: Path, cli: Cli
+) -> None:
+    plain_cache = precompute_into(tmp_path / "plain", half_dir, data_file)
+    run(plain_cache, tmp_path / "sft", lr=0.1)
+    sft = tmp_path / "sft" / "model"
+    cache = precompute_into(tmp_path / "cache", sft, data_file, base=base("nf4-double"))
+    with pytest.raises(ConfigError, match=r"--continue-adapter: the base was quantized with .*expected --lora-rank 16"):
+        run(cache, tmp_path / "no", lora=LoraOptions(continue_adapter=True))
+    report = run(cache, tmp_path / "run", validation=ValidationOptions(eval_cache=cache))
+    assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    code, stdout, stderr = cli("evaluate", "--policy", tmp_path / "run", "--ref-cache", cache, "--json")
+    assert code == 0 and json.loads(stdout)["metrics"]["loss"] == pytest.approx(report.progress.best, abs=1e-5), stderr
+    code, stdout, stderr = cli("export", "--policy", tmp_path / "run", "--out", tmp_path / "merged", "--json")
+    assert code == 0 and json.loads(stdout)["moved"]["mean"] > 0, stderr
 
 
 @pytest.mark.parametrize("text", ['{"weights": "0", "quantization": "nf2"}', "[]", "{"])

@@ -144,6 +144,7 @@ def tiny_config(family: Family) -> Any:
 
     made = CONFIG_MAPPING[family.kind]
     given = {name: value for name, value in family.settings.items() if name != "needed"}
+    given |= family.settings.get("needed", {})
     config = made(**_merged(_small(default_config(family.kind)), given))
     for part in (config, *(getattr(config, name) for name in _parts(config) if "text" in name or "decoder" in name)):
         for name, value in (("pad_token_id", PAD), ("bos_token_id", BOS), ("eos_token_id", EOS)):

@@ -75,6 +75,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
     },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1},
+    "dots3_note": {"audio_config": {"adapter_input_size": 64}},
     "dots3_note_text": {"head_dim": 24, **_SWA},
     "emu3": {"vocabulary_map": {"<image>": 5}},
     "falcon_h1": {"mamba_d_head": 16},
@@ -120,12 +121,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": _INDEXED,
     "recurrent_gemma": {"num_hidden_layers": 3, "block_types": ["recurrent", "recurrent", "attention"]},
     "reformer": {
+        "vocab_size": 512,
         "is_decoder": True,
         "attn_layers": ["local", "lsh"],
         "axial_pos_shape": [16, 16],
         "axial_pos_embds_dim": [16, 48],
         "num_hidden_layers": ...,
     },
+    # By default its kernels round to bfloat16, in ways that depend on the batch.
+    "xlstm": {"autocast_kernel_dtype": "float32"},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
         "num_hidden_layers": 4,
@@ -170,7 +174,6 @@ VARIANTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
 
 # By model type: how its windows are made narrow, where its defaults do not say so; {}: there are none.
 WINDOWS: dict[str, dict[str, Any]] = {
-    "doge": {"keep_window_size": 8},
     "gpt_neo": {"window_size": 8},
     "llama4_text": {"attention_chunk_size": 8},
     "ministral3": _WINDOW,

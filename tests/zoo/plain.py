@@ -55,9 +55,18 @@ def logps_of(model: Any, pair: EncodedPair) -> list[torch.Tensor]:
     sides = []
     for side in (0, 1):
         ids, mask = (torch.from_numpy(values.astype(np.int64)) for values in pair.side(side))
+        _forget_lengths(model)
         logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].double()
         sides.append(logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0][mask[1:].bool()])
     return sides
+
+
+def _forget_lengths(model: Any) -> None:
+    """Undo what a longer sequence left behind in rotary embeddings of dynamic NTK."""
+    for module in model.modules():
+        if "dynamic" in str(getattr(module, "rope_type", "")):
+            module.max_seq_len_cached = module.original_max_seq_len
+            module.inv_freq = module.original_inv_freq.clone()
 
 
 def means_of(model: Any, table: PairTable, count: int) -> np.ndarray:

@@ -3,13 +3,14 @@
 from collections import Counter
 from typing import Any
 
+from minicache.options.catalog import LAYOUTS
+
 Found = dict[str, Any]
 
 # Beyond these a number is wrong: mean logprobs against float64, nats per token; losses; gradient norms, relative; mean logprobs
 # of the trained policies, after steps that move them by 0.1 and more.
 VALUES, LOSSES, NORMS, POLICY, MERGED = 1e-5, 1e-4, 1e-3, 1e-3, 1e-3
 STAGES = ("build", "cache", "plain", "train", "lora", "shards")
-LAYOUTS = ("packed", "shared", "padded")
 
 
 def failure(found: Found, *stages: str) -> str | None:
@@ -137,8 +138,8 @@ Each is compared with a plain loop in float64: two live models, one answer at a 
 
 {sums}.
 
-- **layout**: what `--layout auto` chose, and why nothing better: `packed` has no padding, `shared` has each prompt once,
-  `padded` has two rows a pair. All of them give the same numbers.
+- **layout**: what `--layout auto` chose, and why nothing better: `packed` has no padding and each prompt once,
+  `shared` each prompt once, `sequences` no padding, `padded` two rows a pair. All of them give the same numbers.
 - **cache**: the largest difference of a mean logprob from float64, nats per token.
 - **three steps**: the largest difference of a loss, and of the trained policy's mean logprobs after saving and reopening.
 - **LoRA**: adapters on all linear layers train, and the saved ones opened with peft give the logits of the merged model.

@@ -52,11 +52,14 @@ def nothing_left_to_chance() -> Iterator[None]:
 
 @torch.no_grad()
 def perturb(model: torch.nn.Module) -> None:
-    """Add noise to norms, biases and sinks, and draw anew the matrices that are nearly zero, very large, or not initialised."""
+    """Add noise to norms, biases and sinks, and draw anew the matrices that are nearly zero, very large, or not initialised.
+
+    Tables among the buffers, such as MiniMax's decays, are computed and stay.
+    """
     stored = model.state_dict().keys()
     random = torch.Generator().manual_seed(1)
-    tensors = [*model.named_parameters(), *((name, buffer) for name, buffer in model.named_buffers() if name in stored)]
-    for _, tensor in tensors:
+    buffers = [buffer for name, buffer in model.named_buffers() if name in stored and buffer.ndim < 2]
+    for tensor in [*model.parameters(), *buffers]:
         if not tensor.is_floating_point():
             continue
         noise = torch.randn(tensor.shape, generator=random)

@@ -1,0 +1,80 @@
+"""The modules of a model that `--lora-targets` names."""
+
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from minicache.errors import ConfigError
+
+
+def targets(model: nn.Module, asked: str) -> dict[str, Any]:
+    """The settings of a LoRA configuration that name its modules, checked: peft ignores an unknown name among known ones.
+
+    asked: "all-linear", or names as peft takes them: the end of a module's name (`q_proj`, `self_attn.q_proj`) or the whole.
+    The weights of stacked experts are no modules; such a name becomes a target parameter. The names that single experts had in
+    earlier transformers (Mixtral's w1) are peft's to convert.
+
+    Raises:
+        ConfigError: the model has no such module, or its weights are those of another one too.
+    """
+    if asked == "all-linear":
+        return {"target_modules": asked}
+    modules = {name: module for name, module in model.named_modules() if _is_adaptable(module)}
+    experts = [name for name, weight in model.named_parameters() if weight.ndim == 3 and "experts" in name]
+    named = [name.strip() for name in asked.split(",") if name.strip()]
+    earlier = _earlier_names(model)
+    strange = [name for name in named if not any(_ending_in(name, all_) for all_ in (modules, experts, earlier))]
+    if strange or not named:
+        known = sorted({name.rpartition(".")[2] for name in [*modules, *experts, *earlier]})
+        raise ConfigError(
+            f"--lora-targets: the model has no linear modules named {', '.join(strange) or 'so'}; expected all-linear, or "
+            f"some of {', '.join(known)}"
+        )
+    chosen = [name for each in named for name in _ending_in(each, modules)]
+    _require_untied(model, chosen)
+    parameters = [name for name in named if not _ending_in(name, modules) and _ending_in(name, experts)]
+    found: dict[str, Any] = {"target_modules": [name for name in named if name not in parameters]}
+    if parameters:
+        found["target_parameters"] = parameters
+    if chosen and all(type(modules[name]).__name__ == "Conv1D" for name in chosen):
+        # GPT-2's layers hold their weights transposed
+        found["fan_in_fan_out"] = True
+    return found
+
+
+def _is_adaptable(module: nn.Module) -> bool:
+    """Whether peft has LoRA for this kind of module."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Linear | nn.Embedding | Conv1D)
+
+
+def _earlier_names(model: Any) -> list[str]:
+    """Names of experts' layers in earlier transformers, which peft converts for this family."""
+    try:
+        conversion = import_module("peft.utils.transformers_weight_conversion")
+        pattern = conversion._MODEL_TO_CONVERSION_PATTERN.get(model.config.model_type)
+        return list(conversion._MOE_TARGET_MODULE_MAPPING.get(pattern, ()))
+    # another version of peft
+    except (ImportError, AttributeError):
+        return []
+
+
+def _ending_in(name: str, names: Any) -> list[str]:
+    """The names that are this one, or end in it after a dot."""
+    return [each for each in names if each == name or each.endswith(f".{name}")]
+
+
+def _require_untied(model: Any, chosen: list[str]) -> None:
+    """Raises ConfigError: a chosen module shares its weights with another one."""
+    owners: dict[int, list[str]] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(weight), []).append(name.rpartition(".")[0])
+    for names in owners.values():
+        for name in set(names) & set(chosen) if len(names) > 1 else ():
+            other = next(each for each in names if each != name)
+            raise ConfigError(
+                f"--lora-targets: {name} has the same weights as {other} (they are tied), and an adapter would change one use of "
+                "them alone; leave it out"
+            )
