@@ -6,8 +6,6 @@ writes such a directory for any model; a cache keeps one in `cache/tokenizer/`.
 
 import json
 import logging
-import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,12 +25,6 @@ from minicache.pairs import Ints
 
 log = logging.getLogger(__name__)
 
-FILES = {
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json"),
-    *("vocab.json", "vocab.txt", "merges.txt"),
-}
-# Only a load with trust_remote_code runs these.
-FILES_OF_CODE = re.compile(r"token\w+\.py")
 # The chat template of a tokenizer that has none: "User: …\n\nAssistant: …</s>\n\n".
 PLAIN_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}"
@@ -75,9 +67,9 @@ class ChatTokenizer:
         backend.post_processor = processors.ByteLevel(trim_offsets=False)
         backend.no_truncation()
         backend.no_padding()
-        config = _read_json(directory / "tokenizer_config.json")
+        config = read_config(directory)
         special = {name: _token_text(value) for name, value in config.items() if name.endswith("_token") and value}
-        template, source = _template(directory, config)
+        template, source = template_of(directory, config)
         log.debug("tokenizer %s: chat template from %s", directory, source)
         return cls(backend, template, special, _digest(content))
 
@@ -129,18 +121,7 @@ class ChatTokenizer:
         return Template(self.template, self.special, self.date, json.loads(self.arguments or "{}"))
 
 
-def copy_tokenizer(directory: Path, target: Path) -> None:
-    """Copy the files of a tokenizer and no others: a cache from elsewhere may have a config.json or weights among them."""
-    for file in sorted(directory.rglob("*")):
-        name = file.relative_to(directory)
-        if file.is_file() and (
-            name.name in FILES or name.suffix in (".jinja", ".model") or FILES_OF_CODE.fullmatch(str(name))
-        ):
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target / name)
-
-
-def _template(directory: Path, config: dict[str, Any]) -> tuple[str, str]:
+def template_of(directory: Path, config: dict[str, Any]) -> tuple[str, str]:
     """The chat template of the tokenizer, or the plain one, and the name of its source.
 
     Raises:
@@ -164,7 +145,13 @@ def _template(directory: Path, config: dict[str, Any]) -> tuple[str, str]:
     return (template, "tokenizer_config.json") if template else (PLAIN_TEMPLATE, "the plain form")
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_config(directory: Path) -> dict[str, Any]:
+    """The settings in a directory of tokenizer files; {} if it has none.
+
+    Raises:
+        ModelError: they cannot be read.
+    """
+    file = directory / "tokenizer_config.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     except (OSError, ValueError) as error:

@@ -23,7 +23,7 @@ from minicache.cache.repack import repack, select
 from minicache.cache.schema import CachedPairs
 from minicache.cache.writer import CacheWriter
 from minicache.data.columns import Reading
-from minicache.data.tokenizers import copy_tokenizer
+from minicache.data.tokenizer_files import copy_tokenizer
 from minicache.errors import CacheDamaged, CacheError, CacheMismatch
 from minicache.trackers import Tracker
 

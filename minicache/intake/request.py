@@ -17,7 +17,7 @@ from minicache.cache.places.place import Place
 from minicache.data.arguments import parse_arguments
 from minicache.data.files import DataFile
 from minicache.data.template import require_read
-from minicache.data.tokenizers import ChatTokenizer
+from minicache.data.tokenizers import PLAIN_TEMPLATE, ChatTokenizer
 from minicache.errors import DataError
 from minicache.intake.blocks import hash_files
 from minicache.intake.tokenizer_files import template_digest
@@ -68,7 +68,12 @@ class Request:
         config: with a settled dtype. scratch: a directory for the tokenizer's files.
         """
         tokenizer_dir = scratch / "tokenizer"
-        tokenizer = _tokenizer(config, tokenizer_dir)
+        tokenizer = _tokenizer(config, loaded.family, tokenizer_dir)
+        if tokenizer.template == PLAIN_TEMPLATE and not config.chat_template:
+            tracker.note(
+                f"{config.tokenizer or config.model}: the tokenizer has no chat template; turns are written plainly, as "
+                "'User: …' and 'Assistant: …'; --chat-template FILE gives another form"
+            )
         return cls(
             config=config,
             identity=_identity(config, loaded, tokenizer, device),
@@ -94,7 +99,7 @@ class Request:
         )
 
 
-def _tokenizer(config: PrecomputeConfig, directory: Path) -> ChatTokenizer:
+def _tokenizer(config: PrecomputeConfig, family: str, directory: Path) -> ChatTokenizer:
     """The tokenizer with the chat template asked for; its files are written to `directory`."""
     template = None
     if config.chat_template:
@@ -102,7 +107,7 @@ def _tokenizer(config: PrecomputeConfig, directory: Path) -> ChatTokenizer:
             template = config.chat_template.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"--chat-template {config.chat_template}: cannot be read: {error}") from error
-    save_tokenizer(config.tokenizer or config.model, directory, template, config.trust_remote_code)
+    save_tokenizer(config.tokenizer or config.model, directory, template, config.trust_remote_code, family)
     tokenizer = ChatTokenizer.load(directory)
     require_read(tokenizer.chat, config.date, parse_arguments(config.template_arg))
     # A policy should be prompted with the template that it was trained with, so the template stays with the tokenizer.

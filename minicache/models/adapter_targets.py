@@ -6,6 +6,10 @@ from typing import Any
 from torch import nn
 
 from minicache.errors import ConfigError
+from minicache.models.whole import beside_text
+
+# Families whose out_proj peft refuses to adapt (peft/tuners/tuners_utils.py, _check_lora_target_modules_mamba).
+MAMBA_TYPES = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
 
 
 def targets(model: nn.Module, asked: str) -> dict[str, Any]:
@@ -19,7 +23,7 @@ def targets(model: nn.Module, asked: str) -> dict[str, Any]:
         ConfigError: the model has no such module, or its weights are those of another one too.
     """
     if asked == "all-linear":
-        return {"target_modules": asked}
+        return {"target_modules": asked, "exclude_modules": _left_out(model) or None}
     modules = {name: module for name, module in model.named_modules() if _is_adaptable(module)}
     experts = [name for name, weight in model.named_parameters() if weight.ndim == 3 and "experts" in name]
     named = [name.strip() for name in asked.split(",") if name.strip()]
@@ -41,6 +45,21 @@ def targets(model: nn.Module, asked: str) -> dict[str, Any]:
         # GPT-2's layers hold their weights transposed
         found["fan_in_fan_out"] = True
     return found
+
+
+def _left_out(model: Any) -> list[str]:
+    """The linear modules that all-linear leaves out, beside the head: those that an adapter would break, or text never reaches.
+
+    Routers return more than their product. Mamba's kernels read the weights of some projections past the module; peft refuses them.
+    """
+    beside = {name.rpartition(".")[0] for name in beside_text(model)}
+    fused = model.config.get_text_config().model_type in MAMBA_TYPES
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and (name in beside or "Router" in type(module).__name__ or (fused and name.rpartition(".")[2] == "out_proj"))
+    ]
 
 
 def _is_adaptable(module: nn.Module) -> bool:

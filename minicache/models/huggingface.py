@@ -22,14 +22,14 @@ def load(source: str, trust_remote_code: bool) -> nn.Module:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = _from_pretrained(AutoConfig, source, trust_remote_code)
+    config = from_pretrained(AutoConfig, source, trust_remote_code)
     require_language_model(source, config)
     is_gguf = Path(source).suffix == ".gguf"
     # weights of another shape are refused below, by name
     options = {"dtype": "auto", "output_loading_info": True, "ignore_mismatched_sizes": True}
     how = {} if is_gguf else stored.loading_options(source, config)
     with stored.quietly(source) if how else nullcontext():
-        model, info = _from_pretrained(AutoModelForCausalLM, source, trust_remote_code, **options, **how)
+        model, info = from_pretrained(AutoModelForCausalLM, source, trust_remote_code, **options, **how)
     require_whole(source, config, model, info)
     if is_gguf:
         # The weights are plain tensors by now. A model marked as quantized could not be saved or trained.
@@ -41,20 +41,6 @@ def load(source: str, trust_remote_code: bool) -> nn.Module:
     return model
 
 
-def save_tokenizer(source: str, directory: Path, trust_remote_code: bool) -> None:
-    """Write the files of the tokenizer at `source` into a directory.
-
-    Raises:
-        ModelError: there is none, transformers cannot load it, or it has no fast version.
-    """
-    from transformers import AutoTokenizer
-
-    tokenizer = _from_pretrained(AutoTokenizer, source, trust_remote_code)
-    tokenizer.save_pretrained(directory)
-    if not (directory / "tokenizer.json").exists():
-        raise ModelError(f"{source}: the tokenizer has no fast (tokenizers library) version, which minidpo needs")
-
-
 def quiet() -> None:
     """Turn off the progress bars of transformers: the commands show their own."""
     from transformers.utils import logging
@@ -63,7 +49,7 @@ def quiet() -> None:
     turn_off()
 
 
-def _from_pretrained(cls: Any, source: str, trust_remote_code: bool, **options: Any) -> Any:
+def from_pretrained(cls: Any, source: str, trust_remote_code: bool, **options: Any) -> Any:
     """An object of a transformers class, from a directory, a hub id or a .gguf file.
 
     Raises:

@@ -13,17 +13,18 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from minicache.data.tokenizers import copy_tokenizer
+from minicache.data.tokenizer_files import TEMPLATE, copy_to_policy
 from minicache.disk import folder_written_whole
 from minicache.errors import ModelError
-from minicache.models import huggingface, lora, minimind, quantized
+from minicache.models import huggingface, lora, minimind, quantized, tokenizers
 from minicache.models.adapter_files import ADAPTER, settings_of
 from minicache.models.adapter_places import adapter_place, base_name, own_template, tokenizer_place
+from minicache.models.file_kinds import require_file
 from minicache.models.fingerprint import fingerprint
+from minicache.models.held import hold
 from minicache.models.joined import Below, change_of
 from minicache.models.merging import merge
 from minicache.models.whole import left_out
-from minicache.options.base import flag_of
 
 log = logging.getLogger(__name__)
 
@@ -32,14 +33,15 @@ log = logging.getLogger(__name__)
 class LoadedModel:
     """A causal language model in the precision it was stored in, on the CPU, in eval mode.
 
-    model: a transformers model. source: its name, as the user gave it. quantization: in which its linear layers are held, though
-    they are not stored so; a name in `QUANTIZATIONS` or "". weights: then the digest of the weights before. below: of a base with
-    adapters merged into it.
+    model: a transformers model. source: its name, as the user gave it. below: of a base with adapters merged into it. notes: lines
+    on what of the source was not used. quantization: in which its linear layers are held, though they are not stored so; a name in
+    `QUANTIZATIONS` or "". weights: the digest of the weights, where the model does not show it any more.
     """
 
     model: nn.Module
     source: str
     below: Below | None = None
+    notes: tuple[str, ...] = ()
     quantization: str = ""
     weights: str | None = None
 
@@ -63,8 +65,9 @@ class LoadedModel:
 
     @property
     def left_out(self) -> str | None:
-        """A line for the user on weights in its files that are not used; None: all are."""
-        return left_out(self.below.base if self.below else self.source, self.model)
+        """A line for the user on what of its files is not used; None: all is."""
+        lines = [*self.notes, left_out(self.below.base if self.below else self.source, self.model)]
+        return "; ".join(filter(None, lines)) or None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -74,9 +77,10 @@ class LoadedModel:
         return digest
 
 
-# Suffix of a file -> its loader, given the path and the options behind the colon of the name. Any other source is a Hugging
-# Face directory or hub id.
-FAMILIES: dict[str, Callable[[Path, str], nn.Module]] = {".pth": minimind.load, ".pt": minimind.load}
+# What loads a file, given the path and the options behind the colon of its name: the model, and lines on what it did not use.
+Loader = Callable[[Path, str], tuple[nn.Module, tuple[str, ...]]]
+# Suffix of a file -> its loader. Any other source is a Hugging Face directory or hub id.
+FAMILIES: dict[str, Loader] = {".pth": minimind.load, ".pt": minimind.load}
 
 
 def split_source(source: str) -> tuple[str, str]:
@@ -105,21 +109,17 @@ def load_model(source: str, trust_remote_code: bool = False, quantization: str =
     """
     started = time.perf_counter()
     place, options = split_source(source)
-    path, below = Path(place), None
+    path, below, notes = Path(place), None, tuple[str, ...]()
     if adapter := adapter_place(source):
-        model, below = _adapted(adapter, trust_remote_code)
+        model, below, notes = _adapted(adapter, trust_remote_code)
     elif path.suffix not in FAMILIES:
         model = huggingface.load(source, trust_remote_code)
-    elif path.is_file():
-        model = FAMILIES[path.suffix](path, options)
     else:
-        raise ModelError(f"{place}: no such file")
-    weights = _quantize(model, source, quantization) if quantization else None
-    if weights is None and quantized.is_quantized(model):
-        # while its content is as it is stored
-        weights = fingerprint(model)
+        require_file(path)
+        model, notes = FAMILIES[path.suffix](path, options)
+    weights = hold(model, source, quantization)
     _log_loaded(model, source, time.perf_counter() - started)
-    return LoadedModel(model.eval().requires_grad_(False), source, below, quantization, weights)
+    return LoadedModel(model.eval().requires_grad_(False), source, below, notes, quantization, weights)
 
 
 def load_unquantized(source: str, trust_remote_code: bool = False) -> LoadedModel:
@@ -131,29 +131,15 @@ def load_unquantized(source: str, trust_remote_code: bool = False) -> LoadedMode
         ModelError: as `load_model`.
     """
     if adapter := adapter_place(source):
-        model, below = _adapted(adapter, trust_remote_code, as_plain=True)
-        return LoadedModel(model.eval().requires_grad_(False), source, below)
+        model, below, notes = _adapted(adapter, trust_remote_code, as_plain=True)
+        return LoadedModel(model.eval().requires_grad_(False), source, below, notes)
     return LoadedModel(quantized.plain(load_model(source, trust_remote_code).model), source)
 
 
-def _quantize(model: nn.Module, source: str, quantization: str) -> str | None:
-    """Quantize the linear layers; returns the digest of the weights before. A model that is so already stays as it is.
-
-    Raises:
-        ModelError: it is quantized in another way.
-    """
-    if quantized.is_quantized(model):
-        adapter = adapter_place(source)
-        if adapter and lora.quantization_of(adapter) == quantization:
-            return None
-        raise ModelError(f"{source}: its weights are quantized already; leave {flag_of(quantization)} out")
-    weights = fingerprint(model)
-    quantized.quantize(model, quantization)
-    return weights
-
-
-def _adapted(directory: Path, trust_remote_code: bool, as_plain: bool = False) -> tuple[nn.Module, Below | None]:
-    """The base model with the adapter in `directory` merged into it, float32, and what the two are.
+def _adapted(
+    directory: Path, trust_remote_code: bool, as_plain: bool = False
+) -> tuple[nn.Module, Below | None, tuple[str, ...]]:
+    """The base model with the adapter in `directory` merged into it, float32, what the two are, and the notes on the base.
 
     On a quantized base the adapter stays an adapter. as_plain: merge it, into the weights before quantization.
 
@@ -177,9 +163,9 @@ def _adapted(directory: Path, trust_remote_code: bool, as_plain: bool = False) -
     model = quantized.plain(loaded.model) if as_plain else loaded.model
     adapted = lora.with_adapter(model, directory)
     if quantized.is_quantized(model):
-        return adapted, None
+        return adapted, None, loaded.notes
     below = below.plus(change_of(adapted))
-    return merge(adapted, directory), below
+    return merge(adapted, directory), below, loaded.notes
 
 
 def _log_loaded(model: nn.Module, source: str, seconds: float) -> None:
@@ -203,20 +189,36 @@ def save_model(model: Any, tokenizer_dir: Path, directory: Path, weights: dict[s
     options: dict[str, Any] = {"save_embedding_layers": False} if hasattr(model, "get_base_model") else {}
     with folder_written_whole(directory) as draft:
         try:
-            model.save_pretrained(draft, **options, **({"state_dict": weights} if weights else {}))
+            model.save_pretrained(draft, **options, **({"state_dict": _tied(model, weights)} if weights else {}))
         except SafetensorError as error:
             raise OSError(str(error)) from error
         lora.write_base(model, draft)
-        copy_tokenizer(tokenizer_dir, draft)
+        copy_to_policy(tokenizer_dir, draft)
 
 
-def save_tokenizer(source: str, directory: Path, chat_template: str | None, trust_remote_code: bool = False) -> None:
+def _tied(model: nn.Module, weights: dict[str, Any]) -> dict[str, Any]:
+    """Gathered weights with those that are one parameter of the model as one tensor again: each is gathered by itself.
+
+    By this transformers sees that they are tied, and writes them once.
+    """
+    first: dict[int, str] = {}
+    names = {
+        name: first.setdefault(id(parameter), name)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+    return {name: weights.get(names.get(name, name), weight) for name, weight in weights.items()}
+
+
+def save_tokenizer(
+    source: str, directory: Path, chat_template: str | None, trust_remote_code: bool = False, model_type: str = ""
+) -> None:
     """Write the files of the tokenizer at `source`; `chat_template`, if given, replaces its own template.
 
     An adapter without a tokenizer has that of its base, with the adapter's own chat template if there is one.
+    model_type: that of the model to whose policy the files go; see `minicache.models.tokenizers`.
 
     Raises:
-        ModelError: there is no tokenizer at `source`, or it has no fast version.
+        ModelError: there is no tokenizer at `source`, or it cannot be written as one that does the same.
     """
     adapter = adapter_place(source)
     source = tokenizer_place(source)
@@ -225,11 +227,11 @@ def save_tokenizer(source: str, directory: Path, chat_template: str | None, trus
         raise ModelError(
             f"{place}: a .pth file holds no tokenizer; add --tokenizer DIR (MiniMind's lies in its model/ folder)"
         )
-    huggingface.save_tokenizer(source, directory, trust_remote_code)
+    tokenizers.save_tokenizer(source, directory, trust_remote_code, model_type)
     if chat_template is None and adapter:
         chat_template = own_template(adapter)
     if chat_template is not None:
-        (directory / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+        (directory / TEMPLATE).write_text(chat_template, encoding="utf-8")
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:

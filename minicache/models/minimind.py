@@ -10,7 +10,6 @@ A setting that the file lacks has the generation's default, unless the model's n
 """
 
 import math
-import pickle
 from dataclasses import dataclass, fields
 from functools import reduce
 from pathlib import Path
@@ -32,6 +31,7 @@ from minicache.models.generations import (
     stack,
     turned,
 )
+from minicache.models.pth_file import read_pth
 
 ROPE_THETA, POSITIONS = 1e6, 32768
 
@@ -59,22 +59,23 @@ class Heads:
     size: int
 
 
-def load(path: Path, options: str = "") -> nn.Module:
-    """The transformers model that computes the same as a MiniMind checkpoint; its config names the generation in `minimind`.
+def load(path: Path, options: str = "") -> tuple[nn.Module, tuple[str, ...]]:
+    """The transformers model that computes the same as a MiniMind checkpoint, and lines on what of the file was not used.
 
-    options: the text behind the colon in the model's name, see `Options`.
+    The model's config names the generation in `minimind`. options: the text behind the colon in the model's name, see `Options`.
 
     Raises:
         ModelError: the file is no state dict of tensors, is of no known generation, is not whole, or the options do not fit it.
     """
-    named, state = _parse(path, options), _read(path)
+    named, file = _parse(path, options), read_pth(path)
+    state = file.state
     generation = next((item for item in GENERATIONS.values() if item.marker in state), None)
     if generation is None:
         known = ", ".join(f"MiniMind {name}" for name in reversed(GENERATIONS))
         raise ModelError(
             f"{path}: expected a checkpoint of {known}; found keys like {', '.join(list(state)[:3]) or 'none'}"
         )
-    counts = count(state, generation)
+    counts, tied = count(state, generation), _tie(state, path, generation)
     if counts.experts:
         require_mixtures()
     plain = _plain(state, path, generation, counts)
@@ -82,7 +83,8 @@ def load(path: Path, options: str = "") -> nn.Module:
     try:
         plain = turned(plain, generation, {"q": heads.q, "k": heads.kv}, back=False)
         config = _config(plain, generation, counts, heads) | _chosen(path, generation, counts, named)
-        return _build(stack(plain, generation.experts, counts) if counts.experts else plain, config)
+        model = _build(stack(plain, generation.experts, counts) if counts.experts else plain, config)
+        return model, (*file.notes, *tied)
     except (KeyError, ValueError, RuntimeError) as error:
         line = " ".join(str(error).split())[:300]
         raise ModelError(f"{path}: not a whole {_kind(generation, counts)} checkpoint: {line}") from error
@@ -111,25 +113,26 @@ def _example(name: str) -> str:
     return {"heads": "8", "kv_heads": "2", "experts_per_token": "2", "rms_eps": "1e-5", "rope_theta": "1e6"}[name]
 
 
-def _read(path: Path) -> State:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError) as error:
-        line = " ".join(str(error).split())[:200]
-        raise ModelError(
-            f"{path}: not a file of tensors alone, or damaged (pickled code is never run): {line}"
-        ) from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ModelError(f"{path}: expected a dict of tensors, as torch.save(model.state_dict(), …) writes it")
-    # DDP and torch.compile prefix the names.
-    return {key.removeprefix("_orig_mod.").removeprefix("module."): value for key, value in state.items()}
+def _tie(state: State, path: Path, generation: Generation) -> tuple[str, ...]:
+    """Add the head or the embedding where a file holds one of the two, and say so.
+
+    In all three generations they are one tensor; 3 can have two, of which its state dict holds both.
+    """
+    keys = file_keys(generation, Counts(0, 0, 0))
+    pair = [keys[name] for name in ("model.embed_tokens.weight", "lm_head.weight")]
+    missing = [key for key in pair if key not in state]
+    if len(missing) != 1:
+        return ()
+    (kept,) = (key for key in pair if key in state)
+    state[missing[0]] = state[kept]
+    return (f"{path}: {missing[0]} is not in the file; MiniMind ties it to {kept}, which is used",)
 
 
 def _plain(state: State, path: Path, generation: Generation, counts: Counts) -> State:
     """The file's tensors under the names of transformers' dense models.
 
     Raises:
-        ModelError: a tensor is missing, unknown or quantized.
+        ModelError: a tensor is missing or unknown.
     """
     keys = file_keys(generation, counts)
     missing = [key for key in keys.values() if key not in state]
@@ -141,9 +144,6 @@ def _plain(state: State, path: Path, generation: Generation, counts: Counts) -> 
             raise ModelError(
                 f"{path}: not a whole {kind} checkpoint of {counts.layers} layers: {what}: {wrong[0]}{more}"
             )
-    whole = [key for key in keys.values() if not state[key].is_floating_point()]
-    if whole:
-        raise ModelError(f"{path}: {whole[0]} is {state[whole[0]].dtype}: expected weights that are not quantized")
     return {name: state[key] for name, key in keys.items()}
 
 

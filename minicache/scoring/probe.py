@@ -65,8 +65,8 @@ def own_errors(model: Any) -> Iterator[None]:
     """Raise whatever a model's own code raises as one line.
 
     Raises:
-        ModelError: its code failed, or the CPU's memory is full. torch.OutOfMemoryError: a GPU's memory is full. Errors of the
-            network between processes pass unchanged.
+        ModelError: its code failed. torch.OutOfMemoryError: memory is full, a GPU's or the CPU's, which has no error of its own in
+            torch. Errors of the network between processes pass unchanged.
     """
     try:
         yield
@@ -76,14 +76,9 @@ def own_errors(model: Any) -> Iterator[None]:
         line = " ".join(str(error).split())[:300] or type(error).__name__
         if type(error).__name__.startswith("Dist") or "gloo" in line:
             raise
-        if is_full_memory(error):
-            raise ModelError(f"{_name(model)}: out of memory: {line}") from error
+        if isinstance(error, MemoryError) or "allocate memory" in line:
+            raise torch.OutOfMemoryError(line) from error
         raise ModelError(f"{_name(model)}: its own code failed: {line}") from error
-
-
-def is_full_memory(error: BaseException) -> bool:
-    """Whether an error says that a GPU's or the CPU's memory is full; torch has no class of its own for the latter."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
 
 
 def _name(model: Any) -> str:

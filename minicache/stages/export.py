@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from torch import nn
 
@@ -48,11 +49,15 @@ def export(config: ExportConfig, world: World, tracker: Tracker) -> ExportReport
     check_writable(config.out)
     source = policy_source(config.policy)
     tracker.begin(f"loading {source}", None)
-    model, shift = load_model(source, config.trust_remote_code).model, None
+    loaded = load_model(source, config.trust_remote_code)
+    model = loaded.model
+    if loaded.left_out:
+        tracker.note(loaded.left_out)
+    shift = None
     if is_quantized(model):
         before = _scored(model, config.policy, world, tracker)
         # not both at once
-        del model
+        del model, loaded
         tracker.begin(f"loading {source} without quantization", None)
         model = load_unquantized(source, config.trust_remote_code).model
         shift = before.moved_by(model, world.device) if before else None
@@ -100,5 +105,6 @@ def _save_directory(model: nn.Module, source: str, config: ExportConfig) -> None
     with TemporaryDirectory(prefix="minidpo-") as scratch:
         # Not the scratch directory itself: save_model copies its permissions, which exclude all other users.
         files = Path(scratch) / "tokenizer"
-        save_tokenizer(config.tokenizer or source, files, None, config.trust_remote_code)
+        family: Any = model.config
+        save_tokenizer(config.tokenizer or source, files, None, config.trust_remote_code, family.model_type)
         save_model(model, files, config.out)

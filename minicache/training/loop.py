@@ -10,7 +10,6 @@ import torch
 from minicache.errors import ModelError
 from minicache.processes.signals import StopFlag
 from minicache.scoring.batching import ahead
-from minicache.scoring.probe import is_full_memory
 from minicache.trackers import Silent, Tracker
 from minicache.training import checkpoints
 from minicache.training.log_lines import is_logged, log_pending, log_step
@@ -86,9 +85,7 @@ def _step_that_fits(run: Run, training: Training, mine: Share) -> torch.Tensor:
     """As `take_step`. Raises ModelError: the step does not fit in memory."""
     try:
         return take_step(run, training, mine)
-    except (RuntimeError, MemoryError) as error:
-        if not is_full_memory(error):
-            raise
+    except torch.OutOfMemoryError as error:
         kept = checkpoints.steps(run.config.out)
         after = f"; --resume goes on from step {kept[-1]}" if kept else ""
         raise ModelError(

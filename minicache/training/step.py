@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from minicache.scoring.batch import Batch
 from minicache.scoring.batching import Indices, by_length
+from minicache.scoring.probe import own_errors
 from minicache.training.losses import Objective
 from minicache.training.order import global_batches, shares
 from minicache.training.schedules import beta_at, learning_rate
@@ -96,7 +97,8 @@ def _accumulate(run: Run, training: Training, objective: Objective, mine: Share)
             logps = pair_logps(scores, inputs, run.cached, part.indices, objective)
             losses = objective(logps, chosen_tokens)
             total = losses if scores.balance is None else losses + scores.balance
-            training.scaler.scale(total.sum() * part.weight).backward()
+            with own_errors(run.scorer.model):
+                training.scaler.scale(total.sum() * part.weight).backward()
         if part.weight:
             training.means.add(losses, logps, objective.beta, scores)
 

@@ -23,7 +23,8 @@ from minicache.data.encode import Encoder
 from minicache.data.files import MOST_DEPTH, MOST_ROW, read_rows, zstd
 from minicache.data.formats import FORMATS, to_pair, to_prompt
 from minicache.data.records import Pair, Turn
-from minicache.data.tokenizers import ChatTokenizer, copy_tokenizer
+from minicache.data.tokenizer_files import copy_tokenizer
+from minicache.data.tokenizers import ChatTokenizer
 from minicache.data.workers import ALONE, RowEncoder
 from minicache.errors import CacheDamaged, CacheError, DataError, RowRefused
 from tests.conftest import make_rows

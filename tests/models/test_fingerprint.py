@@ -28,6 +28,7 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "sliding_window": (4096, 512),
     "layer_types": (["full_attention"], ["sliding_attention"]),
     "clip_qkv": (8.0, 6.0),
+    "attention_chunk_size": (8192, 4096),
     "num_experts_per_tok": (2, 4),
     "moe_k": (2, 4),
     "moe_topk": (2, 4),

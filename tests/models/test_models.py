@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from minicache.errors import ModelError
 from minicache.models import load_model, save_model, save_tokenizer
@@ -152,6 +153,19 @@ def test_saving_keeps_every_bit_and_the_precision(tmp_path: Path, tokenizer_dir:
     for saved, kept in zip(loaded.model.parameters(), model.parameters(), strict=True):
         assert torch.equal(saved, kept)
     assert (tmp_path / "saved" / "tokenizer.json").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_tied_weights_are_written_once_from_gathered_ones_too(tmp_path: Path, tokenizer_dir: Path) -> None:
+    """Each is gathered by itself, so that in memory they are two."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**{**tiny_llama().config.to_dict(), "tie_word_embeddings": True})
+    model = LlamaForCausalLM(config)
+    gathered = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+    save_model(model, tokenizer_dir, tmp_path / "gathered", gathered)
+    save_model(model, tokenizer_dir, tmp_path / "plain")
+    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("gathered", "plain"))
+    assert found.keys() == expected.keys() and "lm_head.weight" not in found
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
 
 
 @pytest.fixture(scope="session")

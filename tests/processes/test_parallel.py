@@ -144,6 +144,31 @@ def test_any_number_of_processes_gives_the_curve_of_one(
     assert_same_curve(runs(kind), runs(kind, size, parallel))
 
 
+def test_shards_of_a_tied_model_write_its_head_once_and_go_on(model_dir: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**{**LlamaConfig.from_pretrained(model_dir).to_dict(), "tie_word_embeddings": True})
+    torch.manual_seed(0)
+    shutil.copytree(model_dir, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    cache = precompute_into(tmp_path / "cache", tmp_path / "model", write_jsonl(tmp_path / "x.jsonl", make_rows(12)))
+    options = options_of("plain", cache, tmp_path / "run", parallel="fsdp")
+    jobs = [("train", options), ("train", {**options, "out": str(tmp_path / "async"), "async_save": True})]
+    run_world(2, jobs, tmp_path / "world")
+    for place in (
+        tmp_path / "run" / "model",
+        tmp_path / "async" / "model",
+        tmp_path / "run/checkpoints/step-000003/model",
+    ):
+        assert "lm_head.weight" not in load_file(place / "model.safetensors")
+    load: Any = AutoModelForCausalLM.from_pretrained
+    model, info = load(tmp_path / "run" / "model", output_loading_info=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight and not any(info.values())
+    out = cut(tmp_path / "run", tmp_path / "resumed", 3)
+    train(fill(TrainConfig, options_of("plain", cache, out, resume=True)), one_process(), Silent())
+    assert_same_curve(tmp_path / "run", out)
+
+
 def cut(run: Path, out: Path, step: int) -> Path:
     """A copy of a finished run as if it had been killed after the checkpoint at `step`."""
     shutil.copytree(run, out)

@@ -298,3 +298,12 @@ def test_a_recurrent_family_is_packed_by_sequences_where_its_code_keeps_them_apa
     for name, time in KERNELS[family].items():
         monkeypatch.setattr(module, name, by_sequence(getattr(module, name), time))
     check_layout(tiny(family, RECURRENT[family]), "sequences")
+
+
+def test_a_full_memory_of_the_cpu_is_the_error_that_a_gpus_is() -> None:
+    """So that batches are halved, and a training step says what to lower."""
+    model = tiny("llama", {})
+    scorer = Scorer(model, "float32")
+    model.model.layers[1].mlp.forward = lambda hidden: torch.empty(10**15)
+    with pytest.raises(torch.OutOfMemoryError, match="allocate"):
+        scorer(lay_out(random_pairs(2)))
