@@ -6,6 +6,7 @@ from hashlib import blake2b
 from typing import Any
 
 from minicache.errors import CacheMismatch, Difference
+from minicache.options.base import QUANTIZATIONS
 from minicache.options.choices import LOSS_ON, MOST_BLOCK_PAIRS, MOST_LENGTH, SPECIAL_TEXT, THINK, TRUNCATE
 
 FORMAT_VERSION = 1
@@ -21,6 +22,7 @@ POSSIBLE: dict[str, range | tuple[str, ...]] = {
     "think": THINK,
     "special_text": SPECIAL_TEXT,
     "dtype": tuple(TOLERANCE),
+    "quantization": ("", *QUANTIZATIONS),
 }
 # Fields that change what is stored or how; all other fields change values.
 STORAGE = ("format_version", "block_pairs", "per_token")
@@ -33,6 +35,8 @@ class Identity:
     weights: digest of the reference's weights. family: its architecture. tokenizer, template: digests. dtype: precision of the
     forward pass. block_pairs: pairs of a full block. per_token: whether each token's logprob is stored. date: that the template
     was given as today's, "" its fixed one. template_args: other values that it was given, as JSON, "" without any.
+    quantization: in which the base's linear layers were held, a name in QUANTIZATIONS; "" as they are stored. `weights` is then the
+    digest before quantization, which is the same on every device and in every version of the library that quantizes.
 
     The default of a field that was added later is the value with which earlier caches were made. Such a field is stored only if
     it has another value, so the digests of earlier caches do not change.
@@ -55,6 +59,7 @@ class Identity:
     special_text: str = "allow"
     date: str = ""
     template_args: str = ""
+    quantization: str = ""
 
     @property
     def digest(self) -> str:
@@ -83,7 +88,10 @@ class Identity:
         problem, advice: the beginning and the end of the message. sides: its names for this identity and for the wanted one.
         """
         if differences := self.differences(wanted):
-            fields = "; ".join(f"{name} is {mine}, {sides[1]} {theirs}" for name, mine, theirs, _ in differences)
+            fields = "; ".join(
+                f"{name} is {'none' if mine == '' else mine}, {sides[1]} {'none' if theirs == '' else theirs}"
+                for name, mine, theirs, _ in differences
+            )
             raise CacheMismatch(f"{problem}: {fields}. {advice}", differences, sides)
 
     def differences(self, other: "Identity") -> list[Difference]:

@@ -23,6 +23,7 @@ from minicache.intake.blocks import hash_files
 from minicache.intake.tokenizer_files import template_digest
 from minicache.models import LoadedModel, save_tokenizer
 from minicache.models.load import lasting_name
+from minicache.models.quantized import weight_count
 from minicache.options.stage_one import PrecomputeConfig
 from minicache.options.where import Where
 from minicache.trackers import Tracker
@@ -135,12 +136,13 @@ def _identity(
         special_text=config.special_text,
         date=config.date,
         template_args=parse_arguments(config.template_arg),
+        quantization=loaded.quantization,
     )
 
 
 def _block_pairs(loaded: LoadedModel, max_length: int, device: torch.device) -> int:
     """The number of pairs that take about BLOCK_SECONDS to score: a power of two from 16 to 4096."""
-    parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+    parameters = sum(map(weight_count, loaded.model.parameters()))
     seconds_a_pair = 2 * parameters * min(max_length, 512) / ASSUMED_FLOPS[device.type]
     return 1 << int(np.clip(np.log2(BLOCK_SECONDS / seconds_a_pair), 4, 12))
 

@@ -126,7 +126,9 @@ def _logits(router: Any, parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
 
     The weights have as many numbers where a token goes to all experts; the loss is then the same constant from either.
     """
-    return next(part for part in parts if part.is_floating_point() and part.shape[-1] == len(router.weight))
+    # a weight in 4 bits has no rows
+    experts = getattr(router, "out_features", None) or len(router.weight)
+    return next(part for part in parts if part.is_floating_point() and part.shape[-1] == experts)
 
 
 def _imbalance(logits: torch.Tensor, top: int, owners: torch.Tensor, count: int) -> torch.Tensor:

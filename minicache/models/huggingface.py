@@ -1,13 +1,14 @@
 """Hugging Face directories, hub ids and .gguf files, through transformers. Weights keep the precision they were stored in."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from minicache.errors import ModelError
+from minicache.models import stored
 from minicache.models.whole import require_language_model, require_whole
 
 
@@ -23,14 +24,19 @@ def load(source: str, trust_remote_code: bool) -> nn.Module:
 
     config = from_pretrained(AutoConfig, source, trust_remote_code)
     require_language_model(source, config)
+    is_gguf = Path(source).suffix == ".gguf"
     # weights of another shape are refused below, by name
     options = {"dtype": "auto", "output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, info = from_pretrained(AutoModelForCausalLM, source, trust_remote_code, **options)
+    how = {} if is_gguf else stored.loading_options(source, config)
+    with stored.quietly(source) if how else nullcontext():
+        model, info = from_pretrained(AutoModelForCausalLM, source, trust_remote_code, **options, **how)
     require_whole(source, config, model, info)
-    if Path(source).suffix == ".gguf":
+    if is_gguf:
         # The weights are plain tensors by now. A model marked as quantized could not be saved or trained.
         model.hf_quantizer, model.is_quantized = None, False
         vars(model.config).pop("quantization_config", None)
+    else:
+        stored.settle(model, source)
     assert isinstance(model, nn.Module)
     return model
 

@@ -16,11 +16,12 @@ from torch.utils.checkpoint import checkpoint
 from minicache.data.tokenizer_files import TEMPLATE, copy_to_policy
 from minicache.disk import folder_written_whole
 from minicache.errors import ModelError
-from minicache.models import huggingface, lora, minimind, tokenizers
+from minicache.models import huggingface, lora, minimind, quantized, tokenizers
 from minicache.models.adapter_files import ADAPTER, settings_of
 from minicache.models.adapter_places import adapter_place, base_name, own_template, tokenizer_place
 from minicache.models.file_kinds import require_file
 from minicache.models.fingerprint import fingerprint
+from minicache.models.held import hold
 from minicache.models.joined import Below, change_of
 from minicache.models.merging import merge
 from minicache.models.whole import left_out
@@ -32,14 +33,17 @@ log = logging.getLogger(__name__)
 class LoadedModel:
     """A causal language model in the precision it was stored in, on the CPU, in eval mode.
 
-    model: a transformers model. source: its name, as the user gave it. below: of a base with adapters merged into it.
-    notes: lines on what of the source was not used.
+    model: a transformers model. source: its name, as the user gave it. below: of a base with adapters merged into it. notes: lines
+    on what of the source was not used. quantization: in which its linear layers are held, though they are not stored so; a name in
+    `QUANTIZATIONS` or "". weights: the digest of the weights, where the model does not show it any more.
     """
 
     model: nn.Module
     source: str
     below: Below | None = None
     notes: tuple[str, ...] = ()
+    quantization: str = ""
+    weights: str | None = None
 
     @property
     def family(self) -> str:
@@ -68,7 +72,7 @@ class LoadedModel:
     @cached_property
     def fingerprint(self) -> str:
         """Digest of the weights and settings; see `minicache.models.fingerprint`."""
-        digest = fingerprint(self.model)
+        digest = self.weights or fingerprint(self.model)
         log.debug("%s: digest of the weights %s", self.source, digest)
         return digest
 
@@ -92,10 +96,12 @@ def lasting_name(source: str) -> str:
     return f"{Path(place).resolve()}{':' if options else ''}{options}" if Path(place).exists() else source
 
 
-def load_model(source: str, trust_remote_code: bool = False) -> LoadedModel:
+def load_model(source: str, trust_remote_code: bool = False, quantization: str = "") -> LoadedModel:
     """The model in a directory, hub id, .gguf file or MiniMind .pth file; for an adapter, its base with it merged, float32.
 
     The name of a .pth file can carry settings that the file lacks: "model.pth:heads=16,kv_heads=8" (see `minimind.Options`).
+    quantization: hold the linear layers in it, a name in `QUANTIZATIONS`. An adapter that was trained on a quantized base is not
+    merged: the model is that base with the adapter on it.
 
     Raises:
         ModelError: the source does not exist, is of no known kind, needs code of its own that was not allowed, or does not fit
@@ -105,18 +111,37 @@ def load_model(source: str, trust_remote_code: bool = False) -> LoadedModel:
     place, options = split_source(source)
     path, below, notes = Path(place), None, tuple[str, ...]()
     if adapter := adapter_place(source):
-        model, below, notes = _merged(adapter, trust_remote_code)
+        model, below, notes = _adapted(adapter, trust_remote_code)
     elif path.suffix not in FAMILIES:
         model = huggingface.load(source, trust_remote_code)
     else:
         require_file(path)
         model, notes = FAMILIES[path.suffix](path, options)
+    weights = hold(model, source, quantization)
     _log_loaded(model, source, time.perf_counter() - started)
-    return LoadedModel(model.eval().requires_grad_(False), source, below, notes)
+    return LoadedModel(model.eval().requires_grad_(False), source, below, notes, quantization, weights)
 
 
-def _merged(directory: Path, trust_remote_code: bool) -> tuple[nn.Module, Below, tuple[str, ...]]:
+def load_unquantized(source: str, trust_remote_code: bool = False) -> LoadedModel:
+    """As `load_model`, with plain weights: an adapter of a quantized base is merged into that base's weights before quantization.
+
+    Weights that are stored quantized are turned back into float32, which cannot restore what they were before.
+
+    Raises:
+        ModelError: as `load_model`.
+    """
+    if adapter := adapter_place(source):
+        model, below, notes = _adapted(adapter, trust_remote_code, as_plain=True)
+        return LoadedModel(model.eval().requires_grad_(False), source, below, notes)
+    return LoadedModel(quantized.plain(load_model(source, trust_remote_code).model), source)
+
+
+def _adapted(
+    directory: Path, trust_remote_code: bool, as_plain: bool = False
+) -> tuple[nn.Module, Below | None, tuple[str, ...]]:
     """The base model with the adapter in `directory` merged into it, float32, what the two are, and the notes on the base.
+
+    On a quantized base the adapter stays an adapter. as_plain: merge it, into the weights before quantization.
 
     Raises:
         ModelError: the base cannot be loaded, or is not the one that the adapter was trained on.
@@ -124,14 +149,21 @@ def _merged(directory: Path, trust_remote_code: bool) -> tuple[nn.Module, Below,
     base = base_name(directory)
     settings_of(directory)
     try:
-        loaded = load_model(base, trust_remote_code)
+        loaded = load_model(base, trust_remote_code, "" if as_plain else lora.quantization_of(directory))
     except ModelError as error:
         raise ModelError(
             f"{directory}: the base model of this adapter, base_model_name_or_path in {ADAPTER}: {error}"
         ) from error
     lora.check_base(directory, base, loaded.fingerprint)
+    if hasattr(loaded.model, "get_base_model"):
+        raise ModelError(
+            f"{directory}: its base {base} is an adapter on a quantized base; expected one that `minidpo export` has merged"
+        )
     below = loaded.below or Below(lasting_name(base), loaded.fingerprint, {})
-    adapted = lora.with_adapter(loaded.model, directory)
+    model = quantized.plain(loaded.model) if as_plain else loaded.model
+    adapted = lora.with_adapter(model, directory)
+    if quantized.is_quantized(model):
+        return adapted, None, loaded.notes
     below = below.plus(change_of(adapted))
     return merge(adapted, directory), below, loaded.notes
 
@@ -140,7 +172,7 @@ def _log_loaded(model: nn.Module, source: str, seconds: float) -> None:
     if log.isEnabledFor(logging.DEBUG):
         parameters = list(model.parameters())
         dtypes = ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters}))
-        count = sum(parameter.numel() for parameter in parameters)
+        count = sum(map(quantized.weight_count, parameters))
         log.debug("%s: %s, %s, %d parameters, %.1f s", source, type(model).__name__, dtypes, count, seconds)
 
 

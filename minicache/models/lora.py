@@ -14,6 +14,8 @@ from minicache.models.adapter_files import ADAPTER, repeated, require_all, resiz
 from minicache.models.adapter_targets import targets
 from minicache.models.joined import WEIGHTS, write_joined
 from minicache.models.peft_library import library, quiet
+from minicache.models.quantized import to_float32
+from minicache.options.base import QUANTIZATIONS
 from minicache.options.train import LoraOptions
 
 BASE = "base.json"
@@ -56,9 +58,13 @@ def adapt(model: nn.Module, config: Any, source: str) -> nn.Module:
 
 
 def write_base(model: nn.Module, directory: Path) -> None:
-    """Write the digest of the base's weights beside an adapter that has it (`base_fingerprint`): a name may change its weights."""
+    """Write the digest of the base's weights beside an adapter that has it (`base_fingerprint`): a name may change its weights.
+
+    With it the quantization of the base (`base_quantization`), if it was not held as it is stored.
+    """
     if base := getattr(model, "base_fingerprint", None):
-        facts = {"weights": base}
+        quantization = getattr(model, "base_quantization", "")
+        facts = {"weights": base} | ({"quantization": quantization} if quantization else {})
         if below := getattr(model, "below", None):
             write_joined(model, below, directory)
             facts = {"weights": below.weights, JOINED: True}
@@ -74,6 +80,20 @@ def is_joined(directory: Path) -> bool:
         ModelError: the file about its base cannot be read.
     """
     return bool(_facts(directory).get(JOINED))
+
+
+def quantization_of(directory: Path) -> str:
+    """The quantization of the base that an adapter was trained on, a name in QUANTIZATIONS; "" for a base as it is stored.
+
+    Raises:
+        ModelError: the file about its base cannot be read.
+    """
+    name = _facts(directory).get("quantization", "")
+    if name and name not in QUANTIZATIONS:
+        raise ModelError(
+            f"{directory / BASE}: cannot be read: quantization: expected one of {', '.join(QUANTIZATIONS)}, got {name!r}"
+        )
+    return str(name)
 
 
 def _facts(directory: Path) -> dict[str, Any]:
@@ -117,7 +137,7 @@ def with_adapter(base: nn.Module, directory: Path) -> Any:
     try:
         weights = peft.load_peft_weights(str(directory), device="cpu")
         with quiet():
-            base = base.to(torch.float32)
+            base = to_float32(base, torch.device("cpu"))
             resize(base, weights, directory)
             kind = peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, peft.PeftModel)
             adapted = kind(base, config, "default")

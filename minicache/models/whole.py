@@ -84,7 +84,8 @@ def require_whole(source: str, config: Any, model: nn.Module, info: dict[str, An
     require_language_model(source, model.config)
     if info["error_msgs"]:
         raise ModelError(f"{source}: {' '.join(str(info['error_msgs'][0]).split())[:300]}")
-    if not getattr(model, "is_quantized", False):
+    says_how = getattr(config, "quantization_config", None) is not None or getattr(model, "is_quantized", False)
+    if not says_how:
         _require_floats(source, model)
 
 

@@ -7,6 +7,7 @@ from minicache.data.arguments import parse_arguments, require_date
 from minicache.data.columns import Reading
 from minicache.errors import ConfigError
 from minicache.options import texts
+from minicache.options.base import AS_STORED, BaseOptions
 from minicache.options.checks import split_share
 from minicache.options.choices import (
     DTYPES,
@@ -74,6 +75,7 @@ class PrecomputeConfig:
         choices=lambda: SPECIAL_TEXT,
     )
     dtype: str = option("auto", texts.DTYPE, aliases=("--ref-dtype",), choices=lambda: DTYPES)
+    base: BaseOptions = AS_STORED
     block_pairs: int | None = option(
         None, "Pairs in a block, the unit of resuming. (Default: by model size.)", least=1, most=MOST_BLOCK_PAIRS
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from minicache.data.columns import Reading
 from minicache.errors import ConfigError
 from minicache.options import texts
+from minicache.options.base import AS_STORED, BaseOptions, flag_of
 from minicache.options.catalog import DIVERGENCES, OPTIMIZERS, SCHEDULES, names_of
 from minicache.options.checks import check_caches
 from minicache.options.choices import DTYPES, LOGPS, ON_MAX_KL, PAIRS, PARALLEL, layout_help, layouts
@@ -171,6 +172,7 @@ class TrainConfig:
     weight_decay: float = option(0.0, "Weight decay of AdamW, on matrices only.", panel=OPTIMIZER, least=0)
     max_grad_norm: float = option(1.0, "Gradients are clipped to this norm; 0: no clipping.", panel=OPTIMIZER, least=0)
     lora: LoraOptions = NO_LORA
+    base: BaseOptions = AS_STORED
     dtype: str = option("auto", texts.DTYPE, panel=MEMORY, choices=lambda: DTYPES)
     layout: str = option("auto", layout_help(), panel=MEMORY, choices=layouts)
     parallel: str = option("ddp", texts.PARALLEL, panel=MEMORY, choices=lambda: PARALLEL, movable=True)
@@ -225,6 +227,10 @@ class TrainConfig:
         check_caches(self.caches)
         check_options(self)
         self.reading.require_sound()
+        if (quantization := self.base.quantization) and not self.lora.wanted:
+            raise ConfigError(
+                f"{flag_of(quantization)}: quantized weights cannot be trained, adapters on them can; add --lora-rank 16"
+            )
         if self.on_max_kl != "warn" and self.max_kl is None:
             raise ConfigError("--on-max-kl: is used with --max-kl only; expected both, got --on-max-kl alone")
         if self.warmup > 1 and self.warmup % 1:

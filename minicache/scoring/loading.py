@@ -90,4 +90,4 @@ class Sources:
     """The functions that load a run's pairs and model. A sweep replaces them to load each once for all runs."""
 
     pairs: Callable[[ReferenceCache | JoinedCaches, Path | None, World, Tracker], CachedPairs] = load_pairs
-    model: Callable[[str, bool], LoadedModel] = load_model
+    model: Callable[[str, bool, str], LoadedModel] = load_model

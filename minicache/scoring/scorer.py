@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from minicache.errors import ConfigError
 from minicache.models.balance import has_balance, recording
+from minicache.models.quantized import compute_in
 from minicache.pairs import PairTable
 from minicache.processes.world import World
 from minicache.scoring.attention import set_attention, use_spans
@@ -70,6 +71,7 @@ class Scorer(nn.Module):
         """
         super().__init__()
         self.model = model.eval()
+        compute_in(model, DTYPES[dtype])
         self.attention = model.config.get_text_config()._attn_implementation
         self.dtype = dtype
         self.has_balance = has_balance(model)

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from minicache.errors import ConfigError
 from minicache.models import layers_of
 from minicache.models.lora import adapt
+from minicache.models.quantized import is_quantized, to_float32
 from minicache.processes.world import World
 from minicache.scoring.probe import probed
 from minicache.scoring.scorer import DTYPES, Scorer
@@ -24,6 +25,12 @@ from minicache.scoring.scorer import DTYPES, Scorer
 def is_sharded(parallel: str, world: World) -> bool:
     """Whether --parallel and the number of processes make shards of the model."""
     return parallel != "ddp" and world.size > 1
+
+
+def refuse_quantized_shards(model: nn.Module | None, parallel: str, world: World) -> None:
+    """Raises ConfigError on all ranks: the model, as rank 0 has it, is quantized and would be sharded."""
+    if is_sharded(parallel, world) and world.broadcast(model is not None and is_quantized(model)):
+        raise ConfigError(f"--parallel {parallel}: quantized weights cannot be sharded; expected --parallel ddp")
 
 
 def spread(model: nn.Module | None, dtype: str, parallel: str, world: World) -> Scorer:
@@ -36,7 +43,8 @@ def spread(model: nn.Module | None, dtype: str, parallel: str, world: World) -> 
     """
     if not is_sharded(parallel, world):
         assert model is not None
-        return Scorer(model.to(world.device, torch.float32), dtype)
+        return Scorer(to_float32(model, world.device), dtype)
+    refuse_quantized_shards(model, parallel, world)
     mesh = _mesh(parallel, world)
     plan = world.broadcast(_describe(model.to(torch.float32)) if model is not None else None)
     skeleton = _skeleton(plan)

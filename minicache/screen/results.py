@@ -173,6 +173,13 @@ def show_export(console: Console, report: "ExportReport") -> None:
     console.print(
         f"[bold green]✓[/] {size}; load it as [bold]{escape(report.name)}[/]", highlight=False, soft_wrap=True
     )
+    if moved := report.moved:
+        console.print(
+            f"  without the base's quantization mean logprobs moved by {moved.mean:.2g} nats per token on average, "
+            f"{moved.most:.2g} at most ({moved.pairs} pairs of {escape(visible(moved.ref_cache))})",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def show_verify(console: Console, worst: float) -> None:

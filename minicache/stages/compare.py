@@ -33,13 +33,13 @@ def compare(config: CompareConfig, world: World, tracker: Tracker) -> list[Answe
     for file in filter(None, (config.jsonl, config.html)):
         check_writable(file)
     policy = policy_source(config.policy)
-    reference = config.reference or _reference_of(config.policy)
+    first = (config.reference, "") if config.reference else _reference_of(config.policy)
     tokenizer = tokenizer_of(config, policy)
     prompts = read_prompts(config, tokenizer, tracker.note)
-    before, after = (_ask(source, tokenizer, prompts, config, world, tracker) for source in (reference, policy))
+    before, after = (_ask(model, tokenizer, prompts, config, world, tracker) for model in (first, (policy, "")))
     answers = [_side_by_side(*each) for each in zip(prompts, before, after, strict=True)]
     _note_cut(answers, config, tracker)
-    _write(answers, config, {"reference": reference, "policy": config.policy})
+    _write(answers, config, {"reference": first[0], "policy": config.policy})
     return answers
 
 
@@ -53,22 +53,27 @@ def tokenizer_of(config: CompareConfig, policy: str) -> ChatTokenizer:
     return replace(tokenizer, date=date, arguments=given or (behind and behind.template_args) or "")
 
 
-def _reference_of(run: str) -> str:
-    """The model that the run of this policy started from. Raises ConfigError: it is not known."""
+def _reference_of(run: str) -> tuple[str, str]:
+    """The model that the run of this policy started from, and its quantization. Raises ConfigError: it is not known."""
     behind = run_behind(run)
     if behind is None:
         raise ConfigError(f"{run} is no run directory that says what it started from; add --reference MODEL")
-    return behind.started_from
+    return behind.started_from, behind.quantization or ""
 
 
 def _ask(
-    source: str, tokenizer: ChatTokenizer, prompts: list[Prompt], config: CompareConfig, world: World, tracker: Tracker
+    named: tuple[str, str],
+    tokenizer: ChatTokenizer,
+    prompts: list[Prompt],
+    config: CompareConfig,
+    world: World,
+    tracker: Tracker,
 ) -> list[Answer]:
-    """The answers of one model. It is freed before the other one is loaded."""
-    started = time.monotonic()
+    """The answers of one model, given by name and quantization. It is freed before the other one is loaded."""
+    source, started = named[0], time.monotonic()
     ids = [prompt.ids for prompt in prompts]
     tracker.begin(f"loading {source}", None)
-    model = load_model(source, config.trust_remote_code).model
+    model = load_model(source, config.trust_remote_code, named[1]).model
     require_fit(source, model, ids, config.max_new_tokens)
     tracker.begin(f"answering as {source}", len(prompts))
     sampling = Sampling(

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from minicache.cache.reader import ReferenceCache
 from minicache.errors import CacheMismatch
 from minicache.models import LoadedModel, load_model
+from minicache.models.quantized import to_float32
 from minicache.options.dictionaries import fill, flat
 from minicache.options.others import EvaluateConfig
 from minicache.options.train import LossOptions
@@ -47,8 +47,9 @@ def evaluate(config: EvaluateConfig, world: World, tracker: Tracker) -> Evaluate
     require_per_token(cache, options)
     cached = load_pairs(cache, config.scratch, world, tracker)
     loaded = _load(config, cache, tracker)
-    same = loaded.fingerprint == cache.identity.weights
-    scorer = Scorer(loaded.model.to(world.device, torch.float32), resolve_dtype(config.dtype, world.device))
+    identity = cache.identity
+    same = (loaded.fingerprint, loaded.quantization) == (identity.weights, identity.quantization)
+    scorer = Scorer(to_float32(loaded.model, world.device), resolve_dtype(config.dtype, world.device))
     settle_layout(scorer, cached.table, "auto", world.device, tracker)
     pairs = EvalSet(cached, np.arange(len(cached.table)))
     tracker.begin("evaluating", len(cached.table))

@@ -7,14 +7,19 @@ from typing import Any
 
 from torch import nn
 
+from minicache.cache.reader import ReferenceCache
 from minicache.disk import check_writable
-from minicache.errors import OutputError
+from minicache.errors import MinicacheError, OutputError
 from minicache.models import load_model, save_model, save_pth, save_tokenizer
+from minicache.models.load import load_unquantized
+from minicache.models.quantized import is_quantized
 from minicache.options.exchange import ExportConfig
+from minicache.options.where import split_weight
 from minicache.processes.world import World
+from minicache.scoring.moved import Moved, Scored
 from minicache.scoring.scorer import DTYPES
 from minicache.trackers import Tracker
-from minicache.training.run_directory import policy_source
+from minicache.training.run_directory import policy_source, run_behind
 
 
 @dataclass(frozen=True)
@@ -22,17 +27,19 @@ class ExportReport:
     """The result of an export.
 
     out: the file or directory written. name: the value of --model that loads it; for a .pth it may add the number of heads.
-    dtype: precision of the weights. parameters: number of the weights.
+    dtype: precision of the weights. parameters: number of the weights. moved: by how much logprobs differ from those of a policy on
+    a quantized base, which is written without quantization; None for others, or where no cache of its run can be read.
     """
 
     out: Path
     name: str
     dtype: str
     parameters: int
+    moved: Moved | None = None
 
 
 def export(config: ExportConfig, world: World, tracker: Tracker) -> ExportReport:
-    """Write the policy to `config.out`, with adapters merged into their base.
+    """Write the policy to `config.out`, with adapters merged into their base, as it was before any quantization.
 
     Raises:
         ModelError: the policy cannot be read, or does not fit the form. OutputError: it cannot be written.
@@ -46,6 +53,14 @@ def export(config: ExportConfig, world: World, tracker: Tracker) -> ExportReport
     model = loaded.model
     if loaded.left_out:
         tracker.note(loaded.left_out)
+    shift = None
+    if is_quantized(model):
+        before = _scored(model, config.policy, world, tracker)
+        # not both at once
+        del model, loaded
+        tracker.begin(f"loading {source} without quantization", None)
+        model = load_unquantized(source, config.trust_remote_code).model
+        shift = before.moved_by(model, world.device) if before else None
     parameters = sum(parameter.numel() for parameter in model.parameters())
     tracker.begin(f"writing {config.out}", None)
     if config.out.suffix == ".pth":
@@ -56,7 +71,33 @@ def export(config: ExportConfig, world: World, tracker: Tracker) -> ExportReport
             model = model.to(DTYPES[config.dtype])
         dtype, name = str(next(model.parameters()).dtype).removeprefix("torch."), str(config.out)
         _save_directory(model, source, config)
-    return ExportReport(out=config.out, name=name, dtype=dtype, parameters=parameters)
+    return ExportReport(out=config.out, name=name, dtype=dtype, parameters=parameters, moved=shift)
+
+
+def _scored(model: nn.Module, policy: str, world: World, tracker: Tracker) -> Scored | None:
+    """The scores of a few pairs of the cache that the policy was trained on; None if it cannot be read."""
+    cache = _cache_of(policy, tracker)
+    if cache is None:
+        return None
+    tracker.begin(f"scoring pairs of {cache.path}", None)
+    return Scored.by(model, cache, world.device)
+
+
+def _cache_of(policy: str, tracker: Tracker) -> ReferenceCache | None:
+    """The cache that the run of the policy was trained on, if it can still be read; else the tracker notes why not."""
+    run = run_behind(policy)
+    if run is None:
+        tracker.note(f"{policy}: no run says on which cache it was trained; how far logprobs move is not measured")
+        return None
+    named = run.options["ref_cache"]
+    where, _ = split_weight(named if isinstance(named, str) else named[0])
+    try:
+        cache = ReferenceCache(where)
+        cache.check_complete()
+        return cache
+    except MinicacheError as error:
+        tracker.note(f"how far logprobs move is not measured: {error}")
+        return None
 
 
 def _save_directory(model: nn.Module, source: str, config: ExportConfig) -> None:

@@ -29,10 +29,9 @@ def verify_model(config: InspectConfig, world: "World", tracker: Tracker) -> flo
     Raises:
         CacheMismatch: the model has other weights. HandshakeError: the same weights give other logprobs.
     """
-    import torch
-
     from minicache.cache.identity import TOLERANCE
     from minicache.models import load_model
+    from minicache.models.quantized import to_float32
     from minicache.scoring.handshake import check_reproduces
     from minicache.scoring.layout import settle_layout
     from minicache.scoring.loading import load_pairs
@@ -42,14 +41,14 @@ def verify_model(config: InspectConfig, world: "World", tracker: Tracker) -> flo
     cache = ReferenceCache(config.ref_cache)
     cached = load_pairs(cache, None, world, tracker)
     tracker.begin(f"loading {config.model}", None)
-    loaded = load_model(config.model, config.trust_remote_code)
+    loaded = load_model(config.model, config.trust_remote_code, cache.identity.quantization)
     if loaded.fingerprint != cache.identity.weights:
         raise CacheMismatch(
             f"{config.model}: weights digest {loaded.fingerprint}, the cache was made with {cache.identity.weights}"
         )
     tracker.begin("re-scoring a sample", None)
     dtype = cache.identity.dtype
-    scorer = Scorer(loaded.model.to(world.device, torch.float32), dtype)
+    scorer = Scorer(to_float32(loaded.model, world.device), dtype)
     settle_layout(scorer, cached.table, "padded", world.device, tracker)
     return check_reproduces(scorer, cached, world.device, TOLERANCE[dtype], config.model)
 

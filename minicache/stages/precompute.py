@@ -16,7 +16,7 @@ from minicache.options.where import Where
 from minicache.processes.world import World
 from minicache.scoring.layout import settle_layout
 from minicache.scoring.scorer import resolve_dtype
-from minicache.scoring.spread import is_sharded, spread
+from minicache.scoring.spread import is_sharded, refuse_quantized_shards, spread
 from minicache.trackers import Tracker
 
 
@@ -56,7 +56,9 @@ def precompute(config: PrecomputeConfig, world: World, tracker: Tracker) -> Prec
             next(read_rows(file))
         tracker.begin(f"loading {config.model}", None)
         sharded = is_sharded(config.parallel, world)
-        loaded = load_model(config.model, config.trust_remote_code) if world.is_main or not sharded else None
+        mine = world.is_main or not sharded
+        loaded = load_model(config.model, config.trust_remote_code, config.base.quantization) if mine else None
+        refuse_quantized_shards(loaded.model if loaded else None, config.parallel, world)
         if world.is_main:
             assert loaded
             if loaded.left_out:

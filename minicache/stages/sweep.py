@@ -31,6 +31,7 @@ from minicache.trackers import Tracker
 from minicache.training.lock import RunLock
 from minicache.training.losses import Objective
 from minicache.training.order import pairs_in
+from minicache.training.policy import quantization_for
 from minicache.training.progress import Progress
 from minicache.training.run_directory import RunRecord, read_record, write_record
 
@@ -131,7 +132,7 @@ class _Kept:
 
     def __init__(self) -> None:
         self._pairs: dict[tuple[tuple[str, int], ...], CachedPairs] = {}
-        self._models: dict[str, LoadedModel] = {}
+        self._models: dict[tuple[str, str], LoadedModel] = {}
 
     def pairs(
         self, cache: ReferenceCache | JoinedCaches, scratch: Path | None, world: World, tracker: Tracker
@@ -143,10 +144,11 @@ class _Kept:
             self._pairs[key] = load_pairs(cache, scratch, world, tracker)
         return self._pairs[key]
 
-    def model(self, source: str, trust_remote_code: bool) -> LoadedModel:
-        if source not in self._models:
-            self._models[source] = load_model(source, trust_remote_code)
-        kept = self._models[source]
+    def model(self, source: str, trust_remote_code: bool, quantization: str) -> LoadedModel:
+        key = source, quantization
+        if key not in self._models:
+            self._models[key] = load_model(source, trust_remote_code, quantization)
+        kept = self._models[key]
         # Computed once, here: the copies take it along.
         assert kept.fingerprint
         return deepcopy(kept)
@@ -162,7 +164,8 @@ def _forward_rate(config: TrainConfig, kept: _Kept, world: World, tracker: Track
     tracker.begin("timing a forward pass", None)
     source = config.init_from or config.model or caches.caches[0].log.model
     mine = world.is_main or not is_sharded(config.parallel, world)
-    model = kept.model(source, config.trust_remote_code).model if mine else None
+    quantization = quantization_for(config, caches.caches[0])
+    model = kept.model(source, config.trust_remote_code, quantization).model if mine else None
     scorer = spread(model, resolve_dtype(config.dtype, world.device), config.parallel, world)
     settle_layout(scorer, table, config.layout, world.device, tracker)
     sample = np.unique(np.linspace(0, len(table) - 1, TIMED_PAIRS).astype(np.int64))

@@ -164,6 +164,7 @@ def _record(run: Run, policy: Policy, worst: float) -> RunRecord:
         token_budget=run.budget,
         date=run.cache.identity.date or None,
         template_args=run.cache.identity.template_args or None,
+        quantization=policy.quantization or None,
     )
 
 

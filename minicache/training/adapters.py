@@ -13,7 +13,8 @@ from minicache.models.adapter_files import settings_of
 from minicache.models.adapter_places import MERGED_BASE, adapter_place, base_name
 from minicache.models.joined import change_of, restore
 from minicache.models.load import lasting_name
-from minicache.models.lora import add_lora, is_joined, with_adapter
+from minicache.models.lora import add_lora, is_joined, quantization_of, with_adapter
+from minicache.models.quantized import to_float32
 from minicache.options.train import TrainConfig
 from minicache.scoring.loading import Sources
 from minicache.trackers import Tracker
@@ -33,7 +34,18 @@ def with_adapters(
     own = _adapter_to_continue(loaded.source) if config.lora.continue_adapter else None
     if own:
         name = base_name(own)
-        loaded, source = sources.model(name, config.trust_remote_code), lasting_name(name)
+        held = quantization_of(own)
+        if loaded.quantization != held and loaded.quantization:
+            raise ConfigError(
+                f"--continue-adapter: the base was quantized with {loaded.source} merged into it; expected --lora-rank 16, for a "
+                "new adapter on both"
+            )
+        loaded, source = sources.model(name, config.trust_remote_code, held), lasting_name(name)
+    elif hasattr(loaded.model, "get_base_model"):
+        raise ConfigError(
+            f"{loaded.source}: is an adapter on a quantized base; expected --continue-adapter, or a cache of the model that "
+            "`minidpo export` makes of it"
+        )
     # Before the base is converted to float32: the digest is of the weights as they are stored.
     weights = loaded.fingerprint
     joined = checkpoint is not None and is_joined(checkpoint)
@@ -42,12 +54,13 @@ def with_adapters(
     elif own:
         adapted = with_adapter(loaded.model, own)
     else:
-        adapted = add_lora(loaded.model.to(torch.float32), source, config.lora, config.seed)
+        adapted = add_lora(to_float32(loaded.model, torch.device("cpu")), source, config.lora, config.seed)
     if checkpoint and joined:
         restore(adapted, checkpoint)
-    adapted.base_fingerprint = weights
+    adapted.base_fingerprint, adapted.base_quantization = weights, loaded.quantization
     if below := loaded.below:
-        if below.change is not None and change_of(adapted) is not None:
+        # adapters that were merged before quantization are no longer sums beside it
+        if not loaded.quantization and below.change is not None and change_of(adapted) is not None:
             adapted.below = below
         else:
             adapted.base_beside = source

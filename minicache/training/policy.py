@@ -6,10 +6,12 @@ import torch
 from torch import nn
 
 from minicache.cache.reader import ReferenceCache
-from minicache.errors import CacheMismatch, ModelError
+from minicache.errors import CacheMismatch, ConfigError, ModelError
 from minicache.models import LoadedModel, load_model
 from minicache.models.load import lasting_name
+from minicache.models.quantized import is_quantized
 from minicache.models.whole import beside_text
+from minicache.options.base import flag_of
 from minicache.options.train import TrainConfig
 from minicache.scoring.loading import Sources
 from minicache.trackers import Tracker
@@ -22,12 +24,37 @@ class Policy:
     """A model to train, float32.
 
     started_from: name of the model it started from. stored_dtype: precision in which that model's weights are stored.
-    Both are "" for a whole model from a checkpoint; the run's record holds them.
+    quantization: in which its linear layers are held, if they are not stored so.
+    These are "" for a whole model from a checkpoint; the run's record holds them.
     """
 
     model: nn.Module | None
     started_from: str = ""
     stored_dtype: str = ""
+    quantization: str = ""
+
+
+def quantization_for(config: TrainConfig, cache: ReferenceCache) -> str:
+    """The quantization in which the policy's base is held: that of the reference; with --init-from, the one asked for.
+
+    Raises:
+        CacheMismatch: another one is asked for. ConfigError: all weights of a quantized model would be trained.
+    """
+    asked, made = config.base.quantization, cache.identity.quantization
+    if config.init_from:
+        return asked
+    if asked and asked != made:
+        held = f"with its base in {made}" if made else "with its weights as they are stored"
+        raise CacheMismatch(
+            f"{flag_of(asked)}: {cache.path} was made {held}, and the policy begins as the reference; leave it out, or run "
+            f"precompute-ref {flag_of(asked)} into another cache"
+        )
+    if made and not config.lora.wanted:
+        raise ConfigError(
+            f"{cache.path}: made with its base in {made}; quantized weights cannot be trained, adapters on them can: add "
+            "--lora-rank 16, or run precompute-ref without the quantization into another cache"
+        )
+    return made
 
 
 def load_policy(
@@ -44,9 +71,15 @@ def load_policy(
     if checkpoint and not config.lora.wanted:
         return Policy(_trainable(load_model(str(checkpoint), config.trust_remote_code).model))
     loaded = _load(config, cache, tracker, sources)
-    source, stored = lasting_name(loaded.source), str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
+    source, stored = lasting_name(loaded.source), _stored_dtype(loaded.model)
     if config.lora.wanted:
-        return Policy(with_adapters(config, loaded, source, checkpoint, sources), source, stored)
+        adapted = with_adapters(config, loaded, source, checkpoint, sources)
+        return Policy(adapted, source, stored, getattr(adapted, "base_quantization", ""))
+    if is_quantized(loaded.model):
+        raise ConfigError(
+            f"{loaded.source}: its weights are quantized, which cannot be trained; adapters on them can: add --lora-rank 16, or "
+            "expected an unquantized copy of the model"
+        )
     return Policy(_trainable(loaded.model.to(torch.float32)), source, stored)
 
 
@@ -58,12 +91,17 @@ def _trainable(model: nn.Module) -> nn.Module:
     return model
 
 
+def _stored_dtype(model: nn.Module) -> str:
+    """The precision of the model's first weights that are not quantized."""
+    return str(next(each.dtype for each in model.parameters() if each.is_floating_point())).removeprefix("torch.")
+
+
 def _load(config: TrainConfig, cache: ReferenceCache, tracker: Tracker, sources: Sources) -> LoadedModel:
     """The model of --init-from or --model, or the one that stage one used, checked against the cache."""
-    source = config.init_from or config.model or cache.log.model
+    source, quantization = config.init_from or config.model or cache.log.model, quantization_for(config, cache)
     tracker.begin(f"loading {source}", None)
     try:
-        loaded = sources.model(source, config.trust_remote_code)
+        loaded = sources.model(source, config.trust_remote_code, quantization)
     except ModelError as error:
         if config.init_from or config.model:
             raise

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 # Ranges of lines that an error names.
 LISTED = 20
 # Fields of an identity in which the cache of --eval-cache must equal the one trained on.
-SAME_MODEL = ("weights", "tokenizer", "template", "vocabulary")
+SAME_MODEL = ("weights", "quantization", "tokenizer", "template", "vocabulary")
 
 
 def choose_pairs(

@@ -15,7 +15,7 @@ RECORD, LOCK = "run.json", ".lock"
 NEEDED = ("ref_cache", "out")
 # Options that 0.1.0 did not have: they are written only where they say something.
 LATER = (
-    *("columns", "ignore_fields", "row_pairs"),
+    *("columns", "ignore_fields", "row_pairs", "base_4bit", "base_8bit"),
     *("lora_rslora", "lora_dora", "lora_dropout", "continue_adapter"),
 )
 # The defaults of the options. A record that lacks an option is of an earlier version, which behaved as by the default.
@@ -33,7 +33,7 @@ class RunRecord:
     handshake found, nats per token. steps, pairs, held_out: optimizer steps of the whole run, pairs of an epoch, pairs to
     validate on. processes, device, layout_used, token_budget: what the machine decided. outcome: of a finished run. failed: why
     a sweep recorded the run as failed. date, template_args: what the chat template was given, as in the cache's identity; None
-    where there is nothing.
+    where there is nothing. quantization: in which the base was held, as in the cache's identity; None for weights as stored.
     """
 
     options: dict[str, Any]
@@ -51,6 +51,7 @@ class RunRecord:
     failed: str | None = None
     date: str | None = None
     template_args: str | None = None
+    quantization: str | None = None
 
     @property
     def flat(self) -> dict[str, Any]:

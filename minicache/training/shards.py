@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from minicache.models.quantized import is_quantized
 from minicache.processes.world import World
 from minicache.scoring.scorer import Scorer
 
@@ -30,6 +31,10 @@ def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
     Shards are gathered one by one; all ranks take part.
     """
+    if is_quantized(model):
+        # torch does not find bitsandbytes' tensors by their names; such a model is whole, and its adapters alone are saved
+        trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
+        return {name: each.detach().to("cpu", copy=True) for name, each in trained.items()}
     adapted = hasattr(model, "get_base_model")
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapted)
     state: dict[str, Any] = get_model_state_dict(model, options=options)

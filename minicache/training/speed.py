@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import Parameter
 
+from minicache.models.quantized import weight_count
 from minicache.pairs import PairTable
 from minicache.scoring.batching import Indices
 
@@ -100,4 +101,4 @@ def _flops(weight: Parameter, config: object) -> float:
         return 0.0
     experts: int = getattr(config, "num_experts_per_tok", weight.shape[0])
     used = experts / weight.shape[0] if weight.ndim == 3 else 1.0
-    return weight.numel() * used * (6.0 if weight.requires_grad else 4.0)
+    return weight_count(weight) * used * (6.0 if weight.requires_grad else 4.0)
