@@ -30,7 +30,6 @@ EXPECTED = {
     "lfm2": "padded",
     "mamba": "padded",
 }
-NO_LORA = {"mamba"}
 
 
 @pytest.mark.slow
@@ -45,7 +44,7 @@ def test_families_are_right_in_the_layout_expected(tmp_path: Path) -> None:
         # In the order in which `auto` tries them: a family may do better than is expected here.
         used, order = found[name]["cache"]["layout"], list(LAYOUTS)
         assert order.index(used) <= order.index(layout), f"{name}: {used}"
-        assert lora_of(found[name]) == "yes" or name in NO_LORA, found[name]["lora"]
+        assert lora_of(found[name]) == "yes", found[name]["lora"]
         assert shards_of(found[name]).endswith("layers"), found[name]["shards"]
 
 
