@@ -13,6 +13,9 @@ from torch import nn
 # Logits (numbers, not bytes) of one chunk: small beside a model, enough to keep the device busy.
 CHUNK_NUMBERS = {"cpu": 2**23, "cuda": 2**27}
 
+# Settings that hold the soft cap of the logits: Gemma's, RecurrentGemma's, xLSTM's.
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
 
 @dataclass(frozen=True)
 class Head:
@@ -35,7 +38,8 @@ class Head:
         if type(linear) is not nn.Linear:
             return None
         scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-        return cls(linear, float(scale), getattr(config, "final_logit_softcapping", None))
+        caps = (getattr(config, name, None) for name in CAPS)
+        return cls(linear, float(scale), next((cap for cap in caps if cap is not None), None))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(K, vocabulary) float32. hidden: (K, hidden)."""

@@ -46,7 +46,9 @@ def probed(model: Any) -> Head | None:
             return None
         hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
         found = head.logits(hidden.flatten(0, 1).to(head.linear.weight.dtype)).view_as(logits)
-    return head if torch.allclose(found, logits, rtol=1e-2, atol=1e-2) else None
+    # a soft cap under a name that `Head` does not know hardly shows in small logits
+    close = 1e-4 if head.linear.weight.dtype == torch.float32 else 1e-2
+    return head if torch.allclose(found, logits, rtol=close, atol=close * float(logits.abs().max())) else None
 
 
 def _require_causal(model: Any, logits: torch.Tensor) -> None:

@@ -57,11 +57,18 @@ def spread(model: nn.Module | None, dtype: str, parallel: str, world: World) -> 
     half = MixedPrecisionPolicy(
         param_dtype=DTYPES[dtype] if dtype != "float32" else None, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=half)
     # Embeddings and head are resharded after each forward too: code between steps must see the shards, not the whole.
     whole = MixedPrecisionPolicy(cast_forward_inputs=False)
-    fully_shard(scorer, mesh=mesh, mp_policy=whole, reshard_after_forward=True)
+    try:
+        for layer in layers:
+            fully_shard(layer, mesh=mesh, mp_policy=half)
+        fully_shard(scorer, mesh=mesh, mp_policy=whole, reshard_after_forward=True)
+    # torch's own errors on layers that share weights or wrap each other (Zamba)
+    except (TypeError, ValueError, AssertionError) as error:
+        line = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"--parallel {parallel}: torch cannot cut this model into shards: {line}; expected --parallel ddp"
+        ) from error
     if model is not None:
         # What rank 0 saves with an adapter; tensors that no other rank needs.
         for name in ("below", "kept_weights", "base_beside"):
