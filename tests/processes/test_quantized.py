@@ -52,6 +52,7 @@ def test_two_processes_with_a_copy_each_give_the_run_of_one(model_dir: Path, tmp
         assert max(float((state[0][name] - state[1][name]).abs().mean()) for name in state[0]) < 1e-4
 
 
+@pytest.mark.slow
 def test_shards_of_a_quantized_base_are_refused_by_all_processes(model_dir: Path, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "pairs.jsonl", make_rows(8))
     cache = precompute_into(tmp_path / "cache", model_dir, data, base=BaseOptions(base_4bit=True))

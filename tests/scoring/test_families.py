@@ -114,7 +114,7 @@ def check_layout(model: Any, expected: str, asked: str = "auto") -> None:
         assert (found[name] - gradient).norm() < 1e-5 * norm, name
 
 
-@pytest.mark.parametrize("layout", ["packed", "shared"])
+@pytest.mark.parametrize("layout", ["packed", pytest.param("shared", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("window", [4096, 9])
 @pytest.mark.parametrize("family", WINDOWED)
 def test_a_windowed_family_branches(family: str, window: int, layout: str) -> None:

@@ -165,6 +165,7 @@ def test_the_reference_s_adapter_goes_on(
     assert json.loads((run.out / "run.json").read_text())["continue_adapter"] is True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [LoraOptions(lora_rank=3), LoraOptions(continue_adapter=True)])
 @pytest.mark.parametrize("kind", ["joined", "beside"])
 def test_runs_on_adapters_resume_bit_for_bit(
@@ -243,6 +244,7 @@ def test_targets_of_other_families(
     same(load_model(str(run.out / "model")).model(input_ids=IDS).logits[0], run.logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "below"), [("gpt2", "c_attn"), ("mixtral", "q_proj"), ("mixtral", "all-linear")])
 @pytest.mark.parametrize("lora", [LoraOptions(lora_rank=2), LoraOptions(continue_adapter=True)])
 def test_adapters_on_adapters_of_other_families(
@@ -265,6 +267,7 @@ def test_adapters_on_adapters_of_other_families(
     same(load_model(str(run.out / "model")).model(input_ids=IDS).logits[0], run.logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [LoraOptions(lora_rank=2), LoraOptions(continue_adapter=True)])
 def test_an_adapter_with_more_tokens_than_its_base(
     lora: LoraOptions, model_dir: Path, few: Path, tmp_path: Path, trained: Callable[..., Trained]
