@@ -1,4 +1,4 @@
-"""Text for a terminal or a page."""
+"""Text for a terminal, a page or a message."""
 
 from collections.abc import Iterable
 
@@ -20,3 +20,8 @@ def ranges(numbers: Iterable[int]) -> str:
         else:
             runs.append([number, number])
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def one_line(error: BaseException, most: int | None = None) -> str:
+    """An error's message without its line breaks, or the error's kind if it has none. most: characters of the message to keep."""
+    return " ".join(str(error).split())[:most] or type(error).__name__

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from minicache.data.files import DataFile
 from minicache.data.folders import Folder, Note
 from minicache.errors import DataError, MinicacheError, StoreError
+from minicache.text import one_line
 
 PART = r"[A-Za-z0-9][\w.-]*"
 REVISION = "?revision="
@@ -122,9 +122,5 @@ def _in_one_line(asked: DataSet) -> Iterator[None]:
     except Exception as error:
         raise StoreError(
             f"{value}: no such file or directory, and as a data set it cannot be fetched from {hub}; check network and name, then "
-            f"run the same command again: {_first_line(error)}"
+            f"run the same command again: {one_line(error, 300)}"
         ) from error
-
-
-def _first_line(error: Any) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -16,6 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from minicache.data.arguments import FIXED_DATE, decoded
 from minicache.data.records import NO_CONTEXT, THOUGHTS, Context, Turn
 from minicache.errors import ConfigError, RowRefused
+from minicache.text import one_line
 
 # A call that no row holds.
 CALLED = {"qxk": "qxv"}
@@ -55,7 +56,7 @@ class Template:
             )
         # a template is a program and may raise anything on an unusual row
         except Exception as error:
-            line = " ".join(str(error).split())[:300] or type(error).__name__
+            line = one_line(error, 300)
             raise RowRefused("template", f"the chat template refuses it: {line}") from error
 
     @cached_property

@@ -10,6 +10,7 @@ import torch
 
 from minicache.errors import ModelError
 from minicache.models.peft_library import library, quiet
+from minicache.text import one_line
 
 ADAPTER = "adapter_config.json"
 # Weights that an error names.
@@ -32,7 +33,7 @@ def settings_of(directory: Path) -> Any:
         stated = json.loads(file.read_text(encoding="utf-8"))
     # peft raises KeyError, TypeError, ValueError and others on a file of another kind
     except Exception as error:
-        line = " ".join(str(error).split())[:300] or type(error).__name__
+        line = one_line(error, 300)
         raise ModelError(f"{file}: peft cannot read it as an adapter's configuration: {line}") from error
     known = {item.name for item in fields(config)}
     # Settings of a newer peft that say nothing may stay.

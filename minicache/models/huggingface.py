@@ -10,6 +10,7 @@ from torch import nn
 from minicache.errors import ModelError
 from minicache.models import stored
 from minicache.models.whole import require_language_model, require_whole
+from minicache.text import one_line
 
 
 def load(source: str, trust_remote_code: bool) -> nn.Module:
@@ -69,7 +70,7 @@ def from_pretrained(cls: Any, source: str, trust_remote_code: bool, **options: A
             return cls.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
     # transformers may raise anything on a damaged file
     except Exception as error:
-        line = " ".join(str(error).split()) or type(error).__name__
+        line = one_line(error)
         hint = " (add --trust-remote-code if you trust its authors)" if "trust_remote_code" in line else ""
         what = "transformers cannot load it" if path.exists() else "no such directory, and no hub id that can be loaded"
         raise ModelError(f"{path}: {what}: {line[:300]}{hint}") from error

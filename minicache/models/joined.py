@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from minicache.errors import ModelError
 from minicache.models.adapter_files import PREFIX
 from minicache.models.peft_library import library
+from minicache.text import one_line
 
 WEIGHTS = "adapter_model.safetensors"
 # The names of a module's factors in an adapter's file: those of linear layers, those of embeddings.
@@ -127,7 +128,7 @@ def restore(adapted: Any, directory: Path) -> None:
             mine[key] = whole[-len(value) :] if key.endswith(firsts) else whole[:, -value.shape[1] :]
         peft.set_peft_model_state_dict(adapted, mine)
     except (OSError, SafetensorError, KeyError, IndexError, RuntimeError) as error:
-        line = " ".join(str(error).split())[:200]
+        line = one_line(error, 200)
         raise ModelError(f"{directory}: does not hold the adapter that this run trains: {line}") from error
 
 

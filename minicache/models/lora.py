@@ -17,6 +17,7 @@ from minicache.models.peft_library import library, quiet
 from minicache.models.quantized import to_float32
 from minicache.options.base import QUANTIZATIONS
 from minicache.options.train import LoraOptions
+from minicache.text import one_line
 
 BASE = "base.json"
 # The entry of that file which says that the adapter holds others too (joined.py).
@@ -44,7 +45,7 @@ def add_lora(model: nn.Module, source: str, options: LoraOptions, seed: int) -> 
     try:
         return adapt(model, config, source)
     except (ValueError, TypeError, NotImplementedError) as error:
-        line = " ".join(str(error).split())[:300]
+        line = one_line(error, 300)
         raise ConfigError(f"--lora-targets {options.lora_targets}: peft cannot adapt this model so: {line}") from error
 
 
@@ -147,7 +148,7 @@ def with_adapter(base: nn.Module, directory: Path) -> Any:
         raise
     # peft may raise anything on a damaged file
     except Exception as error:
-        line = " ".join(str(error).split())[:300] or type(error).__name__
+        line = one_line(error, 300)
         missing = isinstance(error, KeyError)
         problem = f"its file has no weights {line}" if missing else line
         raise ModelError(f"{directory}: the adapter does not fit its base model: {problem}") from error

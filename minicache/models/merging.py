@@ -8,6 +8,7 @@ from torch import nn
 
 from minicache.errors import ModelError
 from minicache.models.peft_library import quiet
+from minicache.text import one_line
 
 # Token ids of the probe, and the largest difference of its logits, as a share of the largest logit: float32 rounds by a
 # thousandth of that.
@@ -31,7 +32,7 @@ def merge(adapted: Any, directory: Path) -> nn.Module:
         with quiet():
             merged: nn.Module = adapted.merge_and_unload()
     except (AttributeError, NotImplementedError, ValueError, TypeError, RuntimeError) as error:
-        line = " ".join(str(error).split())[:200]
+        line = one_line(error, 200)
         raise ModelError(f"{directory}: peft cannot merge this {kind} adapter into its base: {line}") from error
     moved, largest = float((_logits(merged) - before).abs().max()), float(before.abs().max())
     if not moved <= TOLERANCE * max(1.0, largest):

@@ -32,6 +32,7 @@ from minicache.models.generations import (
     turned,
 )
 from minicache.models.pth_file import read_pth
+from minicache.text import one_line
 
 ROPE_THETA, POSITIONS = 1e6, 32768
 
@@ -86,7 +87,7 @@ def load(path: Path, options: str = "") -> tuple[nn.Module, tuple[str, ...]]:
         model = _build(stack(plain, generation.experts, counts) if counts.experts else plain, config)
         return model, (*file.notes, *tied)
     except (KeyError, ValueError, RuntimeError) as error:
-        line = " ".join(str(error).split())[:300]
+        line = one_line(error, 300)
         raise ModelError(f"{path}: not a whole {_kind(generation, counts)} checkpoint: {line}") from error
 
 

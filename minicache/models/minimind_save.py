@@ -10,6 +10,7 @@ from minicache.disk import written_whole
 from minicache.errors import ModelError
 from minicache.models.generations import GENERATIONS, Counts, Generation, State, file_keys, turned, unstack
 from minicache.models.minimind import ROPE_THETA
+from minicache.text import one_line
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
@@ -74,7 +75,7 @@ def _write(state: State, path: Path) -> None:
             torch.save(state, draft)
         # torch's zip writer raises it when the disk is full
         except RuntimeError as error:
-            raise OSError(" ".join(str(error).split())[:200]) from error
+            raise OSError(one_line(error, 200)) from error
 
 
 def _name(path: Path, config: Any, generation: Generation, counts: Counts) -> str:

@@ -14,6 +14,7 @@ import torch
 from minicache.errors import ModelError
 from minicache.models.file_kinds import SAVE, require_torch_file
 from minicache.models.generations import State
+from minicache.text import one_line
 
 # Keys under which programs keep the weights beside an optimizer and the like. Source: MiniMind's lm_checkpoint ("model"),
 # Lightning ("state_dict"), the tutorials of PyTorch ("model_state_dict"), DeepSpeed ("module").
@@ -64,7 +65,7 @@ def _load(path: Path) -> Any:
         raise ModelError(f"{path}: {_refusal(str(error))}") from error
     # torch may raise anything on a damaged file
     except Exception as error:
-        line = " ".join(str(error).split())[:200] or type(error).__name__
+        line = one_line(error, 200)
         raise ModelError(f"{path}: cut off or damaged; copy or download the file again ({line})") from error
 
 

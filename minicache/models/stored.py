@@ -10,6 +10,7 @@ from torch import nn
 
 from minicache.errors import ModelError
 from minicache.models.quantized import prepared, quantized_layers, require_packages
+from minicache.text import one_line
 
 BITSANDBYTES = "bitsandbytes"
 # Methods that transformers turns back into plain weights while it loads, on every device. quant_method in config.json -> its class.
@@ -99,7 +100,7 @@ def _plain_when_loaded(source: str, method: str, stored: dict[str, Any]) -> Any:
         return getattr(transformers, PLAIN_WHEN_LOADED[method]).from_dict({**stored, "dequantize": True})
     # the class checks its settings and imports the method's own library
     except Exception as error:
-        line = " ".join(str(error).split())[:200].rstrip(".")
+        line = one_line(error, 200).rstrip(".")
         raise ModelError(f"{source}: is stored quantized by {method}: {line}; {OR}") from error
 
 

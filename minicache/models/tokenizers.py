@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from minicache.data.tokenizer_files import SOURCE, copy_to_policy, copy_tokenizer, is_tokenizer_file, tokenizer_files
 from minicache.errors import ModelError
 from minicache.models.huggingface import from_pretrained
+from minicache.text import one_line
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ def _files_at(source: str) -> Path:
         return Path(snapshot_download(source, allow_patterns=names, local_files_only=names is None))
     # huggingface_hub raises errors of three HTTP libraries
     except Exception as error:
-        line = " ".join(str(error).split())[:200]
+        line = one_line(error, 200)
         raise ModelError(f"{source}: its tokenizer's files cannot be downloaded: {line}") from error
 
 
@@ -123,7 +124,7 @@ def _missing_library(source: str) -> ModelError | None:
         # protobuf raises errors of its own where its version does not fit
         except Exception as error:
             kind = "tiktoken" if is_tiktoken else "SentencePiece"
-            line = " ".join(str(error).split())[:200]
+            line = one_line(error, 200)
             return ModelError(
                 f"{source}: converting its {kind} vocabulary needs more packages: pip install 'minidpo[tokenizers]' ({line})"
             )

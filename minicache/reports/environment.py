@@ -8,6 +8,8 @@ import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 
+from minicache.text import one_line
+
 DISTRIBUTION = "minidpo"
 # Variables that change the behaviour of a run and contain no secret.
 VARIABLES = (
@@ -105,4 +107,4 @@ def _devices() -> tuple[list[str], str | None, str | None]:
         return found, torch.version.cuda, None
     # A broken driver or build may raise anything, and is what this report should show.
     except Exception as error:
-        return [], None, " ".join(str(error).split())[:300] or type(error).__name__
+        return [], None, one_line(error, 300)

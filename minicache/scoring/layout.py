@@ -17,6 +17,7 @@ from minicache.scoring.layouts import layout_named
 from minicache.scoring.masks import Windows
 from minicache.scoring.rotary import changes_beyond, score_rows_alone
 from minicache.scoring.scorer import PairScores, Scorer
+from minicache.text import one_line
 from minicache.trackers import Tracker
 
 log = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ class _Trial:
         # a model's own code or a compiler may raise anything
         except Exception as error:
             self.scorer.use_layout("padded", own_positions=self.scorer.own_positions)
-            return " ".join(str(error).split())[:160] or type(error).__name__
+            return one_line(error, 160)
 
     def _try(self, layout: str) -> None:
         """Raises ValueError, or whatever the model's code raises: the layout cannot be used."""

@@ -9,6 +9,7 @@ from torch import nn
 
 from minicache.errors import MinicacheError, ModelError
 from minicache.scoring.head import Head
+from minicache.text import one_line
 
 # Tokens of the sequences that are run.
 TOKENS = 8
@@ -75,7 +76,7 @@ def own_errors(model: Any) -> Iterator[None]:
     except (MinicacheError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        line = " ".join(str(error).split())[:300] or type(error).__name__
+        line = one_line(error, 300)
         if type(error).__name__.startswith("Dist") or "gloo" in line:
             raise
         if isinstance(error, MemoryError) or "allocate memory" in line:

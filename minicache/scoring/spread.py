@@ -20,6 +20,7 @@ from minicache.models.quantized import is_quantized, to_float32
 from minicache.processes.world import World
 from minicache.scoring.probe import probed
 from minicache.scoring.scorer import DTYPES, Scorer
+from minicache.text import one_line
 
 
 def is_sharded(parallel: str, world: World) -> bool:
@@ -65,7 +66,7 @@ def spread(model: nn.Module | None, dtype: str, parallel: str, world: World) -> 
         fully_shard(scorer, mesh=mesh, mp_policy=whole, reshard_after_forward=True)
     # torch's own errors on layers that share weights or wrap each other (Zamba)
     except (TypeError, ValueError, AssertionError) as error:
-        line = " ".join(str(error).split())[:200]
+        line = one_line(error, 200)
         raise ConfigError(
             f"--parallel {parallel}: torch cannot cut this model into shards: {line}; expected --parallel ddp"
         ) from error

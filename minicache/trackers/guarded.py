@@ -8,8 +8,9 @@ from importlib.util import find_spec
 from typing import Any
 
 from minicache.errors import ConfigError, MinicacheError
+from minicache.text import one_line
 from minicache.trackers.base import Silent, Tracker
-from minicache.trackers.libraries import TRACKERS, Library, RunName, one_line
+from minicache.trackers.libraries import TRACKERS, Library, RunName
 
 
 class Guarded(Silent):

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from minicache.disk import read_json, write_json
 from minicache.errors import ConfigError, OutputError
+from minicache.text import one_line
 from minicache.trackers.base import Silent, points_before
 
 
@@ -222,11 +223,6 @@ class Trackio(Library):
 
         # the run's own finish() leaves it to be finished again, on stdout, when the process ends
         trackio.finish()
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message without its line breaks, or the error's kind if it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 TRACKERS: dict[str, type[Library]] = {
