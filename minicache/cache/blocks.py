@@ -112,11 +112,8 @@ class Blocks:
         Raises:
             As `pairs`.
         """
-        longest: dict[int, int] = {}
-        for block, found in self.each(self.outline):
-            if not isinstance(found, CacheError):
-                lengths, _ = found
-                longest[block] = int((lengths[:, 0] + lengths[:, 1:].max(1)).max())
+        found = dict(self.each(self._longest_side))
+        longest = {block: side for block, side in found.items() if not isinstance(side, CacheError)}
         block = max(longest, key=longest.__getitem__, default=0)
         return PairTable.concatenate([self.pairs(each) for each in sorted({0, block})])
 
@@ -200,6 +197,11 @@ class Blocks:
         """The numbers of pairs and stored tokens of a block, by the ledger. Raises as `pairs`."""
         _, pairs, tokens, _, _ = self.arrays.row("ledger/pairs", block).tolist()
         return pairs, tokens
+
+    def _longest_side(self, block: int) -> int:
+        """Tokens of the longest side of a block's pairs, by their lengths alone. Raises as `pairs`."""
+        lengths = self.arrays.column("pairs/lengths", block, self.size(block)[0])
+        return int((lengths[:, 0] + lengths[:, 1:].max(1)).max())
 
     def _unfitting(self, group: str, block: int) -> CacheDamaged:
         names = ", ".join(name for name in self.arrays.specs if name.startswith(group))

@@ -3,13 +3,13 @@
 import json
 from pathlib import Path
 
+from minicache.data.tokenizer_files import TEMPLATE
 from minicache.errors import ModelError
 from minicache.models.adapter_files import ADAPTER
 
 # The merged base of a run's adapters, in the run's directory.
 MERGED_BASE = "base"
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-TEMPLATE = "chat_template.jinja"
 
 
 def adapter_place(source: str) -> Path | None:

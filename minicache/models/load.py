@@ -5,13 +5,12 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from minicache.data.tokenizer_files import TEMPLATE, copy_to_policy
 from minicache.disk import folder_written_whole
@@ -68,6 +67,11 @@ class LoadedModel:
         """A line for the user on what of its files is not used; None: all is."""
         lines = [*self.notes, left_out(self.below.base if self.below else self.source, self.model)]
         return "; ".join(filter(None, lines)) or None
+
+    def note_left_out(self, note: Callable[[str], None]) -> None:
+        """Tell a user what of its files is not used, if anything is not."""
+        if line := self.left_out:
+            note(line)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -232,27 +236,3 @@ def save_tokenizer(
         chat_template = own_template(adapter)
     if chat_template is not None:
         (directory / TEMPLATE).write_text(chat_template, encoding="utf-8")
-
-
-def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The decoder layers of a transformers model; empty if its code does not mark them."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-
-
-def checkpoint_activations(model: nn.Module) -> None:
-    """Keep only the input of each decoder layer, and compute the layer again in backward.
-
-    transformers' own switch works in train mode only, which would turn dropout on.
-
-    Raises:
-        ModelError: the model's code does not mark its layers.
-
-    Source: Chen et al. 2016, arXiv:1604.06174.
-    """
-    layers = layers_of(model)
-    if not layers:
-        raise ModelError("--activation-checkpointing: this model's code marks no layers for it; leave it off")
-    for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

@@ -17,13 +17,18 @@ log = logging.getLogger(__name__)
 SAMPLE = 8
 
 
+def spread_sample(pairs: int) -> Indices:
+    """(n,) The indices of at most SAMPLE pairs, spread over so many."""
+    return np.unique(np.linspace(0, pairs - 1, SAMPLE).astype(np.int64))
+
+
 def sample_differences(scorer: Scorer, cached: CachedPairs, device: torch.device) -> tuple[Indices, np.ndarray]:
     """Score a few pairs, spread over the cache, again.
 
     Returns:
         (n,) indices of the pairs; (n, 2) float64 |difference| of the mean logprobs, nats per token.
     """
-    sample = np.unique(np.linspace(0, len(cached.table) - 1, SAMPLE).astype(np.int64))
+    sample = spread_sample(len(cached.table))
     differences = np.zeros((len(sample), 2))
     # one at a time, so that batches have other shapes than in stage one, as in training
     for indices, _, scores in score_table(scorer, cached.table, sample, 1, device):

@@ -96,38 +96,41 @@ class _Trial:
                 f"the model has layers of {', '.join(windows.recurrent)}, which carry chosen into rejected"
             )
         with watching() as masks:
-            self._require_same(layout, windows, self.shortest)
+            found = self._require_same(layout, windows, self.shortest)
         if windows.bite:
             beyond = np.flatnonzero(self.ends > windows.bite)
             self._require_same(layout, windows, beyond[[self.ends[beyond].argmin()]])
         # Code that does more with masks than hand them to each layer's attention may do something else with long rows.
-        if len(masks) != self.config.num_hidden_layers or len(set(map(id, masks))) > len(set(windows.of)):
+        if len(masks) != self.config.num_hidden_layers or len(set(map(id, masks))) > len(set(windows.by_kind)):
             self._require_same(layout, windows, self.ends.argmax()[None])
-        self._require_apart(layout)
+        self._require_apart(layout, found)
         if self.device.type == "cuda" and any(parameter.requires_grad for parameter in self.scorer.parameters()):
             # FlexAttention compiles backward separately, and not for every model
             self.scorer(self._batch(layout, self.shortest)).logp_sum.sum().backward()
             self.scorer.zero_grad(set_to_none=True)
 
-    def _require_same(self, layout: str, windows: Windows, sample: np.ndarray) -> None:
-        """Raises ValueError: pairs of the table, (n,) indices, have other logprobs in this layout than in `padded`."""
+    def _require_same(self, layout: str, windows: Windows, sample: np.ndarray) -> PairScores:
+        """The scores of pairs of the table, (n,) indices. Raises ValueError: they are others than in `padded`."""
         if (pairs := tuple(sample.tolist())) not in self.expected:
             self.scorer.use_layout("padded")
             self.expected[pairs] = self._scores("padded", sample)
         self.scorer.use_layout(layout, windows)
-        worst = float((self.expected[pairs].logp_mean - self._scores(layout, sample).logp_mean).abs().max())
+        found = self._scores(layout, sample)
+        worst = float((self.expected[pairs].logp_mean - found.logp_mean).abs().max())
         if not worst <= TOLERANCE[self.scorer.dtype]:
             raise ValueError(f"it gives other logprobs, by up to {worst:.2g} nats per token")
+        return found
 
-    def _require_apart(self, layout: str) -> None:
+    def _require_apart(self, layout: str, before: PairScores) -> None:
         """Require that other tokens in all chosen answers do not move the logprobs of the rejected ones: a leak may be small.
+
+        before: the scores of the shortest pairs as they are.
 
         Raises:
             ValueError: they do.
         """
         batch = self._batch(layout, self.shortest)
         with torch.no_grad():
-            before = self.scorer(batch)
             after = self.scorer(replace(batch, input_ids=_other_chosen(batch)))
         moved = float((before.logp_mean - after.logp_mean)[:, 1].abs().max())
         if not moved <= TOLERANCE[self.scorer.dtype] / 10:

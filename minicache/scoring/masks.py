@@ -30,7 +30,7 @@ class Windows:
     The default is a model whose attention layers all see everything.
     """
 
-    of: tuple[tuple[str, int], ...] = ((FULL, 0),)
+    by_kind: tuple[tuple[str, int], ...] = ((FULL, 0),)
     recurrent: tuple[str, ...] = ()
 
     @classmethod
@@ -54,19 +54,19 @@ class Windows:
             kinds = {WINDOW} if window else {FULL}
         recurrent = tuple(sorted(kinds.intersection(RECURRENT)))
         reach = {FULL: 0, WINDOW: window or 0, CHUNK: setting(config, "attention_chunk_size") or 0}
-        of: dict[str, int] = {}
+        by_kind: dict[str, int] = {}
         for kind in sorted(kinds.difference(recurrent)):
             if kind not in reach or not isinstance(reach[kind], int):
                 raise ValueError(f"the model has layers of {kind}")
-            of[kind] = reach[kind] if longest > reach[kind] else 0
-        if of.get(CHUNK):
-            raise ValueError(f"attention is cut into chunks of {of[CHUNK]} tokens, and a side has {longest}")
-        return cls(tuple(of.items()) or ((FULL, 0),), recurrent)
+            by_kind[kind] = reach[kind] if longest > reach[kind] else 0
+        if chunk := by_kind.get(CHUNK):
+            raise ValueError(f"attention is cut into chunks of {chunk} tokens, and a side has {longest}")
+        return cls(tuple(by_kind.items()) or ((FULL, 0),), recurrent)
 
     @property
     def bite(self) -> int:
         """The smallest window that hides something; 0: none does."""
-        return min((window for _, window in self.of if window), default=0)
+        return min((window for _, window in self.by_kind if window), default=0)
 
 
 ALL_SEEN = Windows()
@@ -81,10 +81,12 @@ def masks_of(
     """
     if spans is None:
         return None
-    made = {window: _mask(spans, length, window, packed_for_gpu) for window in {window for _, window in windows.of}}
+    made = {
+        window: _mask(spans, length, window, packed_for_gpu) for window in {window for _, window in windows.by_kind}
+    }
     if len(made) == 1:
         return next(iter(made.values()))
-    masks: dict[str, Mask | None] = {kind: made[window] for kind, window in windows.of}
+    masks: dict[str, Mask | None] = {kind: made[window] for kind, window in windows.by_kind}
     return masks | dict.fromkeys(windows.recurrent)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from minicache.cache.reader import ReferenceCache
 from minicache.models.quantized import to_float32
 from minicache.pairs import PairTable
-from minicache.scoring.handshake import SAMPLE
+from minicache.scoring.handshake import spread_sample
 from minicache.scoring.scorer import Scorer
 from minicache.scoring.tables import score_table
 
@@ -36,8 +36,9 @@ class Scored:
     @classmethod
     def by(cls, model: nn.Module, cache: ReferenceCache, device: torch.device) -> "Scored":
         """The scores of a few pairs, spread over the cache. Raises CacheError: they cannot be read."""
-        chosen = np.unique(np.linspace(0, len(cache) - 1, SAMPLE).astype(np.int64))
-        pairs = PairTable.from_pairs([cache[int(index)].pair for index in chosen], cache.identity.token_dtype)
+        pairs = PairTable.from_pairs(
+            [cache[int(index)].pair for index in spread_sample(len(cache))], cache.identity.token_dtype
+        )
         return cls(cache, pairs, _means(model, pairs, cache.identity.dtype, device))
 
     def moved_by(self, model: nn.Module, device: torch.device) -> Moved:

@@ -42,10 +42,11 @@ def probed(model: Any) -> Head | None:
     with own_errors(model):
         logits = model(input_ids=ids, use_cache=False).logits.float()  # (2, TOKENS, vocabulary)
         _require_causal(model, logits)
-        head, decoder = Head.of(model), decoder_of(model)
-        if head is None or decoder is model:
+        head = Head.of(model)
+        # a class without a decoder of its own gives no hidden states
+        hidden = getattr(decoder_of(model)(input_ids=ids, use_cache=False), "last_hidden_state", None) if head else None
+        if head is None or hidden is None:
             return None
-        hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
         found = head.logits(hidden.flatten(0, 1).to(head.linear.weight.dtype)).view_as(logits)
     # a soft cap under a name that `Head` does not know hardly shows in small logits
     close = 1e-4 if head.linear.weight.dtype == torch.float32 else 1e-2

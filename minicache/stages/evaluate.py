@@ -80,8 +80,7 @@ def _load(config: EvaluateConfig, cache: ReferenceCache, tracker: Tracker) -> Lo
     source = policy_source(config.policy)
     tracker.begin(f"loading {source}", None)
     loaded = load_model(source, config.trust_remote_code)
-    if loaded.left_out:
-        tracker.note(loaded.left_out)
+    loaded.note_left_out(tracker.note)
     if loaded.vocabulary != cache.identity.vocabulary:
         raise CacheMismatch(
             f"{source}: vocabulary of {loaded.vocabulary}; {cache.path} was made with one of {cache.identity.vocabulary}"

@@ -51,8 +51,7 @@ def export(config: ExportConfig, world: World, tracker: Tracker) -> ExportReport
     tracker.begin(f"loading {source}", None)
     loaded = load_model(source, config.trust_remote_code)
     model = loaded.model
-    if loaded.left_out:
-        tracker.note(loaded.left_out)
+    loaded.note_left_out(tracker.note)
     shift = None
     if is_quantized(model):
         before = _scored(model, config.policy, world, tracker)

@@ -61,14 +61,15 @@ def precompute(config: PrecomputeConfig, world: World, tracker: Tracker) -> Prec
         refuse_quantized_shards(loaded.model if loaded else None, config.parallel, world)
         if world.is_main:
             assert loaded
-            if loaded.left_out:
-                tracker.note(loaded.left_out)
+            loaded.note_left_out(tracker.note)
             prepare(config, files, loaded, world.device, tracker, claims)
         world.barrier()
         scorer = spread(loaded.model if loaded else None, config.dtype, config.parallel, world)
         del loaded
         cache = CacheWriter(config.ref_cache)
-        settle_layout(scorer, cache.blocks.telling_pairs(), config.layout, world.device, tracker)
+        # read once; and all processes must decide by the same pairs
+        pairs = world.broadcast(cache.blocks.telling_pairs() if world.is_main else None)
+        settle_layout(scorer, pairs, config.layout, world.device, tracker)
         blocks, scored = score_blocks(cache, scorer, config.tokens_per_batch, config.share, world, tracker)
     refused_file = cache.place.locate(REFUSED_FILE)
     missing = cache.blocks.unscored() if config.shard and world.is_main else []

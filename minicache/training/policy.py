@@ -108,8 +108,7 @@ def _load(config: TrainConfig, cache: ReferenceCache, tracker: Tracker, sources:
         raise ModelError(
             f"{error} (stage one found it there; name the place of the same weights with --model)"
         ) from error
-    if loaded.left_out:
-        tracker.note(loaded.left_out)
+    loaded.note_left_out(tracker.note)
     if loaded.vocabulary != cache.identity.vocabulary:
         raise CacheMismatch(
             f"{source}: vocabulary of {loaded.vocabulary}; {cache.path} was made with one of {cache.identity.vocabulary}"
