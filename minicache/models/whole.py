@@ -6,9 +6,11 @@ the user's model.
 
 import json
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from minicache.errors import ModelError
@@ -22,8 +24,8 @@ TABLES = re.compile(
 # Parts of models of several modes that a class for text alone leaves out.
 TOWERS = re.compile(r"(^|\.)(vision_\w+|visual|audio_\w+|multi_modal_projector|mm_projector|embed_(vision|audio))\.")
 WRAPPERS = ("module.", "_orig_mod.")
-# Types of safetensors that hold weights as they are.
-FLOATS = ("F64", "F32", "F16", "BF16")
+# Types that hold weights as they are, as safetensors calls them.
+TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def require_language_model(source: str, config: Any) -> None:
@@ -56,8 +58,8 @@ def require_whole(source: str, config: Any, model: nn.Module, info: dict[str, An
     Raises:
         ModelError: weights are missing, left over, of another shape, or stored in a form that needs scales.
     """
-    kind = type(model).__name__
-    named = next(iter(getattr(config, "architectures", None) or []), kind)
+    kind, listed = type(model).__name__, getattr(config, "architectures", None) or [type(model).__name__]
+    named = listed if isinstance(listed, str) else listed[0]
     origin = f" (its config.json says {named})" if named != kind else ""
     wide = [
         f"{name} is {tuple(has)}, config.json says {tuple(due)}" for name, has, due in sorted(info["mismatched_keys"])
@@ -93,7 +95,7 @@ def _require_floats(source: str, model: nn.Module) -> None:
     """Raises ModelError: a weight is stored in a quantized type, and the config does not say how it was quantized."""
     weights = {name for name, _ in model.named_parameters()}
     for name, dtype in sorted(_stored(_folder(source)).items()):
-        if dtype not in FLOATS and (name in weights or dtype.startswith("F")):
+        if dtype not in TYPES.values() and (name in weights or dtype.startswith("F")):
             raise ModelError(
                 f"{source}: {name} is stored as {dtype}, and config.json has no quantization_config that says how to read it; "
                 "expected weights in bfloat16, float16 or float32"
@@ -143,18 +145,31 @@ def _folder(source: str) -> Path:
 
 
 def _stored(directory: Path) -> dict[str, str]:
-    """The names of the weights in the safetensors files of a directory, with their types; empty if it has none."""
+    """The names of the weights in the files of a directory, with their types as safetensors calls them; empty if it has none."""
     from safetensors import safe_open
 
-    index = directory / "model.safetensors.index.json"
     stored: dict[str, str] = {}
-    files = {"model.safetensors"}
-    if index.is_file():
-        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    for file in [directory / name for name in files if (directory / name).is_file()]:
+    for file in _files(directory, "model.safetensors"):
         with safe_open(file, "pt") as opened:
             stored |= {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118  # no mapping
+    for file in [] if stored else _files(directory, "pytorch_model.bin"):
+        # no weight is read: the form before torch 1.6 cannot be mapped
+        held = torch.load(file, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(file))
+        stored |= {name: _type_of(weight) for name, weight in held.items()}
     return stored
+
+
+def _type_of(weight: torch.Tensor) -> str:
+    """The type of a tensor as safetensors calls it; torch's name for one that holds no plain weights."""
+    return TYPES.get(weight.dtype) or str(weight.dtype).removeprefix("torch.").upper()
+
+
+def _files(directory: Path, name: str) -> list[Path]:
+    """The files of this name, or those that its index lists."""
+    index, names = directory / f"{name}.index.json", {name}
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return [directory / each for each in sorted(names) if (directory / each).is_file()]
 
 
 def _some(names: list[str]) -> str:

@@ -68,6 +68,20 @@ def test_a_checkpoint_that_is_not_whole_is_told_for_what_it_is(case: str, tmp_pa
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_float8_in_a_pickled_checkpoint_is_refused_too(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    tiny_llama().save_pretrained(model)
+    state = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    for is_zip in (True, False):
+        torch.save(state, model / "pytorch_model.bin", _use_new_zipfile_serialization=is_zip)
+        load_model(str(model))
+    state["lm_head.weight"] = state["lm_head.weight"].to(torch.float8_e4m3fn)
+    torch.save(state, model / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"lm_head\.weight is stored as FLOAT8_E4M3FN, and config\.json has no"):
+        load_model(str(model))
+
+
 def test_old_tables_that_are_no_weights_are_no_reason_to_refuse(tmp_path: Path) -> None:
     table = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     assert load_model(saved(tmp_path / "model", lambda state: state | table)).left_out is None
