@@ -121,3 +121,18 @@ class OutputError(MinicacheError):
 
 class RunBusy(OutputError):
     """Another process is at work on this run."""
+
+
+# torch's errors are recognised by name and text, so that torch need not be imported.
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether it is a network error of torch.distributed, which follows the death of another process."""
+    return type(error).__name__.startswith("Dist") or "gloo" in str(error)
+
+
+def is_full_memory(error: BaseException) -> bool:
+    """Whether it says that a GPU's or the CPU's memory is full; for the latter torch raises a plain RuntimeError."""
+    return (
+        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
+    )

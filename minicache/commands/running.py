@@ -14,11 +14,12 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from minicache.errors import CacheMismatch, MinicacheError, ProcessLost
+from minicache.errors import CacheMismatch, MinicacheError, ModelError, ProcessLost, is_full_memory, is_lost_peer
 from minicache.processes.signals import Interruptible, Postponed
 from minicache.screen.diff import differences_table
 from minicache.screen.live import Screen
 from minicache.screen.results import show_error
+from minicache.text import one_line
 from minicache.trackers import Silent
 
 # Reports go to stdout, progress and errors to stderr.
@@ -69,7 +70,7 @@ def errors_as_one_line(interrupted: str = "nothing was written") -> Iterator[Non
     interrupted: the text of the yellow line, unless the stage raised KeyboardInterrupt with a text of its own.
     """
     try:
-        with Interruptible(), _peers():
+        with Interruptible(), _errors_of_torch():
             yield
     except MinicacheError as error:
         log.debug("the traceback behind the error", exc_info=True)
@@ -88,18 +89,21 @@ def errors_as_one_line(interrupted: str = "nothing was written") -> Iterator[Non
 
 
 @contextmanager
-def _peers() -> Iterator[None]:
-    """Turn the network errors of torch.distributed, which follow the death of another process, into ProcessLost."""
+def _errors_of_torch() -> Iterator[None]:
+    """Turn network errors into ProcessLost, and a full memory into ModelError, wherever they come from."""
     try:
         yield
-    except RuntimeError as error:
-        text = " ".join(str(error).split())
-        # The class is recognised by its name, so that torch need not be imported.
-        if not (type(error).__name__.startswith("Dist") or "gloo" in text):
+    except (RuntimeError, MemoryError) as error:
+        text = one_line(error, 200)
+        if is_full_memory(error):
+            raise ModelError(
+                f"out of memory: {text}; expected a smaller model, rank or batch, or a machine with more"
+            ) from error
+        if not is_lost_peer(error):
             raise
         raise ProcessLost(
             f"process {os.environ.get('RANK', 0)}: another process of this run has ended or cannot be reached; what was saved "
-            f"stays, and the same command goes on with it (train: with --resume). The network said: {text[:200]}"
+            f"stays, and the same command goes on with it (train: with --resume). The network said: {text}"
         ) from error
 
 

@@ -27,16 +27,19 @@ PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embeddin
 # Settings of LoRA that leave a plain sum of products where they have these values or say nothing.
 PLAIN: Mapping[str, tuple[Any, ...]] = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orthogonal")}
 UNUSED = (
-    *("modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters", "lora_bias", "use_dora"),
-    *(
-        "use_qalora",
-        "use_bdlora",
-        "arrow_config",
-        "kasa_config",
-        "monteclora_config",
-        "velora_config",
-        "megatron_config",
-    ),
+    "modules_to_save",
+    "trainable_token_indices",
+    "layer_replication",
+    "target_parameters",
+    "lora_bias",
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
+    "megatron_config",
 )
 
 

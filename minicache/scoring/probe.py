@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from minicache.errors import MinicacheError, ModelError
+from minicache.errors import MinicacheError, ModelError, is_full_memory, is_lost_peer
 from minicache.scoring.head import Head
 from minicache.text import one_line
 
@@ -77,10 +77,10 @@ def own_errors(model: Any) -> Iterator[None]:
     except (MinicacheError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        line = one_line(error, 300)
-        if type(error).__name__.startswith("Dist") or "gloo" in line:
+        if is_lost_peer(error):
             raise
-        if isinstance(error, MemoryError) or "allocate memory" in line:
+        line = one_line(error, 300)
+        if is_full_memory(error):
             raise torch.OutOfMemoryError(line) from error
         raise ModelError(f"{_name(model)}: its own code failed: {line}") from error
 
