@@ -138,6 +138,7 @@ def test_a_worker_that_dies_is_one_line(encoder: RowEncoder) -> None:
 
 
 PARENT = """
+import signal
 import sys
 from pathlib import Path
 from minicache.data import workers
@@ -146,6 +147,8 @@ from minicache.data.encode import Encoder
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.processes.signals import Interruptible
 from tests.conftest import make_rows
+# a shell's background job, in which the tests may run, ignores it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 workers.ALONE, workers._cores = 0, lambda: 2
 encoder = workers.RowEncoder(Encoder(ChatTokenizer.load(Path(sys.argv[1])), 40), "f", Reading(), 0)
 rows = make_rows(200)
