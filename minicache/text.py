@@ -1,6 +1,6 @@
 """Text for a terminal, a page or a message."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def visible(text: str) -> str:
@@ -20,6 +20,12 @@ def ranges(numbers: Iterable[int]) -> str:
         else:
             runs.append([number, number])
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def listed(names: Sequence[str], most: int = 4) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def one_line(error: BaseException, most: int | None = None) -> str:

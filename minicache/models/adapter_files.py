@@ -10,11 +10,9 @@ import torch
 
 from minicache.errors import ModelError
 from minicache.models.peft_library import library, quiet
-from minicache.text import one_line
+from minicache.text import listed, one_line
 
 ADAPTER = "adapter_config.json"
-# Weights that an error names.
-LISTED = 4
 PREFIX = "base_model.model."
 
 
@@ -40,7 +38,7 @@ def settings_of(directory: Path) -> Any:
     strange = sorted(name for name, value in stated.items() if name not in known and value)
     if strange:
         raise ModelError(
-            f"{file}: the installed peft {peft.__version__} does not know {', '.join(strange[:LISTED])}; update peft, or train "
+            f"{file}: the installed peft {peft.__version__} does not know {listed(strange)}; update peft, or train "
             "the adapter again with a version that both have"
         )
     if problem := _why_not_merged(config):
@@ -122,8 +120,7 @@ def require_all(directory: Path, missing: Iterable[str], left_over: Iterable[str
     for keys, what in ((missing, "lacks the weights"), (left_over, "has weights that fit nothing in the model:")):
         names = [key.removeprefix(PREFIX).replace(".default", "") for key in keys]
         if names:
-            more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
             raise ModelError(
-                f"{directory}: the adapter does not fit its base model: its file {what} {', '.join(names[:LISTED])}{more}; peft "
+                f"{directory}: the adapter does not fit its base model: its file {what} {listed(names)}; peft "
                 "would go on without a word"
             )

@@ -1,8 +1,10 @@
 """The modules of a model that `--lora-targets` names."""
 
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import nn
 
 from minicache.errors import ConfigError
@@ -10,12 +12,15 @@ from minicache.models.whole import beside_text
 
 # Families whose out_proj peft refuses to adapt (peft/tuners/tuners_utils.py, _check_lora_target_modules_mamba).
 MAMBA_TYPES = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
+# Where classes of model families are defined; the second holds those of a checkpoint's own code.
+FAMILY_CODE = ("transformers.models.", "transformers_modules.")
 
 
-def targets(model: nn.Module, asked: str) -> dict[str, Any]:
+def targets(model: nn.Module, asked: str, lost: Sequence[str] = ()) -> dict[str, Any]:
     """The settings of a LoRA configuration that name its modules, checked: peft ignores an unknown name among known ones.
 
     asked: "all-linear", or names as peft takes them: the end of a module's name (`q_proj`, `self_attn.q_proj`) or the whole.
+    lost: names of modules that all-linear must leave out.
     The weights of stacked experts are no modules; such a name becomes a target parameter. The names that single experts had in
     earlier transformers (Mixtral's w1) are peft's to convert.
 
@@ -23,7 +28,7 @@ def targets(model: nn.Module, asked: str) -> dict[str, Any]:
         ConfigError: the model has no such module, or its weights are those of another one too.
     """
     if asked == "all-linear":
-        return {"target_modules": asked, "exclude_modules": _left_out(model) or None}
+        return {"target_modules": asked, "exclude_modules": [*_left_out(model), *lost] or None}
     modules = {name: module for name, module in model.named_modules() if _is_adaptable(module)}
     experts = [name for name, weight in model.named_parameters() if weight.ndim == 3 and "experts" in name]
     named = [name.strip() for name in asked.split(",") if name.strip()]
@@ -50,16 +55,33 @@ def targets(model: nn.Module, asked: str) -> dict[str, Any]:
 def _left_out(model: Any) -> list[str]:
     """The linear modules that all-linear leaves out, beside the head: those that an adapter would break, or text never reaches.
 
-    Routers return more than their product. Mamba's kernels read the weights of some projections past the module; peft refuses them.
+    What a family's own code makes of a linear layer (a router, a grouped projection) may compute more than its product. Mamba's
+    kernels read the weights of some projections past the module; peft refuses them.
+    An adapter on one of several modules with the same weights cannot be merged.
     """
-    beside = {name.rpartition(".")[0] for name in beside_text(model)}
+    beside = {name.rpartition(".")[0] for name in beside_text(model)} | {name for name, _ in _tied(model)}
     fused = model.config.get_text_config().model_type in MAMBA_TYPES
     return [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
-        and (name in beside or "Router" in type(module).__name__ or (fused and name.rpartition(".")[2] == "out_proj"))
+        and (name in beside or _does_more(module) or (fused and name.rpartition(".")[2] == "out_proj"))
     ]
+
+
+def _does_more(module: nn.Linear) -> bool:
+    """Whether a family's own kind of linear layer computes something else than the product with its weights."""
+    if type(module).forward is nn.Linear.forward or not type(module).__module__.startswith(FAMILY_CODE):
+        return False
+    row = torch.ones(2, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
+    with torch.no_grad():
+        try:
+            found: Any = module(row)
+        # a family's own code may raise anything
+        except Exception:
+            return True
+        product = nn.functional.linear(row, module.weight, module.bias)
+    return not (isinstance(found, torch.Tensor) and found.shape == product.shape and torch.allclose(found, product))
 
 
 def _is_adaptable(module: nn.Module) -> bool:
@@ -85,14 +107,20 @@ def _ending_in(name: str, names: Any) -> list[str]:
     return [each for each in names if each == name or each.endswith(f".{name}")]
 
 
-def _require_untied(model: Any, chosen: list[str]) -> None:
-    """Raises ConfigError: a chosen module shares its weights with another one."""
+def _tied(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Each module whose weights are those of another one too, with the other."""
     owners: dict[int, list[str]] = {}
     for name, weight in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(weight), []).append(name.rpartition(".")[0])
     for names in owners.values():
-        for name in set(names) & set(chosen) if len(names) > 1 else ():
-            other = next(each for each in names if each != name)
+        for name in names:
+            yield from ((name, other) for other in names[:2] if other != name)
+
+
+def _require_untied(model: nn.Module, chosen: list[str]) -> None:
+    """Raises ConfigError: a chosen module shares its weights with another one."""
+    for name, other in _tied(model):
+        if name in chosen:
             raise ConfigError(
                 f"--lora-targets: {name} has the same weights as {other} (they are tied), and an adapter would change one use of "
                 "them alone; leave it out"

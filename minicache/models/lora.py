@@ -10,51 +10,80 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minicache.errors import ConfigError, ModelError
-from minicache.models.adapter_files import ADAPTER, repeated, require_all, resize, settings_of
+from minicache.models.adapter_files import ADAPTER, PREFIX, repeated, require_all, resize, settings_of
 from minicache.models.adapter_targets import targets
 from minicache.models.joined import WEIGHTS, write_joined
 from minicache.models.peft_library import library, quiet
 from minicache.models.quantized import to_float32
 from minicache.options.base import QUANTIZATIONS
 from minicache.options.train import LoraOptions
-from minicache.text import one_line
+from minicache.text import listed, one_line
+from minicache.trackers import Tracker
 
 BASE = "base.json"
 # The entry of that file which says that the adapter holds others too (joined.py).
 JOINED = "joined"
 
 
-def add_lora(model: nn.Module, source: str, options: LoraOptions, seed: int) -> nn.Module:
+def add_lora(model: nn.Module, source: str, options: LoraOptions, seed: int, tracker: Tracker) -> nn.Module:
     """The model with new adapters, whose second factor is zero, so that they change nothing yet.
 
-    There is no dropout: both stages run in eval mode. source: the name of the base, which the adapter's file records.
+    There is no dropout: both stages run in eval mode. source: the name of the base, which the adapter's file records. all-linear
+    leaves out what could not be read back from the saved adapter, and says so.
 
     Raises:
-        ConfigError: peft is not installed, or the model has no such modules.
+        ConfigError: peft is not installed, the model has no such modules, or those that are named could not be read back.
     """
-    peft = library()
-    config = peft.LoraConfig(
+    asked = options.lora_targets
+    try:
+        adapted = adapt(model, _config(options, targets(model, asked), seed), source)
+        lost = _not_read_back(adapted)
+        if lost and asked == "all-linear":
+            tracker.note(
+                f"--lora-targets all-linear leaves out {listed(lost)}: peft does not find their adapters again"
+            )
+            model = adapted.unload()
+            adapted, lost = adapt(model, _config(options, targets(model, asked, lost), seed), source), []
+    except (ValueError, TypeError, NotImplementedError) as error:
+        line = one_line(error, 300)
+        raise ConfigError(f"--lora-targets {asked}: peft cannot adapt this model so: {line}") from error
+    if lost:
+        raise ConfigError(
+            f"--lora-targets {asked}: peft does not find the adapters of {listed(lost)} again in what it saves; expected names of "
+            "other modules, or all-linear, which leaves them out"
+        )
+    assert isinstance(adapted, nn.Module)
+    return adapted
+
+
+def _config(options: LoraOptions, modules: dict[str, Any], seed: int) -> Any:
+    """peft's configuration, for adapters whose first factor this seed makes."""
+    torch.manual_seed(seed)
+    return library().LoraConfig(
         r=options.lora_rank,
         lora_alpha=options.lora_alpha or 2 * options.lora_rank,
         use_rslora=options.lora_rslora,
         use_dora=options.lora_dora,
         task_type="CAUSAL_LM",
-        **targets(model, options.lora_targets),
+        **modules,
     )
-    torch.manual_seed(seed)
-    try:
-        return adapt(model, config, source)
-    except (ValueError, TypeError, NotImplementedError) as error:
-        line = one_line(error, 300)
-        raise ConfigError(f"--lora-targets {options.lora_targets}: peft cannot adapt this model so: {line}") from error
 
 
-def adapt(model: nn.Module, config: Any, source: str) -> nn.Module:
+def _not_read_back(adapted: Any) -> list[str]:
+    """The modules whose adapters are saved under names that peft takes for others when it loads them (0.21: transformers'
+    conversion of old names applies to new ones too)."""
+    peft = library()
+    with quiet():
+        saved = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        missing = peft.set_peft_model_state_dict(adapted, saved).missing_keys
+    return sorted({key.removeprefix(PREFIX).partition(".lora_")[0] for key in missing if ".lora_" in key})
+
+
+def adapt(model: nn.Module, config: Any, source: str) -> Any:
     """The model with the adapters of a peft configuration, which records `source` as the base."""
     with quiet():
         adapted: Any = library().get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = source
-    assert isinstance(adapted, nn.Module)
     return adapted
 
 

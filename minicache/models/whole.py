@@ -14,9 +14,8 @@ import torch
 from torch import nn
 
 from minicache.errors import ModelError
+from minicache.text import listed
 
-# Names shown in an error or a note.
-SHOWN = 4
 # Tables that older releases saved and that are computed anew: no weights.
 TABLES = re.compile(
     r"inv_freq$|(?:causal|masked|attn|attention)\.?_?(?:bias|mask)$|position_ids$|_extra_state$|\.version$"
@@ -58,8 +57,8 @@ def require_whole(source: str, config: Any, model: nn.Module, info: dict[str, An
     Raises:
         ModelError: weights are missing, left over, of another shape, or stored in a form that needs scales.
     """
-    kind, listed = type(model).__name__, getattr(config, "architectures", None) or [type(model).__name__]
-    named = listed if isinstance(listed, str) else listed[0]
+    kind, classes = type(model).__name__, getattr(config, "architectures", None) or [type(model).__name__]
+    named = classes if isinstance(classes, str) else classes[0]
     origin = f" (its config.json says {named})" if named != kind else ""
     wide = [
         f"{name} is {tuple(has)}, config.json says {tuple(due)}" for name, has, due in sorted(info["mismatched_keys"])
@@ -71,14 +70,14 @@ def require_whole(source: str, config: Any, model: nn.Module, info: dict[str, An
     )
     if left and all(key.startswith(WRAPPERS) for key in left):
         raise ModelError(
-            f"{source}: its weights are named {_some(left)}: saved from inside a wrapper; expected names without "
+            f"{source}: its weights are named {listed(left)}: saved from inside a wrapper; expected names without "
             f"{' or '.join(WRAPPERS)}: save the inner model's save_pretrained"
         )
     problems = wide[:1]
     if missing:
-        problems.append(f"{len(missing)} of {kind}'s weights are not in its files ({_some(missing)})")
+        problems.append(f"{len(missing)} of {kind}'s weights are not in its files ({listed(missing)})")
     if left:
-        problems.append(f"{len(left)} in its files have no place in {kind} ({_some(left)})")
+        problems.append(f"{len(left)} in its files have no place in {kind} ({listed(left)})")
     if problems:
         raise ModelError(
             f"{source}{origin}: {'; '.join(problems)}. Expected a whole causal language model, and no more"
@@ -116,7 +115,7 @@ def left_out(source: str, model: Any) -> str | None:
     if beside := beside_text(model):
         return (
             f"{source}: only the language model of {type(model).__name__} is used; {len(beside)} other weights "
-            f"({_some(beside)}) are kept as they are, not trained"
+            f"({listed(beside)}) are kept as they are, not trained"
         )
     patterns = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
     patterns.append(TOWERS)
@@ -129,7 +128,7 @@ def left_out(source: str, model: Any) -> str | None:
     if not names:
         return None
     return (
-        f"{source}: {len(names)} weights in its files are no part of {type(model).__name__} ({_some(names)}): they are not "
+        f"{source}: {len(names)} weights in its files are no part of {type(model).__name__} ({listed(names)}): they are not "
         "used, and the policy is saved without them"
     )
 
@@ -170,9 +169,3 @@ def _files(directory: Path, name: str) -> list[Path]:
     if index.is_file():
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     return [directory / each for each in sorted(names) if (directory / each).is_file()]
-
-
-def _some(names: list[str]) -> str:
-    """Up to SHOWN names, and how many more there are."""
-    more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more

@@ -81,10 +81,13 @@ class _Trial:
         try:
             self._try(layout)
             return None
+        except ModelError as error:
+            problem = f"its own code does not take it: {one_line(error.__cause__ or error, 160)}"
         # a model's own code or a compiler may raise anything
         except Exception as error:
-            self.scorer.use_layout("padded", own_positions=self.scorer.own_positions)
-            return one_line(error, 160)
+            problem = one_line(error, 160)
+        self.scorer.use_layout("padded", own_positions=self.scorer.own_positions)
+        return problem
 
     def _try(self, layout: str) -> None:
         """Raises ValueError, or whatever the model's code raises: the layout cannot be used."""

@@ -21,7 +21,7 @@ from minicache.trackers import Tracker
 
 
 def with_adapters(
-    config: TrainConfig, loaded: LoadedModel, source: str, checkpoint: Path | None, sources: Sources
+    config: TrainConfig, loaded: LoadedModel, source: str, checkpoint: Path | None, sources: Sources, tracker: Tracker
 ) -> nn.Module:
     """The model to start from with new adapters, or with its own, or with those of a checkpoint.
 
@@ -54,7 +54,7 @@ def with_adapters(
     elif own:
         adapted = with_adapter(loaded.model, own)
     else:
-        adapted = add_lora(to_float32(loaded.model, torch.device("cpu")), source, config.lora, config.seed)
+        adapted = add_lora(to_float32(loaded.model, torch.device("cpu")), source, config.lora, config.seed, tracker)
     if checkpoint and joined:
         restore(adapted, checkpoint)
     adapted.base_fingerprint, adapted.base_quantization = weights, loaded.quantization

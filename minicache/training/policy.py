@@ -73,7 +73,7 @@ def load_policy(
     loaded = _load(config, cache, tracker, sources)
     source, stored = lasting_name(loaded.source), _stored_dtype(loaded.model)
     if config.lora.wanted:
-        adapted = with_adapters(config, loaded, source, checkpoint, sources)
+        adapted = with_adapters(config, loaded, source, checkpoint, sources, tracker)
         return Policy(adapted, source, stored, getattr(adapted, "base_quantization", ""))
     if is_quantized(loaded.model):
         raise ConfigError(

@@ -16,8 +16,14 @@ from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import ConfigError, ModelError
 from minicache.models import load_model, save_model, save_tokenizer
 from minicache.models.adapter_targets import targets
+from minicache.models.lora import add_lora
+from minicache.options.lora import LoraOptions
+from minicache.trackers import Silent
 from tests.conftest import Cli, make_rows, precompute_into, tiny_llama, write_jsonl
 from tests.helpers.adapters import logits_elsewhere, sft_adapter
+from tests.zoo.check import Notes
+from tests.zoo.families import families
+from tests.zoo.weights import make, nothing_left_to_chance, perturb
 
 pytest.importorskip("peft", reason="needs peft: pip install '.[lora]'")
 IDS = torch.arange(5, 25)[None]
@@ -378,3 +384,44 @@ def test_adapters_of_experts_merge(settings: dict[str, Any], tokenizer_dir: Path
     adapter = sft_adapter(base, tmp_path / "sft", **settings)
     same(logits(adapter), logits_elsewhere(adapter, IDS))
     assert float((logits(adapter) - logits(base)).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("kind", "left_out", "noted"),
+    [
+        # transformers' renaming of old weights applies to these new names too when peft loads them
+        ("laguna", "shared_experts", True),
+        # one block's weights in several modules
+        ("zamba", "shared_transf", False),
+        # a linear layer in groups
+        ("deepseek_v4", "o_a_proj", False),
+    ],
+)
+def test_all_linear_leaves_out_what_an_adapter_would_break(
+    kind: str, left_out: str, noted: bool, tmp_path: Path
+) -> None:
+    family, notes, options = next(each for each in families() if each.name == kind), Notes(), LoraOptions(lora_rank=2)
+    with nothing_left_to_chance():
+        model = make(family)
+    perturb(model)
+    base = saved(model.eval(), tmp_path / "base")
+    adapted: Any = add_lora(load_model(str(base)).model, str(base), options, 0, notes)
+    assert bool(notes.lines) == noted and all(left_out in line for line in notes.lines)
+    adapters = [name for name, weight in adapted.named_parameters() if weight.requires_grad]
+    assert adapters and not [name for name in adapters if left_out in name]
+    with torch.no_grad():
+        for name in adapters:
+            adapted.get_parameter(name).normal_(0, 0.1)
+        expected = adapted(input_ids=IDS, use_cache=False).logits[0]
+    adapted.save_pretrained(tmp_path / "adapter")
+    same(logits(tmp_path / "adapter"), expected)
+
+
+def test_named_targets_that_cannot_be_read_back_are_refused() -> None:
+    with nothing_left_to_chance():
+        model = make(next(each for each in families() if each.name == "laguna"))
+    options = LoraOptions(lora_rank=2, lora_targets="q_proj,shared_experts.up_proj")
+    with pytest.raises(
+        ConfigError, match=r"peft does not find the adapters of .*shared_experts.up_proj again in what it"
+    ):
+        add_lora(model, "base", options, 0, Silent())

@@ -85,8 +85,8 @@ def tiny(family: str, settings: dict[str, Any]) -> Any:
     return model.eval()
 
 
-def check_layout(model: Any, expected: str, asked: str = "auto") -> None:
-    """The layout that is used, its values within 1e-5 of float64 a pair, gradients within 1e-5 of float64."""
+def check_layout(model: Any, expected: str, asked: str = "auto", within: float = 1e-5) -> None:
+    """The layout that is used, its values within 1e-5 of float64 a pair, gradients `within` of float64."""
     pairs, weights = random_pairs(10, seed=6), torch.linspace(-1, 2, 20).view(10, 2)
     scorer, tracker = Scorer(model, "float32"), Noted()
     settle_layout(scorer, PairTable.from_pairs(pairs, "int32"), asked, CPU, tracker)
@@ -111,7 +111,7 @@ def check_layout(model: Any, expected: str, asked: str = "auto") -> None:
     due = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
     norm = torch.stack([gradient.norm() for gradient in due.values()]).norm()
     for name, gradient in due.items():
-        assert (found[name] - gradient).norm() < 1e-5 * norm, name
+        assert (found[name] - gradient).norm() < within * norm, name
 
 
 @pytest.mark.parametrize("layout", ["packed", pytest.param("shared", marks=pytest.mark.slow)])
@@ -242,6 +242,8 @@ RECURRENT: dict[str, dict[str, Any]] = {
         "mamba_expand": 2, "head_dim": None,
     },
 }  # fmt: skip
+# Their code computes states in float32 whatever the model's precision, so the float64 loop has that noise too.
+STATES = 3e-5
 
 
 @pytest.mark.parametrize("family", RECURRENT)
@@ -251,7 +253,7 @@ def test_a_recurrent_family_is_padded_where_its_code_keeps_no_boundaries(family:
     assert scorer.layout_name == "padded" and "carry chosen into rejected" in notes[0]
     with pytest.raises(ConfigError, match="can't keep packed sequences apart without"):
         settled(model, "sequences")
-    check_layout(model, "padded")
+    check_layout(model, "padded", within=STATES)
 
 
 def by_sequence(run: Any, time: int) -> Any:
@@ -297,7 +299,7 @@ def test_a_recurrent_family_is_packed_by_sequences_where_its_code_keeps_them_apa
     module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     for name, time in KERNELS[family].items():
         monkeypatch.setattr(module, name, by_sequence(getattr(module, name), time))
-    check_layout(tiny(family, RECURRENT[family]), "sequences")
+    check_layout(tiny(family, RECURRENT[family]), "sequences", within=STATES)
 
 
 def test_a_full_memory_of_the_cpu_is_the_error_that_a_gpus_is() -> None:

@@ -20,6 +20,7 @@ from minicache.options.base import QUANTIZATIONS, BaseOptions, flag_of
 from minicache.options.lora import LoraOptions
 from minicache.options.train import TrainConfig, ValidationOptions
 from minicache.scoring.scorer import Scorer
+from minicache.trackers import Silent
 from tests.conftest import Cli, precompute_into
 from tests.models.test_models import gguf_file
 from tests.models.test_quantized import CPU, SETTINGS, by_transformers, each_kind, half_dir, stored
@@ -129,7 +130,7 @@ def test_gradients_of_adapters_are_those_of_a_plain_loop(
     ]
     slopes: list[dict[str, Any]] = []
     for model in models:
-        adapted = add_lora(model, "base", LoraOptions(lora_rank=2), seed=1)
+        adapted = add_lora(model, "base", LoraOptions(lora_rank=2), seed=1, tracker=Silent())
         for number, (name, factor) in enumerate(adapted.named_parameters()):
             if "lora_B" in name:
                 factor.data = torch.sin(torch.arange(factor.numel()) + number).view_as(factor) * 0.05
