@@ -112,15 +112,15 @@ def save_tokenizer(directory: Path) -> Path:
     return directory
 
 
-def tiny_llama(vocabulary: int = 400, seed: int = 0) -> "LlamaForCausalLM":
+def tiny_llama(vocabulary: int = 400, seed: int = 0, width: int = 32) -> "LlamaForCausalLM":
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

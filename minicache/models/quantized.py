@@ -6,9 +6,11 @@ itself rounds activations too, except in columns that hold an outlier anywhere i
 the pairs beside it (by 0.05 nats per token with SmolLM2-135M), and the policy would differ from itself as the reference.
 """
 
+import copy
 import sys
 from importlib import import_module
 from importlib.util import find_spec
+from math import prod
 from types import MethodType
 from typing import Any
 
@@ -75,10 +77,7 @@ def to_float32(model: nn.Module, device: torch.device) -> nn.Module:
 def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
     """Let quantized layers compute in this precision, forward and backward, whatever the checkpoint asks for."""
     for layer in quantized_layers(model):
-        layer.compute_dtype, layer.compute_type_is_set = dtype, True
-        if state := getattr(layer.weight, "quant_state", None):
-            # backward dequantizes to this type, forward to that of the activations
-            state.dtype = dtype
+        layer.compute_dtype = dtype
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -88,7 +87,7 @@ def plain(model: nn.Module) -> nn.Module:
         return model
     for layer, name in layers.items():
         linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-        linear.weight, linear.bias = nn.Parameter(_weight(layer), requires_grad=False), layer.bias
+        linear.weight, linear.bias = nn.Parameter(_weight(layer, torch.float32), requires_grad=False), layer.bias
         model.set_submodule(name, linear)
     for mark in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
         vars(model).pop(mark, None)
@@ -110,59 +109,56 @@ def require_packages(what: str) -> None:
 def prepared(layer: Any) -> Any:
     """The quantized layer, computing in the precision of its input, in the same way with gradients and without.
 
+    bitsandbytes' own forward packs weights on some CPUs, and computes in bfloat16 then, without gradients.
+
     Raises:
         ModelError: the layer is of a kind that gives no gradients.
     """
-    layer.compute_dtype, layer.compute_type_is_set = None, False
-    # Packed for inference on some CPUs, a weight computes in bfloat16 and passes no gradient on.
-    layer.support_avx512bf16_for_cpu = False
     if not hasattr(layer.weight, "quant_state"):
         if layer.weight.dtype != torch.int8:
             raise ModelError("its 8-bit layers hold float weights (llm_int8_has_fp16_weight); expected int8 ones")
         # As a buffer they move with the layer; what bitsandbytes keeps at the weight would stay behind.
         layer.register_buffer("largest", layer.weight.SCB, persistent=False)
         layer.weight.CB = None
-        layer.forward = MethodType(_forward_int8, layer)
+    layer.compute_dtype = None
+    layer.forward = MethodType(_forward, layer)
     return layer
 
 
-class _Int8Product(torch.autograd.Function):
-    """hidden @ weight.T, which keeps the int8 weight and not a float copy of it for backward."""
+class _Product(torch.autograd.Function):
+    """hidden @ weight.T, which keeps the quantized weight and not a float copy of it for backward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
-        """(..., out). hidden: (..., in). weight: (out, in) int8. largest: (out,) float32, the largest weight of each row."""
-        ctx.save_for_backward(weight, largest)
-        return hidden @ _from_int8(weight, largest).to(hidden.dtype).T
+    def forward(ctx: Any, hidden: torch.Tensor, layer: Any) -> torch.Tensor:
+        """(..., out). hidden: (..., in)."""
+        ctx.layer = layer
+        return hidden @ _weight(layer, hidden.dtype).T
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        weight, largest = ctx.saved_tensors
-        return grads[0] @ _from_int8(weight, largest).to(grads[0].dtype), None, None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grads[0] @ _weight(ctx.layer, grads[0].dtype), None
 
 
-def _forward_int8(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
+def _forward(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
     """(..., out) in the precision of hidden, (..., in)."""
-    cast = hidden.to(layer.compute_dtype or hidden.dtype)
-    apply: Any = _Int8Product.apply
-    output: torch.Tensor = apply(cast, layer.weight.data, layer.largest)
+    apply: Any = _Product.apply
+    output: torch.Tensor = apply(hidden.to(layer.compute_dtype or hidden.dtype), layer)
     return (output if layer.bias is None else output + layer.bias.to(output.dtype)).to(hidden.dtype)
 
 
-def _from_int8(weight: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
-    return weight * (largest[:, None] / MOST_INT8)
-
-
-def _weight(layer: Any) -> torch.Tensor:
-    """(out, in) float32: the weights that the layer computes with."""
+def _weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:
+    """(out, in): the weights that the layer computes with."""
     from bitsandbytes.functional import dequantize_4bit
 
     state = getattr(layer.weight, "quant_state", None)
     if state is None:
-        return _from_int8(layer.weight.data, layer.largest)
-    state.dtype = torch.float32
-    weight: torch.Tensor = dequantize_4bit(layer.weight.data, state)
-    return weight
+        plain: torch.Tensor = layer.weight.data * (layer.largest[:, None] / MOST_INT8)
+        return plain.to(dtype)
+    # As one row: where rows are no multiple of a block, the kernel of bitsandbytes 0.50 for CPUs with AVX-512 scales them wrongly.
+    flat = copy.copy(state)
+    flat.shape, flat.dtype = (prod(state.shape),), dtype
+    weight: torch.Tensor = dequantize_4bit(layer.weight.data, flat)
+    return weight.view(state.shape)
 
 
 def _layer(bnb: Any, plain: Any, quantization: str) -> Any:
