@@ -60,13 +60,14 @@ def import_foreign(config: ImportConfig, files: list[DataFile], tracker: Tracker
     assert config.model and config.logps and config.dtype
     names = _names(files[0])
     tracker.begin(f"loading {config.model}", None)
-    loaded = load_model(config.model, config.trust_remote_code)
+    loaded = load_model(config.model, config.trust_remote_code, config.base.quantization)
     options: dict[str, Any] = {"block_pairs": BLOCK_PAIRS, **config.of_encoding, "dtype": config.dtype}
     with drafted(place_at(config.ref_cache), "importing") as (draft, claims):
         request = PrecomputeConfig(
             model=config.model,
             data=(config.file,),
             ref_cache=draft,
+            base=config.base,
             trust_remote_code=config.trust_remote_code,
             **options,
         )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from minicache.errors import ConfigError
 from minicache.options import texts
+from minicache.options.base import AS_STORED, BaseOptions, flag_of
 from minicache.options.choices import (
     DTYPES,
     LOGPS,
@@ -102,6 +103,7 @@ class ImportConfig:
     special_text: str | None = option(None, texts.AS_STAGE_ONE, choices=lambda: SPECIAL_TEXT)
     block_pairs: int | None = option(None, texts.AS_STAGE_ONE, least=1)
     on_bad_row: str | None = option(None, texts.AS_STAGE_ONE, choices=lambda: ON_BAD_ROW)
+    base: BaseOptions = AS_STORED
     trust_remote_code: bool = option(False, texts.TRUST)
 
     def __post_init__(self) -> None:
@@ -121,8 +123,10 @@ class ImportConfig:
         Raises:
             ConfigError: an option for another program's file is given.
         """
-        if wrong := [name for name in ("logps", "dtype", *self.of_encoding) if getattr(self, name) is not None]:
-            names = ", ".join(map(flag, wrong))
+        wrong = [flag(name) for name in ("logps", "dtype", *self.of_encoding) if getattr(self, name) is not None]
+        wrong += [flag_of(self.base.quantization)] if self.base.quantization else []
+        if wrong:
+            names = ", ".join(wrong)
             raise ConfigError(f"{names}: {self.file} was exported from a cache and holds this itself; leave it out")
 
     def require_stated(self) -> None:

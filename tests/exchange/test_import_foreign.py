@@ -8,10 +8,12 @@ import pytest
 
 from minicache.cache.reader import ReferenceCache
 from minicache.data.formats import to_pair
-from minicache.errors import CacheMismatch, DataError, HandshakeError, ModelError
-from minicache.options.exchange import ImportConfig
+from minicache.errors import CacheMismatch, ConfigError, DataError, HandshakeError, ModelError
+from minicache.options.base import BaseOptions
+from minicache.options.exchange import ExportCacheConfig, ImportConfig
 from minicache.options.others import InspectConfig
 from minicache.pairs import CHOSEN, REJECTED
+from minicache.stages.export_cache import export_cache
 from minicache.stages.import_cache import ImportReport, import_cache
 from minicache.stages.inspect import verify_model as verify
 from minicache.trackers import Silent
@@ -65,6 +67,26 @@ def test_sums_become_what_stage_one_would_have_stored(
     config = InspectConfig(tmp_path / "cache", verify=True, model=str(model_dir))
     assert verify(config, one_process(), Silent()) < 1e-5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "foreign.jsonl"]
+
+
+def test_values_of_a_quantized_base(tmp_path: Path, model_dir: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install '.[quantized]'")
+    rows, base = make_rows(6, seed=4), BaseOptions(base_8bit=True)
+    cache = precompute_into(tmp_path / "made", model_dir, write_jsonl(tmp_path / "rows.jsonl", rows), base=base)
+    _, reference = ReferenceCache(cache).load()
+    columns = {"ref_chosen_logps": CHOSEN, "ref_rejected_logps": REJECTED}
+    means = reference.logp_mean.tolist()
+    foreign = [
+        row | {name: mean[side] for name, side in columns.items()} for row, mean in zip(rows, means, strict=True)
+    ]
+    bring_in(foreign, tmp_path, model_dir, logps="mean", base=base, max_length=None, block_pairs=8)
+    assert ReferenceCache(tmp_path / "cache").identity == ReferenceCache(cache).identity
+    config = InspectConfig(tmp_path / "cache", verify=True, model=str(model_dir))
+    assert verify(config, one_process(), Silent()) < 1e-5
+    export_cache(ExportCacheConfig(cache, tmp_path / "table.jsonl"), Silent())
+    again = ImportConfig(str(tmp_path / "table.jsonl"), tmp_path / "again", str(model_dir), base=base)
+    with pytest.raises(ConfigError, match=r"--base-8bit: .* was exported from a cache and holds this itself"):
+        import_cache(again, Silent())
 
 
 def test_sums_taken_for_means_are_found_out(scored: tuple[Path, Rows], tmp_path: Path, model_dir: Path) -> None:
