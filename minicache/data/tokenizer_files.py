@@ -45,15 +45,19 @@ def copy_tokenizer(directory: Path, target: Path) -> None:
             _copy(directory / place / name, target / place / name)
 
 
-def copy_to_policy(directory: Path, target: Path) -> None:
+def copy_to_policy(directory: Path, target: Path, alone: bool = False) -> None:
     """Copy the files that the tokenizer came with, and its chat template, as a policy's.
+
+    alone: for an adapter's directory, which has no config.json by which transformers could choose the tokenizer's class: the files
+    as transformers writes them, which name it.
 
     Files that were made of others (a tokenizer.json of a SentencePiece model) lie beside those. A directory without a copy of
     the source, as of caches of 0.1.0, is copied as it is.
     """
     source = directory / SOURCE
-    if not source.is_dir():
-        copy_tokenizer(directory, target)
+    if alone or not source.is_dir():
+        for name in tokenizer_files(directory):
+            _copy(directory / name, target / name)
         return
     copy_tokenizer(source, target)
     if not (target / "tokenizer.json").exists():

@@ -108,7 +108,7 @@ class Filling:
         largest, vocabulary = max(int(pair.tokens.max()) for pair in self.pending), self.cache.identity.vocabulary
         if largest >= vocabulary:
             raise ModelError(
-                f"the tokenizer gives token id {largest}, the model knows {vocabulary}; "
+                f"the tokenizer gives token id {largest}, the model knows 0 to {vocabulary - 1}; "
                 "expected the tokenizer the model was trained with (--tokenizer)"
             )
         block = self.holes.pop(0) if self.holes else len(self.cache.blocks)

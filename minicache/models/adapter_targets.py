@@ -32,12 +32,18 @@ def targets(model: nn.Module, asked: str, lost: Sequence[str] = ()) -> dict[str,
     modules = {name: module for name, module in model.named_modules() if _is_adaptable(module)}
     experts = [name for name, weight in model.named_parameters() if weight.ndim == 3 and "experts" in name]
     named = [name.strip() for name in asked.split(",") if name.strip()]
+    if "all-linear" in named:
+        raise ConfigError(
+            f"--lora-targets {asked}: all-linear names all of them; expected it alone, or names of modules"
+        )
     earlier = _earlier_names(model)
     strange = [name for name in named if not any(_ending_in(name, all_) for all_ in (modules, experts, earlier))]
-    if strange or not named:
+    if not named:
+        raise ConfigError("--lora-targets: expected all-linear, or names of modules such as q_proj,v_proj, got nothing")
+    if strange:
         known = sorted({name.rpartition(".")[2] for name in [*modules, *experts, *earlier]})
         raise ConfigError(
-            f"--lora-targets: the model has no linear modules named {', '.join(strange) or 'so'}; expected all-linear, or "
+            f"--lora-targets: the model has no linear modules named {', '.join(strange)}; expected all-linear, or "
             f"some of {', '.join(known)}"
         )
     chosen = [name for each in named for name in _ending_in(each, modules)]

@@ -81,8 +81,11 @@ def _require_torch_archive(path: Path, size: int) -> None:
         )
 
 
-def _mistaken(head: bytes, size: int) -> str:
-    """What a file that torch.save did not write is, and what to do."""
+def other_kind(head: bytes, size: int) -> str | None:
+    """What a file is that often lies in another one's place, and what to do; None for none of these.
+
+    head: its first bytes.
+    """
     again = "copy or download it again"
     if not size:
         return f"an empty file; {again}"
@@ -98,7 +101,16 @@ def _mistaken(head: bytes, size: int) -> str:
         return f"a web page, which a download saved in the file's place: download the file itself ({address})"
     if head.startswith(b"GGUF"):
         return "a GGUF file; give its name the ending .gguf"
-    if _is_safetensors(head, size):
+    if not head.strip(b"\0"):
+        return f"begins with zeros, as a download that was broken off does; {again}"
+    return None
+
+
+def _mistaken(head: bytes, size: int) -> str:
+    """What a file that torch.save did not write is, and what to do."""
+    if other := other_kind(head, size):
+        return other
+    if is_safetensors(head, size):
         return "a safetensors file; call it model.safetensors, put it beside its config.json and name that directory"
     for magic, name in COMPRESSED.items():
         if head.startswith(magic):
@@ -107,15 +119,13 @@ def _mistaken(head: bytes, size: int) -> str:
         return "a tar archive; unpack it, and name the .pth inside"
     if head.startswith(b"\x80"):
         return f"a pickle that torch.save did not write, whose code is never run; expected weights alone: {SAVE}"
-    if not head.strip(b"\0"):
-        return f"begins with zeros, as a download that was broken off does; {again}"
-    if text[:1] in (b"{", b"[") or _is_text(head):
+    if head.lstrip()[:1] in (b"{", b"[") or _is_text(head):
         line = " ".join(head[:60].decode("utf-8", "replace").split())
         return f"a text file ({line!r}); expected a file that {SAVE} wrote"
     return f"not a file that torch.save wrote, or a damaged one; expected one of {SAVE}"
 
 
-def _is_safetensors(head: bytes, size: int) -> bool:
+def is_safetensors(head: bytes, size: int) -> bool:
     """Whether it begins with the length of a header, which a JSON object follows."""
     return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size
 

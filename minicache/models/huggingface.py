@@ -9,6 +9,8 @@ from torch import nn
 
 from minicache.errors import ModelError
 from minicache.models import stored
+from minicache.models.directories import broken_file, missing_file
+from minicache.models.file_kinds import SAVE
 from minicache.models.whole import require_language_model, require_whole
 from minicache.text import one_line
 
@@ -70,7 +72,11 @@ def from_pretrained(cls: Any, source: str, trust_remote_code: bool, **options: A
             return cls.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
     # transformers may raise anything on a damaged file
     except Exception as error:
+        if path.is_dir() and (broken := broken_file(path) or missing_file(path, "Tokenizer" in cls.__name__)):
+            raise ModelError(broken) from error
         line = one_line(error)
+        if "Weights only load failed" in line:
+            line = f"its weights' file holds more than tensors, which is never run; expected weights alone: {SAVE}"
         hint = " (add --trust-remote-code if you trust its authors)" if "trust_remote_code" in line else ""
         what = "transformers cannot load it" if path.exists() else "no such directory, and no hub id that can be loaded"
         raise ModelError(f"{path}: {what}: {line[:300]}{hint}") from error

@@ -65,7 +65,8 @@ class LoadedModel:
     @property
     def left_out(self) -> str | None:
         """A line for the user on what of its files is not used; None: all is."""
-        lines = [*self.notes, left_out(self.below.base if self.below else self.source, self.model)]
+        place, _ = split_source(self.below.base if self.below else self.source)
+        lines = [*self.notes, left_out(place, self.model)]
         return "; ".join(filter(None, lines)) or None
 
     def note_left_out(self, note: Callable[[str], None]) -> None:
@@ -197,7 +198,7 @@ def save_model(model: Any, tokenizer_dir: Path, directory: Path, weights: dict[s
         except SafetensorError as error:
             raise OSError(str(error)) from error
         lora.write_base(model, draft)
-        copy_to_policy(tokenizer_dir, draft)
+        copy_to_policy(tokenizer_dir, draft, alone=hasattr(model, "get_base_model"))
 
 
 def _tied(model: nn.Module, weights: dict[str, Any]) -> dict[str, Any]:

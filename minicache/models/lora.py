@@ -12,9 +12,11 @@ from torch import nn
 from minicache.errors import ConfigError, ModelError
 from minicache.models.adapter_files import ADAPTER, PREFIX, repeated, require_all, resize, settings_of
 from minicache.models.adapter_targets import targets
+from minicache.models.directories import broken_file
 from minicache.models.joined import WEIGHTS, write_joined
 from minicache.models.peft_library import library, quiet
 from minicache.models.quantized import to_float32
+from minicache.models.whole import require_finite
 from minicache.options.base import QUANTIZATIONS
 from minicache.options.train import LoraOptions
 from minicache.text import listed, one_line
@@ -46,7 +48,10 @@ def add_lora(model: nn.Module, source: str, options: LoraOptions, seed: int, tra
             adapted, lost = adapt(model, _config(options, targets(model, asked, lost), seed), source), []
     except (ValueError, TypeError, NotImplementedError) as error:
         line = one_line(error, 300)
-        raise ConfigError(f"--lora-targets {asked}: peft cannot adapt this model so: {line}") from error
+        raise ConfigError(
+            f"--lora-targets {asked}: peft cannot adapt this model so: {line}; expected names of other modules, such as "
+            "q_proj,v_proj"
+        ) from error
     if lost:
         raise ConfigError(
             f"--lora-targets {asked}: peft does not find the adapters of {listed(lost)} again in what it saves; expected names of "
@@ -164,8 +169,11 @@ def with_adapter(base: nn.Module, directory: Path) -> Any:
     """
     peft = library()
     config = settings_of(directory)
+    if not any((directory / name).is_file() for name in (WEIGHTS, "adapter_model.bin")):
+        raise ModelError(f"{directory}: no {WEIGHTS} in it; copy or download the adapter again")
     try:
         weights = peft.load_peft_weights(str(directory), device="cpu")
+        require_finite(weights.items(), str(directory))
         with quiet():
             base = to_float32(base, torch.device("cpu"))
             resize(base, weights, directory)
@@ -177,6 +185,8 @@ def with_adapter(base: nn.Module, directory: Path) -> Any:
         raise
     # peft may raise anything on a damaged file
     except Exception as error:
+        if broken := broken_file(directory):
+            raise ModelError(broken) from error
         line = one_line(error, 300)
         missing = isinstance(error, KeyError)
         problem = f"its file has no weights {line}" if missing else line

@@ -1,5 +1,6 @@
 """peft, the library of adapters: imported where it is needed, without the warnings that a user cannot act on."""
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from minicache.errors import ConfigError
 
 def library() -> Any:
     """The module peft. Raises ConfigError: it is not installed."""
+    # its kernels are not used: quantized layers compute as quantized.py says
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         import peft
     except ImportError:

@@ -7,6 +7,7 @@ the pairs beside it (by 0.05 nats per token with SmolLM2-135M), and the policy w
 """
 
 import copy
+import logging
 import sys
 from importlib import import_module
 from importlib.util import find_spec
@@ -33,6 +34,8 @@ def quantize(model: nn.Module, quantization: str) -> None:
         ModelError: bitsandbytes is not installed, or the model has no linear layers.
     """
     require_packages(flag_of(quantization))
+    # its kernels are not used: see `_forward`
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     bnb = import_module("bitsandbytes")
     linear = {name: module for name, module in model.named_modules() if _is_linear(module)}
     chosen = [name for name in linear if _is_converted(name, _left_out(model))]

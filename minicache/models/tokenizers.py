@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -72,7 +73,9 @@ def save_tokenizer(source: str, directory: Path, trust_remote_code: bool, model_
     if Path(source).suffix == ".gguf":
         return
     copy_tokenizer(_files_at(source), directory / SOURCE)
-    differs = _reloaded_difference(directory, texts, tokenizer, trust_remote_code, model_type)
+    differs = _difference_of_file(directory / SOURCE, texts, tokenizer)
+    if differs is None:
+        differs = _reloaded_difference(directory, texts, tokenizer, trust_remote_code, model_type)
     if differs is not None:
         log.info("%s: transformers reads its files otherwise beside a %s model (%s)", source, model_type, differs)
         shutil.rmtree(directory / SOURCE)
@@ -179,12 +182,18 @@ def _difference(texts: list[str], expected: Ids, found: Ids, special: tuple[bool
         for add_special in special:
             wanted, came = expected(text, add_special), found(text, add_special)
             if wanted != came:
-                return f"{text[:60]!r} becomes {_short(came)}, where the source gives {_short(wanted)}"
+                pairs = zip(wanted or [], came or [], strict=False)
+                alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+                return (
+                    f"{text[:60]!r} becomes, from its token {alike + 1} on, {_short(came, alike)}, where the source gives "
+                    f"{_short(wanted, alike)}"
+                )
     return None
 
 
-def _short(ids: list[int] | None) -> str:
-    return "no ids" if ids is None else f"{ids[:8]}"[:-1] + (", …]" if len(ids) > 8 else "]")
+def _short(ids: list[int] | None, start: int) -> str:
+    """A few ids from index `start` on."""
+    return "no ids" if ids is None else f"{ids[start : start + 8]}"[:-1] + (", …]" if len(ids) > start + 8 else "]")
 
 
 def _require_same(texts: list[str], expected: Ids, found: Ids, source: str) -> None:
@@ -194,6 +203,16 @@ def _require_same(texts: list[str], expected: Ids, found: Ids, source: str) -> N
         raise ModelError(
             f"{source}: tokenizer.json alone does not do what the tokenizer does in transformers, which minidpo needs: {differs}"
         )
+
+
+def _difference_of_file(files: Path, texts: list[str], tokenizer: Any) -> str | None:
+    """How the source's tokenizer.json by itself differs from the tokenizer; None: it does not, or is not there.
+
+    The class that transformers chooses by a model's config may change what that file says (Qwen2's splits digits).
+    """
+    if not (files / "tokenizer.json").exists():
+        return None
+    return _difference(texts, _ids_of(tokenizer), _ids_of_file(files), special=(False,))
 
 
 def _reloaded_difference(

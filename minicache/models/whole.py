@@ -7,6 +7,7 @@ the user's model.
 import json
 import re
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def require_whole(source: str, config: Any, model: nn.Module, info: dict[str, An
     if left and all(key.startswith(WRAPPERS) for key in left):
         raise ModelError(
             f"{source}: its weights are named {listed(left)}: saved from inside a wrapper; expected names without "
-            f"{' or '.join(WRAPPERS)}: save the inner model's save_pretrained"
+            f"{' or '.join(WRAPPERS)}: save with the inner model's save_pretrained"
         )
     problems = wide[:1]
     if missing:
@@ -99,6 +100,20 @@ def _require_floats(source: str, model: nn.Module) -> None:
                 f"{source}: {name} is stored as {dtype}, and config.json has no quantization_config that says how to read it; "
                 "expected weights in bfloat16, float16 or float32"
             )
+
+
+def require_finite(weights: Iterable[tuple[str, torch.Tensor]], whose: str) -> None:
+    """Require that no weight is NaN or infinite.
+
+    Raises:
+        ModelError: some are; the first are named.
+    """
+    broken = [name for name, weight in weights if weight.is_floating_point() and not weight.isfinite().all()]
+    if broken:
+        raise ModelError(
+            f"{whose}: NaN or infinity in {len(broken)} of its weights ({listed(broken)}); expected numbers: their training "
+            "diverged, or the file is damaged"
+        )
 
 
 def beside_text(model: Any) -> list[str]:

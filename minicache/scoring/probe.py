@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from minicache.errors import MinicacheError, ModelError, is_full_memory, is_lost_peer
+from minicache.models.whole import require_finite
 from minicache.scoring.head import Head
 from minicache.text import one_line
 
@@ -41,6 +42,8 @@ def probed(model: Any) -> Head | None:
     ids %= model.get_input_embeddings().weight.shape[0]  # (2, TOKENS)
     with own_errors(model):
         logits = model(input_ids=ids, use_cache=False).logits.float()  # (2, TOKENS, vocabulary)
+        if not logits.isfinite().all():
+            require_finite(model.named_parameters(), _name(model))
         _require_causal(model, logits)
         head = Head.of(model)
         # a class without a decoder of its own gives no hidden states
@@ -50,14 +53,19 @@ def probed(model: Any) -> Head | None:
         found = head.logits(hidden.flatten(0, 1).to(head.linear.weight.dtype)).view_as(logits)
     # a soft cap under a name that `Head` does not know hardly shows in small logits
     close = 1e-4 if head.linear.weight.dtype == torch.float32 else 1e-2
-    return head if torch.allclose(found, logits, rtol=close, atol=close * float(logits.abs().max())) else None
+    return head if torch.allclose(found, logits, rtol=close, atol=close * _largest(logits)) else None
+
+
+def _largest(logits: torch.Tensor) -> float:
+    """The largest finite number among the absolute values."""
+    return float(logits.abs().nan_to_num(0.0, posinf=0.0).max())
 
 
 def _require_causal(model: Any, logits: torch.Tensor) -> None:
     """Raises ModelError: a changed last token moved logits before it. logits: (2, TOKENS, vocabulary), alike but for that token."""
     moved = float((logits[0, :-1] - logits[1, :-1]).abs().max())
     share = STILL_QUANTIZED if getattr(model, "is_quantized", False) else STILL
-    if moved > share * float(logits.abs().max()):
+    if moved > share * _largest(logits):
         raise ModelError(
             f"{_name(model)} is not causal: changing a token moved the logits before it by up to {moved:.2g}; expected a language "
             "model that reads from left to right (an encoder may have a causal mode in its config, as is_decoder)"

@@ -1,12 +1,13 @@
 """Evaluation of a policy against a reference cache: preference accuracy, margin, KL, loss."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from minicache.cache.reader import ReferenceCache
-from minicache.errors import CacheMismatch
+from minicache.errors import CacheMismatch, MinicacheError
 from minicache.models import LoadedModel, load_model
 from minicache.models.quantized import to_float32
 from minicache.options.dictionaries import fill, flat
@@ -52,6 +53,7 @@ def evaluate(config: EvaluateConfig, world: World, tracker: Tracker) -> Evaluate
     scorer = Scorer(to_float32(loaded.model, world.device), resolve_dtype(config.dtype, world.device))
     settle_layout(scorer, cached.table, "auto", world.device, tracker)
     pairs = EvalSet(cached, np.arange(len(cached.table)))
+    _note_other_reference(config, cache, tracker)
     tracker.begin("evaluating", len(cached.table))
     return EvaluateReport(
         policy=config.policy,
@@ -73,6 +75,21 @@ def _settings(config: EvaluateConfig) -> tuple[dict[str, Any], LossOptions]:
         "beta": config.beta or final_beta(used["beta"], used["beta_end"]),
     }
     return settings, fill(LossOptions, used)
+
+
+def _note_other_reference(config: EvaluateConfig, cache: ReferenceCache, tracker: Tracker) -> None:
+    """Note where the cache holds another reference than the one that the policy's run was trained against."""
+    run = run_behind(config.policy)
+    if run is None:
+        return
+    with suppress(MinicacheError):  # it may be gone by now
+        other = ReferenceCache(run.ref_cache)
+        references = [(each.identity.weights, each.identity.quantization) for each in (other, cache)]
+        if references[0] != references[1]:
+            tracker.note(
+                f"{cache.path}: holds the logprobs of {cache.log.model}, and {config.policy} was trained against those of "
+                f"{other.log.model}: margins are against another reference"
+            )
 
 
 def _load(config: EvaluateConfig, cache: ReferenceCache, tracker: Tracker) -> LoadedModel:

@@ -14,7 +14,6 @@ from minicache.models import load_model, save_model, save_pth, save_tokenizer
 from minicache.models.load import load_unquantized
 from minicache.models.quantized import is_quantized
 from minicache.options.exchange import ExportConfig
-from minicache.options.where import split_weight
 from minicache.processes.world import World
 from minicache.scoring.moved import Moved, Scored
 from minicache.scoring.scorer import DTYPES
@@ -88,10 +87,8 @@ def _cache_of(policy: str, tracker: Tracker) -> ReferenceCache | None:
     if run is None:
         tracker.note(f"{policy}: no run says on which cache it was trained; how far logprobs move is not measured")
         return None
-    named = run.options["ref_cache"]
-    where, _ = split_weight(named if isinstance(named, str) else named[0])
     try:
-        cache = ReferenceCache(where)
+        cache = ReferenceCache(run.ref_cache)
         cache.check_complete()
         return cache
     except MinicacheError as error:

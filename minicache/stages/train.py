@@ -7,6 +7,7 @@ from pathlib import Path
 
 from minicache.cache.reader import JoinedCaches, ReferenceCache
 from minicache.cache.schema import CachedPairs
+from minicache.errors import OutputError
 from minicache.models import checkpoint_activations
 from minicache.options.dictionaries import flat
 from minicache.options.objective import starts_at_ln_2
@@ -29,7 +30,7 @@ from minicache.training.policy import Policy, load_policy
 from minicache.training.pool import choose_pairs
 from minicache.training.progress import Progress
 from minicache.training.resuming import Begun, find_begun
-from minicache.training.run_directory import RunRecord, write_record
+from minicache.training.run_directory import RunRecord, holds_model, write_record
 from minicache.training.saving import open_run, save_dtype, save_policy
 from minicache.training.state import Run
 
@@ -76,6 +77,11 @@ def train_locked(config: TrainConfig, lock: RunLock, world: World, tracker: Trac
     config = replace(config, dtype=resolve_dtype(config.dtype, world.device))
     begun = world.broadcast(find_begun(config) if world.is_main else None)
     if begun and begun.record.outcome:
+        if world.is_main and not holds_model(config.out):
+            raise OutputError(
+                f"{config.out}: this run is finished, but its policy in {config.out / 'model'} is gone; expected it there: put it "
+                "back, or train into another directory"
+            )
         tracker.note(f"{config.out}: this run is finished; nothing to resume")
         return _report(config.out, begun.record)
     step = begun.step if begun else None

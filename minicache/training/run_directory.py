@@ -8,6 +8,7 @@ from minicache.disk import read_json, write_json
 from minicache.errors import ConfigError, OutputError
 from minicache.options.dictionaries import flat, require_types
 from minicache.options.train import TrainConfig
+from minicache.options.where import Where, split_weight
 from minicache.strict import read_as
 from minicache.training.progress import Outcome
 
@@ -52,6 +53,13 @@ class RunRecord:
     date: str | None = None
     template_args: str | None = None
     quantization: str | None = None
+
+    @property
+    def ref_cache(self) -> Where:
+        """The cache that the run was trained on; of several the first: all of them hold one reference."""
+        named = self.options["ref_cache"]
+        place, _ = split_weight(named if isinstance(named, str) else named[0])
+        return place
 
     @property
     def flat(self) -> dict[str, Any]:
@@ -128,6 +136,11 @@ def _drafts(run: Path) -> list[Path]:
     return list(run.glob(f".{RECORD}.*.draft"))
 
 
+def holds_model(run: Path) -> bool:
+    """Whether there is a model in the directory of a run or a checkpoint."""
+    return any((run / "model" / name).is_file() for name in ("config.json", "adapter_config.json"))
+
+
 def policy_source(policy: str) -> str:
     """The model directory of a run or a checkpoint; any other name as it is.
 
@@ -135,9 +148,8 @@ def policy_source(policy: str) -> str:
         OutputError: a run directory without a model yet.
     """
     path = Path(policy)
-    model = path / "model"
-    if any((model / name).is_file() for name in ("config.json", "adapter_config.json")):
-        return str(model)
+    if holds_model(path):
+        return str(path / "model")
     if (path / RECORD).is_file():
         raise OutputError(
             f"{policy}: this run has no model yet; go on with it by `minidpo train --resume`, or name one of its checkpoints/"

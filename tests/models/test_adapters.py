@@ -176,10 +176,13 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no target at all": (lambda adapter: change_settings(adapter, target_modules=["c_attn"]), "does not fit its base"),
     "whole layer without weights": (lambda adapter: change_settings(adapter, modules_to_save=["lm_head"]), "lm_head"),
-    "no weights": (lambda adapter: (adapter / "adapter_model.safetensors").unlink(), "does not fit its base model"),
+    "no weights": (
+        lambda adapter: (adapter / "adapter_model.safetensors").unlink(),
+        "no adapter_model.safetensors in it",
+    ),
     "damaged weights": (
         lambda adapter: (adapter / "adapter_model.safetensors").write_bytes(b"version https://git-lfs"),
-        "does not fit its base model",
+        "adapter_model.safetensors: a Git LFS pointer",
     ),
     "classifier": (
         lambda adapter: change_settings(adapter, task_type="SEQ_CLS"),

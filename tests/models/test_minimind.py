@@ -113,6 +113,17 @@ def test_one_number_of_heads_tells_the_other(checkpoints: Path) -> None:
     assert config_of(f"{file}:kv_heads=4").num_attention_heads == 16
 
 
+def test_a_relative_name_with_options(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(checkpoints.parent)
+    for place in (
+        f"{checkpoints.name}/minimind2-2510-dense.pth:heads=16",
+        f"./{checkpoints.name}/minimind2-2510-dense.pth:heads=16",
+    ):
+        assert load_model(place).left_out is None
+    monkeypatch.chdir(checkpoints)
+    assert load_model("minimind2-2510-dense.pth:heads=16").left_out is None
+
+
 @pytest.mark.parametrize(
     ("name", "said", "message"),
     [

@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
 
 from minicache.cache.reader import ReferenceCache
 from minicache.data.tokenizer_files import copy_to_policy, copy_tokenizer, tokenizer_files
@@ -205,7 +208,10 @@ def test_a_difference_in_either_form_is_refused_with_the_text(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads_otherwise(monkeypatch, lambda _: True)
-    with pytest.raises(ModelError, match=r"not be the same beside the policy: 'สุนัข.* becomes \[\d+,.*the source gives"):
+    with pytest.raises(
+        ModelError,
+        match=r"not be the same beside the policy: 'สุนัข.* becomes, from its token \d+ on, \[\d+,.*the source gives",
+    ):
         save_tokenizer(str(source), tmp_path / "saved", None)
 
 
@@ -348,3 +354,36 @@ def test_a_model_without_a_template_is_told_once_what_is_used(
     code, _, err = cli("precompute-ref", "--model", model_dir, "--data", data_file, "--ref-cache", tmp_path / "with")
     assert code == 0 and "no chat template" not in err
     assert ReferenceCache(tmp_path / "cache").tokenizer_dir.is_dir()
+
+
+def test_a_family_whose_class_changes_what_the_file_says(tmp_path: Path) -> None:
+    """Qwen2's class, which transformers chooses by config.json, splits digits that this file keeps together."""
+    from transformers import PreTrainedTokenizerFast
+
+    base, tokenizer = tmp_path / "base", Tokenizer(BPE())
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=ByteLevel.alphabet())
+    tokenizer.train_from_iterator(["List 13 things of 2024 and 13 more of 2024"] * 4, trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    ).save_pretrained(base)
+    (base / "chat_template.jinja").write_text(TEMPLATE)
+    (base / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    text = "List 13 things and 1,000,000 more in 2024."
+    expected = ids_of(base, text)
+    assert Tokenizer.from_file(str(base / "tokenizer.json")).encode(text, add_special_tokens=False).ids != expected
+    save_tokenizer(str(base), tmp_path / "saved", None, model_type="qwen2")
+    copy_to_policy(tmp_path / "saved", tmp_path / "policy")
+    copy_to_policy(tmp_path / "saved", tmp_path / "adapter", alone=True)
+    for place in ("policy", "adapter"):
+        # as `compare` reads it, and as transformers does without a config.json
+        assert ChatTokenizer.load(tmp_path / place).encode([text])[0][0].tolist() == expected, place
+        assert ids_of(tmp_path / place, text) == expected, place
+
+
+def test_an_adapter_s_tokenizer_needs_no_config(source: Path, tmp_path: Path) -> None:
+    save_tokenizer(str(source), tmp_path / "saved", None)
+    copy_to_policy(tmp_path / "saved", tmp_path / "adapter", alone=True)
+    assert not (tmp_path / "adapter" / "source").exists()
+    assert ids_of(tmp_path / "adapter") == ids_of(source)

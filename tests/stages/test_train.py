@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -251,3 +252,25 @@ def test_evaluate_sees_what_training_did(ref_cache: Path, model_dir: Path, tmp_p
     assert code == 0 and "prefers chosen" in stdout and "0.6931" in stdout
     code, stdout, _ = cli("evaluate", "--policy", out, "--ref-cache", held_out, "--loss", "ipo")
     assert code == 0 and "0.6931" not in stdout  # a reference that has not moved has another ipo loss
+
+
+def test_a_finished_run_whose_policy_is_gone(ref_cache: Path, tmp_path: Path) -> None:
+    config = TrainConfig(ref_cache, tmp_path / "run", max_steps=1)
+    train(config, one_process(), Silent())
+    shutil.rmtree(tmp_path / "run" / "model")
+    with pytest.raises(
+        OutputError, match=r"run: this run is finished, but its policy in .*run/model is gone; expected it there"
+    ):
+        train(replace(config, resume=True), one_process(), Silent())
+
+
+def test_a_cache_of_another_reference_is_noted(
+    ref_cache: Path, model_dir: Path, data_file: Path, tmp_path: Path, cli: Cli
+) -> None:
+    train(TrainConfig(ref_cache, tmp_path / "run", max_steps=1), one_process(), Silent())
+    other = shutil.copytree(model_dir, tmp_path / "other")
+    tiny_llama(seed=5).save_pretrained(other)
+    cache = precompute_into(tmp_path / "cache", other, data_file)
+    for given, noted in ((cache, True), (ref_cache, False)):
+        code, _, stderr = cli("evaluate", "--policy", tmp_path / "run", "--ref-cache", given)
+        assert code == 0 and ("margins are against another reference" in " ".join(stderr.split())) == noted

@@ -143,7 +143,6 @@ def test_a_relative_model_is_found_from_elsewhere(
     [
         ("q_prj", "no linear modules named q_prj; expected all-linear, or some of .*gate_proj"),
         ("q_proj, v_prj", "no linear modules named v_prj; expected"),
-        (" , ", "no linear modules named so; expected"),
         ("mlp", "no linear modules named mlp; expected"),
     ],
 )
@@ -151,6 +150,15 @@ def test_targets_that_are_not_there(ref_cache: Path, tmp_path: Path, targets: st
     with pytest.raises(ConfigError, match=f"--lora-targets: the model has {message}") as error:
         run(ref_cache, tmp_path / "run", lora=LoraOptions(lora_rank=2, lora_targets=targets))
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [(" , ", "expected all-linear, or names of modules"), ("all-linear,lm_head", "all-linear names all of them")],
+)
+def test_targets_that_name_nothing_or_too_much(ref_cache: Path, tmp_path: Path, targets: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(ref_cache, tmp_path / "run", lora=LoraOptions(lora_rank=2, lora_targets=targets))
 
 
 def test_named_targets_alone_are_adapted(ref_cache: Path, tmp_path: Path) -> None:

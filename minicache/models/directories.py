@@ -1,0 +1,83 @@
+"""Why a directory cannot be loaded: which of its files is broken or missing. Looked for only after a library failed on it."""
+
+import json
+from pathlib import Path
+
+from minicache.data.tokenizer_files import tokenizer_files
+from minicache.errors import ModelError
+from minicache.models.file_kinds import is_safetensors, other_kind, require_torch_file
+from minicache.text import one_line
+
+AGAIN = "copy or download it again"
+MOST_HEADER = 100_000_000  # bytes, safetensors' own bound
+
+
+def broken_file(directory: Path) -> str | None:
+    """A line on the first broken file of a model, an adapter or a tokenizer, by its bytes; None: all look whole."""
+    for file in sorted(directory.iterdir()):
+        if file.is_file() and (problem := _problem(file)):
+            return f"{file}: {problem}"
+    return None
+
+
+def missing_file(directory: Path, tokenizer: bool) -> str | None:
+    """A line on what a directory lacks to be a tokenizer's, or a model's; None: nothing is missing."""
+    if tokenizer:
+        if any(name.endswith((".json", ".model", ".tiktoken", ".txt")) for name in tokenizer_files(directory)):
+            return None
+        return f"{directory}: no tokenizer in it (tokenizer.json, tokenizer.model, vocab.json); add --tokenizer DIR"
+    if (directory / "config.json").exists():
+        return None
+    inner = sorted(str(each.parent) for each in directory.glob("*/config.json"))
+    hint = f"; did you mean {inner[0]}?" if inner else ""
+    kind = "a run's directory" if (directory / "run.json").exists() else "no config.json in it"
+    return f"{directory}: {kind}; expected a model's directory{hint}"
+
+
+def _problem(file: Path) -> str | None:
+    """What is wrong with a file, and what to do; None: nothing that its first bytes and its length tell."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        head = stream.read(1024)
+    if file.suffix == ".safetensors":
+        return other_kind(head, size) or _of_safetensors(file, size)
+    if file.suffix == ".bin":
+        return _of_torch(file, head, size)
+    return (other_kind(head, size) or _of_json(file)) if file.suffix == ".json" else None
+
+
+def _of_torch(file: Path, head: bytes, size: int) -> str | None:
+    if is_safetensors(head, size):
+        return f"a safetensors file; rename it to {file.stem.replace('pytorch_', '')}.safetensors"
+    try:
+        require_torch_file(file)
+    except ModelError as error:
+        return str(error).removeprefix(f"{file}: ")
+    return None
+
+
+def _of_safetensors(file: Path, size: int) -> str | None:
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        try:
+            header = json.loads(stream.read(length) if length < min(size, MOST_HEADER) else b"")
+            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        # a file of another kind, or a damaged header
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            return f"not a safetensors file, or a damaged one; {AGAIN}"
+    whole = 8 + length + int(end)
+    return None if whole == size else f"{size:,} bytes, where its header says {whole:,}: cut off or damaged; {AGAIN}"
+
+
+def _of_json(file: Path) -> str | None:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        return f"cannot be read as JSON: {one_line(error, 100)}; {AGAIN}"
+    if not file.name.endswith(".index.json"):
+        return None
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not names:
+        return f"has no weight_map that names files; {AGAIN}"
+    gone = sorted({str(each) for each in names.values() if not (file.parent / str(each)).is_file()})
+    return f"names {gone[0]}, which is not beside it; {AGAIN}" if gone else None
