@@ -135,7 +135,8 @@ def main() -> None:
 def compare(work: Path, options: list[str]) -> None:
     """Print what each stage takes with the large model beyond what it takes with the small one."""
     weights = {
-        size: in_a_process("--child", "make", str(work / size), size, *options)["weights"] for size in ("small", "large")
+        size: in_a_process("--child", "make", str(work / size), size, *options)["weights"]
+        for size in ("small", "large")
     }
     frozen = weights["large"] - weights["small"]
     print(f"{frozen / 1e6:.0f}M weights stored in bfloat16, {' '.join(options)}")
