@@ -26,15 +26,16 @@ def measure(source: str, kind: str, dtype: str, tokens: int) -> dict[str, float]
 
     from minicache.models import load_model
     from minicache.models.lora import add_lora
-    from minicache.models.quantized import to_float32
+    from minicache.models.precision import hold_for
     from minicache.options.train import LoraOptions
     from minicache.pairs import EncodedPair, PairTable
     from minicache.scoring.scorer import Scorer
+    from minicache.trackers import Silent
     from minicache.training.optim import make_optimizer
 
     before = resident()
     loaded = load_model(source, False, kind)
-    model = add_lora(to_float32(loaded.model, torch.device("cpu")), source, LoraOptions(lora_rank=16), 0)
+    model = hold_for(add_lora(loaded.model, source, LoraOptions(lora_rank=16), 0, Silent()), torch.device("cpu"), dtype)
     scorer, optimizer = Scorer(model, dtype), make_optimizer(model, "adamw", 1e-5, 0.0)
     random = np.random.default_rng(0)
     lengths = (tokens // 4, tokens // 2, tokens // 2)

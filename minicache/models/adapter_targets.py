@@ -1,6 +1,7 @@
 """The modules of a model that `--lora-targets` names."""
 
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from importlib import import_module
 from typing import Any
 
@@ -79,7 +80,9 @@ def _does_more(module: nn.Linear) -> bool:
     """Whether a family's own kind of linear layer computes something else than the product with its weights."""
     if type(module).forward is nn.Linear.forward or not type(module).__module__.startswith(FAMILY_CODE):
         return False
-    row = torch.ones(2, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
+    # of its own, in float32: a half precision would round the two in different ways
+    module = deepcopy(module).float()
+    row = torch.ones(2, module.in_features, device=module.weight.device)
     with torch.no_grad():
         try:
             found: Any = module(row)

@@ -9,13 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 
 from minicache.data.tokenizer_files import TEMPLATE, copy_to_policy
 from minicache.disk import folder_written_whole
 from minicache.errors import ModelError
-from minicache.models import huggingface, lora, minimind, quantized, tokenizers
+from minicache.models import huggingface, lora, minimind, precision, quantized, tokenizers
 from minicache.models.adapter_files import ADAPTER, settings_of
 from minicache.models.adapter_places import adapter_place, base_name, own_template, tokenizer_place
 from minicache.models.file_kinds import require_file
@@ -166,7 +167,7 @@ def _adapted(
         )
     below = loaded.below or Below(lasting_name(base), loaded.fingerprint, {})
     model = quantized.plain(loaded.model) if as_plain else loaded.model
-    adapted = lora.with_adapter(model, directory)
+    adapted = lora.with_adapter(precision.to_float32(model, torch.device("cpu")), directory)
     if quantized.is_quantized(model):
         return adapted, None, loaded.notes
     below = below.plus(change_of(adapted))

@@ -15,7 +15,7 @@ from minicache.models.adapter_targets import targets
 from minicache.models.directories import broken_file
 from minicache.models.joined import WEIGHTS, write_joined
 from minicache.models.peft_library import library, quiet
-from minicache.models.quantized import to_float32
+from minicache.models.precision import seen_in_float32, to_float32
 from minicache.models.whole import require_finite
 from minicache.options.base import QUANTIZATIONS
 from minicache.options.train import LoraOptions
@@ -37,6 +37,9 @@ def add_lora(model: nn.Module, source: str, options: LoraOptions, seed: int, tra
         ConfigError: peft is not installed, the model has no such modules, or those that are named could not be read back.
     """
     asked = options.lora_targets
+    if options.lora_dora:
+        # its magnitudes are computed from the weights, in every pass
+        model = to_float32(model, torch.device("cpu"))
     try:
         adapted = adapt(model, _config(options, targets(model, asked), seed), source)
         lost = _not_read_back(adapted)
@@ -85,8 +88,8 @@ def _not_read_back(adapted: Any) -> list[str]:
 
 
 def adapt(model: nn.Module, config: Any, source: str) -> Any:
-    """The model with the adapters of a peft configuration, which records `source` as the base."""
-    with quiet():
+    """The model with float32 adapters of a peft configuration, which records `source` as the base."""
+    with quiet(), seen_in_float32(model):
         adapted: Any = library().get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = source
     return adapted
@@ -158,7 +161,7 @@ def check_base(directory: Path, name: str, fingerprint: str) -> None:
 
 
 def with_adapter(base: nn.Module, directory: Path) -> Any:
-    """The base with its adapter, float32, trainable; its `merge_and_unload()` makes one model of them.
+    """The base with its adapter, which is float32 and trainable; the base too is float32 if more than its products are changed.
 
     Every weight in the adapter's file is in the model, and every weight of the adapter comes from the file; peft itself leaves
     out what does not fit, and invents what is missing. A base with fewer embeddings than the file is resized, as peft's users do.
@@ -175,10 +178,12 @@ def with_adapter(base: nn.Module, directory: Path) -> Any:
         weights = peft.load_peft_weights(str(directory), device="cpu")
         require_finite(weights.items(), str(directory))
         with quiet():
-            base = to_float32(base, torch.device("cpu"))
+            if not _only_adds(config, weights):
+                base = to_float32(base, torch.device("cpu"))
             resize(base, weights, directory)
             kind = peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, peft.PeftModel)
-            adapted = kind(base, config, "default")
+            with seen_in_float32(base):
+                adapted = kind(base, config, "default")
             kept = _changed(adapted, weights)
             found = adapted.load_adapter(str(directory), "default", is_trainable=True)
     except ModelError:
@@ -196,6 +201,18 @@ def with_adapter(base: nn.Module, directory: Path) -> Any:
     own = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
     adapted.kept_weights = {key: value for key, value in kept.items() if key not in own}
     return adapted
+
+
+def _only_adds(config: Any, weights: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the adapter computes with no weight of the base and replaces none: LoRA beside linear layers and embeddings."""
+    kind, start = config.peft_type.value, config.init_lora_weights if hasattr(config, "init_lora_weights") else None
+    factors = (".lora_A.", ".lora_B.", ".lora_embedding_A", ".lora_embedding_B")
+    return (
+        kind == "LORA"
+        and start in (True, False, "gaussian")
+        and not config.use_dora
+        and all(any(factor in key for factor in factors) for key in weights)
+    )
 
 
 def _changed(adapted: nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

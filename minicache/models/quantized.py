@@ -61,22 +61,6 @@ def is_quantized(model: nn.Module) -> bool:
     return bool(quantized_layers(model))
 
 
-def to_float32(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model on the device in float32; of a quantized one embeddings, norms and head alone."""
-    layers = set(quantized_layers(model))
-    if not layers:
-        return model.to(device, torch.float32)
-    # not the model's own `to`, which transformers forbids for a quantized model
-    nn.Module.to(model, device)
-    module: Any
-    for module in model.modules():
-        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        for tensor in own if module not in layers else [module.bias]:
-            if tensor is not None and tensor.is_floating_point():
-                tensor.data = tensor.data.float()
-    return model
-
-
 def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
     """Let quantized layers compute in this precision, forward and backward, whatever the checkpoint asks for."""
     for layer in quantized_layers(model):

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from minicache.cache.reader import ReferenceCache
-from minicache.models.quantized import to_float32
+from minicache.models.precision import hold_for
 from minicache.pairs import PairTable
 from minicache.scoring.handshake import spread_sample
 from minicache.scoring.scorer import Scorer
@@ -49,8 +49,8 @@ class Scored:
 
 
 def _means(model: nn.Module, table: PairTable, dtype: str, device: torch.device) -> NDArray[np.float64]:
-    """(N, 2) mean logprobs, nats per token. The model becomes float32 on the device."""
-    scorer = Scorer(to_float32(model, device), dtype)
+    """(N, 2) mean logprobs, nats per token. The model is then held for such passes on the device."""
+    scorer = Scorer(hold_for(model, device, dtype), dtype)
     means = np.zeros((len(table), 2))
     for indices, _, scores in score_table(scorer, table, np.arange(len(table)), None, device):
         means[indices] = scores.logp_mean.double().cpu().numpy()

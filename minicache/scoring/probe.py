@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from minicache.errors import MinicacheError, ModelError, is_full_memory, is_lost_peer
+from minicache.models.precision import Settling
 from minicache.models.whole import require_finite
 from minicache.scoring.head import Head
 from minicache.text import one_line
@@ -40,19 +41,24 @@ def probed(model: Any) -> Head | None:
     ids = torch.arange(1, TOKENS + 1, device=device).repeat(2, 1)
     ids[1, -1] += 1
     ids %= model.get_input_embeddings().weight.shape[0]  # (2, TOKENS)
+    settling = Settling(model)
     with own_errors(model):
-        logits = model(input_ids=ids, use_cache=False).logits.float()  # (2, TOKENS, vocabulary)
+        with settling:
+            logits = model(input_ids=ids, use_cache=False).logits.float()  # (2, TOKENS, vocabulary)
         if not logits.isfinite().all():
             require_finite(model.named_parameters(), _name(model))
         _require_causal(model, logits)
         head = Head.of(model)
         # a class without a decoder of its own gives no hidden states
-        hidden = getattr(decoder_of(model)(input_ids=ids, use_cache=False), "last_hidden_state", None) if head else None
+        with settling:
+            hidden = (
+                getattr(decoder_of(model)(input_ids=ids, use_cache=False), "last_hidden_state", None) if head else None
+            )
         if head is None or hidden is None:
             return None
-        found = head.logits(hidden.flatten(0, 1).to(head.linear.weight.dtype)).view_as(logits)
+        found = head.logits(hidden.flatten(0, 1)).view_as(logits)
     # a soft cap under a name that `Head` does not know hardly shows in small logits
-    close = 1e-4 if head.linear.weight.dtype == torch.float32 else 1e-2
+    close = 1e-4 if hidden.dtype == torch.float32 else 1e-2
     return head if torch.allclose(found, logits, rtol=close, atol=close * _largest(logits)) else None
 
 

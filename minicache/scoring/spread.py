@@ -16,7 +16,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from minicache.errors import ConfigError
 from minicache.models import layers_of
 from minicache.models.lora import adapt
-from minicache.models.quantized import is_quantized, to_float32
+from minicache.models.precision import hold_for
+from minicache.models.quantized import is_quantized
 from minicache.processes.world import World
 from minicache.scoring.probe import probed
 from minicache.scoring.scorer import DTYPES, Scorer
@@ -35,7 +36,7 @@ def refuse_quantized_shards(model: nn.Module | None, parallel: str, world: World
 
 
 def spread(model: nn.Module | None, dtype: str, parallel: str, world: World) -> Scorer:
-    """The scorer of a model, float32, on this rank's device: with the whole model, or with this rank's shard of it.
+    """The scorer of a model on this rank's device: with the whole model, or with this rank's shard of it, which is float32.
 
     model: needed on all ranks, or on rank 0 only if it is to be sharded.
 
@@ -44,7 +45,7 @@ def spread(model: nn.Module | None, dtype: str, parallel: str, world: World) -> 
     """
     if not is_sharded(parallel, world):
         assert model is not None
-        return Scorer(to_float32(model, world.device), dtype)
+        return Scorer(hold_for(model, world.device, dtype), dtype)
     refuse_quantized_shards(model, parallel, world)
     mesh = _mesh(parallel, world)
     plan = world.broadcast(_describe(model.to(torch.float32)) if model is not None else None)

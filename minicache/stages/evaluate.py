@@ -9,7 +9,7 @@ import numpy as np
 from minicache.cache.reader import ReferenceCache
 from minicache.errors import CacheMismatch, MinicacheError
 from minicache.models import LoadedModel, load_model
-from minicache.models.quantized import to_float32
+from minicache.models.precision import hold_for
 from minicache.options.dictionaries import fill, flat
 from minicache.options.others import EvaluateConfig
 from minicache.options.train import LossOptions
@@ -50,7 +50,8 @@ def evaluate(config: EvaluateConfig, world: World, tracker: Tracker) -> Evaluate
     loaded = _load(config, cache, tracker)
     identity = cache.identity
     same = (loaded.fingerprint, loaded.quantization) == (identity.weights, identity.quantization)
-    scorer = Scorer(to_float32(loaded.model, world.device), resolve_dtype(config.dtype, world.device))
+    dtype = resolve_dtype(config.dtype, world.device)
+    scorer = Scorer(hold_for(loaded.model, world.device, dtype), dtype)
     settle_layout(scorer, cached.table, "auto", world.device, tracker)
     pairs = EvalSet(cached, np.arange(len(cached.table)))
     _note_other_reference(config, cache, tracker)

@@ -31,7 +31,7 @@ def verify_model(config: InspectConfig, world: "World", tracker: Tracker) -> flo
     """
     from minicache.cache.identity import TOLERANCE
     from minicache.models import load_model
-    from minicache.models.quantized import to_float32
+    from minicache.models.precision import hold_for
     from minicache.scoring.handshake import check_reproduces
     from minicache.scoring.layout import settle_layout
     from minicache.scoring.loading import load_pairs
@@ -48,7 +48,7 @@ def verify_model(config: InspectConfig, world: "World", tracker: Tracker) -> flo
         )
     tracker.begin("re-scoring a sample", None)
     dtype = cache.identity.dtype
-    scorer = Scorer(to_float32(loaded.model, world.device), dtype)
+    scorer = Scorer(hold_for(loaded.model, world.device, dtype), dtype)
     settle_layout(scorer, cached.table, "padded", world.device, tracker)
     return check_reproduces(scorer, cached, world.device, TOLERANCE[dtype], config.model)
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from minicache.disk import writing
@@ -14,7 +13,6 @@ from minicache.models.adapter_places import MERGED_BASE, adapter_place, base_nam
 from minicache.models.joined import change_of, restore
 from minicache.models.load import lasting_name
 from minicache.models.lora import add_lora, is_joined, quantization_of, with_adapter
-from minicache.models.quantized import to_float32
 from minicache.options.train import TrainConfig
 from minicache.scoring.loading import Sources
 from minicache.trackers import Tracker
@@ -46,7 +44,7 @@ def with_adapters(
             f"{loaded.source}: is an adapter on a quantized base; expected --continue-adapter, or a cache of the model that "
             "`minidpo export` makes of it"
         )
-    # Before the base is converted to float32: the digest is of the weights as they are stored.
+    # Before the base is converted: the digest is of the weights as they are stored.
     weights = loaded.fingerprint
     joined = checkpoint is not None and is_joined(checkpoint)
     if checkpoint and not joined:
@@ -54,7 +52,7 @@ def with_adapters(
     elif own:
         adapted = with_adapter(loaded.model, own)
     else:
-        adapted = add_lora(to_float32(loaded.model, torch.device("cpu")), source, config.lora, config.seed, tracker)
+        adapted = add_lora(loaded.model, source, config.lora, config.seed, tracker)
     if checkpoint and joined:
         restore(adapted, checkpoint)
     adapted.base_fingerprint, adapted.base_quantization = weights, loaded.quantization

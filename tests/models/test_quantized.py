@@ -15,7 +15,8 @@ from torch import nn
 from minicache.errors import ConfigError, ModelError
 from minicache.models import load_model
 from minicache.models.fingerprint import fingerprint
-from minicache.models.quantized import compute_in, is_quantized, plain, quantized_layers, to_float32, weight_count
+from minicache.models.precision import to_float32
+from minicache.models.quantized import compute_in, is_quantized, plain, quantized_layers, weight_count
 from minicache.models.stored import turn_back
 from minicache.options.base import QUANTIZATIONS, BaseOptions, flag_of
 from minicache.scoring.head import Head

@@ -15,7 +15,8 @@ from minicache.cache.reader import ReferenceCache
 from minicache.errors import CacheMismatch, ConfigError, ModelError
 from minicache.models import load_model
 from minicache.models.lora import add_lora
-from minicache.models.quantized import is_quantized, plain, quantized_layers, to_float32
+from minicache.models.precision import to_float32
+from minicache.models.quantized import is_quantized, plain, quantized_layers
 from minicache.options.base import QUANTIZATIONS, BaseOptions, flag_of
 from minicache.options.lora import LoraOptions
 from minicache.options.train import TrainConfig, ValidationOptions

@@ -23,6 +23,7 @@ from minicache.trackers import Silent
 from tests.conftest import one_process
 from tests.zoo import plain
 from tests.zoo.families import Family, nature
+from tests.zoo.half import compare_half
 from tests.zoo.pairs import MAX_LENGTH
 from tests.zoo.shards import score_in_shards
 from tests.zoo.weights import save_tiny
@@ -64,8 +65,8 @@ def layouts_tried(into: dict[str, str]) -> Iterator[None]:
 def check(family: Family, tokenizer: Path, data: Path, place: Path) -> Found:
     """What happens to a model of this family.
 
-    name, kind, class, parameters; for each of `build`, `cache`, `train`, `lora`, `shards`: numbers, or "failed" with the line
-    that a user sees ("raw": it is no error of ours); seconds of each.
+    name, kind, class, parameters; for each of `build`, `cache`, `train`, `lora`, `half`, `shards`: numbers, or "failed" with the
+    line that a user sees ("raw": it is no error of ours); seconds of each.
     """
     found: Found = {"name": family.name, "kind": family.kind, "nature": nature(family)}
 
@@ -93,6 +94,7 @@ def check(family: Family, tokenizer: Path, data: Path, place: Path) -> Found:
         found["cache"] |= _values(cached, expected[0])
     step("train", lambda: _train(cache, run, cached, expected))
     step("lora", lambda: _lora(model, cache, place / "lora"))
+    step("half", lambda: compare_half(load_model(str(model)).model, cached.table))
     step("shards", lambda: score_in_shards(load_model(str(model)).model, cached))
     return found
 

@@ -31,6 +31,9 @@ def wrong(found: Found) -> list[str]:
         ("policy", train.get("policy_off"), POLICY),
     )
     lines = [f"{name} off by {off:.1e}" for name, off, bound in bounds if off is not None and not off <= bound]
+    half = [name for part in ("scores", "gradients") for name in found.get("half", {}).get(part, [])]
+    if half:
+        lines.append(f"others with weights in half precision: {', '.join(half[:4])}")
     keys = train.get("keys_off")
     return lines + ([f"saved with other keys: {', '.join(keys)}"] if keys else [])
 

@@ -45,6 +45,7 @@ def test_families_are_right_in_the_layout_expected(tmp_path: Path) -> None:
         used, order = found[name]["cache"]["layout"], list(LAYOUTS)
         assert order.index(used) <= order.index(layout), f"{name}: {used}"
         assert lora_of(found[name]) == "yes", found[name]["lora"]
+        assert "failed" not in found[name]["half"], found[name]["half"]
         assert shards_of(found[name]).endswith("layers"), found[name]["shards"]
 
 
@@ -73,7 +74,8 @@ def test_what_a_family_is(kind: str, expected: str) -> None:
 def test_a_number_beyond_its_bound_is_wrong() -> None:
     cache = {"layout": "packed", "off": 9e-6}
     train = {"gradient_off": 2.9e-5, "losses_off": 9e-5, "norms_off": 9e-3, "policy_off": 9e-4, "keys_off": []}
-    found = {"name": "a", "nature": "encoder", "cache": cache, "train": train}
+    half = {"share": 0.9, "scores": [], "gradients": []}
+    found = {"name": "a", "nature": "encoder", "cache": cache, "train": train, "half": half}
     assert verdict(found) == "right" and is_listed_first(found)
     for part, name, value in (
         ("cache", "off", 1.1e-5),
@@ -83,6 +85,8 @@ def test_a_number_beyond_its_bound_is_wrong() -> None:
         ("train", "norms_off", 1.1e-2),
         ("train", "policy_off", 1.1e-3),
         ("train", "keys_off", ["lm_head.weight"]),
+        ("half", "scores", ["entropy"]),
+        ("half", "gradients", ["lora_A's gradient"]),
     ):
         changed = {**found, part: {**found[part], name: value}}  # type: ignore[dict-item]
         assert verdict(changed) == "wrong" and not is_listed_first(changed), name
