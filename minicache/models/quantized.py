@@ -37,17 +37,24 @@ def quantize(model: nn.Module, quantization: str) -> None:
     # its kernels are not used: see `_forward`
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     bnb = import_module("bitsandbytes")
-    linear = {name: module for name, module in model.named_modules() if _is_linear(module)}
-    chosen = [name for name in linear if _is_converted(name, _left_out(model))]
-    if not chosen:
+    linear = quantizable(model)
+    if not linear:
         raise ModelError(
             f"{flag_of(quantization)}: {type(model).__name__} has no linear layers beside the output layer; leave it out"
         )
-    for name in chosen:
+    for name in list(linear):
         layer = _layer(bnb, linear.pop(name), quantization)
         model.set_submodule(name, prepared(layer))
     # peft chooses its kind of adapter by these marks, which transformers sets
     setattr(model, f"is_loaded_in_{'4' if quantization == 'nf4-double' else '8'}bit", True)
+
+
+def quantizable(model: nn.Module) -> dict[str, Any]:
+    """The linear layers that `quantize` would convert, by name."""
+    left_out = _left_out(model)
+    return {
+        name: module for name, module in model.named_modules() if _is_linear(module) and _is_converted(name, left_out)
+    }
 
 
 def quantized_layers(model: nn.Module) -> list[Any]:
@@ -131,6 +138,33 @@ def _forward(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
     apply: Any = _Product.apply
     output: torch.Tensor = apply(hidden.to(layer.compute_dtype or hidden.dtype), layer)
     return (output if layer.bias is None else output + layer.bias.to(output.dtype)).to(hidden.dtype)
+
+
+def stand_in(layer: Any) -> None:
+    """Let a quantized layer, whose tensors have no content, make tensors of the sizes that it makes with content."""
+    layer.forward = MethodType(_forward_of_sizes, layer)
+
+
+def _forward_of_sizes(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """(..., out) in the precision of hidden, (..., in)."""
+    cast = hidden.to(layer.compute_dtype or hidden.dtype)
+    apply: Any = _SizesOfProduct.apply
+    output: torch.Tensor = apply(cast, layer.out_features)
+    return (output if layer.bias is None else output + layer.bias.to(output.dtype)).to(hidden.dtype)
+
+
+class _SizesOfProduct(torch.autograd.Function):
+    """A product with a weight that is there while it runs, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, width: int) -> torch.Tensor:
+        """(..., width). hidden: (..., in)."""
+        ctx.sizes = width, hidden.shape[-1]
+        return hidden @ hidden.new_empty(ctx.sizes).T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grads[0] @ grads[0].new_empty(ctx.sizes), None
 
 
 def _weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:

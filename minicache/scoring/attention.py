@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 NAME = "minicache_spans"
 Mask = torch.Tensor | BlockMask | None
 _watched: list[list[Mask]] = []
+_as_fused: list[bool] = []
 
 
 class Form(NamedTuple):
@@ -75,6 +76,16 @@ def watching() -> Iterator[list[Mask]]:
         yield _watched[-1]
     finally:
         _watched.pop()
+
+
+@contextmanager
+def as_if_fused() -> Iterator[None]:
+    """Within this every form of attention makes tensors of the sizes that a fused kernel makes; what they hold is another thing."""
+    _as_fused.append(True)
+    try:
+        yield
+    finally:
+        _as_fused.pop()
 
 
 @cache
@@ -148,7 +159,7 @@ def _by_spans(
     if query.shape[0] != 1:
         raise ValueError("its attention changes the number of rows")
     parts = []
-    for start, prefix, chosen, rejected, window in spans[0, 0].tolist():
+    for start, prefix, chosen, rejected, window in spans.tolist()[0][0]:
         branch, end = start + prefix + chosen, start + prefix + chosen + rejected
         # prefix and chosen
         q, k, v = (tensor[:, :, start:branch] for tensor in (query, key, value))
@@ -185,7 +196,7 @@ def _masked(
 ) -> torch.Tensor:
     """(rows, heads, queries, width): attention under a mask, (…, queries, keys) bool, or None: causal. Shapes as in `attend`."""
     groups = query.shape[1] // key.shape[1]
-    if form.is_plain:
+    if form.is_plain or _as_fused:
         return scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=form.scale, enable_gqa=groups > 1
         )

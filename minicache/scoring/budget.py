@@ -1,75 +1,103 @@
-"""The token slots of one forward and backward pass, from the free memory and the memory that a slot of the model needs."""
+"""The token slots of one pass, from the free memory and from what the model needs, the same on all processes of a run."""
 
+import logging
 import os
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.distributed.tensor import DTensor
 
-from minicache.options.catalog import OPTIMIZERS
+from minicache.errors import ModelError
 from minicache.pairs import PairTable
-from minicache.scoring.head import CHUNK_NUMBERS
+from minicache.processes.world import World
+from minicache.scoring.batch import Batch
+from minicache.scoring.counting import counted_pass, run_pass
+from minicache.scoring.memory import How, Pass, gigabytes, need_of, parts_of
 from minicache.scoring.scorer import Scorer
+from minicache.scoring.tables import SLOTS
+from minicache.text import one_line
+from minicache.trackers import Tracker
+
+log = logging.getLogger(__name__)
 
 # More slots make no step faster, because the device is busy already.
 MOST = {"cpu": 8192, "cuda": 65536}
-# Share of the free memory to use; the rest is for fragmentation and for what the estimate misses.
+# Share of the free memory to use; the rest is for fragmentation and for what the count misses.
 RESERVE = 0.85
+TO_TRAIN = "Try --activation-checkpointing, --optimizer adamw-8bit or --lora-rank 16 (minidpo fit --model shows what each needs)"
+TO_SCORE = "Try --base-4bit, a lower --max-length, or --parallel fsdp on several devices (minidpo fit --model shows what they need)"
 
 
 def training_budget(
-    scorer: Scorer, table: PairTable, optimizer: str, checkpointing: bool, device: torch.device, processes: int
+    scorer: Scorer, table: PairTable, optimizer: str, checkpointing: bool, world: World, tracker: Tracker
 ) -> int:
-    """Token slots of a micro-batch: a power of two, so that small differences in free memory change nothing.
+    """Token slots of a micro-batch, the same on all processes, which must all call this.
 
-    Runs the model on the table's shortest pairs. optimizer: a name in OPTIMIZERS. checkpointing: whether layers will be computed
-    again in backward; this must not be in effect yet. processes: number of processes that share the CPU's memory.
+    optimizer: a name in OPTIMIZERS. checkpointing: whether layers will be computed again in backward; this must not be in effect
+    yet.
+
+    Raises:
+        ModelError: the longest pair does not fit in memory.
     """
-    most = MOST.get(device.type, MOST["cpu"])
-    trained = sum(_here(parameter).numel() for parameter in scorer.parameters() if parameter.requires_grad)
-    # bytes per parameter; DDP keeps a second set of gradients to send
-    gradients = 8 if processes > 1 else 4
-    vocabulary, width = scorer.model.get_input_embeddings().weight.shape
-    head = 3 * 4 * CHUNK_NUMBERS.get(device.type, 0) + 4 * vocabulary * width
-    free = RESERVE * free_bytes(device, processes) - trained * (gradients + OPTIMIZERS[optimizer].state_bytes) - head
-    need = slot_bytes(scorer, table, checkpointing, device)
-    return min(most, 1 << max(0, int(np.log2(max(1.0, free / need)))))
+    how = How(training=True, checkpointing=checkpointing, kind=world.device.type, sharded=scorer.shards > 1)
+    return _budget(scorer, table, optimizer, how, world, tracker)
 
 
-def slot_bytes(scorer: Scorer, table: PairTable, checkpointing: bool, device: torch.device) -> float:
-    """Bytes per token slot that forward keeps for backward and that backward needs beside them."""
-    order = np.argsort(table.lengths.sum(1), kind="stable")
-    (first, slots), (second, more) = (_saved(scorer, table, order[:pairs], device) for pairs in (1, 2))
-    saved = (second - first) / max(1, more - slots) if more > slots else first / slots
-    config = scorer.model.config.get_text_config()
-    if not checkpointing:
-        return 1.25 * saved
-    layers, width = int(config.num_hidden_layers), int(config.hidden_size)
-    return layers * width * 4 + 2 * saved / layers
+def scoring_budget(scorer: Scorer, table: PairTable, world: World, tracker: Tracker) -> int:
+    """Token slots of a forward pass without gradients, the same on all processes, which must all call this.
+
+    table: it must hold the longest pair.
+
+    Raises:
+        ModelError: the longest pair does not fit in memory.
+    """
+    how = How(training=False, kind=world.device.type, sharded=scorer.shards > 1)
+    return _budget(scorer, table, None, how, world, tracker)
 
 
-def _saved(scorer: Scorer, table: PairTable, indices: np.ndarray, device: torch.device) -> tuple[int, int]:
-    """Bytes kept for backward, without the weights, and token slots, of one forward pass over these pairs."""
-    weights = {_here(parameter).untyped_storage().data_ptr() for parameter in scorer.parameters()}
-    kept: dict[int, int] = {}
+def _budget(scorer: Scorer, table: PairTable, optimizer: str | None, how: How, world: World, tracker: Tracker) -> int:
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+    need = need_of(scorer.outline, _passes_of(scorer, table, how, world.device), optimizer, world.size)
+    free = free_bytes(world.device, local)
+    most = (MOST if how.training else SLOTS).get(world.device.type, MOST["cpu"])
+    found = world.gather((need.slots(free), need.power(RESERVE * free, most), free))
+    fits, _, free = min(found)
+    pass_ = "micro-batch" if how.training else "batch"
+    longest = need.passes.slots
+    if fits < longest:
+        takes = gigabytes(need.passes.bytes(longest))
+        raise ModelError(
+            f"the longest pair, {longest:,} token slots, does not fit in memory: it needs {takes}, beside {parts_of(need)}; "
+            f"{gigabytes(free)} are free beside the weights. {TO_TRAIN if how.training else TO_SCORE}"
+        )
+    slots: int = min(each for _, each, _ in found)
+    tracker.note(
+        f"{slots:,} token slots a {pass_} take {gigabytes(need.passes.bytes(slots))}, beside {parts_of(need)}; "
+        f"{gigabytes(free)} are free"
+    )
+    return slots
 
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
 
-    batch = scorer.layout.make(table, indices).to(device)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        scores = scorer(batch, distribution=True)
-    del scores
-    return sum(kept.values()), batch.input_ids.numel()
+def _passes_of(scorer: Scorer, table: PairTable, how: How, device: torch.device) -> Pass:
+    """The memory of passes over pairs as long as the table's longest; where it cannot be counted, from passes that run."""
+    costs = scorer.layout.costs(table.lengths)
+    try:
+        return counted_pass(scorer.outline, *_one_and_two(scorer, table, int(costs.argmax())), how)
+    # a family's own code, which may read the values of tensors, may raise anything
+    except Exception as error:
+        log.debug("memory is measured, because it cannot be counted: %s", one_line(error, 300))
+    try:
+        one, two = (each.to(device) for each in _one_and_two(scorer, table, int(costs.argmin())))
+        found = run_pass(scorer, one, two, how)
+    except torch.OutOfMemoryError as error:
+        raise ModelError(f"the shortest pair, {int(costs.min()):,} token slots, does not fit in memory") from error
+    return found.longer(int(costs.max()))
 
 
-def _here(parameter: torch.Tensor) -> torch.Tensor:
-    """The parameter, or this rank's shard of it."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+def _one_and_two(scorer: Scorer, table: PairTable, index: int) -> tuple[Batch, Batch]:
+    """A batch of this pair, and one of it twice."""
+    one, two = (scorer.layout.make(table, np.full(pairs, index)) for pairs in (1, 2))
+    return one, two
 
 
 def free_bytes(device: torch.device, processes: int = 1) -> float:

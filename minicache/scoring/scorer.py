@@ -78,6 +78,9 @@ class Scorer(nn.Module):
         self.head = probed(model) if head_is_own is None else Head.of(model) if head_is_own else None
         # The processes that must run each forward together, if the model is sharded.
         self.lockstep: World | None = None
+        # In how many shards the model lies, and, if it does, a function that gives its copy without weights.
+        self.shards = 1
+        self.whole: Callable[[], Scorer] | None = None
         self.use_layout(layout)
 
     def forward(self, batch: Batch, distribution: bool = False) -> PairScores:
@@ -111,6 +114,15 @@ class Scorer(nn.Module):
             use_spans(self.model)
 
     @property
+    def outline(self) -> "Scorer":
+        """This scorer, or for a model in shards one of the whole model without weights, on the device `meta`."""
+        if self.whole is None:
+            return self
+        made = self.whole()
+        made.use_layout(self.layout_name, self.windows, self.own_positions)
+        return made
+
+    @property
     def layout(self) -> Layout:
         """The layout of its batches."""
         return layout_named(self.layout_name)
@@ -123,7 +135,7 @@ class Scorer(nn.Module):
 
     def _token_logps(self, batch: Batch, distribution: bool) -> tuple[torch.Tensor, ...]:
         """The outputs of `Head.logps` for the batch's predictions, (K,) each."""
-        inputs = self._inputs(batch)
+        inputs = self.inputs_of(batch)
         if self.head is None:
             with _only_positions(self.model, batch.sources) as select:
                 logits = select(self.model(**inputs, use_cache=False).logits)  # (K, vocabulary)
@@ -134,7 +146,7 @@ class Scorer(nn.Module):
         hidden = hidden.flatten(0, 1)[batch.sources]
         return self.head.logps(hidden.to(DTYPES[self.dtype]), batch.targets, distribution)
 
-    def _inputs(self, batch: Batch) -> dict[str, Any]:
+    def inputs_of(self, batch: Batch) -> dict[str, Any]:
         """What the model reads of a batch, by the names of transformers."""
         ids = batch.input_ids
         inputs: dict[str, Any] = {"input_ids": ids}

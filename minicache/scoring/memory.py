@@ -1,0 +1,163 @@
+"""What a stage needs of a device's memory, as numbers: of weights, of a step's state, and of passes over so many token slots."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from minicache.models import layers_of
+from minicache.options.catalog import OPTIMIZERS
+from minicache.scoring.scorer import DTYPES, Scorer
+
+
+@dataclass(frozen=True)
+class Line:
+    """Bytes for a number of pairs: fixed + pairs x pair."""
+
+    fixed: float
+    pair: float
+
+    def __call__(self, pairs: float) -> float:
+        return self.fixed + pairs * self.pair
+
+    @classmethod
+    def through(cls, one: float, two: float) -> "Line":
+        """The line of what one pair takes and what two take."""
+        pair = max(1.0, two - one)
+        return cls(max(0.0, one - pair), pair)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Bytes of a pass beside weights and gradients. slots: token slots of a pair.
+
+    decoder: the most while the layers run, forward and backward. at_head: what is there while the head runs. head: what the head
+    makes beside it, for any number of pairs; kept: what of this stays until the end (the gradient of a weight that is the
+    embedding's too). of_pair: what the head makes for a pair, as long as it is less than `head`.
+    """
+
+    decoder: Line
+    at_head: Line
+    slots: int
+    head: float = 0.0
+    kept: float = 0.0
+    of_pair: float = 0.0
+
+    def bytes(self, slots: float) -> float:
+        """The most bytes at once, of a batch of so many token slots."""
+        pairs = slots / self.slots
+        head = min(self.head, pairs * self.of_pair)
+        return max(self.decoder(pairs) + self.kept, self.at_head(pairs) + head)
+
+    @property
+    def fixed(self) -> float:
+        """Bytes that depend on no slot, without the head's: casts of weights and the like."""
+        return max(self.decoder.fixed, self.at_head.fixed)
+
+    @property
+    def slot(self) -> float:
+        """Bytes of a token slot, of many."""
+        return max(self.decoder.pair, self.at_head.pair) / self.slots
+
+    def longer(self, slots: int) -> "Pass":
+        """The same with pairs of so many token slots."""
+        factor = slots / self.slots
+        decoder, at_head = (Line(line.fixed, line.pair * factor) for line in (self.decoder, self.at_head))
+        return Pass(decoder, at_head, slots, self.head, self.kept, self.of_pair * factor)
+
+
+@dataclass(frozen=True)
+class How:
+    """What is counted. training: with backward; else without gradients. checkpointing: layers are computed again in backward.
+
+    kind: of the device. sharded: layers are gathered from shards, in the precision of the passes.
+    """
+
+    training: bool
+    checkpointing: bool = False
+    kind: str = "cpu"
+    sharded: bool = False
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a stage needs on each device.
+
+    weights, gradients, optimizer: of this device's share. copies: DDP's buckets, or what FSDP gathers and reduces at once.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    copies: float
+    passes: Pass
+
+    @property
+    def state(self) -> float:
+        """What stays from step to step beside the weights."""
+        return self.gradients + self.optimizer + self.copies
+
+    def slots(self, free: float) -> int:
+        """Token slots for which this many bytes, without the weights, suffice."""
+        low, high = 0, 2**24
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = self.state + self.passes.bytes(middle) <= free
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low
+
+    def power(self, free: float, most: int) -> int:
+        """The same as a power of two of at least 1, so that small differences in free memory change nothing."""
+        return min(most, 1 << max(0, self.slots(free).bit_length() - 1))
+
+
+def need_of(scorer: Scorer, passes: Pass, optimizer: str | None, processes: int) -> Need:
+    """What each of `processes` devices needs. optimizer: a name in OPTIMIZERS; None: nothing is trained."""
+    weights = {id(each): each for each in scorer.parameters()}.values()
+    trained = sum(each.numel() for each in weights if each.requires_grad) if optimizer else 0
+    state = OPTIMIZERS[optimizer].state_bytes if optimizer else 0.0
+    if scorer.shards == 1:
+        held, gradients = float(bytes_of(weights)), 4.0 * trained
+        # DDP keeps a second set of gradients to send
+        copies = gradients if processes > 1 else 0.0
+    else:
+        held, gradients = bytes_of(weights) / scorer.shards, 4 * trained / scorer.shards
+        copies = _gathered(scorer, bool(optimizer))
+    return Need(held, gradients, state * trained / scorer.shards, copies, passes)
+
+
+def _gathered(scorer: Scorer, training: bool) -> float:
+    """Bytes of the shards that FSDP gathers: the root's in float32, and two layers in the precision of the passes.
+
+    While one layer computes, the next is gathered. In backward their gradients are there too, and in float32 while they are
+    reduced; the root's gradients are whole until its backward ends.
+    """
+    layers = [list(layer.parameters()) for layer in layers_of(scorer.model)]
+    inner = {id(each) for layer in layers for each in layer}
+    root = {id(each): each for each in scorer.parameters() if id(each) not in inner}.values()
+    size = DTYPES[scorer.dtype].itemsize
+    largest = max(layers, key=lambda layer: sum(each.numel() for each in layer))
+    trained = sum(each.numel() for each in largest if each.requires_grad)
+    total = 4.0 * sum(each.numel() for each in root) + 2.0 * size * sum(each.numel() for each in largest)
+    if training:
+        total += 2 * 4 * sum(each.numel() for each in root if each.requires_grad) + (size + 4) * trained
+    return total
+
+
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of tensors; one that is there several times is counted once."""
+    return sum({id(each): each.numel() * each.element_size() for each in tensors}.values())
+
+
+def parts_of(need: Need) -> str:
+    """What stays from step to step beside the weights, as text."""
+    parts = {"gradients": need.gradients, "the optimizer": need.optimizer, "copies between processes": need.copies}
+    return ", ".join(f"{gigabytes(size)} for {name}" for name, size in parts.items() if size) or "nothing"
+
+
+def gigabytes(size: float) -> str:
+    """A size as text: in GB, or smaller units, of powers of ten."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= unit:
+            return f"{size / unit:,.1f} {name}"
+    return f"{size:,.0f} bytes"
