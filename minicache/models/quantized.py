@@ -133,6 +133,33 @@ def _forward(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
     return (output if layer.bias is None else output + layer.bias.to(output.dtype)).to(hidden.dtype)
 
 
+def stand_in(layer: Any) -> None:
+    """Let a quantized layer, whose tensors have no content, make tensors of the sizes that it makes with content."""
+    layer.forward = MethodType(_forward_of_sizes, layer)
+
+
+def _forward_of_sizes(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """(..., out) in the precision of hidden, (..., in)."""
+    cast = hidden.to(layer.compute_dtype or hidden.dtype)
+    apply: Any = _SizesOfProduct.apply
+    output: torch.Tensor = apply(cast, layer.out_features)
+    return (output if layer.bias is None else output + layer.bias.to(output.dtype)).to(hidden.dtype)
+
+
+class _SizesOfProduct(torch.autograd.Function):
+    """A product with a weight that is there while it runs, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, width: int) -> torch.Tensor:
+        """(..., width). hidden: (..., in)."""
+        ctx.sizes = width, hidden.shape[-1]
+        return hidden @ hidden.new_empty(ctx.sizes).T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grads[0] @ grads[0].new_empty(ctx.sizes), None
+
+
 def _weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:
     """(out, in): the weights that the layer computes with."""
     from bitsandbytes.functional import dequantize_4bit

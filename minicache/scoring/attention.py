@@ -148,7 +148,7 @@ def _by_spans(
     if query.shape[0] != 1:
         raise ValueError("its attention changes the number of rows")
     parts = []
-    for start, prefix, chosen, rejected, window in spans[0, 0].tolist():
+    for start, prefix, chosen, rejected, window in spans.tolist()[0][0]:
         branch, end = start + prefix + chosen, start + prefix + chosen + rejected
         # prefix and chosen
         q, k, v = (tensor[:, :, start:branch] for tensor in (query, key, value))
