@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 NAME = "minicache_spans"
 Mask = torch.Tensor | BlockMask | None
 _watched: list[list[Mask]] = []
+_as_fused: list[bool] = []
 
 
 class Form(NamedTuple):
@@ -75,6 +76,16 @@ def watching() -> Iterator[list[Mask]]:
         yield _watched[-1]
     finally:
         _watched.pop()
+
+
+@contextmanager
+def as_if_fused() -> Iterator[None]:
+    """Within this every form of attention makes tensors of the sizes that a fused kernel makes; what they hold is another thing."""
+    _as_fused.append(True)
+    try:
+        yield
+    finally:
+        _as_fused.pop()
 
 
 @cache
@@ -185,7 +196,7 @@ def _masked(
 ) -> torch.Tensor:
     """(rows, heads, queries, width): attention under a mask, (…, queries, keys) bool, or None: causal. Shapes as in `attend`."""
     groups = query.shape[1] // key.shape[1]
-    if form.is_plain:
+    if form.is_plain or _as_fused:
         return scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=form.scale, enable_gqa=groups > 1
         )

@@ -1,16 +1,16 @@
 """The memory that the passes of a model take, counted on tensors without content: the model's own code runs on their shapes.
 
-A pass is run on one pair and on two, so what it takes is known for any number of pairs. Nothing is a formula of a family's own:
-what autograd keeps, autocast's copies of weights, the head's chunks and recomputed layers are tensors, and they are counted.
+A pass runs on one pair and on two, with few decoder layers and with some more; from that it is known for any number of pairs and
+for all layers. No family has a formula of its own: what autograd keeps, autocast's copies of weights, the head's chunks and the
+layers computed again are tensors, and they are counted.
 """
 
 import copy
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
-from types import MethodType
 from typing import Any
 
 import torch
@@ -19,13 +19,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from minicache.models.layers import layers_of
+from minicache.models import checkpoint_activations, layers_of
 from minicache.models.quantized import quantized_layers, stand_in
-from minicache.scoring.attention import Spans
+from minicache.scoring.attention import Spans, as_if_fused
 from minicache.scoring.batch import Batch
-from minicache.scoring.scorer import Scorer
+from minicache.scoring.head import CHUNK_NUMBERS
+from minicache.scoring.scorer import DTYPES, Scorer
 
-log = logging.getLogger(__name__)
+# Layers at the start that may differ from those that repeat (dense layers of a mixture), and the longest cycle of kinds of layers.
+MOST_FIRST, MOST_PERIOD = 4, 8
 
 
 class Counter(TorchDispatchMode):
@@ -37,7 +39,7 @@ class Counter(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = _run(func, args, kwargs or {})
         for tensor in tree_iter(result):
             if isinstance(tensor, torch.Tensor) and not isinstance(tensor, Spans):
                 self._add(tensor.untyped_storage())
@@ -45,7 +47,7 @@ class Counter(TorchDispatchMode):
         return result
 
     def know(self, module: nn.Module) -> None:
-        """Count the module's own tensors and gradients as there already, not as made within this."""
+        """Take the module's tensors and their gradients as made before."""
         for tensor in [*module.parameters(), *module.buffers()]:
             for each in (tensor, tensor.grad):
                 if each is not None:
@@ -59,112 +61,169 @@ class Counter(TorchDispatchMode):
             weakref.finalize(storage, self._drop, key)
 
     def _drop(self, key: int) -> None:
-        self.live -= self._sizes.pop(key)
+        self.live -= self._sizes.pop(key, 0)
+
+
+def _run(func: Any, args: Any, kwargs: Any) -> Any:
+    """The result of an operation; without content, that of a grouped product (experts) in float32, which torch has for bfloat16."""
+    if func is torch.ops.aten._grouped_mm.default and args[0].dtype == torch.float32 and hasattr(args[0], "fake_mode"):
+        halves = tree_map_only(torch.Tensor, lambda each: each.bfloat16() if each.is_floating_point() else each, args)
+        return func(*halves, **kwargs).float()
+    return func(*args, **kwargs)
 
 
 @dataclass(frozen=True)
 class Pass:
-    """Bytes that a pass takes beside weights and gradients: fixed + pairs x (bytes of a pair). slots: token slots of a pair."""
+    """Bytes of a pass beside weights and gradients: fixed, head, and per pair. slots: token slots of a pair.
+
+    head: what the output layer makes and drops again, of any number of pairs; 0 if the model's own code computes all logits.
+    """
 
     fixed: float
+    head: float
     pair: float
     slots: int
 
     @property
     def slot(self) -> float:
-        """Bytes per token slot."""
+        """Bytes of a token slot."""
         return self.pair / self.slots
 
 
-def bytes_of(tensors: Iterator[torch.Tensor]) -> int:
-    """Bytes of tensors, a storage that several of them share counted once."""
+@dataclass(frozen=True)
+class How:
+    """What is counted. training: with backward; else without gradients. checkpointing: layers are computed again in backward.
+
+    kind: of the device. sharded: layers are gathered from shards, in the precision of the passes.
+    """
+
+    training: bool
+    checkpointing: bool = False
+    kind: str = "cpu"
+    sharded: bool = False
+
+
+def counted_pass(scorer: Scorer, one: Batch, two: Batch, how: How) -> Pass:
+    """The memory of a pass, counted on tensors without content. The scorer's own tensors are not touched.
+
+    one, two: a batch of a pair, and one of two such pairs, on the CPU.
+
+    Raises:
+        ModelError: the model's code looks at the values of tensors, which are not there.
+    """
+    stack = _stack(scorer.model)
+    first, period = _repeats(scorer.model, stack)
+    counts = [0]
+    if stack and first + 2 * period < len(stack):
+        counts = [first + period, first + 2 * period]
+    with _quiet(), _as_on(how.kind):
+        found = [[_peak(scorer, batch, how, keep) for batch in (one, two)] for keep in counts]
+        head = _head(scorer, how)
+    small, large = found[-1]
+    if stack and len(counts) > 1:
+        more = (len(stack) - counts[1]) / period
+        small, large = (b + (b - a) * more for a, b in zip(*found, strict=True))
+    pair = max(1.0, large - small)
+    fixed = max(0.0, small - pair)
+    return Pass(fixed=max(0.0, fixed - head), head=min(head, fixed), pair=pair, slots=one.input_ids.numel())
+
+
+def run_pass(scorer: Scorer, one: Batch, two: Batch, how: How) -> Pass:
+    """As `counted_pass`, of passes that really run. one, two: on the scorer's device."""
+    peaks = []
+    layers = layers_of(scorer.model) if how.training and how.checkpointing else []
+    if layers:
+        checkpoint_activations(scorer.model)
+    try:
+        for batch in (one, two):
+            with Counter() as counter:
+                counter.know(scorer)
+                _passes(scorer, batch, how.training)
+            peaks.append(counter.peak)
+            scorer.zero_grad(set_to_none=True)
+    finally:
+        for layer in layers:
+            del layer.forward
+    pair = float(max(1, peaks[1] - peaks[0]))
+    return Pass(fixed=max(0.0, peaks[0] - pair), head=0.0, pair=pair, slots=one.input_ids.numel())
+
+
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of tensors; one that is there several times is counted once."""
     return sum({id(each): each.numel() * each.element_size() for each in tensors}.values())
 
 
-def counted_pass(scorer: Scorer, one: Batch, two: Batch, training: bool) -> Pass:
-    """What the passes over a batch take, counted on tensors without content. scorer: its tensors may be on any device.
-
-    one, two: a batch of one pair and of two such pairs, on the CPU. training: with backward; else without gradients.
-
-    Raises:
-        Exception: of any kind, where the model's code reads the values of tensors.
-    """
-    stack = _stack(scorer.model)
-    first, period = _periods(scorer.model, stack)
-    counts = (first + period, first + 2 * period) if stack and first + 2 * period < len(stack) else (0,)
-    found = [[_peak(scorer, batch, training, keep) for batch in (one, two)] for keep in counts]
-    if stack and len(counts) > 1:
-        more = (len(stack) - counts[0]) / period
-        found.append([less + (most - less) * more for less, most in zip(*found, strict=True)])
-    small, large = found[-1]
-    return Pass(fixed=max(0.0, 2 * small - large), pair=large - small, slots=two.input_ids.numel() // 2)
-
-
-def run_pass(scorer: Scorer, one: Batch, two: Batch, training: bool) -> Pass:
-    """As `counted_pass`, with the model as it is: the passes really run."""
-    peaks = []
-    for batch in (one, two):
-        with Counter() as counter:
-            counter.know(scorer)
-            _passes(scorer, batch, training)
-        peaks.append(counter.peak)
-        scorer.zero_grad(set_to_none=True)
-    return Pass(max(0, 2 * peaks[0] - peaks[1]), peaks[1] - peaks[0], two.input_ids.numel() // 2)
-
-
-def _peak(scorer: Scorer, batch: Batch, training: bool, keep: int) -> int:
-    """The most bytes at once, beside weights and gradients. keep: number of decoder layers; 0: all."""
-    inputs = scorer._inputs(batch)
+def _peak(scorer: Scorer, batch: Batch, how: How, keep: int) -> int:
+    """The most bytes at once. keep: number of decoder layers; 0: all."""
+    inputs = scorer.inputs_of(batch)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    made = _without_content(scorer, mode, keep)
+    made = _without_content(scorer, mode, how, keep)
+    tensors = {item.name: getattr(batch, item.name) for item in fields(batch)}
     with mode:
-        fake = replace(
-            batch,
-            mask=None,
-            **{
-                item.name: _empty(getattr(batch, item.name))
-                for item in fields(batch)
-                if item.name != "mask" and isinstance(getattr(batch, item.name), torch.Tensor)
-            },
-        )
+        empty = {name: _empty(each) for name, each in tensors.items() if isinstance(each, torch.Tensor)}
+        # walking over spans reads them
         given = tree_map_only(torch.Tensor, lambda each: each if isinstance(each, Spans) else _empty(each), inputs)
-        made._inputs = lambda batch: given  # type: ignore[method-assign]
+        made.inputs_of = lambda batch: given  # type: ignore[method-assign]
         for parameter in made.parameters():
-            if training and parameter.requires_grad:
+            if how.training and parameter.requires_grad:
                 parameter.grad = _empty(parameter)
         with Counter() as counter:
             counter.know(made)
-            _passes(made, fake, training)
+            _passes(made, replace(batch, **empty), how.training)
     return counter.peak
+
+
+def _head(scorer: Scorer, how: How) -> int:
+    """The bytes that the head makes beside what it keeps: those of many predictions, less those of a few."""
+    if scorer.head is None:
+        return 0
+    weight = scorer.head.linear.weight
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, Counter() as counter:
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=scorer.head.linear.bias is not None)
+        linear.requires_grad_(weight.requires_grad)
+        head = replace(scorer.head, linear=linear)
+        rows = 2 * max(1, CHUNK_NUMBERS["cpu"] // weight.shape[0])
+        hidden = torch.empty(rows, weight.shape[1], dtype=DTYPES[scorer.dtype], requires_grad=how.training)
+        before = counter.live
+        with nullcontext() if how.training else torch.no_grad():
+            logps = head.logps(hidden, torch.empty(rows, dtype=torch.int64), True)[0]
+        if how.training:
+            logps.sum().backward()
+    return counter.peak - before
 
 
 def _passes(scorer: Scorer, batch: Batch, training: bool) -> None:
     with nullcontext() if training else torch.no_grad():
-        scores = scorer(batch, distribution=True)
+        scores = scorer(batch, distribution=training)
     if training:
-        total = scores.logp_sum.sum() + (0 if scores.balance is None else scores.balance.sum())
-        total.backward()
+        (scores.logp_sum.sum() + (0 if scores.balance is None else scores.balance.sum())).backward()
 
 
-def _without_content(scorer: Scorer, mode: FakeTensorMode, keep: int) -> Scorer:
+def _without_content(scorer: Scorer, mode: FakeTensorMode, how: How, keep: int) -> Scorer:
     """A copy whose tensors have shapes alone, on the CPU. keep: number of decoder layers; 0: all."""
     memo: dict[int, Any] = {}
+    gathered = {id(each) for layer in layers_of(scorer.model) for each in layer.parameters()} if how.sharded else set()
     with mode:
         for parameter in scorer.parameters():
-            memo[id(parameter)] = nn.Parameter(_empty(parameter), requires_grad=parameter.requires_grad)
+            dtype = DTYPES[scorer.dtype] if id(parameter) in gathered else parameter.dtype
+            tensor = torch.empty(parameter.shape, dtype=dtype, device="cpu")
+            memo[id(parameter)] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
         for buffer in scorer.buffers():
             memo[id(buffer)] = _empty(buffer)
     made = copy.deepcopy(scorer, memo)
     for layer in quantized_layers(made.model):
         stand_in(layer)
     for module in made.modules():
-        # what such a rule looks at is the content of positions
+        # other kinds read positions, to choose frequencies of the same size
         if getattr(module, "rope_type", None) is not None:
             module.rope_type = "default"
     if keep:
         stack = _stack(made.model)
         assert stack is not None
         del stack[keep:]
+    if how.training and how.checkpointing:
+        checkpoint_activations(made.model)
     return made
 
 
@@ -179,8 +238,8 @@ def _stack(model: nn.Module) -> nn.ModuleList | None:
     return lists[0] if len(lists) == 1 and set(lists[0]) == layers else None
 
 
-def _periods(model: Any, stack: nn.ModuleList | None) -> tuple[int, int]:
-    """The number of layers before those that repeat, and after how many they repeat."""
+def _repeats(model: Any, stack: nn.ModuleList | None) -> tuple[int, int]:
+    """The number of layers before those that repeat, and after how many they do; (0, all of them) if they do not."""
     if stack is None:
         return 0, 0
     kinds = getattr(model.config.get_text_config(), "layer_types", None) or [""] * len(stack)
@@ -188,8 +247,35 @@ def _periods(model: Any, stack: nn.ModuleList | None) -> tuple[int, int]:
         (type(layer), kind, tuple((name, each.shape, each.dtype) for name, each in layer.named_parameters()))
         for layer, kind in zip(stack, kinds, strict=False)
     ]
-    for first in range(4):
-        for period in range(1, 9):
+    for first in range(MOST_FIRST):
+        for period in range(1, MOST_PERIOD):
             if signs[first:-period] == signs[first + period :]:
                 return first, period
     return 0, len(stack)
+
+
+@contextmanager
+def _as_on(kind: str) -> Iterator[None]:
+    """Within this, chunks of the head and attention are as on that kind of device, on tensors of the CPU."""
+    before = CHUNK_NUMBERS["cpu"]
+    CHUNK_NUMBERS["cpu"] = CHUNK_NUMBERS.get(kind, before)
+    try:
+        with as_if_fused() if kind == "cuda" else nullcontext():
+            yield
+    finally:
+        CHUNK_NUMBERS["cpu"] = before
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from logging that a shape could not be found: another way is taken then."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    logger.addFilter(_nothing)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_nothing)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False

@@ -123,7 +123,7 @@ class Scorer(nn.Module):
 
     def _token_logps(self, batch: Batch, distribution: bool) -> tuple[torch.Tensor, ...]:
         """The outputs of `Head.logps` for the batch's predictions, (K,) each."""
-        inputs = self._inputs(batch)
+        inputs = self.inputs_of(batch)
         if self.head is None:
             with _only_positions(self.model, batch.sources) as select:
                 logits = select(self.model(**inputs, use_cache=False).logits)  # (K, vocabulary)
@@ -134,7 +134,7 @@ class Scorer(nn.Module):
         hidden = hidden.flatten(0, 1)[batch.sources]
         return self.head.logps(hidden.to(DTYPES[self.dtype]), batch.targets, distribution)
 
-    def _inputs(self, batch: Batch) -> dict[str, Any]:
+    def inputs_of(self, batch: Batch) -> dict[str, Any]:
         """What the model reads of a batch, by the names of transformers."""
         ids = batch.input_ids
         inputs: dict[str, Any] = {"input_ids": ids}
