@@ -17,14 +17,14 @@ from minicache.processes.world import World
 from minicache.scoring.batching import balance
 from minicache.scoring.handshake import check_reproduces
 from minicache.scoring.scorer import Scorer
-from minicache.scoring.tables import score_table
+from minicache.scoring.tables import Budget, score_table
 from minicache.trackers import Tracker
 
 log = logging.getLogger(__name__)
 
 
 def score_blocks(
-    cache: CacheWriter, scorer: Scorer, budget: int | None, shard: tuple[int, int], world: World, tracker: Tracker
+    cache: CacheWriter, scorer: Scorer, budget: Budget, shard: tuple[int, int], world: World, tracker: Tracker
 ) -> tuple[list[int], int]:
     """Score the unscored blocks of a shard, each rank its share; returns these blocks and the number of their pairs."""
     todo, sizes, done = world.broadcast(_todo(cache, *shard) if world.is_main else None)
@@ -78,7 +78,7 @@ def _todo(cache: CacheWriter, number: int, of: int) -> tuple[list[int], np.ndarr
 def _score(
     scorer: Scorer,
     table: PairTable,
-    budget: int | None,
+    budget: Budget,
     per_token: bool,
     device: torch.device,
     advance: Callable[[int, int], None],

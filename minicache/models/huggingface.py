@@ -68,7 +68,7 @@ def from_pretrained(cls: Any, source: str, trust_remote_code: bool, **options: A
         raise ModelError(f"{source}: expected a model directory, a .gguf or .pth file, or a hub id like org/name")
     quiet()
     try:
-        with _without_reports():
+        with without_reports():
             return cls.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
     # transformers may raise anything on a damaged file
     except Exception as error:
@@ -83,7 +83,7 @@ def from_pretrained(cls: Any, source: str, trust_remote_code: bool, **options: A
 
 
 @contextmanager
-def _without_reports() -> Iterator[None]:
+def without_reports() -> Iterator[None]:
     """Keep transformers from printing what it finds about a checkpoint: `require_whole` refuses or the stage notes it."""
     from transformers.utils import logging
 

@@ -37,17 +37,26 @@ def quantize(model: nn.Module, quantization: str) -> None:
     # its kernels are not used: see `_forward`
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     bnb = import_module("bitsandbytes")
-    linear = {name: module for name, module in model.named_modules() if _is_linear(module)}
-    chosen = [name for name in linear if _is_converted(name, _left_out(model))]
-    if not chosen:
+    linear = quantizable(model)
+    if not linear:
         raise ModelError(
             f"{flag_of(quantization)}: {type(model).__name__} has no linear layers beside the output layer; leave it out"
         )
-    for name in chosen:
+    for name in list(linear):
         layer = _layer(bnb, linear.pop(name), quantization)
         model.set_submodule(name, prepared(layer))
     # peft chooses its kind of adapter by these marks, which transformers sets
     setattr(model, f"is_loaded_in_{'4' if quantization == 'nf4-double' else '8'}bit", True)
+
+
+def quantizable(model: nn.Module) -> dict[str, Any]:
+    """The linear layers that `quantize` would convert, by name."""
+    left_out = _left_out(model)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if _is_linear(module) and _is_converted(name, left_out)
+    }
 
 
 def quantized_layers(model: nn.Module) -> list[Any]:

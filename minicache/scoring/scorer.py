@@ -78,6 +78,9 @@ class Scorer(nn.Module):
         self.head = probed(model) if head_is_own is None else Head.of(model) if head_is_own else None
         # The processes that must run each forward together, if the model is sharded.
         self.lockstep: World | None = None
+        # In how many shards the model lies, and, if it does, a function that gives its copy without weights.
+        self.shards = 1
+        self.whole: Callable[[], Scorer] | None = None
         self.use_layout(layout)
 
     def forward(self, batch: Batch, distribution: bool = False) -> PairScores:
@@ -109,6 +112,15 @@ class Scorer(nn.Module):
             set_attention(self.model, self.attention)
         else:
             use_spans(self.model)
+
+    @property
+    def outline(self) -> "Scorer":
+        """This scorer, or for a model in shards one of the whole model without weights, on the device `meta`."""
+        if self.whole is None:
+            return self
+        made = self.whole()
+        made.use_layout(self.layout_name, self.windows, self.own_positions)
+        return made
 
     @property
     def layout(self) -> Layout:

@@ -3,6 +3,7 @@
 Source: Zhao et al. 2023, PyTorch FSDP, arXiv:2304.11277; `torch.distributed.fsdp.fully_shard`.
 """
 
+import copy
 import os
 from typing import Any
 
@@ -54,7 +55,9 @@ def spread(model: nn.Module | None, dtype: str, parallel: str, world: World) -> 
     if not layers:
         raise ConfigError(f"--parallel {parallel}: this model's code marks no layers to shard; expected --parallel ddp")
     scorer = Scorer(skeleton, dtype, head_is_own=plan["head_is_own"])
-    scorer.lockstep = world
+    scorer.shards, scorer.lockstep = mesh.size(mesh.ndim - 1), world
+    outline = copy.deepcopy(scorer)
+    scorer.whole = lambda: outline
     # Layers are gathered in the precision they compute in. The activations between them stay float32, as with autocast alone.
     half = MixedPrecisionPolicy(
         param_dtype=DTYPES[dtype] if dtype != "float32" else None, reduce_dtype=torch.float32, cast_forward_inputs=False

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,18 +20,25 @@ log = logging.getLogger(__name__)
 SLOTS = {"cpu": 16384, "cuda": 65536}
 
 
+@dataclass
+class Budget:
+    """Token slots of a forward pass. Where a batch does not fit after all they are halved, and stay so for the next table."""
+
+    slots: int
+
+
 def score_table(
     scorer: Scorer,
     table: PairTable,
     indices: Indices,
-    budget: int | None,
+    budget: Budget | int | None,
     device: torch.device,
     distribution: bool = False,
 ) -> Iterator[tuple[Indices, Batch, PairScores]]:
     """Score some pairs of a table in batches of similar length, without gradients.
 
-    indices: (n,) of the pairs. budget: token slots of a batch; None begins with SLOTS. If a batch does not fit in memory, the
-    budget is halved for it and the batches after it.
+    indices: (n,) of the pairs. budget: token slots of a batch; None begins with SLOTS. If a batch does not fit in memory, it is
+    halved for it and the batches after it, and a `Budget` stays so.
 
     If the model is sharded, every process must call this equally often, with any number of pairs: a process without pairs left
     joins the forward passes of the others.
@@ -41,16 +49,17 @@ def score_table(
     Raises:
         ModelError: a single pair, or a batch of a sharded model, does not fit in memory.
     """
-    left, budget = np.ones(len(table), bool), budget or SLOTS[device.type]
+    left = np.ones(len(table), bool)
+    kept = budget if isinstance(budget, Budget) else Budget(budget or SLOTS[device.type])
     while len(rest := indices[left[indices]]):
-        for chosen, batch in ahead(scorer.batches(table, rest, budget)):
+        for chosen, batch in ahead(scorer.batches(table, rest, kept.slots)):
             moved = batch.to(device)
             if scorer.lockstep:
                 scorer.lockstep.any(True)
             scores = _scores_if_they_fit(scorer, moved, distribution)
             if scores is None:
-                budget = min(budget, _slots_to_halve(scorer, moved)) // 2
-                log.debug("out of memory: batches of %d token slots from here on", budget)
+                kept.slots = min(kept.slots, _slots_to_halve(scorer, moved)) // 2
+                log.debug("out of memory: batches of %d token slots from here on", kept.slots)
                 break
             left[chosen] = False
             yield chosen, moved, scores

@@ -15,6 +15,7 @@ from minicache.options.others import EvaluateConfig
 from minicache.options.train import LossOptions
 from minicache.options.where import Where
 from minicache.processes.world import World
+from minicache.scoring.budget import scoring_budget
 from minicache.scoring.layout import settle_layout
 from minicache.scoring.loading import load_pairs
 from minicache.scoring.scorer import Scorer, resolve_dtype
@@ -55,6 +56,7 @@ def evaluate(config: EvaluateConfig, world: World, tracker: Tracker) -> Evaluate
     settle_layout(scorer, cached.table, "auto", world.device, tracker)
     pairs = EvalSet(cached, np.arange(len(cached.table)))
     _note_other_reference(config, cache, tracker)
+    budget = config.tokens_per_batch or scoring_budget(scorer, cached.table, world, tracker)
     tracker.begin("evaluating", len(cached.table))
     return EvaluateReport(
         policy=config.policy,
@@ -62,7 +64,7 @@ def evaluate(config: EvaluateConfig, world: World, tracker: Tracker) -> Evaluate
         pairs=len(cached.table),
         same_weights=same,
         settings={**settings, **flat(options)},
-        metrics=evaluate_policy(scorer, pairs, objective, config.tokens_per_batch, world, tracker),
+        metrics=evaluate_policy(scorer, pairs, objective, budget, world, tracker),
     )
 
 

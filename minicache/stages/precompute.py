@@ -14,9 +14,11 @@ from minicache.models import load_model
 from minicache.options.stage_one import PrecomputeConfig
 from minicache.options.where import Where
 from minicache.processes.world import World
+from minicache.scoring.budget import scoring_budget
 from minicache.scoring.layout import settle_layout
 from minicache.scoring.scorer import resolve_dtype
 from minicache.scoring.spread import is_sharded, refuse_quantized_shards, spread
+from minicache.scoring.tables import Budget
 from minicache.trackers import Tracker
 
 
@@ -70,7 +72,8 @@ def precompute(config: PrecomputeConfig, world: World, tracker: Tracker) -> Prec
         # read once; and all processes must decide by the same pairs
         pairs = world.broadcast(cache.blocks.telling_pairs() if world.is_main else None)
         settle_layout(scorer, pairs, config.layout, world.device, tracker)
-        blocks, scored = score_blocks(cache, scorer, config.tokens_per_batch, config.share, world, tracker)
+        budget = Budget(config.tokens_per_batch or scoring_budget(scorer, pairs, world, tracker))
+        blocks, scored = score_blocks(cache, scorer, budget, config.share, world, tracker)
     refused_file = cache.place.locate(REFUSED_FILE)
     missing = cache.blocks.unscored() if config.shard and world.is_main else []
     return PrecomputeReport(

@@ -1,7 +1,6 @@
 """Stage two: a reference cache -> a trained policy. Only the policy is in memory."""
 
 import logging
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -122,7 +121,11 @@ def _prepare(
         training=training,
         held_out=held_out,
         steps=training_steps(len(training), config.batch_size, config.epochs, config.max_steps),
-        budget=config.tokens_per_micro_batch or kept or _budget(config, scorer, cached, world),
+        budget=config.tokens_per_micro_batch
+        or kept
+        or training_budget(
+            scorer, cached.table, config.optimizer, config.activation_checkpointing, world, tracker
+        ),
     )
     log.debug(
         "%d pairs to train on, %d to validate on, %d steps; layout %s, %d token slots a micro-batch",
@@ -143,15 +146,6 @@ def _load(
     step = begun.step if begun else None
     policy = load_policy(config, cache, step, tracker, sources) if is_mine else Policy(None)
     return spread(policy.model, config.dtype, config.parallel, world), replace(policy, model=None)
-
-
-def _budget(config: TrainConfig, scorer: Scorer, cached: CachedPairs, world: World) -> int:
-    """Token slots of a micro-batch that fit in memory, by rank 0's estimate: all ranks need the same number."""
-    checkpointing, local = config.activation_checkpointing, int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
-    budget: int = world.broadcast(
-        training_budget(scorer, cached.table, config.optimizer, checkpointing, world.device, local)
-    )
-    return budget
 
 
 def _record(run: Run, policy: Policy, worst: float) -> RunRecord:

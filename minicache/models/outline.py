@@ -1,0 +1,111 @@
+"""A model as its config describes it, without weights: names, shapes and precisions on the device `meta`. Nothing is loaded."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from minicache.errors import ModelError
+from minicache.models import huggingface, lora
+from minicache.models.adapter_places import adapter_place, base_name
+from minicache.models.load import FAMILIES, split_source
+from minicache.models.quantized import quantizable, stand_in, to_float32
+from minicache.models.stored import BITSANDBYTES, method_of
+from minicache.models.whole import beside_text, require_language_model
+from minicache.options.lora import LoraOptions
+from minicache.text import one_line
+from minicache.trackers import Silent
+
+META = torch.device("meta")
+# Bytes beside a weight in 4 bits: a scale in 8 bits for 64 weights, and one in 32 bits for 256 of those.
+NF4_SCALES = 1 / 64 + 4 / (64 * 256)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """model: a transformers model on `meta`, in the precision it is stored in. quantization: in which it is stored, or ""."""
+
+    model: nn.Module
+    quantization: str = ""
+
+
+def outline_of(source: str, trust_remote_code: bool = False) -> Outline:
+    """The outline of what `load_model` would load.
+
+    Raises:
+        ModelError: there is no such model, or its class cannot be built.
+    """
+    if adapter := adapter_place(source):
+        below = outline_of(base_name(adapter), trust_remote_code)
+        if quantization := below.quantization or lora.quantization_of(adapter):
+            return replace(below, quantization=quantization)
+        # merged in float32
+        return Outline(below.model.to(torch.float32))
+    place, options = split_source(source)
+    path = Path(place)
+    if path.suffix in FAMILIES:
+        # such a file is small, mapped into memory, and its shapes are its config
+        return Outline(FAMILIES[path.suffix](path, options)[0].to(META))
+    return _from_config(source, trust_remote_code)
+
+
+def _from_config(source: str, trust_remote_code: bool) -> Outline:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = huggingface.from_pretrained(AutoConfig, source, trust_remote_code)
+    require_language_model(source, config)
+    text = config.get_text_config()
+    stored = getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None)
+    quantization = ""
+    if stored:
+        settings = stored if isinstance(stored, dict) else stored.to_dict()
+        if method_of(settings) == BITSANDBYTES:
+            quantization = "nf4-double" if settings.get("load_in_4bit") else "int8"
+        vars(config).pop("quantization_config", None)
+        vars(text).pop("quantization_config", None)
+    family: Any = AutoModelForCausalLM
+    dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None) or torch.float32
+    try:
+        with META, huggingface.without_reports():
+            model = family.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    # a family's own code may raise anything
+    except Exception as error:
+        raise ModelError(f"{source}: its class cannot be built from its config: {one_line(error, 300)}") from error
+    return Outline(model.eval(), quantization)
+
+
+def held_for(outline: Outline, options: LoraOptions, quantization: str, dtype: torch.dtype, trained: bool) -> nn.Module:
+    """The outline's model as a stage holds it: with adapters, its base quantized, float32, with the gradients it will have.
+
+    The model is changed. dtype: of the passes. trained: stage two; else stage one.
+
+    Raises:
+        ConfigError: peft is not installed, or the model has no such modules.
+    """
+    model = outline.model.requires_grad_(False)
+    quantization = quantization or outline.quantization
+    layers = list(quantizable(model).values()) if quantization else []
+    model = to_float32(model, META)
+    if options.lora_rank and trained:
+        model = lora.add_lora(model, "", options, 0, Silent())
+    elif trained:
+        frozen = set(beside_text(model))
+        for name, weight in model.named_parameters():
+            weight.requires_grad_(name not in frozen)
+    for layer in layers:
+        _quantize(layer, quantization, dtype)
+    return model
+
+
+def _quantize(layer: Any, quantization: str, dtype: torch.dtype) -> None:
+    """Give a linear layer a weight of as many bytes as bitsandbytes would."""
+    numbers, rows = layer.weight.numel(), max(layer.weight.shape)
+    size = numbers * (0.5 + NF4_SCALES) if quantization == "nf4-double" else numbers + 4 * rows
+    if not hasattr(layer, "out_features"):
+        # GPT-2's transposed layer
+        layer.out_features = layer.nf
+    layer.weight = nn.Parameter(torch.empty(int(size), dtype=torch.uint8, device=META), requires_grad=False)
+    layer.compute_dtype = dtype
+    stand_in(layer)
