@@ -11,6 +11,7 @@ from minicache.commands.diff import diff
 from minicache.commands.env import env
 from minicache.commands.evaluate import evaluate
 from minicache.commands.export import export
+from minicache.commands.fit import fit
 from minicache.commands.import_cache import import_cache
 from minicache.commands.inspect_cache import inspect_cache
 from minicache.commands.merge import merge
@@ -40,6 +41,7 @@ app.command("plot")(plot)
 app.command("merge")(merge)
 app.command("inspect-cache")(inspect_cache)
 app.command("diff")(diff)
+app.command("fit")(fit)
 app.command("env")(env)
 
 

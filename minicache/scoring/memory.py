@@ -24,6 +24,7 @@ from minicache.models.quantized import quantized_layers, stand_in
 from minicache.scoring.attention import Spans, as_if_fused
 from minicache.scoring.batch import Batch
 from minicache.scoring.head import CHUNK_NUMBERS
+from minicache.scoring.probe import own_errors
 from minicache.scoring.scorer import DTYPES, Scorer
 
 # Layers at the start that may differ from those that repeat (dense layers of a mixture), and the longest cycle of kinds of layers.
@@ -195,9 +196,10 @@ def _head(scorer: Scorer, how: How) -> int:
 
 def _passes(scorer: Scorer, batch: Batch, training: bool) -> None:
     with nullcontext() if training else torch.no_grad():
-        scores = scorer(batch, distribution=training)
+        scores = scorer(batch, distribution=True)
     if training:
-        (scores.logp_sum.sum() + (0 if scores.balance is None else scores.balance.sum())).backward()
+        with own_errors(scorer.model):
+            (scores.logp_sum.sum() + (0 if scores.balance is None else scores.balance.sum())).backward()
 
 
 def _without_content(scorer: Scorer, mode: FakeTensorMode, how: How, keep: int) -> Scorer:
