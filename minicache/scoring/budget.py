@@ -2,7 +2,7 @@
 
 import logging
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -42,13 +42,18 @@ class Need:
     passes: Pass
 
     @property
-    def beside_weights(self) -> float:
-        """All but the weights and the token slots."""
-        return self.gradients + self.optimizer + self.copies + self.passes.fixed + self.passes.head
+    def state(self) -> float:
+        """What stays from step to step beside the weights."""
+        return self.gradients + self.optimizer + self.copies
 
     def slots(self, free: float) -> int:
         """Token slots for which this many bytes, without the weights, suffice."""
-        return int(max(0.0, min((free - self.beside_weights) / self.passes.slot, 2.0**40)))
+        low, high = 0, 2**24
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = self.state + self.passes.bytes(middle) <= free
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low
 
     def power(self, free: float, most: int) -> int:
         """The same as a power of two of at least 1, so that small differences in free memory change nothing."""
@@ -128,13 +133,14 @@ def _budget(
     longest = need.passes.slots
     if fits < longest:
         raise ModelError(
-            f"the longest pair, {longest:,} token slots, does not fit in memory: it needs {gigabytes(need.passes.pair)}, beside "
+            f"the longest pair, {longest:,} token slots, does not fit in memory: it needs {gigabytes(need.passes.bytes(longest))}, beside "
             f"{parts_of(need)}; {gigabytes(free)} are free beside the weights. "
             + (ADVICE if how.training else "Lower --max-length, or add --parallel fsdp on several devices")
         )
     slots = min(each for _, each, _ in found)
     tracker.note(
-        f"{slots:,} token slots a {pass_}: {gigabytes(free)} are free, {gigabytes(need.passes.slot)} a slot, beside {parts_of(need)}"
+        f"{slots:,} token slots a {pass_} take {gigabytes(need.passes.bytes(slots))}, beside {parts_of(need)}; "
+        f"{gigabytes(free)} are free"
     )
     return slots
 
@@ -143,14 +149,8 @@ ADVICE = "Try --activation-checkpointing, --optimizer adamw-8bit or --lora-rank 
 
 
 def parts_of(need: Need) -> str:
-    """The parts of a need beside weights and token slots, as text."""
-    parts = {
-        "gradients": need.gradients,
-        "optimizer": need.optimizer,
-        "copies between processes": need.copies,
-        "the head": need.passes.head,
-        "copies of weights and the like": need.passes.fixed,
-    }
+    """What stays from step to step beside the weights, as text."""
+    parts = {"gradients": need.gradients, "the optimizer": need.optimizer, "copies between processes": need.copies}
     return ", ".join(f"{gigabytes(size)} for {name}" for name, size in parts.items() if size) or "nothing"
 
 
@@ -175,7 +175,7 @@ def _passes_of(scorer: Scorer, table: PairTable, how: How, device: torch.device)
         found = run_pass(scorer, *batches, how)
     except torch.OutOfMemoryError as error:
         raise ModelError(f"the shortest pair, {int(costs.min()):,} token slots, does not fit in memory") from error
-    return replace(found, pair=found.slot * int(costs.max()), slots=int(costs.max()))
+    return found.longer(int(costs.max()))
 
 
 def _one_and_two(scorer: Scorer, table: PairTable, index: int) -> tuple[Batch, Batch]:

@@ -74,21 +74,59 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Pass:
-    """Bytes of a pass beside weights and gradients: fixed, head, and per pair. slots: token slots of a pair.
-
-    head: what the output layer makes and drops again, of any number of pairs; 0 if the model's own code computes all logits.
-    """
+class Line:
+    """Bytes for a number of pairs: fixed + pairs x pair."""
 
     fixed: float
-    head: float
     pair: float
+
+    def __call__(self, pairs: float) -> float:
+        return self.fixed + pairs * self.pair
+
+    @classmethod
+    def through(cls, one: float, two: float) -> "Line":
+        """The line of what one pair takes and what two take."""
+        pair = max(1.0, two - one)
+        return cls(max(0.0, one - pair), pair)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Bytes of a pass beside weights and gradients. slots: token slots of a pair.
+
+    decoder: the most while the layers run, forward and backward. at_head: what is there while the head runs. head: what the head
+    makes beside it, for any number of pairs; kept: what of this stays until the end (the gradient of a weight that is the
+    embedding's too). of_pair: what the head makes for a pair, as long as it is less than `head`.
+    """
+
+    decoder: Line
+    at_head: Line
     slots: int
+    head: float = 0.0
+    kept: float = 0.0
+    of_pair: float = 0.0
+
+    def bytes(self, slots: float) -> float:
+        """The most bytes at once, of a batch of so many token slots."""
+        pairs = slots / self.slots
+        head = min(self.head, pairs * self.of_pair)
+        return max(self.decoder(pairs) + self.kept, self.at_head(pairs) + head)
+
+    @property
+    def fixed(self) -> float:
+        """Bytes that depend on no slot, without the head's: casts of weights and the like."""
+        return max(self.decoder.fixed, self.at_head.fixed)
 
     @property
     def slot(self) -> float:
-        """Bytes of a token slot."""
-        return self.pair / self.slots
+        """Bytes of a token slot, of many."""
+        return max(self.decoder.pair, self.at_head.pair) / self.slots
+
+    def longer(self, slots: int) -> "Pass":
+        """The same with pairs of so many token slots."""
+        factor = slots / self.slots
+        lines = (Line(line.fixed, line.pair * factor) for line in (self.decoder, self.at_head))
+        return Pass(*lines, slots, self.head, self.kept, self.of_pair * factor)
 
 
 @dataclass(frozen=True)
@@ -118,15 +156,14 @@ def counted_pass(scorer: Scorer, one: Batch, two: Batch, how: How) -> Pass:
     if stack and first + 2 * period < len(stack):
         counts = [first + period, first + 2 * period]
     with _quiet(), _as_on(how.kind):
-        found = [[_peak(scorer, batch, how, keep) for batch in (one, two)] for keep in counts]
-        head = _head(scorer, how)
-    small, large = found[-1]
+        # (layers, batches, 2)
+        found = torch.tensor([[_peaks(scorer, batch, how, keep) for batch in (one, two)] for keep in counts]).double()
+        head, kept, rows = _head(scorer, how)
+    peaks = found[-1]
     if stack and len(counts) > 1:
-        more = (len(stack) - counts[1]) / period
-        small, large = (b + (b - a) * more for a, b in zip(*found, strict=True))
-    pair = max(1.0, large - small)
-    fixed = max(0.0, small - pair)
-    return Pass(fixed=max(0.0, fixed - head), head=min(head, fixed), pair=pair, slots=one.input_ids.numel())
+        peaks = found[1] + (found[1] - found[0]) * (len(stack) - counts[1]) / period
+    decoder, at_head = (Line.through(*each) for each in peaks.T.tolist())
+    return Pass(decoder, at_head, one.input_ids.numel(), head, kept, head * len(one.sources) / rows)
 
 
 def run_pass(scorer: Scorer, one: Batch, two: Batch, how: How) -> Pass:
@@ -145,8 +182,8 @@ def run_pass(scorer: Scorer, one: Batch, two: Batch, how: How) -> Pass:
     finally:
         for layer in layers:
             del layer.forward
-    pair = float(max(1, peaks[1] - peaks[0]))
-    return Pass(fixed=max(0.0, peaks[0] - pair), head=0.0, pair=pair, slots=one.input_ids.numel())
+    line = Line.through(*peaks)
+    return Pass(line, line, one.input_ids.numel())
 
 
 def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
@@ -154,8 +191,8 @@ def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
     return sum({id(each): each.numel() * each.element_size() for each in tensors}.values())
 
 
-def _peak(scorer: Scorer, batch: Batch, how: How, keep: int) -> int:
-    """The most bytes at once. keep: number of decoder layers; 0: all."""
+def _peaks(scorer: Scorer, batch: Batch, how: How, keep: int) -> tuple[int, int]:
+    """The most bytes at once, and those that are there while the head runs. keep: number of decoder layers; 0: all."""
     inputs = scorer.inputs_of(batch)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     made = _without_content(scorer, mode, how, keep)
@@ -170,28 +207,66 @@ def _peak(scorer: Scorer, batch: Batch, how: How, keep: int) -> int:
                 parameter.grad = _empty(parameter)
         with Counter() as counter:
             counter.know(made)
+            if made.head:
+                made.head = aside = _HeadAside(counter)
             _passes(made, replace(batch, **empty), how.training)
-    return counter.peak
+    return counter.peak, aside.live if made.head else counter.peak
 
 
-def _head(scorer: Scorer, how: How) -> int:
-    """The bytes that the head makes beside what it keeps: those of many predictions, less those of a few."""
+def _head(scorer: Scorer, how: How) -> tuple[int, int, int]:
+    """The bytes that the head makes, those that stay until the end, and the number of predictions from which it is so many."""
     if scorer.head is None:
-        return 0
+        return 0, 0, 1
     weight = scorer.head.linear.weight
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode, Counter() as counter:
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=scorer.head.linear.bias is not None)
-        linear.requires_grad_(weight.requires_grad)
-        head = replace(scorer.head, linear=linear)
-        rows = 2 * max(1, CHUNK_NUMBERS["cpu"] // weight.shape[0])
-        hidden = torch.empty(rows, weight.shape[1], dtype=DTYPES[scorer.dtype], requires_grad=how.training)
-        before = counter.live
-        with nullcontext() if how.training else torch.no_grad():
-            logps = head.logps(hidden, torch.empty(rows, dtype=torch.int64), True)[0]
-        if how.training:
-            logps.sum().backward()
-    return counter.peak - before
+    trained = how.training and weight.requires_grad
+    rows = max(1, CHUNK_NUMBERS["cpu"] // weight.shape[0])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=scorer.head.linear.bias is not None, dtype=weight.dtype)
+        linear.requires_grad_(trained)
+        hidden = torch.empty(rows + 1, weight.shape[1], dtype=DTYPES[scorer.dtype], requires_grad=how.training)
+        targets = torch.empty(rows + 1, dtype=torch.int64)
+        with Counter() as counter, nullcontext() if how.training else torch.no_grad():
+            counter.know(linear)
+            logps = replace(scorer.head, linear=linear).logps(hidden, targets, True)[0]
+            if how.training:
+                logps.sum().backward()
+    tied = weight is scorer.model.get_input_embeddings().weight  # type: ignore[union-attr, operator]
+    return counter.peak, weight.numel() * weight.element_size() if trained and tied else 0, rows
+
+
+class _HeadAside:
+    """In place of the head: makes tensors of the sizes of its outputs, and notes the bytes that are there when it would run."""
+
+    def __init__(self, counter: Counter) -> None:
+        self.counter, self.live = counter, 0
+
+    def logps(self, hidden: torch.Tensor, targets: torch.Tensor, distribution: bool) -> tuple[torch.Tensor, ...]:
+        """Three of (K,) float32. hidden: (K, hidden). targets: (K,)."""
+        apply: Any = _Aside.apply
+        outputs: tuple[torch.Tensor, ...] = apply(hidden, self)
+        return outputs
+
+    def note(self) -> None:
+        self.live = max(self.live, self.counter.live)
+
+
+class _Aside(torch.autograd.Function):
+    """Keeps its input for backward, as the head does."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, aside: _HeadAside) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(hidden)
+        ctx.aside = aside
+        outputs = tuple(hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(3))
+        ctx.mark_non_differentiable(*outputs[1:])
+        aside.note()
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (hidden,) = ctx.saved_tensors
+        ctx.aside.note()
+        return torch.empty_like(hidden), None
 
 
 def _passes(scorer: Scorer, batch: Batch, training: bool) -> None:

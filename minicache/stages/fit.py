@@ -181,7 +181,7 @@ def _way(config: FitConfig, plan: _Plan, scorer: Scorer, checkpointing: bool, me
         gradients=need.gradients,
         optimizer=need.optimizer,
         copies=need.copies,
-        head=passes.head,
+        head=max(passes.head, passes.kept),
         fixed=passes.fixed,
         slot=passes.slot,
         room=room,
