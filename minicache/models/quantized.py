@@ -53,9 +53,7 @@ def quantizable(model: nn.Module) -> dict[str, Any]:
     """The linear layers that `quantize` would convert, by name."""
     left_out = _left_out(model)
     return {
-        name: module
-        for name, module in model.named_modules()
-        if _is_linear(module) and _is_converted(name, left_out)
+        name: module for name, module in model.named_modules() if _is_linear(module) and _is_converted(name, left_out)
     }
 
 

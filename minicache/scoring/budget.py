@@ -120,9 +120,7 @@ def scoring_budget(scorer: Scorer, table: PairTable, world: World, tracker: Trac
     return _budget(scorer, table, None, how, world, tracker)
 
 
-def _budget(
-    scorer: Scorer, table: PairTable, optimizer: str | None, how: How, world: World, tracker: Tracker
-) -> int:
+def _budget(scorer: Scorer, table: PairTable, optimizer: str | None, how: How, world: World, tracker: Tracker) -> int:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
     need = need_of(scorer.outline, _passes_of(scorer, table, how, world.device), optimizer, world.size)
     free = free_bytes(world.device, local)

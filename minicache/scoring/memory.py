@@ -221,7 +221,9 @@ def _head(scorer: Scorer, how: How) -> tuple[int, int, int]:
     trained = how.training and weight.requires_grad
     rows = max(1, CHUNK_NUMBERS["cpu"] // weight.shape[0])
     with FakeTensorMode(allow_non_fake_inputs=True):
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=scorer.head.linear.bias is not None, dtype=weight.dtype)
+        linear = nn.Linear(
+            weight.shape[1], weight.shape[0], bias=scorer.head.linear.bias is not None, dtype=weight.dtype
+        )
         linear.requires_grad_(trained)
         hidden = torch.empty(rows + 1, weight.shape[1], dtype=DTYPES[scorer.dtype], requires_grad=how.training)
         targets = torch.empty(rows + 1, dtype=torch.int64)

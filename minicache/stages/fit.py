@@ -93,7 +93,9 @@ def fit(config: FitConfig, world: World, tracker: Tracker) -> FitReport:
         tracker.begin(f"counting the memory of {plan.name}", None)
         scorer = _scorer(config, outline, plan)
         layout, longest = scorer.layout_name, int(scorer.layout.costs(_pairs(config, 1).lengths)[0])
-        ways += [_way(config, plan, scorer, checkpointing, memory) for checkpointing in (False, True)[: 1 + plan.trained]]
+        ways += [
+            _way(config, plan, scorer, checkpointing, memory) for checkpointing in (False, True)[: 1 + plan.trained]
+        ]
     return FitReport(
         model=config.model,
         parameters=sum(each.numel() for each in outline.model.parameters()),
@@ -122,7 +124,9 @@ def _plans(config: FitConfig, outline: Outline) -> Iterator[_Plan]:
     lora = config.lora if config.lora.lora_rank else LoraOptions(lora_rank=RANK)
     sharded = config.nproc > 1 and config.parallel != "ddp"
     bits = {"nf4-double": "4 bits", "int8": "8 bits"}
-    held = [quantization] if asked or quantization else ["", *([] if sharded or outline.quantization else ["nf4-double"])]
+    held = (
+        [quantization] if asked or quantization else ["", *([] if sharded or outline.quantization else ["nf4-double"])]
+    )
     for each in held:
         yield _Plan(f"the reference in {bits[each]}" if each else "the reference", False, NO_LORA, each)
     if not asked and not quantization and not outline.quantization:

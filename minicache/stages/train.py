@@ -123,9 +123,7 @@ def _prepare(
         steps=training_steps(len(training), config.batch_size, config.epochs, config.max_steps),
         budget=config.tokens_per_micro_batch
         or kept
-        or training_budget(
-            scorer, cached.table, config.optimizer, config.activation_checkpointing, world, tracker
-        ),
+        or training_budget(scorer, cached.table, config.optimizer, config.activation_checkpointing, world, tracker),
     )
     log.debug(
         "%d pairs to train on, %d to validate on, %d steps; layout %s, %d token slots a micro-batch",

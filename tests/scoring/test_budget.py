@@ -4,21 +4,21 @@ import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from minicache.errors import ModelError
-from minicache.models import checkpoint_activations
 from minicache.options.train import TrainConfig
 from minicache.pairs import PairTable
+from minicache.processes.world import World
 from minicache.scoring import budget
-from minicache.scoring.batch import Batch
-from minicache.scoring.budget import MOST, RESERVE, _saved, free_bytes, job_bytes, slot_bytes, training_budget
-from minicache.scoring.head import CHUNK_NUMBERS
+from minicache.scoring.budget import MOST, RESERVE, free_bytes, job_bytes, need_of, scoring_budget, training_budget
+from minicache.scoring.memory import How, Line, Pass, counted_pass
 from minicache.scoring.scorer import PairScores, Scorer
-from minicache.scoring.tables import score_table
+from minicache.scoring.tables import SLOTS, Budget, score_table
 from minicache.stages.train import train
 from minicache.trackers import Silent
 from minicache.training import step
@@ -33,48 +33,91 @@ def scorer_and_table(layout: str = "packed") -> tuple[Scorer, PairTable]:
     return Scorer(model, "float32", layout), PairTable.from_pairs(random_pairs(16), "int32")
 
 
-@pytest.mark.parametrize("layout", ["packed", "shared", "padded"])
-def test_a_slots_need_is_what_a_large_batch_keeps(layout: str) -> None:
-    scorer, table = scorer_and_table(layout)
-    saved, slots = _saved(scorer, table, np.arange(16), CPU)
-    assert 0.7 < slot_bytes(scorer, table, False, CPU) / 1.25 / (saved / slots) < 1.4
-
-
-def test_checkpointed_layers_need_less_as_was_foreseen() -> None:
+def budget_with(monkeypatch: pytest.MonkeyPatch, free: float, checkpointing: bool = False) -> int:
     scorer, table = scorer_and_table()
-    whole, foreseen = (slot_bytes(scorer, table, checkpointing, CPU) for checkpointing in (False, True))
-    checkpoint_activations(scorer.model)
-    saved, slots = _saved(scorer, table, np.arange(16), CPU)
-    assert saved / slots < foreseen
-    assert _saved(scorer, table, np.arange(16), CPU)[0] / slots < whole
+    monkeypatch.setattr(budget, "free_bytes", lambda device, processes: free)
+    return training_budget(scorer, table, "adamw", checkpointing, one_process(), Silent())
 
 
 def test_the_budget_follows_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    scorer, table = scorer_and_table()
-    found = []
-    for free in (1e12, 1.6e8, 1.3e8, 0.0):
-        monkeypatch.setattr(budget, "free_bytes", lambda device, processes, free=free: free)
-        found.append(training_budget(scorer, table, "adamw", False, CPU, 1))
-    assert found[0] == MOST["cpu"] and found[-1] == 1
+    found = [budget_with(monkeypatch, free) for free in (1e12, 2e7, 8e6, 4e6)]
+    assert found[0] == MOST["cpu"]
     assert found[0] > found[1] > found[2] > found[3]
     assert all(slots & (slots - 1) == 0 for slots in found), "powers of two: a little more free memory changes nothing"
+    assert budget_with(monkeypatch, 8e6, checkpointing=True) > found[2]
 
 
-@pytest.mark.parametrize(("processes", "copies"), [(1, 1), (2, 2), (4, 2)])
-def test_the_buckets_of_ddp_hold_the_gradients_a_second_time(
-    monkeypatch: pytest.MonkeyPatch, processes: int, copies: int
-) -> None:
-    """Of each trained number its gradients and Adam's two moments are taken off, to the byte, before a slot is."""
+def test_a_budget_takes_no_more_than_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And twice as many slots would."""
     scorer, table = scorer_and_table()
+    longest = int(scorer.layout.costs(table.lengths).argmax())
+    one, two = (scorer.layout.make(table, np.full(count, longest)) for count in (1, 2))
+    need = need_of(scorer, counted_pass(scorer, one, two, How(training=True)), "adamw", 1)
+    free = 2e7
+    slots = budget_with(monkeypatch, free)
+    assert need.state + need.passes.bytes(slots) <= RESERVE * free < need.state + need.passes.bytes(2 * slots)
+
+
+@pytest.mark.parametrize(("processes", "copies"), [(1, 0), (2, 1), (4, 1)])
+def test_the_buckets_of_ddp_hold_the_gradients_a_second_time(processes: int, copies: int) -> None:
+    scorer, _ = scorer_and_table()
     trained = sum(parameter.numel() for parameter in scorer.parameters())
-    vocabulary, width = 400, 32
-    fixed = trained * (4 * copies + 8) + 3 * 4 * CHUNK_NUMBERS["cpu"] + 4 * vocabulary * width
-    monkeypatch.setattr(budget, "slot_bytes", lambda *arguments: 1.0)
-    monkeypatch.setattr(budget, "MOST", {"cpu": 2**40})
-    for more, expected in ((100, 2**22), (-100, 2**21)):
-        free = (fixed + 2**22 + more) / RESERVE
-        monkeypatch.setattr(budget, "free_bytes", lambda device, processes, free=free: free)
-        assert training_budget(scorer, table, "adamw", False, CPU, processes) == expected
+    need = need_of(scorer, Pass(Line(0, 1), Line(0, 1), 1), "adamw", processes)
+    assert (need.weights, need.gradients, need.optimizer) == (4 * trained, 4 * trained, 8 * trained)
+    assert need.copies == copies * 4 * trained
+
+
+def test_shards_divide_weights_gradients_and_optimizer_and_gather_two_layers() -> None:
+    scorer, _ = scorer_and_table()
+    scorer.shards = 4
+    trained = sum(parameter.numel() for parameter in scorer.parameters())
+    (layer, _) = (sum(each.numel() for each in layer.parameters()) for layer in scorer.model.model.layers)
+    root = trained - 2 * layer
+    need = need_of(scorer, Pass(Line(0, 1), Line(0, 1), 1), "adamw", 4)
+    assert (need.weights, need.gradients, need.optimizer) == (trained, trained, 2 * trained)
+    assert need.copies == 4 * 3 * root + 2 * 4 * layer + (4 + 4) * layer
+    assert need_of(scorer, Pass(Line(0, 1), Line(0, 1), 1), None, 4).copies == 4 * root + 2 * 4 * layer
+
+
+class Several(World):
+    """Three processes, the second with the least memory."""
+
+    def gather(self, value: Any) -> list[Any]:
+        fits, slots, free = value
+        return [value, (fits // 4, slots // 4, free / 4), (fits // 2, slots // 2, free / 2)]
+
+
+def test_all_processes_take_the_smallest_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "free_bytes", lambda device, processes: 1e12)
+    scorer, table = scorer_and_table()
+    assert training_budget(scorer, table, "adamw", False, Several(0, 1, CPU), Silent()) == MOST["cpu"] // 4
+    assert scoring_budget(scorer, table, Several(0, 1, CPU), Silent()) == SLOTS["cpu"] // 4
+
+
+def test_a_pair_that_cannot_fit_is_an_error_before_the_first_step(
+    ref_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "free_bytes", lambda device, processes: 1e5)
+    message = (
+        r"longest pair, \d+ token slots, does not fit in memory: it needs .* kB for the optimizer; 100.0 kB are free"
+    )
+    with pytest.raises(ModelError, match=message):
+        train(TrainConfig(ref_cache, tmp_path / "run"), one_process(), Silent())
+    assert not (tmp_path / "run" / "run.json").exists()
+    train(TrainConfig(ref_cache, tmp_path / "run", tokens_per_micro_batch=64, max_steps=1), one_process(), Silent())
+
+
+def test_a_model_whose_code_reads_values_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer, table = scorer_and_table()
+    monkeypatch.setattr(budget, "free_bytes", lambda device, processes: 2e7)
+    counted = training_budget(scorer, table, "adamw", False, one_process(), Silent())
+
+    def reads(*arguments: object) -> None:
+        raise RuntimeError("data-dependent")
+
+    monkeypatch.setattr(budget, "counted_pass", reads)
+    measured = training_budget(scorer, table, "adamw", False, one_process(), Silent())
+    assert measured in (counted // 2, counted, 2 * counted)
 
 
 def test_what_is_free_is_shared_by_the_processes() -> None:
@@ -117,6 +160,16 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does() -> None:
             assert np.isnan(means[kind][indices]).all(), "each pair once"
             means[kind][indices] = scores.logp_mean
     assert np.abs(means[Scorer] - means[Small]).max() < 1e-5
+
+
+def test_a_smaller_batch_is_kept_for_the_next_table() -> None:
+    scorer, table = Small(tiny_llama(), "float32", "packed"), PairTable.from_pairs(random_pairs(16), "int32")
+    kept = Budget(SLOTS["cpu"])
+    list(score_table(scorer, table, np.arange(16), kept, CPU))
+    found = kept.slots
+    assert found <= 60
+    list(score_table(scorer, table, np.arange(16), kept, CPU))
+    assert kept.slots == found
 
 
 def test_few_attempts_find_the_batch_that_fits() -> None:

@@ -1,0 +1,164 @@
+"""The memory of a training step, counted from shapes, against what the allocator of the CPU gave out in a real one."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch.profiler import ProfilerActivity, profile
+
+from minicache.models import checkpoint_activations
+from minicache.models.lora import add_lora
+from minicache.options.lora import LoraOptions
+from minicache.pairs import EncodedPair, PairTable
+from minicache.scoring.budget import need_of
+from minicache.scoring.masks import Windows
+from minicache.scoring.memory import Counter, How, counted_pass, run_pass
+from minicache.scoring.scorer import Scorer
+from minicache.trackers import Silent
+from minicache.training.optim import make_optimizer
+
+COMMON = {
+    "vocab_size": 600,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", COMMON),
+    "qwen3": ("Qwen3Config", {**COMMON, "tie_word_embeddings": True}),
+    "gemma2": ("Gemma2Config", COMMON),
+    "mixture": (
+        "Qwen3MoeConfig",
+        {**COMMON, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "mlp_only_layers": [0]},
+    ),
+    "gpt2": ("GPT2Config", {"vocab_size": 600, "n_embd": 64, "n_layer": 6, "n_head": 4}),
+}
+PAIRS = 5
+
+
+def scorer_of(family: str, rank: int = 0, dtype: str = "float32", layout: str = "packed") -> Scorer:
+    name, settings = FAMILIES[family]
+    torch.manual_seed(0)
+    model: Any = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**settings))
+    if rank:
+        model = add_lora(model, "", LoraOptions(lora_rank=rank), 0, Silent())
+    scorer = Scorer(model, dtype)
+    scorer.use_layout(layout, Windows.read(model.config, 80))
+    return scorer
+
+
+def pairs(length: int = 120) -> PairTable:
+    """Pairs of one length: a third prompt, a third each answer."""
+    random, third = np.random.default_rng(0), length // 3
+    mask = (np.arange(3 * third) >= third).astype(np.uint8)
+    made = [EncodedPair(random.integers(1, 600, 3 * third).astype(np.int32), mask, (third,) * 3) for _ in range(PAIRS)]
+    return PairTable.from_pairs(made, "int32")
+
+
+def allocated(profiled: Any) -> int:
+    """The most bytes that the allocator gave out at once while a profile was taken."""
+    events = sorted(
+        (each.start_ns(), each.nbytes())
+        for each in profiled.profiler.kineto_results.events()
+        if each.name() == "[memory]"
+    )
+    return int(max(np.cumsum([size for _, size in events])))
+
+
+def step(scorer: Scorer, table: PairTable, optimizer: torch.optim.Optimizer) -> None:
+    """A step of two micro-batches."""
+    for _ in range(2):
+        scores = scorer(scorer.layout.make(table, np.arange(PAIRS)), distribution=True)
+        scores.logp_sum.sum().backward()
+    torch.nn.utils.clip_grad_norm_([each for each in scorer.parameters() if each.requires_grad], 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def foreseen_and_allocated(scorer: Scorer, checkpointing: bool) -> tuple[float, float]:
+    """Bytes of a training step at its peak: from shapes, and as allocated by the second real step."""
+    table, make = pairs(), scorer.layout.make
+    one, two = (make(table, np.arange(count)) for count in (1, 2))
+    passes = counted_pass(scorer, one, two, How(training=True, checkpointing=checkpointing))
+    need = need_of(scorer, passes, "adamw", 1)
+    if checkpointing:
+        checkpoint_activations(scorer.model)
+    optimizer = make_optimizer(scorer, "adamw", 1e-4, 0.0)
+    step(scorer, table, optimizer)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step(scorer, table, optimizer)
+    # the gradients are made within the step
+    expected = need.state + need.weights + passes.bytes(PAIRS * passes.slots)
+    return expected, need.weights + need.optimizer + allocated(profiled)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_training_step_takes_what_its_shapes_say(family: str, checkpointing: bool) -> None:
+    foreseen, real = foreseen_and_allocated(scorer_of(family), checkpointing)
+    assert 0.9 < foreseen / real < 1.1
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("family", "rank", "dtype", "layout"),
+    [("llama", 4, "float32", "packed"), ("qwen3", 0, "bfloat16", "shared"), ("gpt2", 4, "bfloat16", "padded")],
+)
+def test_so_do_adapters_half_precision_and_other_layouts(
+    family: str, rank: int, dtype: str, layout: str, checkpointing: bool
+) -> None:
+    foreseen, real = foreseen_and_allocated(scorer_of(family, rank, dtype, layout), checkpointing)
+    assert 0.9 < foreseen / real < 1.1
+
+
+def test_a_pass_without_gradients_keeps_no_layer() -> None:
+    scorer, table = scorer_of("llama"), pairs()
+    one, two = (scorer.layout.make(table, np.arange(count)) for count in (1, 2))
+    found = counted_pass(scorer, one, two, How(training=False))
+    batch = scorer.layout.make(table, np.arange(PAIRS))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled, torch.no_grad():
+        scorer(batch, distribution=True)
+    assert 0.9 < found.bytes(PAIRS * found.slots) / allocated(profiled) < 1.1
+    assert found.slot < 0.5 * counted_pass(scorer, one, two, How(training=True)).slot
+
+
+def test_counting_leaves_the_model_as_it_was() -> None:
+    scorer, table = scorer_of("qwen3"), pairs()
+    before = {name: each.clone() for name, each in scorer.state_dict().items()}
+    batches = [scorer.layout.make(table, np.arange(count)) for count in (1, 2)]
+    with torch.no_grad():
+        expected = scorer(batches[0]).logp_sum
+    counted_pass(scorer, batches[0], batches[1], How(training=True, checkpointing=True, kind="cuda"))
+    assert all(torch.equal(each, before[name]) for name, each in scorer.state_dict().items())
+    assert all(parameter.grad is None for parameter in scorer.parameters())
+    with torch.no_grad():
+        assert torch.equal(scorer(batches[0]).logp_sum, expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_passes_that_run_are_counted_alike(checkpointing: bool) -> None:
+    """The way that is taken where a model's code reads the values of tensors."""
+    scorer, table = scorer_of("llama"), pairs()
+    one, two = (scorer.layout.make(table, np.arange(count)) for count in (1, 2))
+    how = How(training=True, checkpointing=checkpointing)
+    slots = PAIRS * one.input_ids.numel()
+    assert 0.8 < run_pass(scorer, one, two, how).bytes(slots) / counted_pass(scorer, one, two, how).bytes(slots) < 1.3
+    assert all(parameter.grad is None for parameter in scorer.parameters())
+    assert not any("forward" in vars(module) for module in scorer.model.modules())
+
+
+def test_a_counter_counts_what_lives() -> None:
+    with Counter() as counter:
+        kept = torch.zeros(100)
+        torch.zeros(1000)
+        view = kept[:10]
+    assert (counter.live, counter.peak) == (400, 4400)
+    del kept
+    assert counter.live == 400
+    del view
+    assert counter.live == 0
