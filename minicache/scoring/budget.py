@@ -1,21 +1,19 @@
-"""The token slots of one pass, from the free memory and from what the model needs: the same arithmetic in both stages and in `fit`."""
+"""The token slots of one pass, from the free memory and from what the model needs, the same on all processes of a run."""
 
 import logging
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from minicache.errors import ModelError
-from minicache.models import layers_of
-from minicache.options.catalog import OPTIMIZERS
 from minicache.pairs import PairTable
 from minicache.processes.world import World
 from minicache.scoring.batch import Batch
-from minicache.scoring.memory import How, Pass, bytes_of, counted_pass, run_pass
-from minicache.scoring.scorer import DTYPES, Scorer
+from minicache.scoring.counting import counted_pass, run_pass
+from minicache.scoring.memory import How, Pass, gigabytes, need_of, parts_of
+from minicache.scoring.scorer import Scorer
 from minicache.scoring.tables import SLOTS
 from minicache.text import one_line
 from minicache.trackers import Tracker
@@ -26,71 +24,8 @@ log = logging.getLogger(__name__)
 MOST = {"cpu": 8192, "cuda": 65536}
 # Share of the free memory to use; the rest is for fragmentation and for what the count misses.
 RESERVE = 0.85
-
-
-@dataclass(frozen=True)
-class Need:
-    """Bytes that a stage needs on each device.
-
-    weights, gradients, optimizer: of this device's share. copies: DDP's buckets, or what FSDP gathers and reduces at once.
-    """
-
-    weights: float
-    gradients: float
-    optimizer: float
-    copies: float
-    passes: Pass
-
-    @property
-    def state(self) -> float:
-        """What stays from step to step beside the weights."""
-        return self.gradients + self.optimizer + self.copies
-
-    def slots(self, free: float) -> int:
-        """Token slots for which this many bytes, without the weights, suffice."""
-        low, high = 0, 2**24
-        while low < high:
-            middle = (low + high + 1) // 2
-            fits = self.state + self.passes.bytes(middle) <= free
-            low, high = (middle, high) if fits else (low, middle - 1)
-        return low
-
-    def power(self, free: float, most: int) -> int:
-        """The same as a power of two of at least 1, so that small differences in free memory change nothing."""
-        return min(most, 1 << max(0, self.slots(free).bit_length() - 1))
-
-
-def need_of(scorer: Scorer, passes: Pass, optimizer: str | None, processes: int) -> Need:
-    """What each of `processes` devices needs. optimizer: a name in OPTIMIZERS; None: nothing is trained."""
-    weights = {id(each): each for each in scorer.parameters()}.values()
-    trained = sum(each.numel() for each in weights if each.requires_grad) if optimizer else 0
-    state = OPTIMIZERS[optimizer].state_bytes if optimizer else 0.0
-    if scorer.shards == 1:
-        held, gradients = float(bytes_of(weights)), 4.0 * trained
-        # DDP keeps a second set of gradients to send
-        copies = gradients if processes > 1 else 0.0
-    else:
-        held, gradients = bytes_of(weights) / scorer.shards, 4 * trained / scorer.shards
-        copies = _gathered(scorer, bool(optimizer))
-    return Need(held, gradients, state * trained / scorer.shards, copies, passes)
-
-
-def _gathered(scorer: Scorer, training: bool) -> float:
-    """Bytes of the shards that FSDP gathers: the root's in float32, and two layers in the precision of the passes.
-
-    While one layer computes, the next is gathered. In backward their gradients are there too, and in float32 while they are
-    reduced; the root's gradients are whole until its backward ends.
-    """
-    layers = [list(layer.parameters()) for layer in layers_of(scorer.model)]
-    inner = {id(each) for layer in layers for each in layer}
-    root = {id(each): each for each in scorer.parameters() if id(each) not in inner}.values()
-    size = DTYPES[scorer.dtype].itemsize
-    largest = max(layers, key=lambda layer: sum(each.numel() for each in layer))
-    trained = sum(each.numel() for each in largest if each.requires_grad)
-    total = 4.0 * sum(each.numel() for each in root) + 2.0 * size * sum(each.numel() for each in largest)
-    if training:
-        total += 2 * 4 * sum(each.numel() for each in root if each.requires_grad) + (size + 4) * trained
-    return total
+TO_TRAIN = "Try --activation-checkpointing, --optimizer adamw-8bit or --lora-rank 16 (minidpo fit --model shows what each needs)"
+TO_SCORE = "Try --base-4bit, a lower --max-length, or --parallel fsdp on several devices (minidpo fit --model shows what they need)"
 
 
 def training_budget(
@@ -130,34 +65,17 @@ def _budget(scorer: Scorer, table: PairTable, optimizer: str | None, how: How, w
     pass_ = "micro-batch" if how.training else "batch"
     longest = need.passes.slots
     if fits < longest:
+        takes = gigabytes(need.passes.bytes(longest))
         raise ModelError(
-            f"the longest pair, {longest:,} token slots, does not fit in memory: it needs {gigabytes(need.passes.bytes(longest))}, beside "
-            f"{parts_of(need)}; {gigabytes(free)} are free beside the weights. "
-            + (ADVICE if how.training else "Lower --max-length, or add --parallel fsdp on several devices")
+            f"the longest pair, {longest:,} token slots, does not fit in memory: it needs {takes}, beside {parts_of(need)}; "
+            f"{gigabytes(free)} are free beside the weights. {TO_TRAIN if how.training else TO_SCORE}"
         )
-    slots = min(each for _, each, _ in found)
+    slots: int = min(each for _, each, _ in found)
     tracker.note(
         f"{slots:,} token slots a {pass_} take {gigabytes(need.passes.bytes(slots))}, beside {parts_of(need)}; "
         f"{gigabytes(free)} are free"
     )
     return slots
-
-
-ADVICE = "Try --activation-checkpointing, --optimizer adamw-8bit or --lora-rank 16 (minidpo fit --model shows what each needs)"
-
-
-def parts_of(need: Need) -> str:
-    """What stays from step to step beside the weights, as text."""
-    parts = {"gradients": need.gradients, "the optimizer": need.optimizer, "copies between processes": need.copies}
-    return ", ".join(f"{gigabytes(size)} for {name}" for name, size in parts.items() if size) or "nothing"
-
-
-def gigabytes(size: float) -> str:
-    """A size as text: in GB, or smaller units, of powers of ten."""
-    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if size >= unit:
-            return f"{size / unit:,.1f} {name}"
-    return f"{size:,.0f} bytes"
 
 
 def _passes_of(scorer: Scorer, table: PairTable, how: How, device: torch.device) -> Pass:
@@ -169,8 +87,8 @@ def _passes_of(scorer: Scorer, table: PairTable, how: How, device: torch.device)
     except Exception as error:
         log.debug("memory is measured, because it cannot be counted: %s", one_line(error, 300))
     try:
-        batches = (each.to(device) for each in _one_and_two(scorer, table, int(costs.argmin())))
-        found = run_pass(scorer, *batches, how)
+        one, two = (each.to(device) for each in _one_and_two(scorer, table, int(costs.argmin())))
+        found = run_pass(scorer, one, two, how)
     except torch.OutOfMemoryError as error:
         raise ModelError(f"the shortest pair, {int(costs.min()):,} token slots, does not fit in memory") from error
     return found.longer(int(costs.max()))

@@ -16,9 +16,10 @@ from minicache.options.fit import FitConfig, bytes_in
 from minicache.options.lora import NO_LORA, LoraOptions
 from minicache.pairs import EncodedPair, PairTable
 from minicache.processes.world import World
-from minicache.scoring.budget import MOST, RESERVE, Need, need_of
+from minicache.scoring.budget import MOST, RESERVE
+from minicache.scoring.counting import counted_pass
 from minicache.scoring.masks import Windows
-from minicache.scoring.memory import How, counted_pass
+from minicache.scoring.memory import How, Need, need_of
 from minicache.scoring.scorer import DTYPES, Scorer
 from minicache.scoring.tables import SLOTS
 from minicache.text import one_line
@@ -163,9 +164,9 @@ def _pairs(config: FitConfig, count: int) -> PairTable:
 
 def _way(config: FitConfig, plan: _Plan, scorer: Scorer, checkpointing: bool, memory: dict[str, float]) -> Way:
     how = How(training=plan.trained, checkpointing=checkpointing, kind=KIND, sharded=scorer.shards > 1)
-    batches = (scorer.layout.make(_pairs(config, count), np.arange(count)) for count in (1, 2))
+    one, two = (scorer.layout.make(_pairs(config, count), np.arange(count)) for count in (1, 2))
     try:
-        passes = counted_pass(scorer, *batches, how)
+        passes = counted_pass(scorer, one, two, how)
     # a family's own code, which may read the values of tensors, may raise anything
     except Exception as error:
         log.debug("the memory cannot be counted", exc_info=True)

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minicache.cache.reader import JoinedCaches, ReferenceCache
-from minicache.cache.schema import CachedPairs
 from minicache.errors import OutputError
 from minicache.models import checkpoint_activations
 from minicache.options.dictionaries import flat

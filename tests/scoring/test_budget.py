@@ -15,8 +15,10 @@ from minicache.options.train import TrainConfig
 from minicache.pairs import PairTable
 from minicache.processes.world import World
 from minicache.scoring import budget
-from minicache.scoring.budget import MOST, RESERVE, free_bytes, job_bytes, need_of, scoring_budget, training_budget
-from minicache.scoring.memory import How, Line, Pass, counted_pass
+from minicache.scoring.batch import Batch
+from minicache.scoring.budget import MOST, RESERVE, free_bytes, job_bytes, scoring_budget, training_budget
+from minicache.scoring.counting import counted_pass
+from minicache.scoring.memory import How, Line, Pass, need_of
 from minicache.scoring.scorer import PairScores, Scorer
 from minicache.scoring.tables import SLOTS, Budget, score_table
 from minicache.stages.train import train

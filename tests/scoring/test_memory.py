@@ -12,9 +12,9 @@ from minicache.models import checkpoint_activations
 from minicache.models.lora import add_lora
 from minicache.options.lora import LoraOptions
 from minicache.pairs import EncodedPair, PairTable
-from minicache.scoring.budget import need_of
+from minicache.scoring.counting import Counter, counted_pass, run_pass
 from minicache.scoring.masks import Windows
-from minicache.scoring.memory import Counter, How, counted_pass, run_pass
+from minicache.scoring.memory import How, need_of
 from minicache.scoring.scorer import Scorer
 from minicache.trackers import Silent
 from minicache.training.optim import make_optimizer

@@ -1,0 +1,288 @@
+"""The memory that the passes of a model take, counted on tensors without content: the model's own code runs on their shapes.
+
+A pass runs on one pair and on two, with few decoder layers and with some more; from that it is known for any number of pairs and
+for all layers. No family has a formula of its own: what autograd keeps, autocast's copies of weights, the head's chunks and the
+layers computed again are tensors, and they are counted.
+"""
+
+import copy
+import logging
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter, tree_map_only
+
+from minicache.models import checkpoint_activations, layers_of
+from minicache.models.quantized import quantized_layers, stand_in
+from minicache.scoring.attention import Spans, as_if_fused
+from minicache.scoring.batch import Batch
+from minicache.scoring.head import CHUNK_NUMBERS
+from minicache.scoring.memory import How, Line, Pass
+from minicache.scoring.probe import own_errors
+from minicache.scoring.scorer import DTYPES, Scorer
+
+# Layers at the start that may differ from those that repeat (dense layers of a mixture), and the longest cycle of kinds of layers.
+MOST_FIRST, MOST_PERIOD = 4, 8
+
+
+class Counter(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made within it and still live, and the most there were at once."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live, self.peak = 0, 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = _run(func, args, kwargs or {})
+        for tensor in tree_iter(result):
+            if isinstance(tensor, torch.Tensor) and not isinstance(tensor, Spans):
+                self._add(tensor.untyped_storage())
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def know(self, module: nn.Module) -> None:
+        """Take the module's tensors and their gradients as made before."""
+        for tensor in [*module.parameters(), *module.buffers()]:
+            for each in (tensor, tensor.grad):
+                if each is not None:
+                    self._sizes[each.untyped_storage()._cdata] = 0
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = storage.nbytes()
+            self.live += self._sizes[key]
+            weakref.finalize(storage, self._drop, key)
+
+    def _drop(self, key: int) -> None:
+        self.live -= self._sizes.pop(key, 0)
+
+
+def _run(func: Any, args: Any, kwargs: Any) -> Any:
+    """The result of an operation; without content, that of a grouped product (experts) in float32, which torch has for bfloat16."""
+    if func is torch.ops.aten._grouped_mm.default and args[0].dtype == torch.float32 and hasattr(args[0], "fake_mode"):
+        halves = tree_map_only(torch.Tensor, lambda each: each.bfloat16() if each.is_floating_point() else each, args)
+        return func(*halves, **kwargs).float()
+    return func(*args, **kwargs)
+
+
+def counted_pass(scorer: Scorer, one: Batch, two: Batch, how: How) -> Pass:
+    """The memory of a pass, counted on tensors without content. The scorer's own tensors are not touched.
+
+    one, two: a batch of a pair, and one of two such pairs, on the CPU.
+
+    Raises:
+        ModelError: the model's code looks at the values of tensors, which are not there.
+    """
+    stack = _stack(scorer.model)
+    first, period = _repeats(scorer.model, stack)
+    counts = [0]
+    if stack and first + 2 * period < len(stack):
+        counts = [first + period, first + 2 * period]
+    with _quiet(), _as_on(how.kind):
+        # (layers, batches, 2)
+        found = torch.tensor([[_peaks(scorer, batch, how, keep) for batch in (one, two)] for keep in counts]).double()
+        head, kept, rows = _head(scorer, how)
+    peaks = found[-1]
+    if stack and len(counts) > 1:
+        peaks = found[1] + (found[1] - found[0]) * (len(stack) - counts[1]) / period
+    decoder, at_head = (Line.through(*each) for each in peaks.T.tolist())
+    return Pass(decoder, at_head, one.input_ids.numel(), head, kept, head * len(one.sources) / rows)
+
+
+def run_pass(scorer: Scorer, one: Batch, two: Batch, how: How) -> Pass:
+    """As `counted_pass`, of passes that really run. one, two: on the scorer's device."""
+    peaks = []
+    layers = layers_of(scorer.model) if how.training and how.checkpointing else []
+    if layers:
+        checkpoint_activations(scorer.model)
+    try:
+        for batch in (one, two):
+            with Counter() as counter:
+                counter.know(scorer)
+                _passes(scorer, batch, how.training)
+            peaks.append(counter.peak)
+            scorer.zero_grad(set_to_none=True)
+    finally:
+        for layer in layers:
+            del layer.forward
+    line = Line.through(*peaks)
+    return Pass(line, line, one.input_ids.numel())
+
+
+def _peaks(scorer: Scorer, batch: Batch, how: How, keep: int) -> tuple[int, int]:
+    """The most bytes at once, and those that are there while the head runs. keep: number of decoder layers; 0: all."""
+    inputs = scorer.inputs_of(batch)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    made = _without_content(scorer, mode, how, keep)
+    tensors = {item.name: getattr(batch, item.name) for item in fields(batch)}
+    with mode:
+        empty: dict[str, Any] = {name: _empty(each) for name, each in tensors.items() if isinstance(each, torch.Tensor)}
+        # walking over spans reads them
+        given = tree_map_only(torch.Tensor, lambda each: each if isinstance(each, Spans) else _empty(each), inputs)
+        made.inputs_of = lambda batch: given  # type: ignore[method-assign]
+        for parameter in made.parameters():
+            if how.training and parameter.requires_grad:
+                parameter.grad = _empty(parameter)
+        with Counter() as counter:
+            counter.know(made)
+            if made.head:
+                aside = _HeadAside(counter)
+                made.head = aside  # type: ignore[assignment]
+            _passes(made, replace(batch, **empty), how.training)
+    return counter.peak, aside.live if made.head else counter.peak
+
+
+def _head(scorer: Scorer, how: How) -> tuple[int, int, int]:
+    """The bytes that the head makes, those that stay until the end, and the number of predictions from which it is so many."""
+    if scorer.head is None:
+        return 0, 0, 1
+    weight = scorer.head.linear.weight
+    trained = how.training and weight.requires_grad
+    rows = max(1, CHUNK_NUMBERS["cpu"] // weight.shape[0])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        linear = nn.Linear(
+            weight.shape[1], weight.shape[0], bias=scorer.head.linear.bias is not None, dtype=weight.dtype
+        )
+        linear.requires_grad_(trained)
+        hidden = torch.empty(rows + 1, weight.shape[1], dtype=DTYPES[scorer.dtype], requires_grad=how.training)
+        targets = torch.empty(rows + 1, dtype=torch.int64)
+        with Counter() as counter, nullcontext() if how.training else torch.no_grad():
+            counter.know(linear)
+            logps = replace(scorer.head, linear=linear).logps(hidden, targets, True)[0]
+            if how.training:
+                logps.sum().backward()
+    tied = weight is scorer.model.get_input_embeddings().weight
+    return counter.peak, weight.numel() * weight.element_size() if trained and tied else 0, rows
+
+
+class _HeadAside:
+    """In place of the head: makes tensors of the sizes of its outputs, and notes the bytes that are there when it would run."""
+
+    def __init__(self, counter: Counter) -> None:
+        self.counter, self.live = counter, 0
+
+    def logps(self, hidden: torch.Tensor, targets: torch.Tensor, distribution: bool) -> tuple[torch.Tensor, ...]:
+        """Three of (K,) float32. hidden: (K, hidden). targets: (K,)."""
+        apply: Any = _Aside.apply
+        outputs: tuple[torch.Tensor, ...] = apply(hidden, self)
+        return outputs
+
+    def note(self) -> None:
+        self.live = max(self.live, self.counter.live)
+
+
+class _Aside(torch.autograd.Function):
+    """Keeps its input for backward, as the head does."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, aside: _HeadAside) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(hidden)
+        ctx.aside = aside
+        outputs = tuple(hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(3))
+        ctx.mark_non_differentiable(*outputs[1:])
+        aside.note()
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (hidden,) = ctx.saved_tensors
+        ctx.aside.note()
+        return torch.empty_like(hidden), None
+
+
+def _passes(scorer: Scorer, batch: Batch, training: bool) -> None:
+    with nullcontext() if training else torch.no_grad():
+        scores = scorer(batch, distribution=True)
+    if training:
+        with own_errors(scorer.model):
+            (scores.logp_sum.sum() + (0 if scores.balance is None else scores.balance.sum())).backward()
+
+
+def _without_content(scorer: Scorer, mode: FakeTensorMode, how: How, keep: int) -> Scorer:
+    """A copy whose tensors have shapes alone, on the CPU. keep: number of decoder layers; 0: all."""
+    memo: dict[int, Any] = {}
+    gathered = {id(each) for layer in layers_of(scorer.model) for each in layer.parameters()} if how.sharded else set()
+    with mode:
+        for parameter in scorer.parameters():
+            dtype = DTYPES[scorer.dtype] if id(parameter) in gathered else parameter.dtype
+            tensor = torch.empty(parameter.shape, dtype=dtype, device="cpu")
+            memo[id(parameter)] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+        for buffer in scorer.buffers():
+            memo[id(buffer)] = _empty(buffer)
+    made = copy.deepcopy(scorer, memo)
+    for layer in quantized_layers(made.model):
+        stand_in(layer)
+    for module in made.modules():
+        # other kinds read positions, to choose frequencies of the same size
+        if getattr(module, "rope_type", None) is not None:
+            vars(module)["rope_type"] = "default"
+    if keep:
+        stack = _stack(made.model)
+        assert stack is not None
+        del stack[keep:]
+    if how.training and how.checkpointing:
+        checkpoint_activations(made.model)
+    return made
+
+
+def _empty(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+
+
+def _stack(model: nn.Module) -> nn.ModuleList | None:
+    """The list of all decoder layers of a model; None if they are in several, or not marked."""
+    layers = set(layers_of(model))
+    lists = [each for each in model.modules() if isinstance(each, nn.ModuleList) and layers & set(each)]
+    return lists[0] if len(lists) == 1 and set(lists[0]) == layers else None
+
+
+def _repeats(model: Any, stack: nn.ModuleList | None) -> tuple[int, int]:
+    """The number of layers before those that repeat, and after how many they do; (0, all of them) if they do not."""
+    if stack is None:
+        return 0, 0
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or [""] * len(stack)
+    signs = [
+        (type(layer), kind, tuple((name, each.shape, each.dtype) for name, each in layer.named_parameters()))
+        for layer, kind in zip(stack, kinds, strict=False)
+    ]
+    for first in range(MOST_FIRST):
+        for period in range(1, MOST_PERIOD):
+            if signs[first:-period] == signs[first + period :]:
+                return first, period
+    return 0, len(stack)
+
+
+@contextmanager
+def _as_on(kind: str) -> Iterator[None]:
+    """Within this, chunks of the head and attention are as on that kind of device, on tensors of the CPU."""
+    before = CHUNK_NUMBERS["cpu"]
+    CHUNK_NUMBERS["cpu"] = CHUNK_NUMBERS.get(kind, before)
+    try:
+        with as_if_fused() if kind == "cuda" else nullcontext():
+            yield
+    finally:
+        CHUNK_NUMBERS["cpu"] = before
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from logging that a shape could not be found: another way is taken then."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    logger.addFilter(_nothing)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_nothing)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
