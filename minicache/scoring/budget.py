@@ -61,7 +61,7 @@ def _budget(scorer: Scorer, table: PairTable, optimizer: str | None, how: How, w
     free = free_bytes(world.device, local)
     most = (MOST if how.training else SLOTS).get(world.device.type, MOST["cpu"])
     found = world.gather((need.slots(free), need.power(RESERVE * free, most), free))
-    fits, slots, free = min(found)
+    fits, _, free = min(found)
     pass_ = "micro-batch" if how.training else "batch"
     longest = need.passes.slots
     if fits < longest:

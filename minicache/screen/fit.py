@@ -36,7 +36,10 @@ def _needs(report: "FitReport") -> Table:
         parts = (plain.weights, plain.gradients, plain.optimizer, *copies, plain.head, plain.fixed)
         slots = [f"{plain.slot / 1e6:.2f}", f"{checkpointed.slot / 1e6:.2f}" if checkpointed else ""]
         table.add_row(plain.name, *(f"{part / 1e9:.2f}" for part in parts), *slots)
-    table.caption = f"{report.parameters / 1e9:,.2f} billion parameters, passes in {report.dtype}; the longest pair takes {report.longest:,} slots"
+    table.caption = (
+        f"{report.parameters / 1e9:,.2f} billion parameters, passes in {report.dtype}, {report.layout} pairs; the longest takes "
+        f"{report.longest:,} token slots"
+    )
     table.caption_justify = "left"
     return table
 
