@@ -96,6 +96,7 @@ def test_the_commands_can_be_parsed(report: FitReport) -> None:
         commands[name].make_context(name, list(arguments))
 
 
+@pytest.mark.slow
 def test_shards_divide_and_copies_do_not(config_only: Path) -> None:
     config = FitConfig(str(config_only), max_length=64, memory=("24GB",), nproc=8, parallel="fsdp")
     sharded = found(config)
@@ -107,6 +108,7 @@ def test_shards_divide_and_copies_do_not(config_only: Path) -> None:
     assert (copied.weights, copied.copies) == (4 * sharded.parameters, 4 * sharded.parameters)
 
 
+@pytest.mark.slow
 def test_only_what_is_asked_for_is_counted(config_only: Path) -> None:
     options = {"lora": LoraOptions(lora_rank=2), "base": BaseOptions(base_8bit=True)}
     report = found(FitConfig(str(config_only), max_length=64, memory=("24GB",), **options))
@@ -155,7 +157,7 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="no such directory|expected a model directory"):
+    with pytest.raises(ModelError, match=r"no such directory|expected a model directory"):
         found(FitConfig(str(tmp_path / "nothing")))
 
 
