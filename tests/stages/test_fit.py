@@ -110,10 +110,10 @@ def test_shards_divide_and_copies_do_not(config_only: Path) -> None:
 
 @pytest.mark.slow
 def test_only_what_is_asked_for_is_counted(config_only: Path) -> None:
-    options = {"lora": LoraOptions(lora_rank=2), "base": BaseOptions(base_8bit=True)}
-    report = found(FitConfig(str(config_only), max_length=64, memory=("24GB",), **options))
+    asked = FitConfig(str(config_only), max_length=64, memory=("24GB",), lora=LoraOptions(lora_rank=2))
+    report = found(replace(asked, base=BaseOptions(base_8bit=True)))
     assert {each.name for each in report.ways} == {"the reference in 8 bits", "adapters of rank 2, base in 8 bits"}
-    report = found(FitConfig(str(config_only), max_length=64, memory=("24GB",), lora=LoraOptions(lora_rank=2)))
+    report = found(asked)
     assert {each.name for each in report.ways} == {"the reference", "adapters of rank 2"}
 
 
