@@ -109,7 +109,7 @@ def test_more_data_is_appended_and_only_that_is_scored(
         return forward(self, batch)
 
     monkeypatch.setattr(Scorer, "forward", counting)
-    report = run(cache, model_dir, more, layout="padded")
+    report = run(cache, model_dir, more, layout="padded", tokens_per_batch=4096)
     assert report.scored == 12 and report.pairs == 52
     # after three pairs that show whether padding moves logprobs; and the handshake with what was there
     assert scored[:2] == [1, 2] and sum(scored[2:]) == 12 + 8
