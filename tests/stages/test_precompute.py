@@ -117,7 +117,12 @@ def test_more_data_is_appended_and_only_that_is_scored(
     old, new = means(ref_cache), means(cache)
     assert len(new) == 52 and all(np.array_equal(new[digest], old[digest]) for digest in old)
     alone = means(
-        precompute_into(tmp_path / "alone", model_dir, write_jsonl(tmp_path / "a.jsonl", make_rows(12, seed=5)))
+        precompute_into(
+            tmp_path / "alone",
+            model_dir,
+            write_jsonl(tmp_path / "a.jsonl", make_rows(12, seed=5)),
+            tokens_per_batch=4096,
+        )
     )
     assert all(np.abs(new[digest] - alone[digest]).max() < 1e-5 for digest in alone)
     assert not list(ReferenceCache(cache).verify())

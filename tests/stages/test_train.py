@@ -186,7 +186,7 @@ def test_changed_weights_are_refused_unless_meant(model_dir: Path, data_file: Pa
     tracker.note = notes.append  # type: ignore[method-assign, assignment]
     config = TrainConfig(cache, tmp_path / "run", init_from=str(model), max_steps=1)
     train(config, one_process(), tracker)
-    assert "not from the reference" in notes[0]
+    assert any("not from the reference" in note for note in notes)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["init_from"] == str(model)
     run(cache, tmp_path / "moved", model=str(model_dir), max_steps=1)  # the right weights, elsewhere
 
