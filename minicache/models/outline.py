@@ -77,11 +77,12 @@ def _from_config(source: str, trust_remote_code: bool) -> Outline:
     return Outline(model.eval(), quantization)
 
 
-def held_for(outline: Outline, options: LoraOptions, quantization: str, dtype: torch.dtype, trained: bool) -> nn.Module:
-    """The outline's model as a stage holds it: with adapters, its base quantized, in the precisions of its weights, with the
-    gradients it will have.
+def held_for(
+    outline: Outline, options: LoraOptions, quantization: str, dtype: str, trained: bool, sharded: bool = False
+) -> nn.Module:
+    """The outline's model as a stage holds it: with adapters, its base quantized, and the gradients it will have.
 
-    The model is changed. dtype: of the passes. trained: stage two; else stage one.
+    The model is changed. dtype: of the passes. trained: stage two; else stage one. sharded: it will lie in shards, in float32.
 
     Raises:
         ConfigError: peft is not installed, or the model has no such modules.
@@ -89,17 +90,15 @@ def held_for(outline: Outline, options: LoraOptions, quantization: str, dtype: t
     model = outline.model.requires_grad_(False)
     quantization = quantization or outline.quantization
     layers = list(quantizable(model).values()) if quantization else []
-    all_trained = trained and not options.lora_rank
-    model = hold_for(model, META, "float32" if all_trained else str(dtype).removeprefix("torch."))
     if options.lora_rank and trained:
         model = lora.add_lora(model, "", options, 0, Silent())
     elif trained:
         frozen = set(beside_text(model))
-        for name, weight in model.named_parameters():
+        for name, weight in model.to(torch.float32).named_parameters():
             weight.requires_grad_(name not in frozen)
     for layer in layers:
-        _quantize(layer, quantization, dtype)
-    return model
+        _quantize(layer, quantization, getattr(torch, dtype))
+    return hold_for(model, META, "float32" if sharded else dtype)
 
 
 def _quantize(layer: Any, quantization: str, dtype: torch.dtype) -> None:

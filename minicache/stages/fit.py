@@ -20,7 +20,7 @@ from minicache.scoring.budget import MOST, RESERVE
 from minicache.scoring.counting import counted_pass
 from minicache.scoring.masks import Windows
 from minicache.scoring.memory import How, Need, need_of
-from minicache.scoring.scorer import DTYPES, Scorer
+from minicache.scoring.scorer import Scorer
 from minicache.scoring.tables import SLOTS
 from minicache.text import one_line
 from minicache.trackers import Tracker
@@ -138,11 +138,10 @@ def _plans(config: FitConfig, outline: Outline) -> Iterator[_Plan]:
 
 
 def _scorer(config: FitConfig, outline: Outline, plan: _Plan) -> Scorer:
-    own = replace(outline, model=copy.deepcopy(outline.model))
-    model = held_for(own, plan.lora, plan.quantization, DTYPES[config.dtype], plan.trained)
+    own, sharded = replace(outline, model=copy.deepcopy(outline.model)), config.nproc > 1 and config.parallel != "ddp"
+    model = held_for(own, plan.lora, plan.quantization, config.dtype, plan.trained, sharded)
     scorer = Scorer(model, config.dtype, head_is_own=True)
-    if config.nproc > 1 and config.parallel != "ddp":
-        scorer.shards = config.nproc
+    scorer.shards = config.nproc if sharded else 1
     try:
         windows = Windows.read(scorer.model.config.get_text_config(), config.max_length)
         scorer.use_layout("padded" if windows.recurrent else "packed", windows)

@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from minicache.models import checkpoint_activations
 from minicache.models.lora import add_lora
+from minicache.models.precision import hold_for
 from minicache.options.lora import LoraOptions
 from minicache.pairs import EncodedPair, PairTable
 from minicache.scoring.counting import Counter, counted_pass, run_pass
@@ -46,7 +47,9 @@ def scorer_of(family: str, rank: int = 0, dtype: str = "float32", layout: str = 
     torch.manual_seed(0)
     model: Any = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**settings))
     if rank:
-        model = add_lora(model, "", LoraOptions(lora_rank=rank), 0, Silent())
+        # stored in the precision of the passes: frozen weights stay in it
+        stored = model.to(getattr(torch, dtype)).requires_grad_(False)
+        model = hold_for(add_lora(stored, "", LoraOptions(lora_rank=rank), 0, Silent()), torch.device("cpu"), dtype)
     scorer = Scorer(model, dtype)
     scorer.use_layout(layout, Windows.read(model.config, 80))
     return scorer
@@ -107,7 +110,12 @@ def test_a_training_step_takes_what_its_shapes_say(family: str, checkpointing: b
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
     ("family", "rank", "dtype", "layout"),
-    [("llama", 4, "float32", "packed"), ("qwen3", 0, "bfloat16", "shared"), ("gpt2", 4, "bfloat16", "padded")],
+    [
+        ("llama", 4, "float32", "packed"),
+        ("qwen3", 4, "bfloat16", "packed"),
+        ("qwen3", 0, "bfloat16", "shared"),
+        ("gpt2", 4, "bfloat16", "padded"),
+    ],
 )
 def test_so_do_adapters_half_precision_and_other_layouts(
     family: str, rank: int, dtype: str, layout: str, checkpointing: bool

@@ -125,7 +125,7 @@ def test_quantized_weights_take_what_bitsandbytes_takes(tmp_path: Path, model_di
     loaded = load_model(str(model_dir), quantization=quantization)
     held = [each for each in loaded.model.modules() if isinstance(each, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)]
     real = sum(each.weight.numel() for each in held)
-    model = held_for(outline_of(str(model_dir)), NO_LORA, quantization, torch.float32, trained=False)
+    model = held_for(outline_of(str(model_dir)), NO_LORA, quantization, "float32", trained=False)
     counted = sum(each.numel() for each in model.parameters() if each.dtype == torch.uint8)
     assert real <= counted < 1.1 * real + 4 * 64 * len(held)
 
