@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 MOST = {"cpu": 8192, "cuda": 65536}
 # Share of the free memory to use; the rest is for fragmentation and for what the count misses.
 RESERVE = 0.85
+# Passes that were counted in this process, by `_sizes_of`: the runs of a sweep are alike.
+COUNTED: dict[tuple[object, ...], Pass] = {}
 TO_TRAIN = "Try --activation-checkpointing, --optimizer adamw-8bit or --lora-rank 16 (minidpo fit --model shows what each needs)"
 TO_SCORE = "Try --base-4bit, a lower --max-length, or --parallel fsdp on several devices (minidpo fit --model shows what they need)"
 
@@ -81,8 +83,12 @@ def _budget(scorer: Scorer, table: PairTable, optimizer: str | None, how: How, w
 def _passes_of(scorer: Scorer, table: PairTable, how: How, device: torch.device) -> Pass:
     """The memory of passes over pairs as long as the table's longest; where it cannot be counted, from passes that run."""
     costs = scorer.layout.costs(table.lengths)
+    one, two = _one_and_two(scorer, table, int(costs.argmax()))
+    key = _sizes_of(scorer.outline, one, how)
     try:
-        return counted_pass(scorer.outline, *_one_and_two(scorer, table, int(costs.argmax())), how)
+        if key not in COUNTED:
+            COUNTED[key] = counted_pass(scorer.outline, one, two, how)
+        return COUNTED[key]
     # a family's own code, which may read the values of tensors, may raise anything
     except Exception as error:
         log.debug("memory is measured, because it cannot be counted: %s", one_line(error, 300))
@@ -92,6 +98,16 @@ def _passes_of(scorer: Scorer, table: PairTable, how: How, device: torch.device)
     except torch.OutOfMemoryError as error:
         raise ModelError(f"the shortest pair, {int(costs.min()):,} token slots, does not fit in memory") from error
     return found.longer(int(costs.max()))
+
+
+def _sizes_of(scorer: Scorer, batch: Batch, how: How) -> tuple[object, ...]:
+    """All that the count of a pass depends on."""
+    weights = tuple((name, each.shape, each.dtype, each.requires_grad) for name, each in scorer.named_parameters())
+    batched = tuple(getattr(each, "shape", each) for each in vars(batch).values())
+    return (
+        type(scorer.model), str(scorer.model.config), weights, scorer.dtype, scorer.layout_name, scorer.windows,
+        scorer.own_positions, scorer.shards, how, batched,
+    )  # fmt: skip
 
 
 def _one_and_two(scorer: Scorer, table: PairTable, index: int) -> tuple[Batch, Batch]:
