@@ -37,10 +37,10 @@ def targets(model: nn.Module, asked: str, lost: Sequence[str] = ()) -> dict[str,
         raise ConfigError(
             f"--lora-targets {asked}: all-linear names all of them; expected it alone, or names of modules"
         )
-    earlier = _earlier_names(model)
-    strange = [name for name in named if not any(_ending_in(name, all_) for all_ in (modules, experts, earlier))]
     if not named:
         raise ConfigError("--lora-targets: expected all-linear, or names of modules such as q_proj,v_proj, got nothing")
+    earlier = _earlier_names(model)
+    strange = [name for name in named if not any(_ending_in(name, all_) for all_ in (modules, experts, earlier))]
     if strange:
         known = sorted({name.rpartition(".")[2] for name in [*modules, *experts, *earlier]})
         raise ConfigError(
@@ -68,11 +68,13 @@ def _left_out(model: Any) -> list[str]:
     """
     beside = {name.rpartition(".")[0] for name in beside_text(model)} | {name for name, _ in _tied(model)}
     fused = model.config.get_text_config().model_type in MAMBA_TYPES
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    # one of each kind
+    odd = {kind for kind, module in {type(each): each for each in linear.values()}.items() if _does_more(module)}
     return [
         name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and (name in beside or _does_more(module) or (fused and name.rpartition(".")[2] == "out_proj"))
+        for name, module in linear.items()
+        if name in beside or type(module) in odd or (fused and name.rpartition(".")[2] == "out_proj")
     ]
 
 
@@ -80,10 +82,12 @@ def _does_more(module: nn.Linear) -> bool:
     """Whether a family's own kind of linear layer computes something else than the product with its weights."""
     if type(module).forward is nn.Linear.forward or not type(module).__module__.startswith(FAMILY_CODE):
         return False
-    # of its own, in float32: a half precision would round the two in different ways
-    module = deepcopy(module).float()
-    row = torch.ones(2, module.in_features, device=module.weight.device)
+    # with other numbers: the model may have none, and a half precision would round the two in different ways
+    module = deepcopy(module).float().to_empty(device="cpu")
     with torch.no_grad():
+        for weight in module.parameters():
+            weight.copy_(torch.linspace(-1, 1, weight.numel()).view_as(weight))
+        row = torch.ones(2, module.in_features)
         try:
             found: Any = module(row)
         # a family's own code may raise anything

@@ -36,10 +36,11 @@ def add_lora(model: nn.Module, source: str, options: LoraOptions, seed: int, tra
     Raises:
         ConfigError: peft is not installed, the model has no such modules, or those that are named could not be read back.
     """
+    library()
     asked = options.lora_targets
     if options.lora_dora:
         # its magnitudes are computed from the weights, in every pass
-        model = to_float32(model, torch.device("cpu"))
+        model = to_float32(model, next(model.parameters()).device)
     try:
         adapted = adapt(model, _config(options, targets(model, asked), seed), source)
         lost = _not_read_back(adapted)
@@ -78,8 +79,10 @@ def _config(options: LoraOptions, modules: dict[str, Any], seed: int) -> Any:
 
 
 def _not_read_back(adapted: Any) -> list[str]:
-    """The modules whose adapters are saved under names that peft takes for others when it loads them (0.21: transformers'
-    conversion of old names applies to new ones too)."""
+    """The modules whose adapters are saved under names that peft takes for others when it loads them.
+
+    In 0.21 transformers' conversion of old names applies to new ones too.
+    """
     peft = library()
     with quiet():
         saved = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)

@@ -13,7 +13,7 @@ from minicache.models.adapter_places import adapter_place, base_name
 from minicache.models.load import FAMILIES, split_source
 from minicache.models.precision import hold_for
 from minicache.models.quantized import quantizable, stand_in
-from minicache.models.stored import BITSANDBYTES, method_of
+from minicache.models.stored import BITSANDBYTES, loading_options, method_of
 from minicache.models.whole import beside_text, require_language_model
 from minicache.options.lora import LoraOptions
 from minicache.text import one_line
@@ -64,6 +64,9 @@ def _from_config(source: str, trust_remote_code: bool) -> Outline:
         settings = stored if isinstance(stored, dict) else stored.to_dict()
         if method_of(settings) == BITSANDBYTES:
             quantization = "nf4-double" if settings.get("load_in_4bit") else "int8"
+        else:
+            # refuses what cannot be loaded
+            loading_options(source, config)
         vars(config).pop("quantization_config", None)
         vars(text).pop("quantization_config", None)
     family: Any = AutoModelForCausalLM
@@ -103,11 +106,10 @@ def held_for(
 
 def _quantize(layer: Any, quantization: str, dtype: torch.dtype) -> None:
     """Give a linear layer a weight of as many bytes as bitsandbytes would."""
-    numbers, rows = layer.weight.numel(), max(layer.weight.shape)
-    size = numbers * (0.5 + NF4_SCALES) if quantization == "nf4-double" else numbers + 4 * rows
-    if not hasattr(layer, "out_features"):
-        # GPT-2's transposed layer
-        layer.out_features = layer.nf
+    # GPT-2's layer is transposed
+    sizes = tuple(layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.T.shape)
+    numbers = sizes[0] * sizes[1]
+    size = numbers * (0.5 + NF4_SCALES) if quantization == "nf4-double" else numbers + 4 * max(sizes)
     layer.weight = nn.Parameter(torch.empty(int(size), dtype=torch.uint8, device=META), requires_grad=False)
     layer.compute_dtype = dtype
-    stand_in(layer)
+    stand_in(layer, sizes)

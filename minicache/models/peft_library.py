@@ -11,13 +11,17 @@ from minicache.errors import ConfigError
 
 def library() -> Any:
     """The module peft. Raises ConfigError: it is not installed."""
-    # its kernels are not used: quantized layers compute as quantized.py says
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    quiet_kernels()
     try:
         import peft
     except ImportError:
         raise ConfigError("LoRA adapters need another package: pip install 'minidpo[lora]'") from None
     return peft
+
+
+def quiet_kernels() -> None:
+    """Keep bitsandbytes, which peft imports, from warning of kernels that it lacks: quantized.py computes without them."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 @contextmanager

@@ -7,8 +7,8 @@ the pairs beside it (by 0.05 nats per token with SmolLM2-135M), and the policy w
 """
 
 import copy
-import logging
 import sys
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from math import prod
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from minicache.errors import ModelError
+from minicache.models.peft_library import quiet_kernels
 from minicache.options.base import flag_of
 
 # What a weight stored in int8 is divided by after it was multiplied by the largest weight of its row.
@@ -34,8 +35,7 @@ def quantize(model: nn.Module, quantization: str) -> None:
         ModelError: bitsandbytes is not installed, or the model has no linear layers.
     """
     require_packages(flag_of(quantization))
-    # its kernels are not used: see `_forward`
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    quiet_kernels()
     bnb = import_module("bitsandbytes")
     linear = quantizable(model)
     if not linear:
@@ -115,7 +115,7 @@ def prepared(layer: Any) -> Any:
         layer.register_buffer("largest", layer.weight.SCB, persistent=False)
         layer.weight.CB = None
     layer.compute_dtype = None
-    layer.forward = MethodType(_forward, layer)
+    layer.dense, layer.forward = MethodType(_weight, layer), MethodType(_forward, layer)
     return layer
 
 
@@ -126,11 +126,12 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, hidden: torch.Tensor, layer: Any) -> torch.Tensor:
         """(..., out). hidden: (..., in)."""
         ctx.layer = layer
-        return hidden @ _weight(layer, hidden.dtype).T
+        weight: torch.Tensor = layer.dense(hidden.dtype)
+        return hidden @ weight.T
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grads[0] @ _weight(ctx.layer, grads[0].dtype), None
+        return grads[0] @ ctx.layer.dense(grads[0].dtype), None
 
 
 def _forward(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -140,31 +141,13 @@ def _forward(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
     return (output if layer.bias is None else output + layer.bias.to(output.dtype)).to(hidden.dtype)
 
 
-def stand_in(layer: Any) -> None:
-    """Let a quantized layer, whose tensors have no content, make tensors of the sizes that it makes with content."""
-    layer.forward = MethodType(_forward_of_sizes, layer)
+def stand_in(layer: Any, sizes: tuple[int, int]) -> None:
+    """Let a layer whose weight has no content compute as a quantized one does. sizes: (out, in)."""
+    layer.dense, layer.forward = partial(_without_content, layer, sizes), MethodType(_forward, layer)
 
 
-def _forward_of_sizes(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """(..., out) in the precision of hidden, (..., in)."""
-    cast = hidden.to(layer.compute_dtype or hidden.dtype)
-    apply: Any = _SizesOfProduct.apply
-    output: torch.Tensor = apply(cast, layer.out_features)
-    return (output if layer.bias is None else output + layer.bias.to(output.dtype)).to(hidden.dtype)
-
-
-class _SizesOfProduct(torch.autograd.Function):
-    """A product with a weight that is there while it runs, forward and backward."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, width: int) -> torch.Tensor:
-        """(..., width). hidden: (..., in)."""
-        ctx.sizes = width, hidden.shape[-1]
-        return hidden @ hidden.new_empty(ctx.sizes).T
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grads[0] @ grads[0].new_empty(ctx.sizes), None
+def _without_content(layer: Any, sizes: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(sizes, dtype=dtype, device=layer.weight.device)
 
 
 def _weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:

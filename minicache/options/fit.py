@@ -39,6 +39,8 @@ class FitConfig:
     def __post_init__(self) -> None:
         check_options(self)
         self.sizes()
+        if self.lora.continue_adapter:
+            raise ConfigError("--continue-adapter: fit counts new adapters; expected --lora-rank, the rank of that one")
         if self.base.quantization and self.parallel != "ddp" and self.nproc > 1:
             raise ConfigError(
                 f"--parallel {self.parallel}: quantized weights cannot be sharded; expected --parallel ddp"

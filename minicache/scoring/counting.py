@@ -220,7 +220,7 @@ def _without_content(scorer: Scorer, mode: FakeTensorMode, how: How, keep: int) 
             memo[id(buffer)] = _empty(buffer)
     made = copy.deepcopy(scorer, memo)
     for layer in quantized_layers(made.model):
-        stand_in(layer)
+        stand_in(layer, (layer.out_features, layer.in_features))
     for module in made.modules():
         # other kinds read positions, to choose frequencies of the same size
         if getattr(module, "rope_type", None) is not None:

@@ -3,7 +3,8 @@
 import copy
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from shlex import quote
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from minicache.errors import ModelError
 from minicache.models.huggingface import quiet
 from minicache.models.outline import Outline, held_for, outline_of
 from minicache.options.base import flag_of
+from minicache.options.declare import flag
 from minicache.options.fit import FitConfig, bytes_in
 from minicache.options.lora import NO_LORA, LoraOptions
 from minicache.pairs import EncodedPair, PairTable
@@ -30,6 +32,8 @@ log = logging.getLogger(__name__)
 # Cards to look at where there is no GPU and none is named.
 CARDS = ("24GB", "40GB", "80GB")
 KIND = "cuda"
+# What "auto" means there.
+DTYPE = "bfloat16"
 RANK = 16
 
 
@@ -85,7 +89,7 @@ class _Plan:
 def fit(config: FitConfig, world: World, tracker: Tracker) -> FitReport:
     """Count what each way to run the stages needs. Raises ModelError: there is no such model, or its memory cannot be counted."""
     quiet()
-    config = replace(config, dtype="bfloat16" if config.dtype == "auto" else config.dtype)
+    config = replace(config, dtype=DTYPE if config.dtype == "auto" else config.dtype)
     tracker.begin(f"reading the config of {config.model}", None)
     outline = outline_of(config.model, config.trust_remote_code)
     memory = _memory(config)
@@ -204,14 +208,20 @@ def _room(need: Need, size: float, training: bool) -> int:
 def _options(config: FitConfig, plan: _Plan, checkpointing: bool) -> tuple[str, ...]:
     """The options of the stage's command that this way needs."""
     found = []
-    if plan.lora.lora_rank:
-        found.append(f"--lora-rank {plan.lora.lora_rank}")
+    for item in fields(plan.lora):
+        value = getattr(plan.lora, item.name)
+        if value != item.default:
+            found.append(flag(item.name) if value is True else f"{flag(item.name)} {quote(str(value))}")
     if plan.quantization and not plan.trained:
         found.append(flag_of(plan.quantization))
     if plan.trained and config.optimizer != "adamw":
         found.append(f"--optimizer {config.optimizer}")
     if checkpointing:
         found.append("--activation-checkpointing")
+    if config.dtype != DTYPE:
+        found.append(f"--dtype {config.dtype}")
+    if config.trust_remote_code:
+        found.append("--trust-remote-code")
     if config.nproc > 1:
         found.append(f"--nproc {config.nproc}" + (f" --parallel {config.parallel}" if config.parallel != "ddp" else ""))
     return tuple(found)
@@ -222,6 +232,6 @@ def _command(config: FitConfig, plan: _Plan, options: tuple[str, ...], slots: in
     if plan.trained:
         fixed, budget = f"minidpo train --ref-cache {cache} --out run/", f"--tokens-per-micro-batch {slots}"
     else:
-        fixed = f"minidpo precompute-ref --model {config.model} --data pairs.jsonl --ref-cache {cache}"
+        fixed = f"minidpo precompute-ref --model {quote(config.model)} --data pairs.jsonl --ref-cache {cache}"
         budget = f"--max-length {config.max_length} --tokens-per-batch {slots}"
     return " ".join([fixed, *options, budget])

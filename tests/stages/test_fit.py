@@ -1,7 +1,8 @@
 """`fit`: from a config alone, what both stages need, and the commands that fit."""
 
 import json
-from dataclasses import replace
+import shlex
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from minicache.errors import ConfigError, ModelError
 from minicache.models.outline import held_for, outline_of
 from minicache.options.base import BaseOptions
+from minicache.options.declare import flag
 from minicache.options.fit import FitConfig, bytes_in
 from minicache.options.lora import NO_LORA, LoraOptions
 from minicache.scoring.memory import bytes_of
@@ -164,3 +166,45 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:
 def test_shards_of_quantized_weights_are_refused() -> None:
     with pytest.raises(ConfigError, match="quantized weights cannot be sharded"):
         FitConfig("m", nproc=8, parallel="fsdp", base=BaseOptions(base_4bit=True), lora=LoraOptions(lora_rank=16))
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        LoraOptions(lora_rank=4, lora_dora=True),
+        LoraOptions(lora_rank=4, lora_targets="q_proj, v_proj", lora_rslora=True, lora_alpha=8.0),
+    ],
+)
+def test_a_command_has_all_that_was_asked_for(config_only: Path, lora: LoraOptions) -> None:
+    pytest.importorskip("peft", reason="needs peft: pip install '.[lora]'")
+    config = FitConfig(
+        str(config_only), max_length=64, memory=("24GB",), lora=lora, dtype="float32", trust_remote_code=True
+    )
+    (adapters,) = [each for each in found(config).ways if each.stage == "train" and not each.checkpointing]
+    words = shlex.split(adapters.commands["24GB"])
+    expected, defaults = (
+        {flag(item.name): getattr(each, item.name) for item in fields(lora)} for each in (lora, NO_LORA)
+    )
+    for name, value in expected.items():
+        assert (name in words) == bool(value != defaults[name]), name
+        assert name not in words or value is True or words[words.index(name) + 1] == str(value)
+    assert words[words.index("--dtype") + 1] == "float32" and "--trust-remote-code" in words
+
+
+def test_a_family_with_its_own_linear_layers(tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="needs peft: pip install '.[lora]'")
+    from transformers import FalconConfig
+
+    FalconConfig(vocab_size=512, hidden_size=64, num_hidden_layers=3, num_attention_heads=4).save_pretrained(tmp_path)
+    config = FitConfig(str(tmp_path), max_length=64, memory=("24GB",), lora=LoraOptions(lora_rank=4))
+    assert way(found(config), "adapters of rank 4").gradients > 0
+
+
+def test_what_cannot_be_counted_or_loaded_is_refused(config_only: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--continue-adapter: fit counts new adapters; expected --lora-rank"):
+        FitConfig(str(config_only), lora=LoraOptions(continue_adapter=True))
+    settings = json.loads((config_only / "config.json").read_text())
+    quantized = {"quantization_config": {"quant_method": "awq", "bits": 4}}
+    (tmp_path / "config.json").write_text(json.dumps(settings | quantized))
+    with pytest.raises(ModelError, match="is stored quantized by awq, which minidpo cannot train on"):
+        found(FitConfig(str(tmp_path), max_length=64, memory=("24GB",)))
