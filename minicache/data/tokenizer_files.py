@@ -41,8 +41,12 @@ def tokenizer_files(directory: Path) -> list[str]:
 def copy_tokenizer(directory: Path, target: Path) -> None:
     """Copy the files of a tokenizer and no others: a cache from elsewhere may have a config.json or weights among them."""
     for place in ("", SOURCE):
-        for name in tokenizer_files(directory / place):
-            _copy(directory / place / name, target / place / name)
+        _copy_files(directory / place, target / place)
+
+
+def _copy_files(directory: Path, target: Path) -> None:
+    for name in tokenizer_files(directory):
+        _copy(directory / name, target / name)
 
 
 def copy_to_policy(directory: Path, target: Path, alone: bool = False) -> None:
@@ -56,10 +60,9 @@ def copy_to_policy(directory: Path, target: Path, alone: bool = False) -> None:
     """
     source = directory / SOURCE
     if alone or not source.is_dir():
-        for name in tokenizer_files(directory):
-            _copy(directory / name, target / name)
+        _copy_files(directory, target)
         return
-    copy_tokenizer(source, target)
+    _copy_files(source, target)
     if not (target / "tokenizer.json").exists():
         _copy(directory / "tokenizer.json", target / "tokenizer.json")
     if (directory / TEMPLATE).exists():

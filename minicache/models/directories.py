@@ -1,15 +1,18 @@
 """Why a directory cannot be loaded: which of its files is broken or missing. Looked for only after a library failed on it."""
 
 import json
+import re
 from pathlib import Path
 
-from minicache.data.tokenizer_files import tokenizer_files
+from minicache.data.tokenizer_files import is_tokenizer_file, tokenizer_files
 from minicache.errors import ModelError
-from minicache.models.file_kinds import is_safetensors, other_kind, require_torch_file
+from minicache.models.file_kinds import AGAIN, is_safetensors, other_kind, require_torch_file
 from minicache.text import one_line
 
-AGAIN = "copy or download it again"
 MOST_HEADER = 100_000_000  # bytes, safetensors' own bound
+# Pickled weights and JSON files that transformers and peft read, beside a tokenizer's; a directory may hold others.
+PICKLED = re.compile(r"(pytorch_model|adapter_model)[\w.-]*\.bin")
+SETTINGS = re.compile(r"(config|generation_config|adapter_config|[\w.-]+\.index)\.json")
 
 
 def broken_file(directory: Path) -> str | None:
@@ -36,14 +39,18 @@ def missing_file(directory: Path, tokenizer: bool) -> str | None:
 
 def _problem(file: Path) -> str | None:
     """What is wrong with a file, and what to do; None: nothing that its first bytes and its length tell."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        head = stream.read(1024)
-    if file.suffix == ".safetensors":
-        return other_kind(head, size) or _of_safetensors(file, size)
-    if file.suffix == ".bin":
-        return _of_torch(file, head, size)
-    return (other_kind(head, size) or _of_json(file)) if file.suffix == ".json" else None
+    is_json = file.suffix == ".json" and (SETTINGS.fullmatch(file.name) or is_tokenizer_file(file.name))
+    if not (is_json or file.suffix == ".safetensors" or PICKLED.fullmatch(file.name)):
+        return None
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            head = stream.read(1024)
+        if file.suffix == ".bin":
+            return _of_torch(file, head, size)
+        return other_kind(head, size) or (_of_json(file) if is_json else _of_safetensors(file, size))
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
 
 
 def _of_torch(file: Path, head: bytes, size: int) -> str | None:
@@ -61,11 +68,11 @@ def _of_safetensors(file: Path, size: int) -> str | None:
         length = int.from_bytes(stream.read(8), "little")
         try:
             header = json.loads(stream.read(length) if length < min(size, MOST_HEADER) else b"")
-            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+            ends = (int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__")
+            whole = 8 + length + max(ends, default=0)
         # a file of another kind, or a damaged header
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError):
             return f"not a safetensors file, or a damaged one; {AGAIN}"
-    whole = 8 + length + int(end)
     return None if whole == size else f"{size:,} bytes, where its header says {whole:,}: cut off or damaged; {AGAIN}"
 
 

@@ -16,6 +16,7 @@ COMPRESSED = {
     b"7z\xbc\xaf": "7-Zip",
     b"Rar!": "RAR",
 }
+AGAIN = "copy or download it again"
 SAVE = "torch.save(model.state_dict(), FILE)"
 
 
@@ -86,9 +87,8 @@ def other_kind(head: bytes, size: int) -> str | None:
 
     head: its first bytes.
     """
-    again = "copy or download it again"
     if not size:
-        return f"an empty file; {again}"
+        return f"an empty file; {AGAIN}"
     if head.startswith(LFS):
         found = re.search(rb"size (\d+)", head)
         whole = f" ({int(found[1]):,} bytes)" if found else ""
@@ -102,7 +102,7 @@ def other_kind(head: bytes, size: int) -> str | None:
     if head.startswith(b"GGUF"):
         return "a GGUF file; give its name the ending .gguf"
     if not head.strip(b"\0"):
-        return f"begins with zeros, as a download that was broken off does; {again}"
+        return f"begins with zeros, as a download that was broken off does; {AGAIN}"
     return None
 
 

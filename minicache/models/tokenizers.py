@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -69,17 +70,19 @@ def save_tokenizer(source: str, directory: Path, trust_remote_code: bool, model_
     if not (directory / "tokenizer.json").exists():
         _convert(tokenizer, directory, source)
     texts = [*TEXTS, *(f"a{token}b {token} c" for token in _own_tokens(tokenizer))]
-    _require_same(texts, _ids_of(tokenizer), _ids_of_file(directory), source)
+    # once for all comparisons: a large vocabulary takes seconds
+    expected = _ids_of(tokenizer)
+    _require_same(texts, expected, _ids_of_file(directory), source)
     if Path(source).suffix == ".gguf":
         return
     copy_tokenizer(_files_at(source), directory / SOURCE)
-    differs = _difference_of_file(directory / SOURCE, texts, tokenizer)
+    differs = _difference_of_file(directory / SOURCE, texts, expected)
     if differs is None:
-        differs = _reloaded_difference(directory, texts, tokenizer, trust_remote_code, model_type)
+        differs = _reloaded_difference(directory, texts, tokenizer, expected, trust_remote_code, model_type)
     if differs is not None:
         log.info("%s: transformers reads its files otherwise beside a %s model (%s)", source, model_type, differs)
         shutil.rmtree(directory / SOURCE)
-        differs = _reloaded_difference(directory, texts, tokenizer, trust_remote_code, model_type)
+        differs = _reloaded_difference(directory, texts, tokenizer, expected, trust_remote_code, model_type)
     if differs is not None:
         raise ModelError(
             f"{source}: the tokenizer would not be the same beside the policy: {differs}; name one that is, by --tokenizer"
@@ -153,6 +156,7 @@ def _own_tokens(tokenizer: Any) -> list[str]:
 
 
 def _ids_of(tokenizer: Any) -> Ids:
+    @cache
     def ids(text: str, special: bool) -> list[int] | None:
         # a tokenizer without an unknown token raises at a character that it lacks
         with suppress(Exception):
@@ -205,20 +209,23 @@ def _require_same(texts: list[str], expected: Ids, found: Ids, source: str) -> N
         )
 
 
-def _difference_of_file(files: Path, texts: list[str], tokenizer: Any) -> str | None:
+def _difference_of_file(files: Path, texts: list[str], expected: Ids) -> str | None:
     """How the source's tokenizer.json by itself differs from the tokenizer; None: it does not, or is not there.
 
     The class that transformers chooses by a model's config may change what that file says (Qwen2's splits digits).
     """
     if not (files / "tokenizer.json").exists():
         return None
-    return _difference(texts, _ids_of(tokenizer), _ids_of_file(files), special=(False,))
+    return _difference(texts, expected, _ids_of_file(files), special=(False,))
 
 
 def _reloaded_difference(
-    directory: Path, texts: list[str], tokenizer: Any, trust_remote_code: bool, model_type: str
+    directory: Path, texts: list[str], tokenizer: Any, expected: Ids, trust_remote_code: bool, model_type: str
 ) -> str | None:
-    """How a policy's tokenizer, loaded by transformers, differs from the source's; None: it does not."""
+    """How a policy's tokenizer, loaded by transformers, differs from the source's; None: it does not.
+
+    expected: the ids that the source's tokenizer gives.
+    """
     from transformers import AutoTokenizer
 
     with TemporaryDirectory(prefix="minidpo-") as place:
@@ -233,4 +240,4 @@ def _reloaded_difference(
         return (
             f"its special tokens are {reloaded.special_tokens_map}, where the source has {tokenizer.special_tokens_map}"
         )
-    return _difference(texts, _ids_of(tokenizer), _ids_of(reloaded), special=(False, True))
+    return _difference(texts, expected, _ids_of(reloaded), special=(False, True))

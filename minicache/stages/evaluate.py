@@ -13,7 +13,7 @@ from minicache.models.precision import hold_for
 from minicache.options.dictionaries import fill, flat
 from minicache.options.others import EvaluateConfig
 from minicache.options.train import LossOptions
-from minicache.options.where import Where
+from minicache.options.where import Where, different, local_path
 from minicache.processes.world import World
 from minicache.scoring.budget import scoring_budget
 from minicache.scoring.layout import settle_layout
@@ -83,7 +83,8 @@ def _settings(config: EvaluateConfig) -> tuple[dict[str, Any], LossOptions]:
 def _note_other_reference(config: EvaluateConfig, cache: ReferenceCache, tracker: Tracker) -> None:
     """Note where the cache holds another reference than the one that the policy's run was trained against."""
     run = run_behind(config.policy)
-    if run is None:
+    # the same one needs no look, and a store that cannot be reached would be waited for
+    if run is None or local_path(run.ref_cache) is None or not different((run.ref_cache, config.ref_cache)):
         return
     with suppress(MinicacheError):  # it may be gone by now
         other = ReferenceCache(run.ref_cache)

@@ -1,5 +1,6 @@
 """A directory that cannot be loaded: the file that is broken or missing is named, with what to do."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -15,6 +16,10 @@ from tests.conftest import tiny_llama
 from tests.helpers.adapters import sft_adapter
 
 
+def with_header(header: bytes) -> bytes:
+    return len(header).to_bytes(8, "little") + header + bytes(64)
+
+
 def broken_safetensors(file: Path, how: str) -> None:
     content = file.read_bytes()
     made = {
@@ -25,6 +30,8 @@ def broken_safetensors(file: Path, how: str) -> None:
         "longer": content + b"x",
         "text": b"weights",
         "header": (10**6).to_bytes(8, "little") + content[8:],
+        "offsets": with_header(b'{"a": {"data_offsets": ["x", "y"]}}'),
+        "nested": with_header(b"[" * 100_000),
     }
     file.write_bytes(made[how])
 
@@ -39,6 +46,8 @@ def broken_safetensors(file: Path, how: str) -> None:
         ("longer", r"model.safetensors: [\d,]+ bytes, where its header says [\d,]+: cut off or damaged"),
         ("text", r"model.safetensors: not a safetensors file, or a damaged one"),
         ("header", r"model.safetensors: not a safetensors file, or a damaged one"),
+        ("offsets", r"model.safetensors: not a safetensors file, or a damaged one"),
+        ("nested", r"model.safetensors: not a safetensors file, or a damaged one"),
     ],
 )
 def test_a_broken_file_of_weights_is_told_for_what_it_is(how: str, said: str, model_dir: Path, tmp_path: Path) -> None:
@@ -126,3 +135,13 @@ def test_a_broken_adapter_is_told_for_what_it_is(model_dir: Path, tmp_path: Path
     save_file(weights | {name: weights[name] * float("nan")}, file, {"format": "pt"})
     with pytest.raises(ModelError, match=rf"adapter: NaN or infinity in 1 of its weights \({re.escape(name)}\)"):
         load_model(str(adapter))
+
+
+def test_files_that_no_loader_reads_are_not_blamed(model_dir: Path, tmp_path: Path) -> None:
+    directory = shutil.copytree(model_dir, tmp_path / "model")
+    settings = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(settings | {"model_type": "nobody-knows"}))
+    (directory / "data.json").write_text('{"a": 1}\n{"a": 2}\n')
+    (directory / "training_args.bin").write_bytes(b"\x80\x04")
+    with pytest.raises(ModelError, match=r"transformers cannot load it: .*nobody-knows"):
+        load_model(str(directory))
