@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from minicache.errors import ModelError
+from minicache.models import layers_of
 from minicache.models.huggingface import quiet
 from minicache.models.outline import Outline, held_for, outline_of
 from minicache.options.base import flag_of
@@ -98,9 +99,9 @@ def fit(config: FitConfig, world: World, tracker: Tracker) -> FitReport:
         tracker.begin(f"counting the memory of {plan.name}", None)
         scorer = _scorer(config, outline, plan)
         layout, longest = scorer.layout_name, int(scorer.layout.costs(_pairs(config, 1).lengths)[0])
-        ways += [
-            _way(config, plan, scorer, checkpointing, memory) for checkpointing in (False, True)[: 1 + plan.trained]
-        ]
+        # some families mark no layers that could be computed again
+        both = plan.trained and bool(layers_of(scorer.model))
+        ways += [_way(config, plan, scorer, checkpointing, memory) for checkpointing in (False, True)[: 1 + both]]
     return FitReport(
         model=config.model,
         parameters=sum(each.numel() for each in outline.model.parameters()),

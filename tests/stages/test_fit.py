@@ -208,3 +208,11 @@ def test_what_cannot_be_counted_or_loaded_is_refused(config_only: Path, tmp_path
     (tmp_path / "config.json").write_text(json.dumps(settings | quantized))
     with pytest.raises(ModelError, match="is stored quantized by awq, which minidpo cannot train on"):
         found(FitConfig(str(tmp_path), max_length=64, memory=("24GB",)))
+
+
+def test_a_family_that_marks_no_layers_is_counted_without_checkpointing(
+    config_only: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minicache.stages.fit.layers_of", lambda model: [])
+    report = found(FitConfig(str(config_only), max_length=64, memory=("24GB",), lora=LoraOptions(lora_rank=4)))
+    assert [each.checkpointing for each in report.ways] == [False, False]
