@@ -23,7 +23,6 @@ from minicache.models import checkpoint_activations, layers_of
 from minicache.models.quantized import quantized_layers, stand_in
 from minicache.scoring.attention import Spans, as_if_fused
 from minicache.scoring.batch import Batch
-from minicache.scoring.head import CHUNK_NUMBERS
 from minicache.scoring.memory import How, Line, Pass
 from minicache.scoring.probe import own_errors
 from minicache.scoring.scorer import DTYPES, Scorer
@@ -85,9 +84,11 @@ def counted_pass(scorer: Scorer, one: Batch, two: Batch, how: How) -> Pass:
     stack = _stack(scorer.model)
     first, period = _repeats(scorer.model, stack)
     counts = [0]
-    if stack and first + 2 * period < len(stack):
-        counts = [first + period, first + 2 * period]
-    with _quiet(), _as_on(how.kind):
+    # the layer after those has one more tensor beside it, its input, than the first layer of all
+    start = first + 1
+    if stack and start + 2 * period < len(stack):
+        counts = [start + period, start + 2 * period]
+    with _quiet(), as_if_fused() if how.kind == "cuda" else nullcontext():
         # (layers, batches, 2)
         found = torch.tensor([[_peaks(scorer, batch, how, keep) for batch in (one, two)] for keep in counts]).double()
         head, kept, rows = _head(scorer, how)
@@ -146,22 +147,9 @@ def _head(scorer: Scorer, how: How) -> tuple[int, int, int]:
     if scorer.head is None:
         return 0, 0, 1
     weight = scorer.head.linear.weight
-    trained = how.training and weight.requires_grad
-    rows = max(1, CHUNK_NUMBERS["cpu"] // weight.shape[0])
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        linear = nn.Linear(
-            weight.shape[1], weight.shape[0], bias=scorer.head.linear.bias is not None, dtype=weight.dtype
-        )
-        linear.requires_grad_(trained)
-        hidden = torch.empty(rows + 1, weight.shape[1], dtype=DTYPES[scorer.dtype], requires_grad=how.training)
-        targets = torch.empty(rows + 1, dtype=torch.int64)
-        with Counter() as counter, nullcontext() if how.training else torch.no_grad():
-            counter.know(linear)
-            logps = replace(scorer.head, linear=linear).logps(hidden, targets, True)[0]
-            if how.training:
-                logps.sum().backward()
-    tied = weight is scorer.model.get_input_embeddings().weight
-    return counter.peak, weight.numel() * weight.element_size() if trained and tied else 0, rows
+    kept = how.training and weight.requires_grad and weight is scorer.model.get_input_embeddings().weight
+    size = scorer.head.bytes(how.kind, DTYPES[scorer.dtype], how.training)
+    return size, weight.numel() * weight.element_size() if kept else 0, scorer.head.rows(how.kind)
 
 
 class _HeadAside:
@@ -259,18 +247,6 @@ def _repeats(model: Any, stack: nn.ModuleList | None) -> tuple[int, int]:
             if signs[first:-period] == signs[first + period :]:
                 return first, period
     return 0, len(stack)
-
-
-@contextmanager
-def _as_on(kind: str) -> Iterator[None]:
-    """Within this, chunks of the head and attention are as on that kind of device, on tensors of the CPU."""
-    before = CHUNK_NUMBERS["cpu"]
-    CHUNK_NUMBERS["cpu"] = CHUNK_NUMBERS.get(kind, before)
-    try:
-        with as_if_fused() if kind == "cuda" else nullcontext():
-            yield
-    finally:
-        CHUNK_NUMBERS["cpu"] = before
 
 
 @contextmanager

@@ -1,14 +1,23 @@
 """Hidden states -> logprobs of given tokens, in chunks: the whole (K, vocabulary) logits never exist.
 
 The gradients of the logprobs are known only after the loss, so backward computes the logits of each chunk again: a third more
-matrix work in the head, for memory that does not grow with K.
+matrix work in the head, for memory that does not grow with K. A vocabulary is 50 to 150 times as wide as a hidden state is in
+bytes that a GPU moves, so what is done to the logits is done in place, and in one pass where there is a compiler.
 """
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._triton import has_triton
+
+from minicache.text import one_line
+
+log = logging.getLogger(__name__)
 
 # Logits (numbers, not bytes) of one chunk: small beside a model, enough to keep the device busy.
 CHUNK_NUMBERS = {"cpu": 2**23, "cuda": 2**27}
@@ -43,14 +52,7 @@ class Head:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(K, vocabulary) float32. hidden: (K, hidden)."""
-        bias = self.linear.bias
-        return self.finish(_matmul(hidden, self.linear.weight.to(hidden.dtype)) + (0 if bias is None else bias.float()))
-
-    def finish(self, logits: torch.Tensor) -> torch.Tensor:
-        """Scale and cap logits, (K, vocabulary), in place."""
-        if self.scale != 1:
-            logits.mul_(self.scale)
-        return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
+        return _logits(hidden, self.linear.weight.to(hidden.dtype), self.linear.bias, self.scale, self.cap)
 
     def logps(self, hidden: torch.Tensor, targets: torch.Tensor, distribution: bool) -> tuple[torch.Tensor, ...]:
         """The logprobs of the targets, (K,) float32, nats; with `distribution` also entropy and log sum p^2, (K,) each.
@@ -61,16 +63,30 @@ class Head:
         outputs: tuple[torch.Tensor, ...] = apply(
             hidden, self.linear.weight, self.linear.bias, targets, self, distribution
         )
-        return outputs
+        return outputs[: 3 if distribution else 1]
 
+    def rows(self, kind: str) -> int:
+        """The number of predictions in a chunk, on a kind of device."""
+        return max(1, CHUNK_NUMBERS.get(kind, CHUNK_NUMBERS["cpu"]) // len(self.linear.weight))
 
-def _matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left @ right.T in float32. On CUDA products of half precision are not rounded to it after their summation in float32."""
-    if left.dtype == torch.float32:
-        return left @ right.T
-    if left.is_cuda:
-        return torch.mm(left, right.T, out_dtype=torch.float32)
-    return (left @ right.T).float()
+    def bytes(self, kind: str, dtype: torch.dtype, training: bool) -> int:
+        """The most bytes that `logps` makes at once beside its inputs and outputs, with backward if training.
+
+        kind: of device. dtype: of the matrix product. Without a compiler; with one it is less.
+        """
+        weight, numbers = self.linear.weight, self.rows(kind) * len(self.linear.weight)
+        size = dtype.itemsize if dtype != torch.float32 else 0
+        # elsewhere than on CUDA, products of half precision are made in it, and then copied to float32
+        product = size if kind != "cuda" else 0
+        cast = weight.numel() * dtype.itemsize if weight.dtype != dtype else 0
+        forward = numbers * max(4 + product, 8)
+        if not training:
+            return cast + forward
+        backward = numbers * max(4 + product, 4 + size + (4 if self.cap else 0))
+        if weight.requires_grad:
+            at_end = weight.numel() * weight.element_size() if weight.dtype != torch.float32 else 0
+            backward = 4 * weight.numel() + max(backward, product * (numbers + weight.numel()), at_end)
+        return cast + max(forward, backward)
 
 
 class _Logps(torch.autograd.Function):
@@ -86,39 +102,40 @@ class _Logps(torch.autograd.Function):
         head: Head,
         distribution: bool,
     ) -> tuple[torch.Tensor, ...]:
-        chunk = max(1, CHUNK_NUMBERS.get(hidden.device.type, 2**23) // weight.shape[0])
-        ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.head, ctx.chunk = head, chunk
-        with torch.autocast(hidden.device.type, enabled=False):
+        kind = hidden.device.type
+        cast, rows = weight.to(hidden.dtype), head.rows(kind)
+        with torch.autocast(kind, enabled=False):
             parts = [
-                _forward(head.logits(h), t, distribution)
-                for h, t in zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True)
+                _fused(_scores, kind)(h, cast, bias, t, head.scale, head.cap, distribution)
+                for h, t in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
             ]
-        outputs = tuple(torch.cat(column) for column in zip(*parts, strict=True))
+        normalizer, *outputs = (torch.cat(column) for column in zip(*parts, strict=True))
+        ctx.save_for_backward(hidden, weight, bias, targets, normalizer)
+        ctx.head = head
         ctx.mark_non_differentiable(*outputs[1:])
-        return outputs
+        return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, bias, targets = ctx.saved_tensors
+    def backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight, bias, targets, normalizer = ctx.saved_tensors
+        head, kind = ctx.head, hidden.device.type
+        cast, rows = weight.to(hidden.dtype), head.rows(kind)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None else None
-        cast = weight.to(hidden.dtype)
-        with torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, len(targets), ctx.chunk):
-                piece = slice(start, start + ctx.chunk)
-                grad = _backward(ctx.head, ctx.head.logits(hidden[piece]), targets[piece], grads[0][piece])
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+        with torch.autocast(kind, enabled=False):
+            for start in range(0, len(targets), rows):
+                piece = slice(start, start + rows)
+                grads = _fused(_gradients, kind)(
+                    hidden[piece], cast, bias, targets[piece], normalizer[piece], grad[piece], head.scale, head.cap
+                )
+                torch.mm(grads, cast, out=grad_hidden[piece])
                 if grad_bias is not None:
-                    grad_bias += grad.sum(0)
-                grad = grad.to(hidden.dtype)
-                torch.mm(grad, cast, out=grad_hidden[piece])
-                if grad_weight is None:
-                    continue
-                if grad.dtype == torch.float32:
-                    grad_weight.addmm_(grad.T, hidden[piece])
-                else:
-                    grad_weight += _matmul(grad.T, hidden[piece].T)
+                    grad_bias += grads.sum(0, dtype=torch.float32)
+                if grad_weight is not None:
+                    _add_product(grad_weight, grads.T, hidden[piece])
+                # before the next chunk is made
+                del grads
         grad_parameters = (
             grad_weight.to(weight.dtype) if grad_weight is not None else None,
             grad_bias.to(bias.dtype) if grad_bias is not None else None,
@@ -126,29 +143,102 @@ class _Logps(torch.autograd.Function):
         return grad_hidden, *grad_parameters, None, None, None
 
 
-def _forward(logits: torch.Tensor, targets: torch.Tensor, distribution: bool) -> tuple[torch.Tensor, ...]:
-    """The outputs of `Head.logps` for a chunk. logits: (k, vocabulary) float32, overwritten. targets: (k,)."""
-    normalizer = logits.logsumexp(1)  # (k,)
-    logps = logits.gather(1, targets[:, None])[:, 0] - normalizer
+def _logits(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, scale: float, cap: float | None
+) -> torch.Tensor:
+    """(k, vocabulary) float32. On CUDA products of half precision are not rounded to it after their summation in float32."""
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    else:
+        logits = (hidden @ weight.T).float()
+    if bias is not None:
+        logits += bias.float()
+    if scale != 1:
+        logits *= scale
+    return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """total += left @ right, summed in float32."""
+    if left.dtype == torch.float32:
+        total.addmm_(left, right)
+    elif left.is_cuda:
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total += left @ right
+
+
+def _scores(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    scale: float,
+    cap: float | None,
+    distribution: bool,
+) -> tuple[torch.Tensor, ...]:
+    """The logarithm of the sum over exp of the logits, then the outputs of `Head.logps`, for a chunk."""
+    logits = _logits(hidden, weight, bias, scale, cap)
+    of_target, most = logits.gather(1, targets[:, None])[:, 0], logits.amax(1)
+    logits.sub_(most[:, None])
+    powers = logits.exp() if distribution else logits.exp_()
+    total = powers.sum(1)
+    normalizer = total.log() + most
+    logps = of_target - normalizer
     if not distribution:
-        return (logps,)
-    return logps, *entropy_and_concentration(logits.sub_(normalizer[:, None]))
+        return normalizer, logps
+    return normalizer, logps, *entropy_and_concentration(logits.sub_(total.log()[:, None]), powers.div_(total[:, None]))
 
 
-def entropy_and_concentration(logps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """-sum p log p and log sum p^2, (k,) each, nats. logps: (k, vocabulary), logprobs of whole distributions."""
-    probabilities = logps.exp()
-    return -torch.linalg.vecdot(probabilities, logps), torch.linalg.vecdot(probabilities, probabilities).log()
-
-
-def _backward(head: Head, logits: torch.Tensor, targets: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """The gradient of the logits before scale and cap, (k, vocabulary) float32: grad * (onehot - p), through tanh and scale.
-
-    logits: (k, vocabulary) float32, overwritten. targets, grad: (k,).
-    """
-    slope = None if head.cap is None else 1 - (logits / head.cap) ** 2
-    grads = logits.sub_(logits.logsumexp(1, keepdim=True)).exp_().mul_(-grad[:, None])
-    grads.scatter_add_(1, targets[:, None], grad[:, None])
+def _gradients(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    normalizer: torch.Tensor,
+    grad: torch.Tensor,
+    scale: float,
+    cap: float | None,
+) -> torch.Tensor:
+    """The gradient of hidden @ weight.T for a chunk, grad * (onehot - p), through tanh and scale, in the precision of hidden."""
+    logits = _logits(hidden, weight, bias, scale, cap)
+    slope = None if cap is None else (logits / cap).square_().neg_().add_(1)
+    logits.sub_(normalizer[:, None])
+    # 1 - p, exact also where p is nearly 1
+    of_target = -torch.expm1(logits.gather(1, targets[:, None]))
+    grads = logits.exp_().neg_().scatter_(1, targets[:, None], of_target)
     if slope is not None:
-        grads.mul_(slope)
-    return grads.mul_(head.scale) if head.scale != 1 else grads
+        grads *= slope
+    result = grads if hidden.dtype == torch.float32 else torch.empty_like(grads, dtype=hidden.dtype)
+    return torch.mul(grads, (grad * scale)[:, None], out=result)
+
+
+def entropy_and_concentration(logps: torch.Tensor, probabilities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """-sum p log p and log sum p^2, (k,) each, nats. logps, probabilities: (k, vocabulary), overwritten."""
+    return -logps.mul_(probabilities).sum(1), probabilities.square_().sum(1).log()
+
+
+@cache
+def _fused(function: Callable[..., Any], kind: str) -> Callable[..., Any]:
+    """The function, compiled on a kind of device that has a compiler: it then reads the logits once, and writes little."""
+    return Compiled(function) if kind == "cuda" and has_triton() else function
+
+
+class Compiled:
+    """A function without side effects, compiled by torch; by itself, once its compilation has failed."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, self.run = function, torch.compile(function)
+
+    def __call__(self, *args: Any) -> Any:
+        try:
+            return self.run(*args)
+        except torch.OutOfMemoryError:
+            raise
+        # compilers fail in many ways
+        except Exception as error:
+            if self.run is self.function:
+                raise
+            log.warning("the head runs without a compiler, which failed: %s", one_line(error, 300))
+            self.run = self.function
+        return self.run(*args)

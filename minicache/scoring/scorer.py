@@ -173,7 +173,8 @@ def _of_the_distribution(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     parts = []
     # in pieces, because a float32 copy of all logits may not fit in memory
     for piece in torch.split(logits, CHUNK):
-        parts.append(torch.stack(entropy_and_concentration(piece.float().log_softmax(1))))
+        logps = piece.float().log_softmax(1)
+        parts.append(torch.stack(entropy_and_concentration(logps, logps.exp())))
     entropy, concentration = torch.cat(parts, dim=1)
     return entropy, concentration
 
