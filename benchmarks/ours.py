@@ -1,5 +1,7 @@
 """This project's two stages as a contestant, with the functions that the stages use."""
 
+from functools import partial
+
 import numpy as np
 
 from benchmarks.case import Case, Optimizer, twin
@@ -9,7 +11,7 @@ from minicache.scoring.layout import settle_layout
 from minicache.scoring.scorer import Scorer
 from minicache.scoring.tables import score_table
 from minicache.trackers import Silent
-from minicache.training.validation import pair_logps
+from minicache.training.validation import pair_logps, references_of
 
 
 class Ours:
@@ -37,9 +39,10 @@ class Ours:
     def accumulate(self, indices: Indices) -> None:
         """Accumulate the gradients of the mean loss of these pairs."""
         case = self.case
-        for part, batch in self.scorer.batches(case.table, indices, case.budget):
+        references = partial(references_of, self.cached, case.objective.options)
+        for _, batch in self.scorer.batches(case.table, indices, case.budget, references):
             moved = batch.to(case.device)
             # with the distribution, because training logs the entropy
             scores = self.scorer(moved, distribution=True)
-            logps = pair_logps(scores, moved, self.cached, part, case.objective)
+            logps = pair_logps(scores, moved, case.objective)
             (case.objective(logps, 1.0).sum() / len(indices)).backward()

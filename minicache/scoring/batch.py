@@ -1,13 +1,54 @@
-"""A batch: what the model reads and, separately, a flat list of predictions, with the sides of pairs that each counts for."""
+"""A batch: what the model reads and, separately, a flat list of predictions, with the sides of pairs that each counts for.
+
+Batches are made on the CPU by a thread that is ahead of the device. All that a step reads comes with them, in page-locked memory.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
 import torch
 
 
+class Movable:
+    """A frozen dataclass whose fields are tensors, other Movables, or plain values."""
+
+    def to(self, device: torch.device) -> Self:
+        """The same on a device."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin(self) -> Self:
+        """The same in page-locked memory, from which copies to a GPU are asynchronous."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        itself: Any = self
+        changed: dict[str, Any] = {}
+        for item in fields(itself):
+            value = getattr(self, item.name)
+            if isinstance(value, Movable):
+                changed[item.name] = value._each(change)
+            elif isinstance(value, torch.Tensor):
+                changed[item.name] = change(value)
+        made: Self = replace(itself, **changed)
+        return made
+
+
 @dataclass(frozen=True)
-class Batch:
+class References(Movable):
+    """What the losses read of the cache for B pairs with K predictions and M members.
+
+    means: (B, 2) float32, the reference's mean logprob of chosen and rejected, nats per token. With a loss that weights tokens:
+    token_logps: (K,) float32, the reference's logprob of each prediction, nats. weights: (M,) float32.
+    """
+
+    means: torch.Tensor
+    token_logps: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Batch(Movable):
     """`pairs` pairs as int64 tensors.
 
     input_ids: (rows, length), padded at the right with id 0.
@@ -23,6 +64,7 @@ class Batch:
         counts for two sides.
     read, readers: (S,) position in the flattened rows, and the side that reads it, for every token of every side.
     distinct: (T,) a position of every token of every pair, that of a shared token once.
+    references: for a loss; None where the scores alone are asked for.
     """
 
     pairs: int
@@ -38,19 +80,7 @@ class Batch:
     read: torch.Tensor
     readers: torch.Tensor
     distinct: torch.Tensor
-
-    def to(self, device: torch.device) -> "Batch":
-        """The batch on a device."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin(self) -> "Batch":
-        """The batch in page-locked memory, from which copies to a GPU are asynchronous."""
-        return self._each(torch.Tensor.pin_memory)
-
-    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        changed = {name: change(value) for name, value in values.items() if isinstance(value, torch.Tensor)}
-        return replace(self, **changed)  # type: ignore[arg-type]
+    references: References | None = None
 
     def sum_by_side(self, values: torch.Tensor) -> torch.Tensor:
         """(pairs, 2): sums over each side. values: (K,) of predictions."""
@@ -62,7 +92,7 @@ class Batch:
         return values.new_zeros(2 * self.pairs).index_add(0, self.owners, values).view(-1, 2).clone()
 
     def ranks(self) -> torch.Tensor:
-        """(M,) int64: the index of each member among the counted tokens of its side, from 0."""
+        """(M,) int64: the index of each member among the counted tokens of its side, from 0. On a GPU it would wait."""
         order = torch.argsort(self.owners * (self.places.max() + 1) + self.places[self.members])
         counts = torch.bincount(self.owners, minlength=2 * self.pairs)
         ranks = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[self.owners[order]]

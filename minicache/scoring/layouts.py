@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -128,7 +129,7 @@ class _Flat:
         return Batch(pairs=len(self.starts), mask=mask, boundaries=boundaries, **tensors)
 
 
-def _tensors(**arrays: Indices) -> dict[str, torch.Tensor]:
+def _tensors(**arrays: Indices) -> dict[str, Any]:
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 

@@ -18,7 +18,7 @@ from minicache.models.quantized import compute_in
 from minicache.pairs import PairTable
 from minicache.processes.world import World
 from minicache.scoring.attention import set_attention, use_spans
-from minicache.scoring.batch import Batch
+from minicache.scoring.batch import Batch, References
 from minicache.scoring.batching import Indices, by_length
 from minicache.scoring.head import Head, entropy_and_concentration
 from minicache.scoring.layouts import Layout, layout_named
@@ -28,6 +28,8 @@ from minicache.scoring.probe import decoder_of, own_errors, probed
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Positions whose distribution `_of_the_distribution` computes at once.
 CHUNK = 256
+# (n,) indices of pairs and their batch, still on the CPU -> what a loss reads of the cache for them.
+LookUp = Callable[[Indices, Batch], References]
 
 
 @dataclass(frozen=True)
@@ -127,11 +129,19 @@ class Scorer(nn.Module):
         """The layout of its batches."""
         return layout_named(self.layout_name)
 
-    def batches(self, table: PairTable, indices: Indices, budget: int) -> Iterator[tuple[Indices, Batch]]:
+    def batches(
+        self, table: PairTable, indices: Indices, budget: int, references: LookUp | None = None
+    ) -> Iterator[tuple[Indices, Batch]]:
         """Batches of pairs of a table, grouped by length under a budget of token slots: (n,) indices and the batch."""
         for chosen in by_length(self.layout.costs(table.lengths[indices]), budget, self.layout.pads):
-            batch = self.layout.make(table, indices[chosen])
-            yield indices[chosen], batch.pin() if torch.cuda.is_available() else batch
+            yield indices[chosen], self.batch(table, indices[chosen], references)
+
+    def batch(self, table: PairTable, indices: Indices, references: LookUp | None = None) -> Batch:
+        """The batch of these pairs of a table, (n,), in page-locked memory if there is a GPU."""
+        made = self.layout.make(table, indices)
+        if references:
+            made = replace(made, references=references(indices, made))
+        return made.pin() if torch.cuda.is_available() else made
 
     def _token_logps(self, batch: Batch, distribution: bool) -> tuple[torch.Tensor, ...]:
         """The outputs of `Head.logps` for the batch's predictions, (K,) each."""

@@ -12,7 +12,7 @@ from minicache.pairs import PairTable
 from minicache.processes.world import World
 from minicache.scoring.batch import Batch
 from minicache.scoring.batching import Indices, ahead
-from minicache.scoring.scorer import PairScores, Scorer
+from minicache.scoring.scorer import LookUp, PairScores, Scorer
 
 log = logging.getLogger(__name__)
 
@@ -34,11 +34,12 @@ def score_table(
     budget: Budget | int | None,
     device: torch.device,
     distribution: bool = False,
+    references: LookUp | None = None,
 ) -> Iterator[tuple[Indices, Batch, PairScores]]:
     """Score some pairs of a table in batches of similar length, without gradients.
 
     indices: (n,) of the pairs. budget: token slots of a batch; None begins with SLOTS. If a batch does not fit in memory, it is
-    halved for it and the batches after it, and a `Budget` stays so.
+    halved for it and the batches after it, and a `Budget` stays so. references: makes what the batches bring with them.
 
     If the model is sharded, every process must call this equally often, with any number of pairs: a process without pairs left
     joins the forward passes of the others.
@@ -52,7 +53,7 @@ def score_table(
     left = np.ones(len(table), bool)
     kept = budget if isinstance(budget, Budget) else Budget(budget or SLOTS[device.type])
     while len(rest := indices[left[indices]]):
-        for chosen, batch in ahead(scorer.batches(table, rest, kept.slots)):
+        for chosen, batch in ahead(scorer.batches(table, rest, kept.slots, references)):
             moved = batch.to(device)
             if scorer.lockstep:
                 scorer.lockstep.any(True)
@@ -87,7 +88,7 @@ def _join_the_others(
     scorer: Scorer, processes: World, table: PairTable, device: torch.device, distribution: bool
 ) -> None:
     """Score the shortest pair of the table as long as any other process scores pairs."""
-    shortest = scorer.layout.make(table, table.lengths.sum(1).argmin()[None]).to(device)
+    shortest = scorer.batch(table, table.lengths.sum(1).argmin()[None]).to(device)
     while processes.any(False):
         _scores_if_they_fit(scorer, shortest, distribution)
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 
 import torch
@@ -18,7 +19,7 @@ from minicache.training.order import global_batches, shares
 from minicache.training.schedules import beta_at, learning_rate
 from minicache.training.speed import peak_flops, step_flops
 from minicache.training.state import Run, Training
-from minicache.training.validation import pair_logps
+from minicache.training.validation import pair_logps, references_of
 
 
 def beta_of(run: Run, step: int) -> float:
@@ -28,13 +29,12 @@ def beta_of(run: Run, step: int) -> float:
 
 @dataclass(frozen=True)
 class Part:
-    """A micro-batch.
+    """A micro-batch, with all that its losses read.
 
     weight: factor of the sum of its losses, (number of processes) / (pairs of the global batch): DDP and FSDP average over the
     processes. 0 for a process without pairs of its own, which still takes part in the communication.
     """
 
-    indices: Indices
     batch: Batch
     weight: float
 
@@ -51,18 +51,19 @@ def plan(run: Run, first_step: int) -> Iterator[Share]:
     """This rank's shares of the steps from `first_step` on; a function of cache, seed and step alone."""
     config, table, world, scorer = run.config, run.cached.table, run.world, run.scorer
     costs = scorer.layout.costs(table.lengths)
+    references = partial(references_of, run.cached, run.objective.options)
     order = global_batches(run.training, config.batch_size, config.seed, first_step)
     for indices in islice(order, run.steps - first_step):
         by_rank = shares(indices, costs, world.size)
-        mine = scorer.batches(table, by_rank[world.rank], run.budget)
-        parts = [Part(chosen, made, world.size / len(indices)) for chosen, made in mine]
+        mine = scorer.batches(table, by_rank[world.rank], run.budget, references)
+        parts = [Part(made, world.size / len(indices)) for _, made in mine]
         # DDP waits for all processes once in a step, a model of shards in every forward pass.
         least = 1
         if scorer.lockstep:
             least = max(len(by_length(costs[each], run.budget, scorer.layout.pads)) for each in by_rank)
         if len(parts) < least:
             shortest = indices[[costs[indices].argmin()]]
-            parts += [Part(shortest, scorer.layout.make(table, shortest), 0.0)] * (least - len(parts))
+            parts += [Part(scorer.batch(table, shortest, references), 0.0)] * (least - len(parts))
         yield Share(indices, parts)
 
 
@@ -94,7 +95,7 @@ def _accumulate(run: Run, training: Training, objective: Objective, mine: Share)
         later = isinstance(forward, DistributedDataParallel) and number < last
         with forward.no_sync() if later else nullcontext():  # type: ignore[operator]
             scores = forward(inputs, distribution=True)
-            logps = pair_logps(scores, inputs, run.cached, part.indices, objective)
+            logps = pair_logps(scores, inputs, objective)
             losses = objective(logps, chosen_tokens)
             total = losses if scores.balance is None else losses + scores.balance
             with own_errors(run.scorer.model):

@@ -1,6 +1,7 @@
 """Metrics of a policy over held-out pairs; the logprobs of policy and reference of a batch."""
 
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 
 import numpy as np
@@ -11,7 +12,7 @@ from minicache.cache.schema import CachedPairs
 from minicache.errors import CacheMismatch, ConfigError
 from minicache.options.train import LossOptions
 from minicache.processes.world import World
-from minicache.scoring.batch import Batch
+from minicache.scoring.batch import Batch, References
 from minicache.scoring.batching import Indices
 from minicache.scoring.scorer import PairScores, Scorer
 from minicache.scoring.tables import score_table
@@ -58,26 +59,38 @@ def evaluate_policy(
     table = pairs.cached.table
     means, chosen_tokens = Means(world.device), float(table.token_counts[pairs.indices, 0].mean())
     mine = pairs.indices[world.rank :: world.size]
-    for indices, batch, scores in score_table(scorer, table, mine, budget, world.device, distribution=True):
-        logps = pair_logps(scores, batch, pairs.cached, indices, objective)
+    references = partial(references_of, pairs.cached, objective.options)
+    for indices, batch, scores in score_table(
+        scorer, table, mine, budget, world.device, distribution=True, references=references
+    ):
+        logps = pair_logps(scores, batch, objective)
         means.add(objective(logps, chosen_tokens), logps, objective.beta, scores)
         tracker.advance(len(indices) * world.size, int(table.side_lengths[indices].sum()) * world.size)
     return means.reduce(world)
 
 
-def pair_logps(scores: PairScores, batch: Batch, cached: CachedPairs, indices: Indices, objective: Objective) -> Logps:
+def references_of(cached: CachedPairs, options: LossOptions, indices: Indices, batch: Batch) -> References:
+    """What the losses read of the cache for a batch, which is still on the CPU. indices: (B,) of its pairs."""
+    means = torch.from_numpy(cached.reference.logp_mean[indices])
+    if options.ld_alpha is None:
+        return References(means)
+    tokens = torch.from_numpy(cached.token_logps(indices))
+    return References(means, tokens[batch.places], _ld_weights(batch, options.ld_alpha))
+
+
+def pair_logps(scores: PairScores, batch: Batch, objective: Objective) -> Logps:
     """The logprobs of policy and reference for a batch, both as means or both as sums (mean x tokens)."""
-    counts, averaged = scores.token_count, objective.kind == "mean"
-    if objective.options.ld_alpha is not None:
-        tokens = torch.from_numpy(cached.token_logps(indices)).to(counts.device)[batch.places]
-        weights = _ld_weights(batch, counts, objective.options.ld_alpha)
+    counts, averaged, known = scores.token_count, objective.kind == "mean", batch.references
+    assert known is not None
+    if known.token_logps is not None and known.weights is not None:
         policy, reference = (
-            batch.sum_members(values[batch.members] * weights) for values in (scores.token_logps, tokens)
+            batch.sum_members(values[batch.members] * known.weights)
+            for values in (scores.token_logps, known.token_logps)
         )
         divisor = counts if averaged else torch.ones_like(counts)
         policy, reference, chosen_sum = policy / divisor, reference / divisor, scores.logp_sum[:, 0]
     else:
-        means = torch.from_numpy(cached.reference.logp_mean[indices]).to(counts.device)
+        means = known.means
         policy, reference = (scores.logp_mean, means) if averaged else (scores.logp_sum, means * counts)
         chosen_sum = None
     return Logps(
@@ -90,10 +103,11 @@ def pair_logps(scores: PairScores, batch: Batch, cached: CachedPairs, indices: I
     )
 
 
-def _ld_weights(batch: Batch, counts: torch.Tensor, alpha: float) -> torch.Tensor:
+def _ld_weights(batch: Batch, alpha: float) -> torch.Tensor:
     """(M,) weights of tokens: 1 within the length of the shorter answer, `alpha` beyond.
 
     Source: Liu et al. 2024, Length Desensitization in DPO, arXiv:2409.06411, eq. 9, with counted tokens as the length, as TRL.
     """
+    counts = batch.sum_by_side(torch.ones(len(batch.targets)))
     shared = counts.min(1).values.repeat_interleave(2)[batch.owners]
     return torch.where(batch.ranks() < shared, 1.0, alpha)

@@ -15,18 +15,16 @@ from minicache.cache.schema import CachedPairs
 from minicache.errors import CacheMismatch, ConfigError
 from minicache.options.others import EvaluateConfig
 from minicache.options.train import LossOptions, TrainConfig, ValidationOptions
-from minicache.scoring.batch import Batch
-from minicache.scoring.scorer import PairScores
+from minicache.scoring.batch import Batch, References
 from minicache.stages.evaluate import evaluate
 from minicache.stages.train import TrainReport, train
 from minicache.trackers import Silent
 from minicache.training import checkpoints, loop
 from minicache.training import step as steps
-from minicache.training.losses import Logps, Objective
 from minicache.training.pool import SAME_MODEL
 from minicache.training.saving import save_policy
 from minicache.training.step import take_step
-from minicache.training.validation import pair_logps
+from minicache.training.validation import references_of
 from tests.conftest import Cli, Row, make_rows, one_process, precompute_into, tiny_llama, write_jsonl
 
 SFT = LossOptions(sft_weight=1.0)  # so that random answers have something to teach
@@ -85,13 +83,11 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The digest of every pair that a training step saw."""
     pairs: list[int] = []
 
-    def watching(
-        scores: PairScores, batch: Batch, cached: CachedPairs, indices: np.ndarray, objective: Objective
-    ) -> Logps:
+    def watching(cached: CachedPairs, options: LossOptions, indices: np.ndarray, batch: Batch) -> References:
         pairs.extend(cached.table.digest[indices, 0].tolist())
-        return pair_logps(scores, batch, cached, indices, objective)
+        return references_of(cached, options, indices, batch)
 
-    monkeypatch.setattr(steps, "pair_logps", watching)
+    monkeypatch.setattr(steps, "references_of", watching)
     return pairs
 
 
