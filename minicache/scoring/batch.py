@@ -60,8 +60,9 @@ class Batch(Movable):
     sources: (K,) positions in the flattened rows whose outputs predict.
     targets: (K,) the ids that they predict.
     places: (K,) positions of the targets in the pairs' concatenated tokens.
-    members, owners: (M,) index of a prediction, and the side that it counts for, 2 x pair + side. A prediction of a shared token
-        counts for two sides.
+    members, owners: (M,) index of a prediction, and the side that it counts for, 2 x pair + side, one side after another and each
+        in the order of its tokens. A prediction of a shared token counts for two sides.
+    counts: (2 x pairs,) the number of members of each side.
     read, readers: (S,) position in the flattened rows, and the side that reads it, for every token of every side.
     distinct: (T,) a position of every token of every pair, that of a shared token once.
     references: for a loss; None where the scores alone are asked for.
@@ -77,23 +78,28 @@ class Batch(Movable):
     places: torch.Tensor
     members: torch.Tensor
     owners: torch.Tensor
+    counts: torch.Tensor
     read: torch.Tensor
     readers: torch.Tensor
     distinct: torch.Tensor
     references: References | None = None
 
     def sum_by_side(self, values: torch.Tensor) -> torch.Tensor:
-        """(pairs, 2): sums over each side. values: (K,) of predictions."""
+        """(pairs, 2) float64: sums over each side. values: (K,) of predictions."""
         return self.sum_members(values[self.members])
 
     def sum_members(self, values: torch.Tensor) -> torch.Tensor:
-        """(pairs, 2): sums over each side. values: (M,) of members."""
+        """(pairs, 2) float64: sums over each side, in the order of its tokens. values: (M,) of members."""
+        sums: torch.Tensor = torch.segment_reduce(values.double(), "sum", lengths=self.counts, unsafe=True, initial=0)
         # a copy, because FSDP registers hooks on the outputs of a module, and a view could lose the hook
-        return values.new_zeros(2 * self.pairs).index_add(0, self.owners, values).view(-1, 2).clone()
+        return sums.view(-1, 2).clone()
+
+    @property
+    def token_count(self) -> torch.Tensor:
+        """(pairs, 2) float32: counted tokens of each side."""
+        return self.counts.view(-1, 2).float()
 
     def ranks(self) -> torch.Tensor:
-        """(M,) int64: the index of each member among the counted tokens of its side, from 0. On a GPU it would wait."""
-        order = torch.argsort(self.owners * (self.places.max() + 1) + self.places[self.members])
-        counts = torch.bincount(self.owners, minlength=2 * self.pairs)
-        ranks = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[self.owners[order]]
-        return torch.empty_like(ranks).index_copy_(0, order, ranks)
+        """(M,) int64: the index of each member among the counted tokens of its side, from 0."""
+        before = self.counts.cumsum(0) - self.counts
+        return torch.arange(len(self.owners), device=self.owners.device) - before[self.owners]

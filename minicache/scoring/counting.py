@@ -107,6 +107,10 @@ def run_pass(scorer: Scorer, one: Batch, two: Batch, how: How) -> Pass:
         checkpoint_activations(scorer.model)
     try:
         for batch in (one, two):
+            for parameter in scorer.parameters():
+                if how.training and parameter.requires_grad:
+                    # as between micro-batches; made by a short pass they would be most of its memory
+                    parameter.grad = torch.zeros_like(parameter)
             with Counter() as counter:
                 counter.know(scorer)
                 _passes(scorer, batch, how.training)
@@ -189,7 +193,7 @@ class _Aside(torch.autograd.Function):
 
 def _passes(scorer: Scorer, batch: Batch, training: bool) -> None:
     with nullcontext() if training else torch.no_grad():
-        scores = scorer(batch, distribution=True)
+        scores = scorer(batch, distribution=True, balance=True)
     if training:
         with own_errors(scorer.model):
             (scores.logp_sum.sum() + (0 if scores.balance is None else scores.balance.sum())).backward()

@@ -74,6 +74,12 @@ class _Flat:
         second = np.concatenate([[False], members[1:] == members[:-1]])
         return members, 2 * pair[members] + (rejected[members] | second)
 
+    def members(self, members: Indices, owners: Indices) -> dict[str, Indices]:
+        """The fields of `Batch` that say which predictions count for which side. members, owners: (M,), in the order of tokens."""
+        order = np.argsort(owners, kind="stable")
+        counts = np.bincount(owners, minlength=2 * len(self.starts))
+        return {"members": members[order], "owners": owners[order], "counts": counts}
+
     def batch(self, place: Indices, shape: tuple[int, int], mask: torch.Tensor | None) -> Batch:
         """The batch in which token t is at `place[t]` of the flattened rows. place: (T,). mask: see `Batch`."""
         input_ids, position_ids = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
@@ -87,13 +93,12 @@ class _Flat:
         members, owners = self.sides(self.counted)
         read, readers = self.sides(slice(None))
         tensors = _tensors(
+            **self.members(members, owners),
             input_ids=input_ids,
             position_ids=position_ids,
             sources=place[before],
             targets=self.tokens[counted],
             places=counted,
-            members=members,
-            owners=owners,
             read=place[read],
             readers=readers,
             distinct=place,
@@ -115,13 +120,12 @@ class _Flat:
         counted = self.counted[read]
         assert (self.positions[read][counted] > 0).all(), "the first token cannot count: nothing predicts it"
         tensors = _tensors(
+            **self.members(np.arange(int(counted.sum())), readers[counted]),
             input_ids=input_ids,
             position_ids=position_ids,
             sources=place[counted] - 1,
             targets=self.tokens[read][counted],
             places=read[counted],
-            members=np.arange(int(counted.sum())),
-            owners=readers[counted],
             read=place,
             readers=readers,
             distinct=place[np.concatenate([[True], read[1:] != read[:-1]])],

@@ -1,6 +1,7 @@
 """(model, batch) -> logprobs: the only code that computes them, for the reference, the policy, evaluation and verification.
 
-Log-softmax, sums and means are float32 in every precision of the model. The head runs on counted positions only.
+In every precision of the model log-softmax and means are float32, and sums over a side float64. The head runs on counted positions
+only.
 """
 
 from collections.abc import Callable, Iterator
@@ -34,11 +35,12 @@ LookUp = Callable[[Indices, Batch], References]
 
 @dataclass(frozen=True)
 class PairScores:
-    """Scores of B pairs with K predictions; column 0 is chosen, column 1 rejected. All tensors are float32.
+    """Scores of B pairs with K predictions; column 0 is chosen, column 1 rejected. All tensors but the first are float32.
 
-    logp_sum: (B, 2), nats. token_count: (B, 2), counted tokens. token_logps: (K,), nats, in the order of the batch's predictions.
+    logp_sum: (B, 2) float64, nats. token_count: (B, 2), counted tokens. token_logps: (K,), nats, in the order of the batch's
+    predictions.
 
-    With `distribution`, else None:
+    None unless asked for:
     entropy: (B, 2), mean entropy over the counted tokens, nats, without gradients.
     alignment: (B, 2), mean of log p(token) - log sum p^2, nats, without gradients. Source: Zhou et al. 2024, WPO,
         arXiv:2406.11827, section 3.2.
@@ -55,7 +57,7 @@ class PairScores:
     @property
     def logp_mean(self) -> torch.Tensor:
         """(B, 2) float32, nats per token."""
-        return self.logp_sum / self.token_count
+        return (self.logp_sum / self.token_count).float()
 
 
 class Scorer(nn.Module):
@@ -85,22 +87,27 @@ class Scorer(nn.Module):
         self.whole: Callable[[], Scorer] | None = None
         self.use_layout(layout)
 
-    def forward(self, batch: Batch, distribution: bool = False) -> PairScores:
-        """The scores of a batch. distribution: also those of the whole distribution over the vocabulary."""
-        record = recording(self.model) if distribution and self.has_balance else nullcontext()
+    def forward(self, batch: Batch, distribution: bool = False, balance: bool = False) -> PairScores:
+        """The scores of a batch.
+
+        distribution: with entropy and alignment, of the whole distribution over the vocabulary, at the price of a copy of each
+        chunk's logits. balance: with the load-balancing loss, if the model has one.
+        """
+        record = recording(self.model) if balance and self.has_balance else nullcontext()
         with self._precision(batch.input_ids.device), record as routing, own_errors(self.model):
             token_logps, *of_distribution = self._token_logps(batch, distribution)
-        counts = batch.sum_by_side(torch.ones_like(token_logps))
+        counts = batch.token_count
         scores = PairScores(logp_sum=batch.sum_by_side(token_logps), token_count=counts, token_logps=token_logps)
+        if routing:
+            per_side = routing.loss(batch.read, batch.readers, 2 * batch.pairs, batch.distinct)
+            scores = replace(scores, balance=per_side.view(-1, 2).mean(1))
         if not distribution:
             return scores
         entropy, concentration = of_distribution
-        balance = routing.loss(batch.read, batch.readers, 2 * batch.pairs, batch.distinct) if routing else None
         return replace(
             scores,
-            entropy=batch.sum_by_side(entropy) / counts,
-            alignment=batch.sum_by_side(token_logps.detach() - concentration) / counts,
-            balance=None if balance is None else balance.view(-1, 2).mean(1),
+            entropy=(batch.sum_by_side(entropy) / counts).float(),
+            alignment=(batch.sum_by_side(token_logps.detach() - concentration) / counts).float(),
         )
 
     def use_layout(self, name: str, windows: Windows = ALL_SEEN, own_positions: bool = False) -> None:

@@ -45,7 +45,8 @@ def score_table(
     joins the forward passes of the others.
 
     Yields:
-        (m,) indices of a batch into the table, the batch on the device, its scores (see `Scorer.forward` for `distribution`).
+        (m,) indices of a batch into the table, the batch on the device, its scores; with `distribution` also entropy, alignment
+        and balance.
 
     Raises:
         ModelError: a single pair, or a batch of a sharded model, does not fit in memory.
@@ -98,7 +99,7 @@ def _scores_if_they_fit(scorer: Scorer, batch: Batch, distribution: bool) -> Pai
     try:
         # not inference mode: FSDP could not use its tensors in training afterwards
         with torch.no_grad():
-            scores: PairScores = scorer(batch, distribution)
+            scores: PairScores = scorer(batch, distribution, balance=distribution)
             return scores
     except torch.OutOfMemoryError:
         # The error refers to the tensors that filled the memory, so it must be gone before the cache is emptied.

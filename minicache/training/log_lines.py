@@ -9,12 +9,7 @@ from minicache.errors import RunDiverged
 from minicache.trackers import Tracker
 from minicache.training.speed import memory_gb, peak_flops
 from minicache.training.state import Run, Training
-from minicache.training.step import beta_of
-
-
-def is_logged(run: Run, step: int) -> bool:
-    """Whether a step, counted from 0, has a line of its own."""
-    return step % run.config.log_every == 0 or step == run.steps - 1
+from minicache.training.step import beta_of, is_logged
 
 
 def log_step(run: Run, training: Training, norm: torch.Tensor, tracker: Tracker) -> str | None:

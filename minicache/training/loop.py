@@ -12,13 +12,13 @@ from minicache.processes.signals import StopFlag
 from minicache.scoring.batching import ahead
 from minicache.trackers import Silent, Tracker
 from minicache.training import checkpoints
-from minicache.training.log_lines import is_logged, log_pending, log_step
+from minicache.training.log_lines import log_pending, log_step
 from minicache.training.order import pairs_in
 from minicache.training.progress import Outcome
 from minicache.training.run_directory import final_beta
 from minicache.training.snapshot import begin, save
 from minicache.training.state import Run, Training
-from minicache.training.step import Share, count_step, plan, take_step
+from minicache.training.step import Share, count_step, is_logged, plan, take_step
 from minicache.training.validation import evaluate_policy
 
 log = logging.getLogger(__name__)

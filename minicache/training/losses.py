@@ -21,10 +21,10 @@ from minicache.training.divergences import divergence_named
 class Logps:
     """Logprobs of B pairs; column 0 is chosen, column 1 rejected.
 
-    policy, reference: (B, 2) float32, nats: sums over the counted tokens, or means if `averaged`.
+    policy, reference: (B, 2) float32 or float64, nats: sums over the counted tokens, or means if `averaged`.
     token_count: (B, 2) float32.
     alignment: (B, 2) float32, nats per token; see `PairScores`. Only WPO needs it.
-    chosen_sum: (B,) float32, nats: the unweighted sum over the chosen answer, where the two above weight tokens (LD-DPO).
+    chosen_sum: (B,) float64, nats: the unweighted sum over the chosen answer, where the two above weight tokens (LD-DPO).
     """
 
     policy: torch.Tensor

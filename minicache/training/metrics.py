@@ -25,23 +25,29 @@ NAMES = (
 
 
 class Means:
-    """Running sums of every metric over the pairs since the last `reduce`."""
+    """Running sums of every metric over the pairs since the last `reduce`; of the entropy over those that were scored with it."""
 
     def __init__(self, device: torch.device) -> None:
-        # The last entry counts the pairs.
-        self.sums = torch.zeros(len(NAMES) + 1, dtype=torch.float64, device=device)
+        # The last two entries count the pairs, and those with an entropy.
+        self.sums = torch.zeros(len(NAMES) + 2, dtype=torch.float64, device=device)
 
     def add(self, losses: torch.Tensor, logps: Logps, beta: float, scores: PairScores) -> None:
-        """Add the metrics of B pairs. losses: (B,). logps: as the loss was given them. scores: with entropies."""
+        """Add the metrics of B pairs. losses: (B,). logps: as the loss was given them."""
         with torch.no_grad():
-            self.sums[:-1] += pair_metrics(losses, logps, beta, scores).sum(1)
-        self.sums[-1] += len(losses)
+            self.sums[:-2] += pair_metrics(losses, logps, beta, scores).sum(1)
+        self.sums[-2] += len(losses)
+        self.sums[-1] += 0 if scores.entropy is None else len(losses)
+
+    def load(self, sums: torch.Tensor) -> None:
+        """Go on from the sums of a checkpoint. In those of 0.1.0 every pair has an entropy."""
+        self.sums.copy_(torch.cat([sums, sums[-1:]]) if len(sums) == len(NAMES) + 1 else sums)
 
     def reduce(self, world: World) -> dict[str, float]:
         """The means over the pairs of all processes; resets the sums. A dense model has no aux_loss."""
-        sums = world.sum(self.sums).tolist()
+        *sums, pairs, with_entropy = world.sum(self.sums).tolist()
         self.sums = torch.zeros_like(self.sums)
-        means = {name: total / max(1, sums[-1]) for name, total in zip(NAMES, sums[:-1], strict=True)}
+        counts = {"entropy": with_entropy}
+        means = {name: total / max(1, counts.get(name, pairs)) for name, total in zip(NAMES, sums, strict=True)}
         if not means["aux_loss"]:
             del means["aux_loss"]
         return means
@@ -55,7 +61,7 @@ def pair_metrics(losses: torch.Tensor, logps: Logps, beta: float, scores: PairSc
     kl: mean over both sides of exp(-d) - 1 + d, where d is the log ratio per counted token; the k3 estimator of
     http://joschu.net/blog/kl-approx.html. The tokens are from the data and not sampled from the policy. So it
     measures how far the policy has moved on these answers, in nats per token, and is not an unbiased KL.
-    entropy: of the policy's next-token distribution at the counted tokens, mean over both sides, nats.
+    entropy: of the policy's next-token distribution at the counted tokens, mean over both sides, nats; 0 if it was not computed.
     tokens/chosen, tokens/rejected: counted tokens.
     aux_loss: load-balancing loss of a mixture of experts; 0 for a dense model.
     """
@@ -64,7 +70,7 @@ def pair_metrics(losses: torch.Tensor, logps: Logps, beta: float, scores: PairSc
     margin = rewards[:, 0] - rewards[:, 1]
     per_token = logps.per_token(logps.ratios)
     kl = (torch.expm1(-per_token) + per_token).mean(1)
-    assert scores.entropy is not None
+    zeros = torch.zeros_like(losses)
     rows = [
         losses,
         rewards[:, 0],
@@ -76,9 +82,9 @@ def pair_metrics(losses: torch.Tensor, logps: Logps, beta: float, scores: PairSc
         policy[:, 0] > policy[:, 1],
         reference[:, 0] > reference[:, 1],
         kl,
-        scores.entropy.mean(1),
+        zeros if scores.entropy is None else scores.entropy.mean(1),
         scores.token_count[:, 0],
         scores.token_count[:, 1],
-        torch.zeros_like(losses) if scores.balance is None else scores.balance,
+        zeros if scores.balance is None else scores.balance,
     ]
     return torch.stack([row.double() for row in rows])

@@ -62,7 +62,7 @@ def _restore(scaler: torch.amp.GradScaler, means: Means, state: dict[str, Any], 
     torch.set_rng_state(state["rng"])
     # The saved sums are over all processes, so one of them takes them.
     if world.is_main:
-        means.sums.copy_(state["means"])
+        means.load(state["means"])
 
 
 def save(run: Run, training: Training) -> None:

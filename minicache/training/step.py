@@ -22,6 +22,11 @@ from minicache.training.state import Run, Training
 from minicache.training.validation import pair_logps, references_of
 
 
+def is_logged(run: Run, step: int) -> bool:
+    """Whether a step, counted from 0, has a line of its own."""
+    return step % run.config.log_every == 0 or step == run.steps - 1
+
+
 def beta_of(run: Run, step: int) -> float:
     """The beta of a step, counted from 0."""
     return beta_at(step, run.steps, run.config.beta, run.config.beta_end)
@@ -88,13 +93,15 @@ def take_step(run: Run, training: Training, mine: Share) -> torch.Tensor:
 def _accumulate(run: Run, training: Training, objective: Objective, mine: Share) -> None:
     """Accumulate the gradients of the mean loss over one global batch; each rank adds those of its share."""
     world, forward, last = run.world, training.forward, len(mine.parts)
+    # the whole distribution costs a copy of the logits
+    distribution = objective.options.wpo or is_logged(run, training.progress.step)
     chosen_tokens = float(run.cached.table.token_counts[mine.indices, 0].mean())
     for number, part in enumerate(mine.parts, start=1):
         inputs = part.batch.to(world.device)
         # DDP reduces the gradients once, after the last part. Shards are reduced each time, or whole gradients would be kept.
         later = isinstance(forward, DistributedDataParallel) and number < last
         with forward.no_sync() if later else nullcontext():  # type: ignore[operator]
-            scores = forward(inputs, distribution=True)
+            scores = forward(inputs, distribution=distribution, balance=True)
             logps = pair_logps(scores, inputs, objective)
             losses = objective(logps, chosen_tokens)
             total = losses if scores.balance is None else losses + scores.balance

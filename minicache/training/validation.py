@@ -82,17 +82,20 @@ def pair_logps(scores: PairScores, batch: Batch, objective: Objective) -> Logps:
     """The logprobs of policy and reference for a batch, both as means or both as sums (mean x tokens)."""
     counts, averaged, known = scores.token_count, objective.kind == "mean", batch.references
     assert known is not None
+    chosen_sum = None
     if known.token_logps is not None and known.weights is not None:
         policy, reference = (
             batch.sum_members(values[batch.members] * known.weights)
             for values in (scores.token_logps, known.token_logps)
         )
-        divisor = counts if averaged else torch.ones_like(counts)
-        policy, reference, chosen_sum = policy / divisor, reference / divisor, scores.logp_sum[:, 0]
+        if averaged:
+            policy, reference = policy / counts, reference / counts
+        chosen_sum = scores.logp_sum[:, 0]
     else:
-        means = known.means
-        policy, reference = (scores.logp_mean, means) if averaged else (scores.logp_sum, means * counts)
-        chosen_sum = None
+        policy, reference = scores.logp_mean, known.means
+        # both sums from means of the same precision, so that a policy that is the reference has their very number
+        if not averaged:
+            policy, reference = policy.double() * counts, reference.double() * counts
     return Logps(
         policy=policy,
         reference=reference,
@@ -108,6 +111,5 @@ def _ld_weights(batch: Batch, alpha: float) -> torch.Tensor:
 
     Source: Liu et al. 2024, Length Desensitization in DPO, arXiv:2409.06411, eq. 9, with counted tokens as the length, as TRL.
     """
-    counts = batch.sum_by_side(torch.ones(len(batch.targets)))
-    shared = counts.min(1).values.repeat_interleave(2)[batch.owners]
+    shared = batch.token_count.min(1).values.repeat_interleave(2)[batch.owners]
     return torch.where(batch.ranks() < shared, 1.0, alpha)

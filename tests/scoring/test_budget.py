@@ -148,10 +148,10 @@ def test_a_run_keeps_the_budget_it_found(ref_cache: Path, tmp_path: Path, monkey
 class Small(Scorer):
     """A device that holds 60 token slots."""
 
-    def forward(self, batch: Batch, distribution: bool = False) -> PairScores:
+    def forward(self, batch: Batch, distribution: bool = False, balance: bool = False) -> PairScores:
         if batch.input_ids.numel() > 60:
             raise torch.OutOfMemoryError("out of memory")
-        return super().forward(batch, distribution)
+        return super().forward(batch, distribution, balance)
 
 
 def test_a_batch_that_does_not_fit_is_halved_until_it_does() -> None:
@@ -180,9 +180,9 @@ def test_few_attempts_find_the_batch_that_fits() -> None:
     sizes: list[int] = []
 
     class Counted(Small):
-        def forward(self, batch: Batch, distribution: bool = False) -> PairScores:
+        def forward(self, batch: Batch, distribution: bool = False, balance: bool = False) -> PairScores:
             sizes.append(batch.input_ids.numel())
-            return super().forward(batch, distribution)
+            return super().forward(batch, distribution, balance)
 
     model, table = tiny_llama(), PairTable.from_pairs(random_pairs(64), "int32")
     list(score_table(Counted(model, "float32", "packed"), table, np.arange(64), None, CPU))
