@@ -85,7 +85,8 @@ class Head:
         backward = numbers * max(4 + product, 4 + size + (4 if self.cap else 0))
         if weight.requires_grad:
             at_end = weight.numel() * weight.element_size() if weight.dtype != torch.float32 else 0
-            backward = 4 * weight.numel() + max(backward, product * (numbers + weight.numel()), at_end)
+            in_product = product * numbers + (product + 4) * weight.numel() if product else 0
+            backward = 4 * weight.numel() + max(backward, in_product, at_end)
         return cast + max(forward, backward)
 
 
@@ -204,13 +205,12 @@ def _gradients(
     logits = _logits(hidden, weight, bias, scale, cap)
     slope = None if cap is None else (logits / cap).square_().neg_().add_(1)
     logits.sub_(normalizer[:, None])
-    # 1 - p, exact also where p is nearly 1
-    of_target = -torch.expm1(logits.gather(1, targets[:, None]))
-    grads = logits.exp_().neg_().scatter_(1, targets[:, None], of_target)
+    # p - onehot
+    of_target = torch.expm1(logits.gather(1, targets[:, None]))
+    grads = logits.exp_().scatter_(1, targets[:, None], of_target)
     if slope is not None:
         grads *= slope
-    result = grads if hidden.dtype == torch.float32 else torch.empty_like(grads, dtype=hidden.dtype)
-    return torch.mul(grads, (grad * scale)[:, None], out=result)
+    return grads.mul_((-scale * grad)[:, None]).to(hidden.dtype)
 
 
 def entropy_and_concentration(logps: torch.Tensor, probabilities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
