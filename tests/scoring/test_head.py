@@ -13,6 +13,9 @@ from minicache.scoring import head
 from minicache.scoring.head import Compiled, Head
 from tests.scoring.test_memory import allocated
 
+# of torch's compiler, about itself
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+
 VOCABULARY, WIDTH, K = 400, 16, 50
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -122,7 +125,6 @@ def test_it_takes_the_bytes_that_it_says(
     assert 0.97 < made.bytes("cpu", dtype, training) / allocated(profiled) < 1.03
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("kind", ["plain", "all"])
 def test_compiled_it_gives_the_same(kind: str) -> None:
     made = head_of(kind)
