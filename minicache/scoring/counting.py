@@ -92,11 +92,12 @@ def counted_pass(scorer: Scorer, one: Batch, two: Batch, how: How) -> Pass:
         # (layers, batches, 2)
         found = torch.tensor([[_peaks(scorer, batch, how, keep) for batch in (one, two)] for keep in counts]).double()
         head, kept, rows = _head(scorer, how)
+        of_embedding = _of_embedding(scorer, how)
     peaks = found[-1]
     if stack and len(counts) > 1:
         peaks = found[1] + (found[1] - found[0]) * (len(stack) - counts[1]) / period
     decoder, at_head = (Line.through(*each) for each in peaks.T.tolist())
-    return Pass(decoder, at_head, one.input_ids.numel(), head, kept, head * len(one.sources) / rows)
+    return Pass(decoder, at_head, one.input_ids.numel(), head, kept, head * len(one.sources) / rows, kept + of_embedding)
 
 
 def run_pass(scorer: Scorer, one: Batch, two: Batch, how: How) -> Pass:
@@ -156,6 +157,12 @@ def _head(scorer: Scorer, how: How) -> tuple[int, int, int]:
     return size, weight.numel() * weight.element_size() if kept else 0, scorer.head.rows(how.kind)
 
 
+def _of_embedding(scorer: Scorer, how: How) -> int:
+    """The bytes of the embedding's gradient, which `_without_content` leaves out."""
+    weight = scorer.model.get_input_embeddings().weight
+    return weight.numel() * weight.element_size() if how.training and weight.requires_grad and scorer.head else 0
+
+
 class _HeadAside:
     """In place of the head: makes tensors of the sizes of its outputs, and notes the bytes that are there when it would run."""
 
@@ -203,14 +210,18 @@ def _without_content(scorer: Scorer, mode: FakeTensorMode, how: How, keep: int) 
     """A copy whose tensors have shapes alone, on the CPU. keep: number of decoder layers; 0: all."""
     memo: dict[int, Any] = {}
     gathered = {id(each) for layer in layers_of(scorer.model) for each in layer.parameters()} if how.sharded else set()
+    # A gradient as large as all else of a short pass, at its end, would hide what grows with the layers.
+    embedding = scorer.model.get_input_embeddings().weight if scorer.head else None
     with mode:
         for parameter in scorer.parameters():
             dtype = DTYPES[scorer.dtype] if id(parameter) in gathered else parameter.dtype
-            tensor = torch.empty(parameter.shape, dtype=dtype, device="cpu")
+            shape = (1, *parameter.shape[1:]) if parameter is embedding else parameter.shape
+            tensor = torch.empty(shape, dtype=dtype, device="cpu")
             memo[id(parameter)] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
         for buffer in scorer.buffers():
             memo[id(buffer)] = _empty(buffer)
     made = copy.deepcopy(scorer, memo)
+    made.model.get_input_embeddings().padding_idx = None
     for layer in quantized_layers(made.model):
         stand_in(layer, (layer.out_features, layer.in_features))
     for module in made.modules():

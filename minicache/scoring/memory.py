@@ -33,7 +33,8 @@ class Pass:
 
     decoder: the most while the layers run, forward and backward. at_head: what is there while the head runs. head: what the head
     makes beside it, for any number of pairs; kept: what of this stays until the end (the gradient of a weight that is the
-    embedding's too). of_pair: what the head makes for a pair, as long as it is less than `head`.
+    embedding's too). of_pair: what the head makes for a pair, as long as it is less than `head`. end: what there is while the
+    embedding's gradient is made.
     """
 
     decoder: Line
@@ -42,12 +43,13 @@ class Pass:
     head: float = 0.0
     kept: float = 0.0
     of_pair: float = 0.0
+    end: float = 0.0
 
     def bytes(self, slots: float) -> float:
         """The most bytes at once, of a batch of so many token slots."""
         pairs = slots / self.slots
         head = min(self.head, pairs * self.of_pair)
-        return max(self.decoder(pairs) + self.kept, self.at_head(pairs) + head)
+        return max(self.decoder(pairs) + self.kept, self.at_head(pairs) + head, self.end)
 
     @property
     def fixed(self) -> float:
@@ -63,7 +65,7 @@ class Pass:
         """The same with pairs of so many token slots."""
         factor = slots / self.slots
         decoder, at_head = (Line(line.fixed, line.pair * factor) for line in (self.decoder, self.at_head))
-        return Pass(decoder, at_head, slots, self.head, self.kept, self.of_pair * factor)
+        return Pass(decoder, at_head, slots, self.head, self.kept, self.of_pair * factor, self.end)
 
 
 @dataclass(frozen=True)

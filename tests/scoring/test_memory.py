@@ -37,6 +37,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3MoeConfig",
         {**COMMON, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "mlp_only_layers": [0]},
     ),
+    # most of their weights are in the embedding, and its gradient is as large as the rest of a short pass
+    "large vocabulary": ("LlamaConfig", {**COMMON, "vocab_size": 6000}),
+    "large vocabulary, tied": ("LlamaConfig", {**COMMON, "vocab_size": 6000, "tie_word_embeddings": True}),
     "gpt2": ("GPT2Config", {"vocab_size": 600, "n_embd": 64, "n_layer": 6, "n_head": 4}),
 }
 PAIRS = 5
