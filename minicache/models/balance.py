@@ -141,6 +141,7 @@ def _imbalance(logits: torch.Tensor, top: int, owners: torch.Tensor, count: int)
     experts = logits.shape[-1]
     scores = logits.float().softmax(-1)
     picks = torch.zeros_like(scores).scatter(-1, scores.topk(top).indices, 1.0)
-    tokens = torch.bincount(owners, minlength=count).clamp(min=1)[:, None]
+    # not bincount, which waits for a GPU to tell the largest
+    tokens = scores.new_zeros(count).index_add(0, owners, torch.ones_like(scores[:, 0])).clamp(min=1)[:, None]
     load, score = (values.new_zeros(count, experts).index_add(0, owners, values) / tokens for values in (picks, scores))
     return experts * (load * score).sum(1)

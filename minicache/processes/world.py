@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
 from minicache.errors import ConfigError
+from minicache.processes.products import compute_in_float32
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ def join_world() -> World:
     rank = int(os.environ.get("RANK", 0))
     cuda, backend = torch.cuda.is_available(), "none"
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    compute_in_float32()
     if cuda:
         torch.cuda.set_device(device)
     if size > 1:

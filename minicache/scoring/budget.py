@@ -59,7 +59,7 @@ def scoring_budget(scorer: Scorer, table: PairTable, world: World, tracker: Trac
 
 def _budget(scorer: Scorer, table: PairTable, optimizer: str | None, how: How, world: World, tracker: Tracker) -> int:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
-    need = need_of(scorer.outline, _passes_of(scorer, table, how, world.device), optimizer, world.size)
+    need = need_of(scorer.outline, _passes_of(scorer, table, how, world.device), optimizer)
     free = free_bytes(world.device, local)
     most = (MOST if how.training else SLOTS).get(world.device.type, MOST["cpu"])
     found = world.gather((need.slots(free), need.power(RESERVE * free, most), free))

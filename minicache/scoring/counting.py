@@ -97,7 +97,9 @@ def counted_pass(scorer: Scorer, one: Batch, two: Batch, how: How) -> Pass:
     if stack and len(counts) > 1:
         peaks = found[1] + (found[1] - found[0]) * (len(stack) - counts[1]) / period
     decoder, at_head = (Line.through(*each) for each in peaks.T.tolist())
-    return Pass(decoder, at_head, one.input_ids.numel(), head, kept, head * len(one.sources) / rows, kept + of_embedding)
+    return Pass(
+        decoder, at_head, one.input_ids.numel(), head, kept, head * len(one.sources) / rows, kept + of_embedding
+    )
 
 
 def run_pass(scorer: Scorer, one: Batch, two: Batch, how: How) -> Pass:

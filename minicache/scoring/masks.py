@@ -4,6 +4,8 @@ A pair lies in its row as prefix, chosen, rejected; rejected does not see chosen
 the first token of rejected has the last of the prefix just before it. A window that no side reaches hides nothing.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,3 +161,22 @@ def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     counts, order = blocks.sum(1), blocks.int().argsort(dim=1, descending=True, stable=True)
     return counts.int()[None, None], order.int()[None, None]
+
+
+@contextmanager
+def one_sequence_a_row() -> Iterator[None]:
+    """Within this context transformers does not look for several sequences in a row that comes without a mask.
+
+    It would read the positions on the host, and so wait for the device in every pass. Source: transformers' masking_utils.
+    """
+    from transformers import masking_utils
+
+    kept, masking_utils.find_packed_sequence_indices = masking_utils.find_packed_sequence_indices, _no_sequences
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = kept
+
+
+def _no_sequences(position_ids: torch.Tensor) -> None:
+    """What transformers finds in rows of one sequence each."""

@@ -85,7 +85,7 @@ class How:
 class Need:
     """Bytes that a stage needs on each device.
 
-    weights, gradients, optimizer: of this device's share. copies: DDP's buckets, or what FSDP gathers and reduces at once.
+    weights, gradients, optimizer: of this device's share. copies: what FSDP gathers and reduces at once.
     """
 
     weights: float
@@ -113,15 +113,16 @@ class Need:
         return min(most, 1 << max(0, self.slots(free).bit_length() - 1))
 
 
-def need_of(scorer: Scorer, passes: Pass, optimizer: str | None, processes: int) -> Need:
-    """What each of `processes` devices needs. optimizer: a name in OPTIMIZERS; None: nothing is trained."""
+def need_of(scorer: Scorer, passes: Pass, optimizer: str | None) -> Need:
+    """What each device needs. optimizer: a name in OPTIMIZERS; None: nothing is trained.
+
+    With DDP it is what one device alone needs: gradients lie in the buckets that are sent.
+    """
     weights = {id(each): each for each in scorer.parameters()}.values()
     trained = sum(each.numel() for each in weights if each.requires_grad) if optimizer else 0
     state = OPTIMIZERS[optimizer].state_bytes if optimizer else 0.0
     if scorer.shards == 1:
-        held, gradients = float(bytes_of(weights)), 4.0 * trained
-        # DDP keeps a second set of gradients to send
-        copies = gradients if processes > 1 else 0.0
+        held, gradients, copies = float(bytes_of(weights)), 4.0 * trained, 0.0
     else:
         held, gradients = bytes_of(weights) / scorer.shards, 4 * trained / scorer.shards
         copies = _gathered(scorer, bool(optimizer))

@@ -23,7 +23,7 @@ from minicache.scoring.batch import Batch, References
 from minicache.scoring.batching import Indices, by_length
 from minicache.scoring.head import Head, entropy_and_concentration
 from minicache.scoring.layouts import Layout, layout_named
-from minicache.scoring.masks import ALL_SEEN, Windows, masks_of
+from minicache.scoring.masks import ALL_SEEN, Windows, masks_of, one_sequence_a_row
 from minicache.scoring.probe import decoder_of, own_errors, probed
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -94,7 +94,8 @@ class Scorer(nn.Module):
         chunk's logits. balance: with the load-balancing loss, if the model has one.
         """
         record = recording(self.model) if balance and self.has_balance else nullcontext()
-        with self._precision(batch.input_ids.device), record as routing, own_errors(self.model):
+        precision = self._precision(batch.input_ids.device)
+        with precision, record as routing, own_errors(self.model), one_sequence_a_row():
             token_logps, *of_distribution = self._token_logps(batch, distribution)
         counts = batch.token_count
         scores = PairScores(logp_sum=batch.sum_by_side(token_logps), token_count=counts, token_logps=token_logps)
@@ -170,8 +171,8 @@ class Scorer(nn.Module):
         if batch.mask is not None or self.own_positions:
             inputs["position_ids"] = batch.position_ids
         if batch.mask is not None:
-            # walking over the spans would wait for a GPU
-            inputs["attention_mask"] = masks_of(batch.mask, ids.shape[1], self.windows, batch.mask.is_cuda)
+            # walking over the spans would wait for a device
+            inputs["attention_mask"] = masks_of(batch.mask, ids.shape[1], self.windows, batch.mask.device.type != "cpu")
         if (starts := batch.boundaries) is not None:
             at = torch.arange(ids.shape[1], device=ids.device, dtype=torch.int32)
             inputs["seq_idx"] = torch.searchsorted(starts, at, right=True, out_int32=True)[None] - 1

@@ -178,7 +178,7 @@ def _way(config: FitConfig, plan: _Plan, scorer: Scorer, checkpointing: bool, me
             f"{config.model}: its memory cannot be counted from its config, because its code reads values: {one_line(error, 200)}; "
             "expected another family, or train --tokens-per-micro-batch 1024 to try"
         ) from error
-    need = need_of(scorer, passes, config.optimizer if plan.trained else None, config.nproc)
+    need = need_of(scorer, passes, config.optimizer if plan.trained else None)
     options = _options(config, plan, checkpointing)
     room = {name: _room(need, size, plan.trained) for name, size in memory.items()}
     return Way(

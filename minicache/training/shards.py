@@ -22,8 +22,20 @@ BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 def trainable(scorer: Scorer, world: World) -> nn.Module:
-    """The module to call in training: it averages the gradients over the processes."""
-    return scorer if world.size == 1 or isinstance(scorer, FSDPModule) else DistributedDataParallel(scorer)
+    """The module to call in training: it averages the gradients over the processes.
+
+    With DDP the gradients lie in the buckets that it sends, from the first micro-batch on, and are there once. torch puts them
+    there in the first backward pass that is reduced, and again after each `zero_grad(set_to_none=True)`; until then those of the
+    micro-batches before it would lie beside the empty buckets.
+    """
+    if world.size == 1 or isinstance(scorer, FSDPModule):
+        return scorer
+    made = DistributedDataParallel(scorer, gradient_as_bucket_view=True)
+    # a backward pass of zeros
+    made.reducer.prepare_for_backward([])
+    for parameter in reversed([each for each in scorer.parameters() if each.requires_grad]):
+        parameter.backward(torch.zeros_like(parameter))
+    return made
 
 
 def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -86,7 +86,8 @@ def take_step(run: Run, training: Training, mine: Share) -> torch.Tensor:
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    # DDP's gradients stay in its buckets
+    optimizer.zero_grad(set_to_none=not isinstance(training.forward, DistributedDataParallel))
     return norm
 
 

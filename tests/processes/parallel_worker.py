@@ -2,19 +2,64 @@
 
 import json
 import sys
+from itertools import islice
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from minicache.options.dictionaries import fill
 from minicache.options.stage_one import PrecomputeConfig
 from minicache.options.train import TrainConfig
 from minicache.processes.world import join_world, leave_world
 from minicache.stages.precompute import precompute
-from minicache.stages.train import train
+from minicache.stages.train import FROM_DISK, _prepare, train
 from minicache.trackers import Silent
+from minicache.training import step as steps
+from minicache.training.losses import Logps
+from minicache.training.snapshot import begin
+from minicache.training.step import plan
+from minicache.training.validation import pair_logps
+
+
+def see_one_copy(config: TrainConfig) -> None:
+    """Take steps of several micro-batches with DDP, and look before each backward pass that the gradients lie in its buckets."""
+    run, _ = _prepare(config, None, world, Silent(), FROM_DISK)
+    training = begin(run, None)
+    gradients: set[int] = set()
+    buckets: set[int] = set()
+
+    def reduce(group: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        buckets.add(bucket.buffer().untyped_storage().data_ptr())
+        return allreduce_hook(group, bucket)  # type: ignore[arg-type]
+
+    def looking(*arguments: Any) -> Logps:
+        for each in (each for each in run.scorer.parameters() if each.requires_grad):
+            assert each.grad is not None
+            gradients.add(each.grad.untyped_storage().data_ptr())
+        return pair_logps(*arguments)
+
+    assert isinstance(training.forward, DistributedDataParallel)
+    training.forward.register_comm_hook(None, reduce)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "pair_logps", looking)
+        for mine in islice(plan(run, 0), 3):
+            assert len(mine.parts) > 1
+            gradients.clear()
+            buckets.clear()
+            steps.take_step(run, training, mine)
+            assert gradients == buckets
+
 
 world = join_world()
 for stage, options in json.loads(Path(sys.argv[1]).read_text()):
-    if stage == "train":
+    if stage == "buckets":
+        see_one_copy(fill(TrainConfig, options))
+    elif stage == "train":
         train(fill(TrainConfig, options), world, Silent())
     else:
         precompute(fill(PrecomputeConfig, options), world, Silent())

@@ -144,6 +144,12 @@ def test_any_number_of_processes_gives_the_curve_of_one(
     assert_same_curve(runs(kind), runs(kind, size, parallel))
 
 
+def test_gradients_are_there_once(few: Path, tmp_path: Path) -> None:
+    """DDP's buckets hold them, in every micro-batch of every step."""
+    options = options_of("plain", few, tmp_path / "none", tokens_per_micro_batch=80, dtype="float32")
+    run_world(2, [("buckets", options), ("buckets", {**options, "lora_rank": 2})], tmp_path / "world")
+
+
 def test_shards_of_a_tied_model_write_its_head_once_and_go_on(model_dir: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 

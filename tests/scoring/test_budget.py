@@ -54,19 +54,18 @@ def test_a_budget_takes_no_more_than_is_free(monkeypatch: pytest.MonkeyPatch) ->
     scorer, table = scorer_and_table()
     longest = int(scorer.layout.costs(table.lengths).argmax())
     one, two = (scorer.layout.make(table, np.full(count, longest)) for count in (1, 2))
-    need = need_of(scorer, counted_pass(scorer, one, two, How(training=True)), "adamw", 1)
+    need = need_of(scorer, counted_pass(scorer, one, two, How(training=True)), "adamw")
     free = 2e7
     slots = budget_with(monkeypatch, free)
     assert need.state + need.passes.bytes(slots) <= RESERVE * free < need.state + need.passes.bytes(2 * slots)
 
 
-@pytest.mark.parametrize(("processes", "copies"), [(1, 0), (2, 1), (4, 1)])
-def test_the_buckets_of_ddp_hold_the_gradients_a_second_time(processes: int, copies: int) -> None:
+def test_a_whole_model_has_its_gradients_once() -> None:
+    """Also with DDP: test_parallel.py looks into its buckets."""
     scorer, _ = scorer_and_table()
     trained = sum(parameter.numel() for parameter in scorer.parameters())
-    need = need_of(scorer, Pass(Line(0, 1), Line(0, 1), 1), "adamw", processes)
-    assert (need.weights, need.gradients, need.optimizer) == (4 * trained, 4 * trained, 8 * trained)
-    assert need.copies == copies * 4 * trained
+    need = need_of(scorer, Pass(Line(0, 1), Line(0, 1), 1), "adamw")
+    assert (need.weights, need.gradients, need.optimizer, need.copies) == (4 * trained, 4 * trained, 8 * trained, 0)
 
 
 def test_shards_divide_weights_gradients_and_optimizer_and_gather_two_layers() -> None:
@@ -75,10 +74,10 @@ def test_shards_divide_weights_gradients_and_optimizer_and_gather_two_layers() -
     trained = sum(parameter.numel() for parameter in scorer.parameters())
     (layer, _) = (sum(each.numel() for each in layer.parameters()) for layer in scorer.model.model.layers)
     root = trained - 2 * layer
-    need = need_of(scorer, Pass(Line(0, 1), Line(0, 1), 1), "adamw", 4)
+    need = need_of(scorer, Pass(Line(0, 1), Line(0, 1), 1), "adamw")
     assert (need.weights, need.gradients, need.optimizer) == (trained, trained, 2 * trained)
     assert need.copies == 4 * 3 * root + 2 * 4 * layer + (4 + 4) * layer
-    assert need_of(scorer, Pass(Line(0, 1), Line(0, 1), 1), None, 4).copies == 4 * root + 2 * 4 * layer
+    assert need_of(scorer, Pass(Line(0, 1), Line(0, 1), 1), None).copies == 4 * root + 2 * 4 * layer
 
 
 class Several(World):

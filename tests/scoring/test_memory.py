@@ -91,7 +91,7 @@ def foreseen_and_allocated(scorer: Scorer, checkpointing: bool) -> tuple[float, 
     table, make = pairs(), scorer.layout.make
     one, two = (make(table, np.arange(count)) for count in (1, 2))
     passes = counted_pass(scorer, one, two, How(training=True, checkpointing=checkpointing))
-    need = need_of(scorer, passes, "adamw", 1)
+    need = need_of(scorer, passes, "adamw")
     if checkpointing:
         checkpoint_activations(scorer.model)
     optimizer = make_optimizer(scorer, "adamw", 1e-4, 0.0)
