@@ -44,9 +44,10 @@ def write_results() -> Path:
             f"## {TITLES.get(name, name)}\n",
             *(_section(reports[name]) if name in reports else ["Not measured.\n"]),
         ]
-    noise = RESULTS / "noise.json"
-    parts += ["## The noise floor of bfloat16\n"]
-    parts += _noise(json.loads(noise.read_text(encoding="utf-8"))) if noise.exists() else ["Not measured.\n"]
+    for name, title in (("windowed", "Families whose attention has windows"), ("noise", "The noise floor of bfloat16")):
+        file = RESULTS / f"{name}.json"
+        parts += [f"## {title}\n"]
+        parts += _told(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else ["Not measured.\n"]
     growth = RESULTS / "growth.json"
     parts += ["## What the cache costs as it grows\n"]
     parts += _growth(json.loads(growth.read_text(encoding="utf-8"))) if growth.exists() else ["Not measured.\n"]
@@ -64,8 +65,9 @@ def _section(report: dict[str, Any]) -> list[str]:
     return [*lines, _table(["bar", "asked", "found", ""], gate_rows(report))]
 
 
-def _noise(report: dict[str, Any]) -> list[str]:
-    note = [f"**{report['note']}**\n"] if report["note"] else []
+def _told(report: dict[str, Any]) -> list[str]:
+    """A report that is one table."""
+    note = [f"**{report['note']}**\n"] if report.get("note") else []
     return [
         *note,
         report["what"] + "\n",

@@ -3,11 +3,17 @@
     python -m benchmarks.windowed --tokenizer DIR [--data pairs.jsonl] [--pairs 32] [--rounds 3] [--only gemma2,gpt_oss]
 
 A few layers with random weights, at a width where matrix products dominate; windows as published. Both layouts score the same
-pairs in batches of similar length; rounds alternate between them. Prints a table in Markdown.
+pairs in batches of similar length; a third way scores padded rows in the order of the file, as trainers with a live reference do.
+Rounds alternate between the three. Results are written to benchmarks/results/windowed.json.
 """
 
 import argparse
+import json
+import operator
+import os
+import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -18,6 +24,8 @@ import numpy as np
 import torch
 
 from benchmarks.case import read_pairs
+from benchmarks.measure import machine
+from benchmarks.results import RESULTS, write_results
 from minicache.models.load import save_tokenizer
 from minicache.pairs import PairTable
 from minicache.scoring.layout import settle_layout
@@ -58,6 +66,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
 }  # fmt: skip
 CPU = torch.device("cpu")
+COLUMNS = [
+    "family", "window", "layout", "pairs / CPU second", "over padded, by length", "token slots", "over padded, in order",
+    "token slots", "values differ",
+]  # fmt: skip
+# Pairs of a batch in the order of the file.
+IN_ORDER = 8
 
 
 def model_of(family: str) -> Any:
@@ -69,32 +83,45 @@ def model_of(family: str) -> Any:
     return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
 
 
+def in_order(scorer: Scorer, table: PairTable) -> Iterator[tuple[Any, Any, Any]]:
+    """As `score_table`, the pairs in their order."""
+    for start in range(0, len(table), IN_ORDER):
+        indices = np.arange(start, min(start + IN_ORDER, len(table)))
+        batch = scorer.layout.make(table, indices)
+        with torch.no_grad():
+            yield indices, batch, scorer(batch)
+
+
 def measure(family: str, table: PairTable, rounds: int) -> dict[str, Any]:
-    """Pairs a second of both layouts, their ratio, that of their token slots, and the largest difference of a mean logprob."""
-    scorer, seconds, slots = Scorer(model_of(family), "float32"), {"padded": [], "auto": []}, {"padded": 0, "auto": 0}
-    means: dict[str, np.ndarray] = {}
+    """Pairs a second in our layout, its ratios to padded rows, those of token slots, the largest difference of a mean logprob."""
+    scorer = Scorer(model_of(family), "float32")
+    seconds: dict[str, list[float]] = {"padded": [], "auto": [], "in order": []}
+    slots, means = dict.fromkeys(seconds, 0), {}
     for asked in [name for _ in range(rounds) for name in seconds]:
-        settle_layout(scorer, table, asked, CPU, Silent())
+        settle_layout(scorer, table, "padded" if asked == "in order" else asked, CPU, Silent())
+        if asked == "auto":
+            chosen = scorer.layout_name
         started, found = time.process_time(), np.zeros((len(table), 2))
         slots[asked] = 0
-        for indices, batch, scores in score_table(scorer, table, np.arange(len(table)), None, CPU):
+        everything = score_table(scorer, table, np.arange(len(table)), None, CPU)
+        for indices, batch, scores in in_order(scorer, table) if asked == "in order" else everything:
             slots[asked] += batch.input_ids.numel()
             found[indices] = scores.logp_mean.numpy()
         seconds[asked].append(time.process_time() - started)
         means[asked] = found
-    ratios = [padded / own for padded, own in zip(seconds["padded"], seconds["auto"], strict=True)]
     return {
-        "layout": scorer.layout_name,
-        "padded": len(table) / median(seconds["padded"]),
+        "layout": chosen,
         "own": len(table) / median(seconds["auto"]),
-        "ratio": median(ratios),
-        "slots": slots["padded"] / slots["auto"],
-        "differ": float(np.abs(means["padded"] - means["auto"]).max()),
+        "differ": float(max(np.abs(each - means["auto"]).max() for each in means.values())),
+        **{
+            way: (median(map(operator.truediv, seconds[way], seconds["auto"])), slots[way] / slots["auto"])
+            for way in ("padded", "in order")
+        },
     }
 
 
 def main() -> None:
-    """Print the table."""
+    """Print a row a family, and write the report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--data", default="../shared/data/dpo_en_chat.jsonl")
@@ -110,19 +137,25 @@ def main() -> None:
     table = PairTable.from_pairs(whole.take(np.arange(count) * len(whole) // count), "int32")
     # the ids may be any for speed, but must exist
     table = replace(table, tokens=table.tokens % SIZE["vocab_size"])
-    print(f"{count} pairs, the longest side {table.side_lengths.max()} tokens; {torch.get_num_threads()} threads\n")
-    print(
-        "| family | window | layout | padded, pairs a CPU second | own | ratio | ratio of token slots | values differ by |\n"
-        "|---|---|---|---|---|---|---|---|"
-    )
+    where, rows = machine(), []
     for family in [name for name in options.only.split(",") if name] or FAMILIES:
         found = measure(family, table, options.rounds)
-        window = FAMILIES[family].get("sliding_window", "none")
-        print(
-            f"| {family} | {window} | {found['layout']} | {found['padded']:.2f} | {found['own']:.2f} | {found['ratio']:.2f} "
-            f"| {found['slots']:.2f} | {found['differ']:.1e} |",
-            flush=True,
-        )
+        window = str(FAMILIES[family].get("sliding_window", "none"))
+        ratios = [f"{each:.2f}" for way in ("padded", "in order") for each in found[way]]
+        rows.append([family, window, found["layout"], f"{found['own']:.2f}", *ratios, f"{found['differ']:.1e}"])
+        print(*rows[-1], sep=" | ", flush=True)
+    report = {
+        "what": f"Two or four layers of width {SIZE['hidden_size']} with random weights, float32; {count} pairs of "
+        f"{options.data}, the longest side {table.side_lengths.max()} tokens. Stage one in the layout that `auto` takes, over "
+        f"padded rows in batches of similar length, and over padded rows in the order of the file, {IN_ORDER} pairs a batch; "
+        f"medians of {options.rounds} rounds, in seconds of CPU time. Beside each ratio stands that of the token slots. The last "
+        "column is the largest difference of a mean logprob between the layouts, nats per token.",
+        "machine": where,
+        "command": "python -m benchmarks.windowed " + " ".join(sys.argv[1:]),
+        "table": [COLUMNS, rows],
+    }
+    (RESULTS / "windowed.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(f"written: {os.path.relpath(write_results())}")
 
 
 if __name__ == "__main__":
