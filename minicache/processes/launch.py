@@ -59,6 +59,7 @@ def _start(children: list[Child], processes: int, arguments: list[str]) -> None:
         "MASTER_PORT": str(free_port()),
         "LOCAL_WORLD_SIZE": str(processes),
         "WORLD_SIZE": str(processes),
+        "MINIDPO_NPROC": str(processes),
         "OMP_NUM_THREADS": threads,
     }
     for rank in range(processes):

@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields, replace
 from shlex import quote
 
 import numpy as np
-import torch
 
 from minicache.errors import ModelError
 from minicache.models import layers_of
@@ -18,6 +17,7 @@ from minicache.options.declare import flag
 from minicache.options.fit import FitConfig, bytes_in
 from minicache.options.lora import NO_LORA, LoraOptions
 from minicache.pairs import EncodedPair, PairTable
+from minicache.processes.devices import accelerators, facts_of
 from minicache.processes.world import World
 from minicache.scoring.budget import MOST, RESERVE
 from minicache.scoring.counting import counted_pass
@@ -118,9 +118,9 @@ def fit(config: FitConfig, world: World, tracker: Tracker) -> FitReport:
 def _memory(config: FitConfig) -> dict[str, float]:
     if config.memory:
         return config.sizes()
-    if torch.cuda.is_available():
-        card = torch.cuda.get_device_properties(0)
-        return {card.name: float(card.total_memory)}
+    if found := accelerators():
+        card = facts_of(found[0])
+        return {card.name: float(card.memory)}
     return {name: bytes_in(name) for name in CARDS}
 
 
