@@ -112,8 +112,8 @@ class Batch(Movable):
 
     def _sums_in_float32(self, values: torch.Tensor) -> torch.Tensor:
         """(2 x pairs,). values: (M,)."""
-        # Multiples of 2^-12: up to 4,096 nats their sums are exact in any order. What is left is too small to round much.
-        coarse = (values * 4096).round() / 4096
+        # Multiples of 2^-10: up to 16,384 nats their sums are exact in any order. What is left is too small to round much.
+        coarse = (values * 1024).round() / 1024
         none = values.new_zeros(2 * self.pairs)
         return none.index_add(0, self.owners, coarse) + none.index_add(0, self.owners, values - coarse)
 

@@ -38,8 +38,8 @@ LookUp = Callable[[Indices, Batch], References]
 class PairScores:
     """Scores of B pairs with K predictions; column 0 is chosen, column 1 rejected. All tensors but the first are float32.
 
-    logp_sum: (B, 2) as `Batch.sum_members`, nats. token_count: (B, 2), counted tokens. token_logps: (K,), nats, in the order of the batch's
-    predictions.
+    logp_sum: (B, 2), nats, as `Batch.sum_members` gives it. token_count: (B, 2), counted tokens. token_logps: (K,), nats, in the
+    order of the batch's predictions.
 
     None unless asked for:
     entropy: (B, 2), mean entropy over the counted tokens, nats, without gradients.
