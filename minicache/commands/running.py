@@ -115,4 +115,6 @@ def print_json(console: Console, report: Any) -> None:
     def plain(value: Any) -> Any:
         return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
 
-    console.out(json.dumps(report, indent=2, ensure_ascii=False, default=plain), highlight=False)
+    # where a character could not be printed, the escapes of JSON say which one it is
+    ascii_only = not (getattr(console.file, "encoding", None) or "utf-8").lower().startswith("utf")
+    console.out(json.dumps(report, indent=2, ensure_ascii=ascii_only, default=plain), highlight=False)

@@ -112,7 +112,7 @@ def _tokenizer(config: PrecomputeConfig, family: str, directory: Path) -> ChatTo
     tokenizer = ChatTokenizer.load(directory)
     require_read(tokenizer.chat, config.date, parse_arguments(config.template_arg))
     # A policy should be prompted with the template that it was trained with, so the template stays with the tokenizer.
-    (directory / "chat_template.jinja").write_text(tokenizer.template, encoding="utf-8")
+    (directory / "chat_template.jinja").write_text(tokenizer.template, encoding="utf-8", newline="\n")
     return tokenizer
 
 

@@ -24,6 +24,9 @@ class PassOn(StopFlag):
         self.children = children
 
     def request(self, kind: int) -> None:
+        if os.name == "nt":
+            # A console sends Ctrl-C to all of its processes; another signal would end them before they save.
+            return
         for child in self.children:
             child.send_signal(kind)
 

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
-from minicache.disk import draft_of, make_folder, publish_folder, writing
+from minicache.disk import draft_of, make_folder, move, publish_folder, writing
 from minicache.errors import OutputError
 from minicache.processes.world import World
 from minicache.strict import read_as
@@ -148,7 +148,8 @@ def _put_in_place(draft: Path, final: Path) -> None:
 
 def _remove(checkpoint: Path) -> None:
     """Remove a checkpoint. It is renamed first: a kill must not leave half a checkpoint under its name."""
-    shutil.rmtree(checkpoint.rename(draft_of(checkpoint)), ignore_errors=True)
+    move(checkpoint, dead := draft_of(checkpoint))
+    shutil.rmtree(dead, ignore_errors=True)
 
 
 @contextmanager
@@ -225,4 +226,8 @@ def unreadable(what: Path, error: BaseException) -> OutputError:
 def prune(run: Path, keep: Iterable[int]) -> None:
     """Remove all checkpoints but those of these steps."""
     for step in set(steps(run)) - set(keep):
-        _remove(place(run, step))
+        try:
+            _remove(place(run, step))
+        except PermissionError as error:
+            # On Windows a file of it may be open, also in this process, which maps the weights that it resumed from.
+            log.debug("%s stays for now: %s", place(run, step), error)
