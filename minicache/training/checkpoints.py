@@ -6,6 +6,7 @@ disk, and renamed.
 """
 
 import logging
+import os
 import pickle
 import re
 import shutil
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
@@ -119,7 +121,7 @@ class Saver:
             self.under_way = self.thread.submit(finish, written)
             return
         with writing(final), _removed_on_failure(draft):
-            save(optimizer, **options)
+            save(optimizer, storage_writer=_writer(draft / OPTIMIZER), **options)
         finish(None)
         self.world.barrier()
 
@@ -128,6 +130,19 @@ class Saver:
         if self.under_way:
             pending, self.under_way = self.under_way, None
             pending.result()
+
+
+class _Files(FileSystem):
+    """torch's file system, with renames that wait for other programs."""
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        move(Path(path), Path(new_path))
+
+
+def _writer(folder: Path) -> FileSystemWriter:
+    writer = FileSystemWriter(folder)
+    writer.fs = _Files()
+    return writer
 
 
 def _new_draft(final: Path) -> Path:
