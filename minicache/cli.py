@@ -22,6 +22,7 @@ from minicache.commands.running import out
 from minicache.commands.sweep import sweep
 from minicache.commands.train import train
 from minicache.processes.signals import CommandLine
+from minicache.text import print_in_any_encoding
 
 app = typer.Typer(
     help="Offline DPO in two stages: run the frozen reference once, then train the policy alone.",
@@ -69,6 +70,7 @@ def expand_data(arguments: list[str]) -> list[str]:
 
 def main() -> None:
     """Run the command line of this process."""
+    print_in_any_encoding()
     with CommandLine():
         sys.argv[1:] = expand_data(sys.argv[1:])
         app(prog_name="minidpo")

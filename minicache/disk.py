@@ -19,17 +19,23 @@ from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
 
+import psutil
+
 from minicache.errors import OutputError
 
 DRAFT = re.compile(r"\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<process>[0-9a-f]{8})-[0-9a-f]{8}\.draft$")
 LONGEST_NAME = 180  # bytes of a name that its draft repeats; file systems allow 255 in all
+MOST_PID = 2**31 - 1  # of any system; the name of a file may hold any number
 OLD_AFTER = 24 * 3600  # seconds; no file or folder takes so long to write
+WINDOWS = os.name == "nt"
+# Seconds to wait: on Windows another program, such as a virus scanner, may hold a new file for a moment.
+PAUSES = (0.05, 0.1, 0.2, 0.4)
 NOT_TO_BE_FLUSHED = (errno.EACCES, errno.EINVAL)  # folders on Windows, those without a right to read, some file systems
 
 
 def usual_directory() -> Path:
     """The default directory of scratch files: not /tmp, which is memory on many machines."""
-    if os.name == "nt":
+    if WINDOWS:
         return Path(gettempdir())
     return Path(os.environ.get("TMPDIR") or "/var/tmp")
 
@@ -54,7 +60,7 @@ def flush_to_disk(places: Iterable[Path]) -> None:
     was not flushed."""
     for place in places:
         try:
-            descriptor = os.open(place, os.O_RDWR if os.name == "nt" and place.is_file() else os.O_RDONLY)
+            descriptor = os.open(place, os.O_RDWR if WINDOWS and place.is_file() else os.O_RDONLY)
             try:
                 os.fsync(descriptor)
             finally:
@@ -62,6 +68,17 @@ def flush_to_disk(places: Iterable[Path]) -> None:
         except OSError as error:
             if error.errno not in NOT_TO_BE_FLUSHED or not place.is_dir():
                 raise
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename a file or folder, in place of a file that lies there. Raises OSError: it cannot be renamed, still after a second."""
+    for pause in PAUSES:
+        try:
+            source.replace(target)
+            return
+        except PermissionError:
+            time.sleep(pause)
+    source.replace(target)
 
 
 def make_folder(folder: Path) -> None:
@@ -96,7 +113,7 @@ def written_whole(file: Path) -> Iterator[Path]:
     with writing(file), draft_beside(file) as draft:
         yield draft
         flush_to_disk([draft])
-        draft.replace(file)
+        move(draft, file)
         flush_to_disk([file.parent])
 
 
@@ -124,11 +141,14 @@ def publish_folder(draft: Path, folder: Path) -> None:
         OSError: the disk refuses; then it is not at `folder`.
     """
     flush_to_disk([*draft.rglob("*"), draft])
-    draft.replace(folder)
+    if WINDOWS and folder.is_dir():
+        # Elsewhere an empty folder is replaced.
+        folder.rmdir()
+    move(draft, folder)
     try:
         flush_to_disk([folder.parent])
     except OSError:
-        folder.replace(draft)
+        move(folder, draft)
         raise
 
 
@@ -167,22 +187,10 @@ def _is_left_over(draft: Path) -> bool:
     if found and found["machine"] == _machine():
         pid = int(found["pid"])
         # a container's processes have the same few numbers in each of its lives
-        return found["process"] != _process() if pid == os.getpid() else not _is_alive(pid)
+        return found["process"] != _process() if pid == os.getpid() else pid > MOST_PID or not psutil.pid_exists(pid)
     with suppress(OSError):
         return time.time() - draft.lstat().st_mtime > OLD_AFTER
     return False
-
-
-def _is_alive(pid: int) -> bool:
-    if os.name == "nt":  # where signal 0 is Ctrl-C
-        return True
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True
 
 
 def _remove(draft: Path) -> None:
@@ -224,4 +232,6 @@ def read_json(file: Path) -> dict[str, Any]:
 def write_json(file: Path, facts: dict[str, Any]) -> None:
     """Write a JSON object, paths as text. Raises OutputError: the disk is full or refuses; what was there stays."""
     with written_whole(file) as draft:
-        draft.write_text(json.dumps(facts, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+        draft.write_text(
+            json.dumps(facts, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8", newline="\n"
+        )

@@ -133,6 +133,7 @@ def is_lost_peer(error: BaseException) -> bool:
 
 def is_full_memory(error: BaseException) -> bool:
     """Whether it says that a GPU's or the CPU's memory is full; for the latter torch raises a plain RuntimeError."""
-    return (
-        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
-    )
+    # mps and npu raise a plain RuntimeError too
+    texts = ("allocate memory", "out of memory")
+    named = type(error).__name__ == "OutOfMemoryError" or any(text in str(error) for text in texts)
+    return isinstance(error, MemoryError) or named

@@ -1,6 +1,29 @@
 """Text for a terminal, a page or a message."""
 
+import codecs
+import io
+import sys
 from collections.abc import Iterable, Sequence
+
+# Signs that this program prints and some encodings lack, and what stands for them there: GBK has no check mark.
+PLAIN = {
+    **dict.fromkeys("✓╭╮╰╯┌┐└┘├┤┬┴┼", "+"), "✗": "x", "×": "x", "→": ">", "…": ".", "·": ".", "⟦": "[", "⟧": "]",
+    **dict.fromkeys("–—−─━╶╴╸╺░", "-"), **dict.fromkeys("│┃", "|"), **dict.fromkeys("▏▎▍▌▋▊▉█", "#"),
+}  # fmt: skip
+
+
+def print_in_any_encoding() -> None:
+    """Let stdout and stderr replace characters that their encoding lacks, as of a pipe on Windows, instead of raising an error."""
+    codecs.register_error("minidpo", _plain)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="minidpo")
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(PLAIN.get(each, "?") for each in error.object[error.start : error.end]), error.end
 
 
 def visible(text: str) -> str:

@@ -2,8 +2,8 @@
 
 The system's page cache holds as much of it in memory as there is room for, in one copy for all processes. The file has a name only
 until every process has mapped it; then the system frees it when the last of these processes ends, also if it is killed. So no
-file stays behind that a later run could take for its own. Windows keeps the name of an open file: there the file is removed when
-it is closed.
+file stays behind that a later run could take for its own. Windows keeps the name of an open file: there the system removes it when
+all of these processes have closed it.
 """
 
 import errno
@@ -15,6 +15,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from minicache.errors import OutputError
+
+# On Windows: remove the file with its last handle, a mapping's included.
+TEMPORARY = getattr(os, "O_TEMPORARY", 0)
 
 
 class ScratchFile:
@@ -28,7 +31,7 @@ class ScratchFile:
         """
         self.file, self.size = file, size
         with _in_place(file, size):
-            self._descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            self._descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | TEMPORARY, 0o600)
         try:
             with _in_place(file, size):
                 os.truncate(self._descriptor, size)
@@ -69,7 +72,7 @@ def map_scratch(file: Path, size: int) -> mmap.mmap:
         OutputError: there is no such file.
     """
     with _in_place(file, size):
-        descriptor = os.open(file, os.O_RDONLY)
+        descriptor = os.open(file, os.O_RDONLY | TEMPORARY)
     try:
         return mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
     finally:

@@ -21,6 +21,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from minicache.cache.blocks import TOKENIZER, Blocks
 from minicache.cache.identity import Identity
 from minicache.cache.manifest import Log, Manifest
+from minicache.cache.places.bounded import BoundedStore
 from minicache.cache.places.claims import CLAIM_FILE
 from minicache.cache.places.directory import draft_of, remove_drafts
 from minicache.cache.places.opening import place_at
@@ -159,7 +160,7 @@ class CacheWriter:
 
 def _create_arrays(draft: Path, manifest: Manifest) -> None:
     """Make the zarr group with its manifest and with arrays of no blocks."""
-    group = zarr.create_group(zarr.storage.LocalStore(draft), attributes=manifest.to_attributes())
+    group = zarr.create_group(BoundedStore(draft), attributes=manifest.to_attributes())
     for name, spec in array_specs(manifest.identity).items():
         group.create_array(
             name,

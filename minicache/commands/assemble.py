@@ -41,6 +41,14 @@ NPROC = Extra(
     option=Option(help="Number of processes on this machine, started as torchrun would."),
     minimum=1,
 )
+DEVICE = Extra(
+    name="device",
+    kind=str,
+    default="auto",
+    option=Option(
+        help="auto (the GPU that torch reports, else the CPU), cuda, mps, xpu, npu or cpu; cuda:1 by number."
+    ),
+)
 JSON = Extra(name="json", kind=bool, default=False, option=Option(help="Print the result as JSON."))
 VERBOSE = Extra(
     name="verbose",
@@ -77,6 +85,11 @@ class Given:
     def nproc(self) -> int:
         """Number of processes."""
         return int(self.extras["nproc"])
+
+    @property
+    def device(self) -> str:
+        """Which device to compute on."""
+        return str(self.extras["device"])
 
     @property
     def json(self) -> bool:

@@ -36,10 +36,12 @@ def log_everything() -> None:
     logging.getLogger("minicache").setLevel(logging.DEBUG)
 
 
-def run_stage(name: str, config: Any, nproc: int, show: Callable[[Console, Any], object] | None) -> Any:
+def run_stage(
+    name: str, config: Any, nproc: int, show: Callable[[Console, Any], object] | None, device: str = "auto"
+) -> Any:
     """Run a stage in `nproc` processes, show its report on rank 0, and return it.
 
-    name: of the stage's module in stages/ and of the function in it; "module.function" if they differ.
+    name: of the stage's module in stages/ and of the function in it; "module.function" if they differ. device: as --device.
     """
     if nproc > 1 and "WORLD_SIZE" not in os.environ:
         from minicache.processes.launch import launch
@@ -55,7 +57,7 @@ def run_stage(name: str, config: Any, nproc: int, show: Callable[[Console, Any],
         from minicache.processes.world import join_world, leave_world
 
         stage = getattr(import_module(f"minicache.stages.{module}"), function or module)
-    world = join_world()
+    world = join_world(device)
     with screen_ if world.is_main else Silent() as tracker:
         report = stage(config, world, tracker)
     if world.is_main and show:
@@ -126,4 +128,6 @@ def print_json(console: Console, report: Any) -> None:
     def plain(value: Any) -> Any:
         return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
 
-    console.out(json.dumps(report, indent=2, ensure_ascii=False, default=plain), highlight=False)
+    # where a character could not be printed, the escapes of JSON say which one it is
+    ascii_only = not (getattr(console.file, "encoding", None) or "utf-8").lower().startswith("utf")
+    console.out(json.dumps(report, indent=2, ensure_ascii=ascii_only, default=plain), highlight=False)

@@ -4,6 +4,7 @@ import inspect
 from dataclasses import MISSING, replace
 
 from minicache.commands.assemble import (
+    DEVICE,
     JSON,
     NPROC,
     RECIPE,
@@ -28,7 +29,7 @@ HELP = {
     "loss": "Preference losses (docs/training.md lists them). A value with a colon is one mixture; repeat --loss for more: "
     "--loss sigmoid:0.8,hinge:0.2 --loss ipo,hinge.",
 }
-EXTRAS = {"init_from": RECIPE, "compile": in_panel(NPROC, MEMORY)}
+EXTRAS = {"init_from": RECIPE, "compile": in_panel(NPROC, MEMORY), "dtype": in_panel(DEVICE, MEMORY)}
 
 
 def parameters() -> list[inspect.Parameter]:
@@ -56,4 +57,4 @@ def sweep(given: Given) -> None:
     """Stage two for every combination of some options, one run after another from one cache; compared in a table and a picture."""
     with errors_as_one_line("the same command goes on with the sweep"):
         config = sweep_config(single_cache(given.options), recipe(given.extras["recipe"]))
-        run_stage("sweep", config, given.nproc, print_json if given.json else show_sweep)
+        run_stage("sweep", config, given.nproc, print_json if given.json else show_sweep, given.device)

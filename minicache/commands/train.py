@@ -5,7 +5,7 @@ from typing import Any
 
 import typer
 
-from minicache.commands.assemble import NPROC, RECIPE, Given, command_of, in_panel, parameters_of
+from minicache.commands.assemble import DEVICE, NPROC, RECIPE, Given, command_of, in_panel, parameters_of
 from minicache.commands.running import errors_as_one_line, run_stage
 from minicache.errors import OutputError
 from minicache.options.recipes import recipe
@@ -14,7 +14,7 @@ from minicache.options.unused import require_read
 from minicache.screen.results import show_train
 from minicache.training.run_directory import run_facts
 
-EXTRAS = {"resume": RECIPE, "compile": in_panel(NPROC, MEMORY)}
+EXTRAS = {"resume": RECIPE, "compile": in_panel(NPROC, MEMORY), "dtype": in_panel(DEVICE, MEMORY)}
 
 
 @command_of(parameters_of(TrainConfig, EXTRAS, optional=("ref_cache",)))
@@ -27,7 +27,7 @@ def train(given: Given) -> None:
             raise typer.BadParameter("missing; name the directory precompute-ref wrote", param_hint="--ref-cache")
         config = Given(options, given.extras).config(TrainConfig, {**before, **recipe(given.extras["recipe"])})
         require_read(config, options)
-        run_stage("train", config, given.nproc, show_train)
+        run_stage("train", config, given.nproc, show_train, given.device)
 
 
 def single_cache(options: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from minicache.errors import ConfigError, DataError
 
 STDIN = "-"
 # A folder with a configuration of its README and a split.
-OF_FOLDER = re.compile(r"(?P<path>.+?)(?::(?P<config>[^:@/]+))?(?:@(?P<split>[^@/]+))?", re.DOTALL)
+OF_FOLDER = re.compile(r"(?P<path>.+?)(?::(?P<config>[^:@/\\]+))?(?:@(?P<split>[^@/\\]+))?", re.DOTALL)
 KINDS = "a file, a folder, a glob in quotes, a URL, - (standard input) or a data set of the Hub (org/name)"
 
 
@@ -96,7 +96,7 @@ def _copy(pipe: IO[bytes], name: str, scratch: Path) -> DataFile:
 
 def _in_folder(path: Path, name: str, asked: tuple[str, str], note: Note) -> list[DataFile]:
     """The files of a folder. asked: the configuration and the split, "" for what is not named."""
-    shown = name.rstrip("/") or "/"
+    shown = name.rstrip("/" + os.sep) or "/"
 
     def read(inside: str) -> str:
         return (path / inside).read_text(encoding="utf-8", errors="replace")

@@ -84,7 +84,7 @@ def _remove_templates(directory: Path) -> None:
     config = read_config(directory)
     if config.pop("chat_template", None) is not None:
         text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
-        (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        (directory / "tokenizer_config.json").write_text(text, encoding="utf-8", newline="\n")
     (directory / "chat_template.json").unlink(missing_ok=True)
 
 

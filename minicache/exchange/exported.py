@@ -58,7 +58,10 @@ def import_exported(config: ImportConfig, document: dict[str, Any], tracker: Tra
     _require_stated(config, manifest, tracker)
     out = place_at(config.ref_cache)
     tracker.begin("writing", manifest.log.pairs)
-    with drafted(out, "importing") as (draft, claims), TemporaryDirectory(prefix="minidpo-") as scratch:
+    with (
+        drafted(out, "importing") as (draft, claims),
+        TemporaryDirectory(prefix="minidpo-", ignore_cleanup_errors=True) as scratch,
+    ):
         tokenizer = Path(scratch) / "tokenizer"
         unpack(document.get("tokenizer"), tokenizer, config.file)
         require_fit(tokenizer, manifest.identity, config.file)

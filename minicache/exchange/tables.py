@@ -75,7 +75,7 @@ def _json_table(out: Path, document: dict[str, Any]) -> Iterator[Write]:
         with _text_writer(out, draft) as stream:
             yield lambda part: stream.writelines(_lines(part))
         with written_whole(document_beside(out)) as beside:
-            beside.write_text(json.dumps(document), encoding="utf-8")
+            beside.write_text(json.dumps(document), encoding="utf-8", newline="\n")
 
 
 @contextmanager
@@ -193,5 +193,7 @@ def _describe(directory: Path) -> None:
         "_output_all_columns": False,
         "_split": None,
     }
-    (directory / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
-    (directory / "dataset_info.json").write_text(json.dumps({"citation": "", "description": ""}), encoding="utf-8")
+    (directory / STATE_FILE).write_text(json.dumps(state), encoding="utf-8", newline="\n")
+    (directory / "dataset_info.json").write_text(
+        json.dumps({"citation": "", "description": ""}), encoding="utf-8", newline="\n"
+    )

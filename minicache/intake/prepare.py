@@ -41,7 +41,7 @@ def prepare(
     Raises:
         MinicacheError: as `precompute`.
     """
-    with TemporaryDirectory(prefix="minidpo-") as scratch:
+    with TemporaryDirectory(prefix="minidpo-", ignore_cleanup_errors=True) as scratch:
         request = Request.of(config, files, loaded, device, tracker, Path(scratch))
         log.debug("%s: identity %s, %s", request.path, request.identity.digest, request.identity.stored)
         if config.shard:

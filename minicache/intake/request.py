@@ -26,6 +26,7 @@ from minicache.models.load import lasting_name
 from minicache.models.quantized import weight_count
 from minicache.options.stage_one import PrecomputeConfig
 from minicache.options.where import Where
+from minicache.processes.devices import by_kind
 from minicache.trackers import Tracker
 
 # Seconds to score a block: a kill costs about as much.
@@ -111,7 +112,7 @@ def _tokenizer(config: PrecomputeConfig, family: str, directory: Path) -> ChatTo
     tokenizer = ChatTokenizer.load(directory)
     require_read(tokenizer.chat, config.date, parse_arguments(config.template_arg))
     # A policy should be prompted with the template that it was trained with, so the template stays with the tokenizer.
-    (directory / "chat_template.jinja").write_text(tokenizer.template, encoding="utf-8")
+    (directory / "chat_template.jinja").write_text(tokenizer.template, encoding="utf-8", newline="\n")
     return tokenizer
 
 
@@ -143,7 +144,7 @@ def _identity(
 def _block_pairs(loaded: LoadedModel, max_length: int, device: torch.device) -> int:
     """The number of pairs that take about BLOCK_SECONDS to score: a power of two from 16 to 4096."""
     parameters = sum(map(weight_count, loaded.model.parameters()))
-    seconds_a_pair = 2 * parameters * min(max_length, 512) / ASSUMED_FLOPS[device.type]
+    seconds_a_pair = 2 * parameters * min(max_length, 512) / by_kind(ASSUMED_FLOPS, device)
     return 1 << int(np.clip(np.log2(BLOCK_SECONDS / seconds_a_pair), 4, 12))
 
 

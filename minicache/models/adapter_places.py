@@ -6,6 +6,7 @@ from pathlib import Path
 from minicache.data.tokenizer_files import TEMPLATE
 from minicache.errors import ModelError
 from minicache.models.adapter_files import ADAPTER
+from minicache.models.file_kinds import is_path
 
 # The merged base of a run's adapters, in the run's directory.
 MERGED_BASE = "base"
@@ -17,7 +18,7 @@ def adapter_place(source: str) -> Path | None:
     path = Path(source)
     if (path / ADAPTER).is_file():
         return path
-    if path.exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
+    if path.exists() or source.count("/") != 1 or is_path(source):
         return None
     found = None
     for name in (ADAPTER, "adapter_model.safetensors", "adapter_model.bin"):

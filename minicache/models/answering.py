@@ -9,6 +9,7 @@ import torch
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import ConfigError, ModelError
 from minicache.pairs import Ints
+from minicache.processes.devices import keeping_random_state
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,7 @@ def answer_all(
     # prompts of similar length share a batch, which needs little padding
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers: dict[int, Answer] = {}
-    gpus = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(gpus), torch.inference_mode():
+    with keeping_random_state(model.device), torch.inference_mode():
         torch.manual_seed(sampling.seed)
         for start in range(0, len(order), sampling.batch_size):
             batch = order[start : start + sampling.batch_size]

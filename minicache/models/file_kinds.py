@@ -40,6 +40,11 @@ def require_torch_file(path: Path) -> bool:
     raise ModelError(f"{path}: {_mistaken(head, size)}")
 
 
+def is_path(source: str) -> bool:
+    """Whether a model's name is a path, and no id of a hub: it begins as one, has several slashes, or Windows' backslashes."""
+    return source.count("/") > 1 or "\\" in source or source.startswith((".", "/", "~"))
+
+
 def require_file(path: Path) -> None:
     """Require that there is a file.
 

@@ -237,4 +237,4 @@ def save_tokenizer(
     if chat_template is None and adapter:
         chat_template = own_template(adapter)
     if chat_template is not None:
-        (directory / TEMPLATE).write_text(chat_template, encoding="utf-8")
+        (directory / TEMPLATE).write_text(chat_template, encoding="utf-8", newline="\n")

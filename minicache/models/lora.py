@@ -109,7 +109,7 @@ def write_base(model: nn.Module, directory: Path) -> None:
         if below := getattr(model, "below", None):
             write_joined(model, below, directory)
             facts = {"weights": below.weights, JOINED: True}
-        (directory / BASE).write_text(json.dumps(facts) + "\n", encoding="utf-8")
+        (directory / BASE).write_text(json.dumps(facts) + "\n", encoding="utf-8", newline="\n")
     if kept := getattr(model, "kept_weights", None):
         save_file({**load_file(directory / WEIGHTS), **kept}, directory / WEIGHTS, metadata={"format": "pt"})
 

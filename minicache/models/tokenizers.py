@@ -228,10 +228,12 @@ def _reloaded_difference(
     """
     from transformers import AutoTokenizer
 
-    with TemporaryDirectory(prefix="minidpo-") as place:
+    with TemporaryDirectory(prefix="minidpo-", ignore_cleanup_errors=True) as place:
         copy_to_policy(directory, Path(place))
         if model_type:
-            (Path(place) / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
+            (Path(place) / "config.json").write_text(
+                json.dumps({"model_type": model_type}), encoding="utf-8", newline="\n"
+            )
         try:
             reloaded = from_pretrained(AutoTokenizer, place, trust_remote_code)
         except ModelError as error:

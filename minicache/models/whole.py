@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from minicache.errors import ModelError
+from minicache.models.file_kinds import is_path
 from minicache.text import listed
 
 # Tables that older releases saved and that are computed anew: no weights.
@@ -152,7 +153,7 @@ def _folder(source: str) -> Path:
     """The directory of a model's files: the source itself, or where the hub's copy of it lies."""
     from huggingface_hub import try_to_load_from_cache
 
-    if Path(source).exists() or source.count("/") > 1:
+    if Path(source).exists() or is_path(source):
         return Path(source)
     config = try_to_load_from_cache(source, "config.json")
     return Path(config).parent if isinstance(config, str) else Path(source)

@@ -3,7 +3,7 @@
 from minicache.data.formats import FORMATS
 
 REF_CACHE = "The reference cache: a directory, or s3://bucket/name, gs://…, az://…"
-DTYPE = "auto (bfloat16 on CUDA, else float32), bfloat16, float16 or float32."
+DTYPE = "auto (bfloat16 on a GPU, float16 if it has none; else float32), bfloat16, float16 or float32."
 TRUST = "Run code that comes with the model."
 SCRATCH = (
     "Decode the pairs into a file in this directory. (Default: into memory; if it is too small, $TMPDIR or /var/tmp.)"

@@ -3,7 +3,8 @@
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from minicache.errors import ConfigError
 
@@ -24,7 +25,8 @@ def local_path(where: Where) -> Path | None:
         return None
     if parts.netloc not in ("", "localhost") or not parts.path:
         raise ConfigError(f"{where}: expected file:///a/path with three slashes, or just the path")
-    return Path(unquote(parts.path))
+    # with C:/a for /C:/a on Windows
+    return Path(url2pathname(parts.path))
 
 
 def different(places: Iterable[Where]) -> bool:

@@ -116,7 +116,13 @@ def _places(name: object, beside: Path) -> list[Place]:
 def _page_of(path: Path, beside: Path) -> str | None:
     for folder in (path, path.parent) if path.name == "model" else (path,):
         if folder.name and (folder / PAGE).is_file():
-            return quote(Path(os.path.relpath((folder / PAGE).resolve(), beside)).as_posix())
+            page = (folder / PAGE).resolve()
+            # from one of Windows' drives to another there is no relative path
+            return (
+                quote(Path(os.path.relpath(page, beside)).as_posix())
+                if page.drive == beside.absolute().drive
+                else page.as_uri()
+            )
     return None
 
 

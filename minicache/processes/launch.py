@@ -24,6 +24,9 @@ class PassOn(StopFlag):
         self.children = children
 
     def request(self, kind: int) -> None:
+        if os.name == "nt":
+            # A console sends Ctrl-C to all of its processes; another signal would end them before they save.
+            return
         for child in self.children:
             child.send_signal(kind)
 
@@ -59,6 +62,7 @@ def _start(children: list[Child], processes: int, arguments: list[str]) -> None:
         "MASTER_PORT": str(free_port()),
         "LOCAL_WORLD_SIZE": str(processes),
         "WORLD_SIZE": str(processes),
+        "MINIDPO_NPROC": str(processes),
         "OMP_NUM_THREADS": threads,
     }
     for rank in range(processes):

@@ -58,7 +58,7 @@ class Interruptible:
         if unraisable.exc_type is KeyboardInterrupt and self.since is not None:
             self.since = None
             # From a timer: an exception that is raised in this hook is dropped too.
-            again = threading.Timer(0.01, os.kill, (os.getpid(), self._kind))
+            again = threading.Timer(0.01, _send_again, (self._kind,))
             again.daemon = True
             again.start()
         else:
@@ -117,6 +117,14 @@ class CommandLine(Interruptible):
         os._exit(INTERRUPTED)
 
     insist = request
+
+
+def _send_again(kind: int) -> None:
+    """Send this process a signal. On Windows `os.kill` would end it at once."""
+    if os.name == "nt":
+        signal.raise_signal(kind)
+    else:
+        os.kill(os.getpid(), kind)
 
 
 def ignore_signals() -> None:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
 from minicache.errors import ConfigError
+from minicache.processes import devices
 from minicache.processes.products import compute_in_float32
 
 log = logging.getLogger(__name__)
@@ -63,27 +64,26 @@ class World:
             dist.barrier()
 
 
-def join_world() -> World:
+def join_world(device: str = "auto") -> World:
     """The world of this process: the process group that torchrun's environment describes, joined, or a single process.
 
+    device: as `devices.choose`.
+
     Raises:
-        ConfigError: torchrun may restart the processes, which then could not find each other.
+        ConfigError: there is no such device; torchrun may restart the processes, which then could not find each other.
     """
     size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     rank = int(os.environ.get("RANK", 0))
-    cuda, backend = torch.cuda.is_available(), "none"
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    mine, backend = devices.choose(device, local_rank, size), "none"
     compute_in_float32()
-    if cuda:
-        torch.cuda.set_device(device)
     if size > 1:
+        backend = devices.backends(mine)
         store = _fresh_store(size)
         place: dict[str, Any] = {"store": store, "rank": rank, "world_size": size} if store else {}
-        # gloo beside NCCL, for collectives on tensors in the CPU's memory
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, timeout=PATIENCE, device_id=device if cuda else None, **place)
-    log.debug("rank %d of %d on %s, backend %s", rank, size, device, backend)
-    return World(rank, size, device)
+        bound = None if mine.type == "cpu" else mine
+        dist.init_process_group(backend, timeout=PATIENCE, device_id=bound, **place)
+    log.debug("rank %d of %d on %s, backend %s", rank, size, mine, backend)
+    return World(rank, size, mine)
 
 
 def _fresh_store(size: int) -> PrefixStore | None:

@@ -101,10 +101,13 @@ def _devices() -> tuple[list[str], str | None, str | None]:
     try:
         import torch
 
+        from minicache.processes.devices import accelerators, facts_of
+
         found = []
-        for index in range(torch.cuda.device_count()):
-            card = torch.cuda.get_device_properties(index)
-            found.append(f"{card.name}, {card.total_memory / 2**30:,.1f} GiB, compute {card.major}.{card.minor}")
+        for device in accelerators():
+            name, memory, capability = facts_of(device)
+            last = f"compute {capability}" if capability else device.type
+            found.append(f"{name}, {memory / 2**30:,.1f} GiB, {last}")
         return found, torch.version.cuda, None
     # A broken driver or build may raise anything, and is what this report should show.
     except Exception as error:

@@ -1,8 +1,8 @@
 """Attention over rows that hold pairs, each a prefix with two branches that do not see each other.
 
-Registered with transformers under NAME, for models whose code asks its registry. The mask says how: the spans of a packed row (on
-a CPU, where attention walks over them), a block mask (FlexAttention skips the blocks that no token sees), or a dense mask. Soft
-caps (Gemma 2) and sinks (gpt-oss) are computed; what else a model's code passes that would change values is refused.
+Registered with transformers under NAME, for models whose code asks its registry. The mask says how: the spans of a packed row,
+over which attention walks where nothing is compiled, a block mask (FlexAttention skips the blocks that no token sees), or a dense
+mask. Soft caps (Gemma 2) and sinks (gpt-oss) are computed; what else a model's code passes that would change values is refused.
 """
 
 from collections.abc import Iterator
@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
+
+from minicache.processes.devices import has_flex
 
 NAME = "minicache_spans"
 Mask = torch.Tensor | BlockMask | None
@@ -233,7 +235,7 @@ def _flex(
     if form.sinks is not None:
         options["return_aux"] = AuxRequest(lse=True)
     # A compiled model compiles it too; on a CPU, in tests, the plain form is used.
-    run: Any = _compiled_flex() if query.is_cuda and not torch.compiler.is_compiling() else flex_attention
+    run: Any = _compiled_flex() if has_flex(query.device) and not torch.compiler.is_compiling() else flex_attention
     if form.sinks is None:
         output: torch.Tensor = run(query, key, value, **options)
         return output

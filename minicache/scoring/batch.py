@@ -9,6 +9,8 @@ from typing import Any, Self
 
 import torch
 
+from minicache.processes.devices import has_flex, has_float64
+
 
 class Movable:
     """A frozen dataclass whose fields are tensors, other Movables, or plain values."""
@@ -84,15 +86,36 @@ class Batch(Movable):
     distinct: torch.Tensor
     references: References | None = None
 
+    def to(self, device: torch.device) -> Self:
+        """The batch on a device. Spans that attention walks over stay on the CPU, where reading them waits for nothing."""
+        moved = super().to(device)
+        walks = self.mask is not None and self.mask.ndim == 4 and not has_flex(device)
+        return replace(moved, mask=self.mask) if walks else moved
+
     def sum_by_side(self, values: torch.Tensor) -> torch.Tensor:
-        """(pairs, 2) float64: sums over each side. values: (K,) of predictions."""
+        """(pairs, 2): sums over each side, as `sum_members`. values: (K,) of predictions."""
         return self.sum_members(values[self.members])
 
     def sum_members(self, values: torch.Tensor) -> torch.Tensor:
-        """(pairs, 2) float64: sums over each side, in the order of its tokens. values: (M,) of members."""
-        sums: torch.Tensor = torch.segment_reduce(values.double(), "sum", lengths=self.counts, unsafe=True, initial=0)
+        """(pairs, 2): sums over each side. values: (M,) of members.
+
+        They are float64 and in the order of tokens; on a device without float64 float32, exact but for the last rounding.
+        """
+        if has_float64(values.device):
+            sums: torch.Tensor = torch.segment_reduce(
+                values.double(), "sum", lengths=self.counts, unsafe=True, initial=0
+            )
+        else:
+            sums = self._sums_in_float32(values)
         # a copy, because FSDP registers hooks on the outputs of a module, and a view could lose the hook
         return sums.view(-1, 2).clone()
+
+    def _sums_in_float32(self, values: torch.Tensor) -> torch.Tensor:
+        """(2 x pairs,). values: (M,)."""
+        # Multiples of 2^-10: up to 16,384 nats their sums are exact in any order. What is left is too small to round much.
+        coarse = (values * 1024).round() / 1024
+        none = values.new_zeros(2 * self.pairs)
+        return none.index_add(0, self.owners, coarse) + none.index_add(0, self.owners, values - coarse)
 
     @property
     def token_count(self) -> torch.Tensor:

@@ -5,10 +5,12 @@ import os
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 
 from minicache.errors import ModelError
 from minicache.pairs import PairTable
+from minicache.processes.devices import by_kind, free_memory
 from minicache.processes.world import World
 from minicache.scoring.batch import Batch
 from minicache.scoring.counting import counted_pass, run_pass
@@ -61,7 +63,7 @@ def _budget(scorer: Scorer, table: PairTable, optimizer: str | None, how: How, w
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
     need = need_of(scorer.outline, _passes_of(scorer, table, how, world.device), optimizer)
     free = free_bytes(world.device, local)
-    most = (MOST if how.training else SLOTS).get(world.device.type, MOST["cpu"])
+    most = by_kind(MOST if how.training else SLOTS, world.device)
     found = world.gather((need.slots(free), need.power(RESERVE * free, most), free))
     fits, _, free = min(found)
     pass_ = "micro-batch" if how.training else "batch"
@@ -117,23 +119,12 @@ def _one_and_two(scorer: Scorer, table: PairTable, index: int) -> tuple[Batch, B
 
 
 def free_bytes(device: torch.device, processes: int = 1) -> float:
-    """Free bytes on the device; on a CPU, the equal share of one of `processes`. Infinite if the system does not report it."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min(_machine_bytes(), job_bytes()) / processes
-
-
-def _machine_bytes() -> float:
-    try:
-        (line,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
-        return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        pass
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return float("inf")
+    """Free bytes on the device; on a CPU, the equal share of one of `processes`."""
+    if device.type not in ("cpu", "mps"):
+        return free_memory(device)
+    machine = min(float(psutil.virtual_memory().available), job_bytes()) / processes
+    # a Mac's GPU computes in the memory of the machine
+    return min(machine, free_memory(device)) if device.type == "mps" else machine
 
 
 def job_bytes(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
@@ -142,14 +133,14 @@ def job_bytes(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/sel
     The kernel can reclaim cached pages of files, which count as free. Source: docs.kernel.org/admin-guide/cgroup-v2.html, memory.
     """
     try:
-        (path,) = (line[3:] for line in own.read_text().splitlines() if line.startswith("0::"))
+        (path,) = (line[3:] for line in own.read_text(encoding="utf-8").splitlines() if line.startswith("0::"))
     except (OSError, ValueError):
         return float("inf")
     place, room = groups / path.lstrip("/"), float("inf")
     for group in (place, *place.parents):
         try:
-            limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-            held = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            limit, used = (int((group / f"memory.{name}").read_text(encoding="utf-8")) for name in ("max", "current"))
+            held = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
             room = min(room, limit - used + int(held["inactive_file"]) + int(held["active_file"]))
         # this group has no limit
         except (OSError, ValueError, KeyError):

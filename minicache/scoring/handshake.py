@@ -32,7 +32,7 @@ def sample_differences(scorer: Scorer, cached: CachedPairs, device: torch.device
     differences = np.zeros((len(sample), 2))
     # one at a time, so that batches have other shapes than in stage one, as in training
     for indices, _, scores in score_table(scorer, cached.table, sample, 1, device):
-        difference = np.abs(scores.logp_mean.double().cpu().numpy() - cached.reference.logp_mean[indices])
+        difference = np.abs(scores.logp_mean.cpu().double().numpy() - cached.reference.logp_mean[indices])
         differences[np.searchsorted(sample, indices)] = difference
         log.debug("pair %d: chosen and rejected differ by %.3g and %.3g nats per token", indices[0], *difference[0])
     return sample, differences

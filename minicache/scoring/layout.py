@@ -10,6 +10,7 @@ from minicache.cache.identity import TOLERANCE
 from minicache.errors import ConfigError, ModelError
 from minicache.options.catalog import LAYOUTS
 from minicache.pairs import PairTable
+from minicache.processes.devices import has_flex
 from minicache.scoring.attention import watching
 from minicache.scoring.batch import Batch
 from minicache.scoring.handshake import SAMPLE
@@ -42,6 +43,10 @@ def settle_layout(scorer: Scorer, table: PairTable, asked: str, device: torch.de
                 trial.require_alone()
             for line in problems[:1]:
                 tracker.note(line)
+            if name == "packed" and device.type != "cpu" and not has_flex(device):
+                tracker.note(
+                    f"no FlexAttention on {device} (it needs CUDA or xpu, and Triton): rows are attended pair by pair"
+                )
             return
         problems.append(f"layout {name} is not used: {problem}")
     raise ConfigError(f"--layout {asked}: cannot be used with this model: {problem}; expected auto or padded")
@@ -107,8 +112,8 @@ class _Trial:
         if len(masks) != self.config.num_hidden_layers or len(set(map(id, masks))) > len(set(windows.by_kind)):
             self._require_same(layout, windows, self.ends.argmax()[None])
         self._require_apart(layout, found)
-        if self.device.type == "cuda" and any(parameter.requires_grad for parameter in self.scorer.parameters()):
-            # FlexAttention compiles backward separately, and not for every model
+        if self.device.type != "cpu" and any(parameter.requires_grad for parameter in self.scorer.parameters()):
+            # FlexAttention compiles backward separately, and not for every model; kinds of devices lack some operations
             self.scorer(self._batch(layout, self.shortest)).logp_sum.sum().backward()
             self.scorer.zero_grad(set_to_none=True)
 

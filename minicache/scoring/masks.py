@@ -79,7 +79,7 @@ def masks_of(
 ) -> Mask | dict[str, Mask | None] | None:
     """The masks of a batch with rows of `length` tokens: one for all layers, or one for each kind of layer.
 
-    spans: see `Batch.mask`. packed_for_gpu: a packed row becomes a block mask, because walking over spans would wait for the GPU.
+    spans: see `Batch.mask`. packed_for_gpu: a packed row becomes a block mask for FlexAttention, else its spans with the window.
     """
     if spans is None:
         return None

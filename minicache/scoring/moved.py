@@ -53,5 +53,5 @@ def _means(model: nn.Module, table: PairTable, dtype: str, device: torch.device)
     scorer = Scorer(hold_for(model, device, dtype), dtype)
     means = np.zeros((len(table), 2))
     for indices, _, scores in score_table(scorer, table, np.arange(len(table)), None, device):
-        means[indices] = scores.logp_mean.double().cpu().numpy()
+        means[indices] = scores.logp_mean.cpu().double().numpy()
     return means

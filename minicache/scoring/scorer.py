@@ -17,6 +17,7 @@ from minicache.errors import ConfigError
 from minicache.models.balance import has_balance, recording
 from minicache.models.quantized import compute_in
 from minicache.pairs import PairTable
+from minicache.processes.devices import has_bfloat16, has_flex, pins
 from minicache.processes.world import World
 from minicache.scoring.attention import set_attention, use_spans
 from minicache.scoring.batch import Batch, References
@@ -37,8 +38,8 @@ LookUp = Callable[[Indices, Batch], References]
 class PairScores:
     """Scores of B pairs with K predictions; column 0 is chosen, column 1 rejected. All tensors but the first are float32.
 
-    logp_sum: (B, 2) float64, nats. token_count: (B, 2), counted tokens. token_logps: (K,), nats, in the order of the batch's
-    predictions.
+    logp_sum: (B, 2), nats, as `Batch.sum_members` gives it. token_count: (B, 2), counted tokens. token_logps: (K,), nats, in the
+    order of the batch's predictions.
 
     None unless asked for:
     entropy: (B, 2), mean entropy over the counted tokens, nats, without gradients.
@@ -145,11 +146,11 @@ class Scorer(nn.Module):
             yield indices[chosen], self.batch(table, indices[chosen], references)
 
     def batch(self, table: PairTable, indices: Indices, references: LookUp | None = None) -> Batch:
-        """The batch of these pairs of a table, (n,), in page-locked memory if there is a GPU."""
+        """The batch of these pairs of a table, (n,), in page-locked memory where a device copies from it."""
         made = self.layout.make(table, indices)
         if references:
             made = replace(made, references=references(indices, made))
-        return made.pin() if torch.cuda.is_available() else made
+        return made.pin() if pins(next(self.parameters()).device) else made
 
     def _token_logps(self, batch: Batch, distribution: bool) -> tuple[torch.Tensor, ...]:
         """The outputs of `Head.logps` for the batch's predictions, (K,) each."""
@@ -171,8 +172,9 @@ class Scorer(nn.Module):
         if batch.mask is not None or self.own_positions:
             inputs["position_ids"] = batch.position_ids
         if batch.mask is not None:
-            # walking over the spans would wait for a device
-            inputs["attention_mask"] = masks_of(batch.mask, ids.shape[1], self.windows, batch.mask.device.type != "cpu")
+            # without it, walking over the spans waits for the device
+            for_flex = has_flex(batch.mask.device)
+            inputs["attention_mask"] = masks_of(batch.mask, ids.shape[1], self.windows, for_flex)
         if (starts := batch.boundaries) is not None:
             at = torch.arange(ids.shape[1], device=ids.device, dtype=torch.int32)
             inputs["seq_idx"] = torch.searchsorted(starts, at, right=True, out_int32=True)[None] - 1
@@ -211,14 +213,20 @@ def _only_positions(model: Any, positions: torch.Tensor) -> Iterator[Callable[[t
         handle.remove()
 
 
-def resolve_dtype(dtype: str, device: torch.device) -> str:
-    """The precision that `dtype` names; 'auto' is bfloat16 on CUDA and float32 elsewhere.
+def resolve_dtype(dtype: str, device: torch.device, note: Callable[[str], None], sharded: bool = False) -> str:
+    """The precision that `dtype` names; 'auto' is bfloat16 on GPUs, and float32 on a CPU and on mps.
+
+    On GPUs without bfloat16, 'auto' is float16, or float32 for a model in shards, which float16 does not go with; the note says so.
 
     Raises:
-        ConfigError: the GPU has no bfloat16.
+        ConfigError: bfloat16 is asked for, and the device does not have it.
     """
-    if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
-    if dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise ConfigError("--dtype bfloat16: this GPU does not support it; choose float16 or float32")
+    if dtype == "auto" and device.type in ("cpu", "mps"):
+        return "float32"
+    if dtype not in ("auto", "bfloat16") or has_bfloat16(device):
+        return "bfloat16" if dtype == "auto" else dtype
+    if dtype == "bfloat16":
+        raise ConfigError("--dtype bfloat16: this device does not support it; choose float16 or float32")
+    dtype = "float32" if sharded else "float16"
+    note(f"--dtype auto is {dtype} here: {device} has no bfloat16")
     return dtype

@@ -9,6 +9,7 @@ import torch
 
 from minicache.errors import ModelError
 from minicache.pairs import PairTable
+from minicache.processes.devices import by_kind, empty_cache
 from minicache.processes.world import World
 from minicache.scoring.batch import Batch
 from minicache.scoring.batching import Indices, ahead
@@ -52,7 +53,7 @@ def score_table(
         ModelError: a single pair, or a batch of a sharded model, does not fit in memory.
     """
     left = np.ones(len(table), bool)
-    kept = budget if isinstance(budget, Budget) else Budget(budget or SLOTS[device.type])
+    kept = budget if isinstance(budget, Budget) else Budget(budget or by_kind(SLOTS, device))
     while len(rest := indices[left[indices]]):
         for chosen, batch in ahead(scorer.batches(table, rest, kept.slots, references)):
             moved = batch.to(device)
@@ -104,5 +105,5 @@ def _scores_if_they_fit(scorer: Scorer, batch: Batch, distribution: bool) -> Pai
     except torch.OutOfMemoryError:
         # The error refers to the tensors that filled the memory, so it must be gone before the cache is emptied.
         pass
-    torch.cuda.empty_cache()
+    empty_cache(batch.targets.device)
     return None

@@ -113,7 +113,7 @@ def _write(answers: list[Answers], config: CompareConfig, names: dict[str, str])
     if config.jsonl:
         rows = [{**asdict(item), "models": names, "settings": settings} for item in answers]
         with written_whole(config.jsonl) as draft:
-            draft.write_text(to_json_lines(rows), encoding="utf-8")
+            draft.write_text(to_json_lines(rows), encoding="utf-8", newline="\n")
     if config.html:
         with written_whole(config.html) as draft:
-            draft.write_text(page(answers, names, settings, config.seed), encoding="utf-8")
+            draft.write_text(page(answers, names, settings, config.seed), encoding="utf-8", newline="\n")

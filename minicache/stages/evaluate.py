@@ -51,7 +51,7 @@ def evaluate(config: EvaluateConfig, world: World, tracker: Tracker) -> Evaluate
     loaded = _load(config, cache, tracker)
     identity = cache.identity
     same = (loaded.fingerprint, loaded.quantization) == (identity.weights, identity.quantization)
-    dtype = resolve_dtype(config.dtype, world.device)
+    dtype = resolve_dtype(config.dtype, world.device, tracker.note)
     scorer = Scorer(hold_for(loaded.model, world.device, dtype), dtype)
     settle_layout(scorer, cached.table, "auto", world.device, tracker)
     pairs = EvalSet(cached, np.arange(len(cached.table)))

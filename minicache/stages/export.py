@@ -98,7 +98,7 @@ def _cache_of(policy: str, tracker: Tracker) -> ReferenceCache | None:
 
 def _save_directory(model: nn.Module, source: str, config: ExportConfig) -> None:
     """Write a Hugging Face directory with the tokenizer named, or else that of the policy."""
-    with TemporaryDirectory(prefix="minidpo-") as scratch:
+    with TemporaryDirectory(prefix="minidpo-", ignore_cleanup_errors=True) as scratch:
         # Not the scratch directory itself: save_model copies its permissions, which exclude all other users.
         files = Path(scratch) / "tokenizer"
         family: Any = model.config

@@ -5,10 +5,11 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from shlex import quote
+from subprocess import list2cmdline
 
 import numpy as np
-import torch
 
+from minicache.disk import WINDOWS
 from minicache.errors import ModelError
 from minicache.models import layers_of
 from minicache.models.huggingface import quiet
@@ -18,6 +19,7 @@ from minicache.options.declare import flag
 from minicache.options.fit import FitConfig, bytes_in
 from minicache.options.lora import NO_LORA, LoraOptions
 from minicache.pairs import EncodedPair, PairTable
+from minicache.processes.devices import accelerators, facts_of
 from minicache.processes.world import World
 from minicache.scoring.budget import MOST, RESERVE
 from minicache.scoring.counting import counted_pass
@@ -118,9 +120,9 @@ def fit(config: FitConfig, world: World, tracker: Tracker) -> FitReport:
 def _memory(config: FitConfig) -> dict[str, float]:
     if config.memory:
         return config.sizes()
-    if torch.cuda.is_available():
-        card = torch.cuda.get_device_properties(0)
-        return {card.name: float(card.total_memory)}
+    if found := accelerators():
+        card = facts_of(found[0])
+        return {card.name: float(card.memory)}
     return {name: bytes_in(name) for name in CARDS}
 
 
@@ -212,7 +214,7 @@ def _options(config: FitConfig, plan: _Plan, checkpointing: bool) -> tuple[str, 
     for item in fields(plan.lora):
         value = getattr(plan.lora, item.name)
         if value != item.default:
-            found.append(flag(item.name) if value is True else f"{flag(item.name)} {quote(str(value))}")
+            found.append(flag(item.name) if value is True else f"{flag(item.name)} {_quoted(str(value))}")
     if plan.quantization and not plan.trained:
         found.append(flag_of(plan.quantization))
     if plan.trained and config.optimizer != "adamw":
@@ -228,11 +230,16 @@ def _options(config: FitConfig, plan: _Plan, checkpointing: bool) -> tuple[str, 
     return tuple(found)
 
 
+def _quoted(argument: str) -> str:
+    """The argument as the system's shells take it."""
+    return list2cmdline([argument]) if WINDOWS else quote(argument)
+
+
 def _command(config: FitConfig, plan: _Plan, options: tuple[str, ...], slots: int) -> str:
     cache = {"nf4-double": "cache-4bit/", "int8": "cache-8bit/"}.get(plan.quantization, "cache/")
     if plan.trained:
         fixed, budget = f"minidpo train --ref-cache {cache} --out run/", f"--tokens-per-micro-batch {slots}"
     else:
-        fixed = f"minidpo precompute-ref --model {quote(config.model)} --data pairs.jsonl --ref-cache {cache}"
+        fixed = f"minidpo precompute-ref --model {_quoted(config.model)} --data pairs.jsonl --ref-cache {cache}"
         budget = f"--max-length {config.max_length} --tokens-per-batch {slots}"
     return " ".join([fixed, *options, budget])

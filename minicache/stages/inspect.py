@@ -64,5 +64,5 @@ def write_cache_page(config: InspectConfig, tracker: Tracker) -> Path:
     check_writable(config.html)
     text = cache_page(gather(config, tracker))
     with written_whole(config.html) as draft:
-        draft.write_text(text, encoding="utf-8")
+        draft.write_text(text, encoding="utf-8", newline="\n")
     return config.html

@@ -49,7 +49,8 @@ def precompute(config: PrecomputeConfig, world: World, tracker: Tracker) -> Prec
         MinicacheError: of any kind. If the data is bad, nothing of a new cache remains and an old one is as before;
             otherwise (a full disk, a model without finite logprobs) finished blocks stay.
     """
-    config = replace(config, dtype=resolve_dtype(config.dtype, world.device))
+    sharded = is_sharded(config.parallel, world)
+    config = replace(config, dtype=resolve_dtype(config.dtype, world.device, tracker.note, sharded))
     with ExitStack() as claims:
         tracker.begin("locating the data", None)
         # A wrong path should not cost the loading of a model.
@@ -57,7 +58,6 @@ def precompute(config: PrecomputeConfig, world: World, tracker: Tracker) -> Prec
         for file in files:
             next(read_rows(file))
         tracker.begin(f"loading {config.model}", None)
-        sharded = is_sharded(config.parallel, world)
         mine = world.is_main or not sharded
         loaded = load_model(config.model, config.trust_remote_code, config.base.quantization) if mine else None
         refuse_quantized_shards(loaded.model if loaded else None, config.parallel, world)

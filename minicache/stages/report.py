@@ -24,5 +24,5 @@ def write_run_page(config: ReportConfig) -> Path:
     check_writable(file)
     text = run_page(run, run_facts(run), logged, answers, file.resolve().parent)
     with written_whole(file) as draft:
-        draft.write_text(text, encoding="utf-8")
+        draft.write_text(text, encoding="utf-8", newline="\n")
     return file

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from minicache.cache.reader import JoinedCaches, ReferenceCache
 from minicache.cache.schema import CachedPairs
@@ -19,6 +18,7 @@ from minicache.models import LoadedModel, load_model
 from minicache.options.sweep import SweepConfig, SweepRun
 from minicache.options.train import TrainConfig
 from minicache.pictures.sweep import draw_sweep
+from minicache.processes.devices import empty_cache, forget_most_memory
 from minicache.processes.world import World
 from minicache.reports.sweep import RunResult, SweepReport
 from minicache.scoring.layout import settle_layout
@@ -122,9 +122,8 @@ def _write_failed(out: Path, problem: str) -> None:
 def _free_memory(world: World) -> None:
     """Free the memory of the last run, so that the next has as much as the first."""
     gc.collect()
-    if world.device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(world.device)
+    empty_cache(world.device)
+    forget_most_memory(world.device)
 
 
 class _Kept:
@@ -166,7 +165,12 @@ def _forward_rate(config: TrainConfig, kept: _Kept, world: World, tracker: Track
     mine = world.is_main or not is_sharded(config.parallel, world)
     quantization = quantization_for(config, caches.caches[0])
     model = kept.model(source, config.trust_remote_code, quantization).model if mine else None
-    scorer = spread(model, resolve_dtype(config.dtype, world.device), config.parallel, world)
+    scorer = spread(
+        model,
+        resolve_dtype(config.dtype, world.device, tracker.note, is_sharded(config.parallel, world)),
+        config.parallel,
+        world,
+    )
     settle_layout(scorer, table, config.layout, world.device, tracker)
     sample = np.unique(np.linspace(0, len(table) - 1, TIMED_PAIRS).astype(np.int64))
     for pairs in (sample[:WARM_UP], sample):

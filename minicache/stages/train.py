@@ -72,7 +72,8 @@ def train(config: TrainConfig, world: World, tracker: Tracker, sources: Sources 
 
 def train_locked(config: TrainConfig, lock: RunLock, world: World, tracker: Tracker, sources: Sources) -> TrainReport:
     """As `train`, in a run directory that rank 0 holds the lock of, or that does not exist yet."""
-    config = replace(config, dtype=resolve_dtype(config.dtype, world.device))
+    sharded = is_sharded(config.parallel, world)
+    config = replace(config, dtype=resolve_dtype(config.dtype, world.device, tracker.note, sharded))
     begun = world.broadcast(find_begun(config) if world.is_main else None)
     if begun and begun.record.outcome:
         if world.is_main and not holds_model(config.out):

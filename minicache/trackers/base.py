@@ -63,8 +63,8 @@ class JsonLines(Silent):
         kept = points_before(resumed_at, file) if resumed_at is not None else []
         # a kill leaves the old file or the shortened one, never half of it
         with written_whole(file) as draft:
-            draft.write_text("".join(_line(*point) for point in kept), encoding="utf-8")
-        self.stream = file.open("a", encoding="utf-8")
+            draft.write_text("".join(_line(*point) for point in kept), encoding="utf-8", newline="\n")
+        self.stream = file.open("a", encoding="utf-8", newline="\n")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self.stream.write(_line(step, metrics))

@@ -6,6 +6,7 @@ disk, and renamed.
 """
 
 import logging
+import os
 import pickle
 import re
 import shutil
@@ -20,10 +21,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
-from minicache.disk import draft_of, make_folder, publish_folder, writing
+from minicache.disk import draft_of, make_folder, move, publish_folder, writing
 from minicache.errors import OutputError
 from minicache.processes.world import World
 from minicache.strict import read_as
@@ -119,7 +121,7 @@ class Saver:
             self.under_way = self.thread.submit(finish, written)
             return
         with writing(final), _removed_on_failure(draft):
-            save(optimizer, **options)
+            save(optimizer, storage_writer=_writer(draft / OPTIMIZER), **options)
         finish(None)
         self.world.barrier()
 
@@ -128,6 +130,19 @@ class Saver:
         if self.under_way:
             pending, self.under_way = self.under_way, None
             pending.result()
+
+
+class _Files(FileSystem):
+    """torch's file system, with renames that wait for other programs."""
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        move(Path(path), Path(new_path))
+
+
+def _writer(folder: Path) -> FileSystemWriter:
+    writer = FileSystemWriter(folder)
+    writer.fs = _Files()
+    return writer
 
 
 def _new_draft(final: Path) -> Path:
@@ -148,7 +163,8 @@ def _put_in_place(draft: Path, final: Path) -> None:
 
 def _remove(checkpoint: Path) -> None:
     """Remove a checkpoint. It is renamed first: a kill must not leave half a checkpoint under its name."""
-    shutil.rmtree(checkpoint.rename(draft_of(checkpoint)), ignore_errors=True)
+    move(checkpoint, dead := draft_of(checkpoint))
+    shutil.rmtree(dead, ignore_errors=True)
 
 
 @contextmanager
@@ -225,4 +241,8 @@ def unreadable(what: Path, error: BaseException) -> OutputError:
 def prune(run: Path, keep: Iterable[int]) -> None:
     """Remove all checkpoints but those of these steps."""
     for step in set(steps(run)) - set(keep):
-        _remove(place(run, step))
+        try:
+            _remove(place(run, step))
+        except PermissionError as error:
+            # On Windows a file of it may be open, also in this process, which maps the weights that it resumed from.
+            log.debug("%s stays for now: %s", place(run, step), error)

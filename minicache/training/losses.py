@@ -24,7 +24,7 @@ class Logps:
     policy, reference: (B, 2) float32 or float64, nats: sums over the counted tokens, or means if `averaged`.
     token_count: (B, 2) float32.
     alignment: (B, 2) float32, nats per token; see `PairScores`. Only WPO needs it.
-    chosen_sum: (B,) float64, nats: the unweighted sum over the chosen answer, where the two above weight tokens (LD-DPO).
+    chosen_sum: (B,) as these, nats: the unweighted sum over the chosen answer, where the two above weight tokens (LD-DPO).
     """
 
     policy: torch.Tensor

@@ -2,6 +2,7 @@
 
 import torch
 
+from minicache.processes.devices import CPU, has_float64, widest
 from minicache.processes.world import World
 from minicache.scoring.scorer import PairScores
 from minicache.training.losses import Logps
@@ -29,14 +30,28 @@ class Means:
 
     def __init__(self, device: torch.device) -> None:
         # The last two entries count the pairs, and those with an entropy.
-        self.sums = torch.zeros(len(NAMES) + 2, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(len(NAMES) + 2, dtype=torch.float64, device=device if has_float64(device) else CPU)
+        # Metrics on a device without float64: fetched together, because each time the CPU would wait for the device.
+        self._waiting: list[torch.Tensor] = []
+
+    @property
+    def sums(self) -> torch.Tensor:
+        """(len(NAMES) + 2,) float64: the sums and the two counts; on the CPU where the device has no float64."""
+        if self._waiting:
+            self._sums[:-2] += torch.cat(self._waiting, 1).cpu().double().sum(1)
+            self._waiting = []
+        return self._sums
 
     def add(self, losses: torch.Tensor, logps: Logps, beta: float, scores: PairScores) -> None:
         """Add the metrics of B pairs. losses: (B,). logps: as the loss was given them."""
         with torch.no_grad():
-            self.sums[:-2] += pair_metrics(losses, logps, beta, scores).sum(1)
-        self.sums[-2] += len(losses)
-        self.sums[-1] += 0 if scores.entropy is None else len(losses)
+            found = pair_metrics(losses, logps, beta, scores)
+        if found.dtype == torch.float64:
+            self._sums[:-2] += found.sum(1)
+        else:
+            self._waiting.append(found)
+        self._sums[-2] += len(losses)
+        self._sums[-1] += 0 if scores.entropy is None else len(losses)
 
     def load(self, sums: torch.Tensor) -> None:
         """Go on from the sums of a checkpoint. In those of 0.1.0 every pair has an entropy."""
@@ -45,7 +60,7 @@ class Means:
     def reduce(self, world: World) -> dict[str, float]:
         """The means over the pairs of all processes; resets the sums. A dense model has no aux_loss."""
         *sums, pairs, with_entropy = world.sum(self.sums).tolist()
-        self.sums = torch.zeros_like(self.sums)
+        self._sums = torch.zeros_like(self._sums)
         counts = {"entropy": with_entropy}
         means = {name: total / max(1, counts.get(name, pairs)) for name, total in zip(NAMES, sums, strict=True)}
         if not means["aux_loss"]:
@@ -54,7 +69,7 @@ class Means:
 
 
 def pair_metrics(losses: torch.Tensor, logps: Logps, beta: float, scores: PairScores) -> torch.Tensor:
-    """(len(NAMES), B) float64, the metrics of each pair in the order of NAMES.
+    """(len(NAMES), B) float64, or float32 on a device without it: the metrics of each pair in the order of NAMES.
 
     rewards/accuracy: whether the implicit reward margin is above 0 (false at step 0, where all margins are 0).
     accuracy/policy, accuracy/reference: whether the model itself gives chosen the higher logprob.
@@ -87,4 +102,4 @@ def pair_metrics(losses: torch.Tensor, logps: Logps, beta: float, scores: PairSc
         scores.token_count[:, 1],
         zeros if scores.balance is None else scores.balance,
     ]
-    return torch.stack([row.double() for row in rows])
+    return torch.stack([row.to(widest(losses.device)) for row in rows])

@@ -35,10 +35,12 @@ def _from_bitsandbytes(name: str, groups: Groups, lr: float) -> torch.optim.Opti
 
 
 def require_optimizer(name: str, device: torch.device) -> None:
-    """Raises ConfigError: the optimizer's library is not installed, or it needs a GPU and there is none."""
+    """Raises ConfigError: the optimizer's library is not installed, or has nothing for this kind of device."""
     entry = OPTIMIZERS[name]
     if entry.package and find_spec(entry.package) is None:
         raise ConfigError(f"--optimizer {name}: needs another package: pip install 'minidpo[{entry.extra}]'")
+    if entry.package == "bitsandbytes" and device.type not in ("cpu", "cuda", "xpu"):
+        raise ConfigError(f"--optimizer {name}: bitsandbytes has none for {device.type}; expected adamw")
     if entry.gpu_only and device.type != "cuda":
         others = " or ".join(each for each, one in OPTIMIZERS.items() if not one.gpu_only)
         raise ConfigError(f"--optimizer {name}: pages a GPU's memory, and there is no GPU; expected {others}")

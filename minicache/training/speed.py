@@ -1,16 +1,17 @@
 """The cost of a step and the peak rate of the device: memory, useful FLOPs, model FLOP utilisation."""
 
 import re
-import resource
 import sys
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 from torch.nn.parameter import Parameter
 
 from minicache.models.quantized import weight_count
 from minicache.pairs import PairTable
+from minicache.processes.devices import facts_of, most_memory
 from minicache.scoring.batching import Indices
 
 # Dense bfloat16 matrix rate with float32 accumulation, FLOP/s; half of the rate that NVIDIA states "with sparsity". Sources:
@@ -61,7 +62,7 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
     """FLOP/s of the device in half precision; None where it is not known."""
     if device.type != "cuda" or dtype == "float32":
         return None
-    return peak_of(torch.cuda.get_device_name(device))
+    return peak_of(facts_of(device).name)
 
 
 def peak_of(name: str) -> float | None:
@@ -72,10 +73,16 @@ def peak_of(name: str) -> float | None:
 
 def memory_gb(device: torch.device) -> float:
     """Most memory taken so far, GB: of the GPU, or of the process where there is none."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return (most_memory(device) if device.type != "cpu" else _most_of_process()) / 1e9
+
+
+def _most_of_process() -> int:
+    try:
+        import resource
+    except ImportError:  # Windows
+        info = psutil.Process().memory_info()
+        return int(getattr(info, "peak_wset", info.rss))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def step_flops(model: nn.Module, table: PairTable, indices: Indices) -> float:

@@ -11,6 +11,7 @@ from minicache.cache.reader import ReferenceCache
 from minicache.cache.schema import CachedPairs
 from minicache.errors import CacheMismatch, ConfigError
 from minicache.options.train import LossOptions
+from minicache.processes.devices import widest
 from minicache.processes.world import World
 from minicache.scoring.batch import Batch, References
 from minicache.scoring.batching import Indices
@@ -95,7 +96,7 @@ def pair_logps(scores: PairScores, batch: Batch, objective: Objective) -> Logps:
         policy, reference = scores.logp_mean, known.means
         # both sums from means of the same precision, so that a policy that is the reference has their very number
         if not averaged:
-            policy, reference = policy.double() * counts, reference.double() * counts
+            policy, reference = (means.to(widest(counts.device)) * counts for means in (policy, reference))
     return Logps(
         policy=policy,
         reference=reference,

@@ -282,5 +282,5 @@ def test_half_precision_scores_come_as_float32_and_near() -> None:
 
 
 def test_auto_precision_is_float32_without_a_gpu() -> None:
-    assert resolve_dtype("auto", torch.device("cpu")) == "float32"
-    assert resolve_dtype("bfloat16", torch.device("cpu")) == "bfloat16"
+    assert resolve_dtype("auto", torch.device("cpu"), print) == "float32"
+    assert resolve_dtype("bfloat16", torch.device("cpu"), print) == "bfloat16"

@@ -1,5 +1,6 @@
 """Reading a directory that may come from a stranger: refuses devices, pipes, and files or chunks larger than any of a cache."""
 
+import asyncio
 import stat
 import sys
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 from zarr.abc.store import ByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore
+
+from minicache.disk import PAUSES
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -19,7 +22,17 @@ COMPRESSED = ("pairs/tokens/c/", "pairs/loss_mask/c/", "ref/token_logps/c/")
 
 
 class BoundedStore(LocalStore):
-    """A directory as a store of zarr. Raises ValueError: a file that no cache can contain; checked before it is read."""
+    """A directory as a store of zarr, whose files appear whole. Raises ValueError: a file that no cache can contain, before it is
+    read."""
+
+    async def set(self, key: str, value: Buffer) -> None:
+        # as `disk.move`, which zarr does not know
+        for pause in PAUSES:
+            try:
+                return await super().set(key, value)
+            except PermissionError:
+                await asyncio.sleep(pause)
+        return await super().set(key, value)
 
     async def get(
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None

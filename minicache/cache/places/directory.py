@@ -12,7 +12,7 @@ from zarr.abc.store import Store
 from minicache.cache.places.bounded import BoundedStore
 from minicache.cache.places.claims import SHARD_CLAIMS, Claim, FileClaim
 from minicache.cache.places.place import ROOT, Place
-from minicache.disk import flush_to_disk, publish_folder, with_folders, writing, written_whole
+from minicache.disk import flush_to_disk, move, publish_folder, with_folders, writing, written_whole
 from minicache.errors import CacheNotFound, OutputError
 
 # Leftovers of killed writers: claims of shards; drafts of single files, by their present names and by those of 0.1.0.
@@ -65,7 +65,7 @@ class Directory(Place):
         place = self.home
         dead = draft_of(place)
         try:
-            place.replace(dead)
+            move(place, dead)
         except OSError:
             # The folder above it cannot be written to.
             dead = place

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from glob import escape
 from pathlib import Path
 
+from minicache import disk
 from minicache.cache.places.opening import claimed
 from minicache.cache.places.place import Place
 from minicache.errors import OutputError
@@ -25,7 +26,11 @@ def drafted(out: Place, what: str) -> Iterator[tuple[Path, ExitStack]]:
     draft = out.home.with_name(f".{out.home.name}.{what}-{secrets.token_hex(4)}")
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, draft, ignore_errors=True)
-        yield draft, stack
+        claims = stack.enter_context(ExitStack())
+        yield draft, claims
+        if disk.WINDOWS:
+            # where a folder with an open file cannot be renamed
+            claims.close()
         out.publish(draft)
 
 
