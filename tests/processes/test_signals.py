@@ -46,7 +46,7 @@ def train_until(lines: int, ref_cache: Path, out: Path, *more: object) -> subpro
     return process
 
 
-@pytest.mark.parametrize("seconds", [0.2, 0.9])
+@pytest.mark.parametrize("seconds", [0.2, pytest.param(0.9, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_burst_ends_a_run_with_130_and_its_state_saved(
     ref_cache: Path, tmp_path: Path, seconds: float, processes: int

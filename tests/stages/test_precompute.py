@@ -396,7 +396,7 @@ def test_the_tokenizer_in_a_cache_is_repaired_too(
         assert_same_store(cache, ref_cache)
 
 
-@pytest.mark.parametrize("first", [2, 5])
+@pytest.mark.parametrize("first", [pytest.param(2, marks=pytest.mark.slow), 5])
 def test_killed_at_any_step_and_called_again_the_store_is_the_same(
     from_three_files: tuple[Path, list[Path]], model_dir: Path, tmp_path: Path, first: int
 ) -> None:

@@ -271,7 +271,14 @@ def test_other_commands_follow_the_run_and_the_cache(
     assert code == 0, stderr
 
 
-@pytest.mark.parametrize("name", ["minimind2-2504-dense", "minimind2-2510-moe", "minimind3-moe"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("minimind2-2504-dense", marks=pytest.mark.slow),
+        pytest.param("minimind2-2510-moe", marks=pytest.mark.slow),
+        "minimind3-moe",
+    ],
+)
 def test_the_base_may_be_a_minimind_file(
     checkpoints: Path, tokenizer_dir: Path, data_file: Path, tmp_path: Path, name: str, cli: Cli
 ) -> None:

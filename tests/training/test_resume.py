@@ -82,7 +82,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+# the others do all that these do
+LONG = {"plain", "beta and schedule", "8-bit"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in VARIANTS])
 def test_a_run_killed_within_an_accumulation_resumes_bit_for_bit(
     ref_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
