@@ -22,6 +22,8 @@ CPU = torch.device("cpu")
 NAMES = re.compile(r"auto|cpu|(?P<kind>cuda|mps|xpu|npu)(?::(?P<index>\d{1,3}))?")
 # Kind of device -> torch's collectives on tensors there. On mps there are none.
 BACKENDS = {"cuda": "nccl", "xpu": "xccl", "npu": "hccl"}
+# Kinds of devices that compute in float64; mps and many of xpu do not, and npu hardly. Those that FlexAttention is compiled for.
+FLOAT64, FLEX = {"cpu", "cuda"}, {"cuda", "xpu"}
 # torchrun and --nproc set these. Their processes see the same devices; those of a batch system may each see one of their own.
 SAME_DEVICES = ("TORCHELASTIC_RUN_ID", "MINIDPO_NPROC")
 Size = TypeVar("Size")
@@ -124,8 +126,8 @@ def by_kind(sizes: Mapping[str, Size], device: torch.device) -> Size:
 
 
 def has_float64(device: torch.device) -> bool:
-    """Whether the device computes in float64. mps and many of xpu do not, and npu hardly."""
-    return device.type in ("cpu", "cuda")
+    """Whether the device computes in float64."""
+    return device.type in FLOAT64
 
 
 def widest(device: torch.device) -> torch.dtype:
@@ -147,7 +149,7 @@ def has_bfloat16(device: torch.device) -> bool:
 @cache
 def has_flex(device: torch.device) -> bool:
     """Whether FlexAttention is compiled for the device."""
-    return device.type in ("cuda", "xpu") and has_triton()
+    return device.type in FLEX and has_triton()
 
 
 def pins(device: torch.device) -> bool:

@@ -5,7 +5,6 @@ Prints a JSON object: the name of a case -> what was raised in it, or the weight
 
 import json
 import sys
-import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache, partial
@@ -19,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from minicache.errors import ModelError
 from minicache.options.dictionaries import fill
 from minicache.options.train import TrainConfig
+from minicache.processes import devices
 from minicache.processes.world import World
 from minicache.scoring import attention
 from minicache.scoring.batching import ahead
@@ -120,9 +120,13 @@ def main() -> None:
     device = register()
     found: dict[str, Any] = {}
     with Device(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "flex_attention", flex)
-        # batches are laid out in a thread of their own
-        patch.setattr(torch.cuda, "is_available", lambda: threading.current_thread() is not threading.main_thread())
+        # what a GPU with a compiler has
+        patch.setattr(devices, "has_triton", lambda: True)
+        patch.setattr(devices, "FLEX", {device.type})
+        patch.setattr(devices, "FLOAT64", {"cpu", device.type})
+        patch.setitem(devices.BACKENDS, device.type, "none")
+        patch.setattr(torch.accelerator, "max_memory_allocated", lambda device: 0)
+        patch.setattr(attention, "_compiled_flex", lambda: flex)
         for name, options in json.loads(sys.argv[1]).items():
             wait = WAITS.get(options.pop("wait", ""))
             patch.setattr(steps, "pair_logps", partial(_waiting, wait) if wait else pair_logps)
