@@ -89,16 +89,23 @@ def counted_pass(scorer: Scorer, one: Batch, two: Batch, how: How) -> Pass:
     if stack and start + 2 * period < len(stack):
         counts = [start + period, start + 2 * period]
     with _quiet(), as_if_fused() if how.kind == "cuda" else nullcontext():
-        # (layers, batches, 2)
+        # (layers, batches, 3)
         found = torch.tensor([[_peaks(scorer, batch, how, keep) for batch in (one, two)] for keep in counts]).double()
         head, kept, rows = _head(scorer, how)
         of_embedding = _of_embedding(scorer, how)
     peaks = found[-1]
     if stack and len(counts) > 1:
         peaks = found[1] + (found[1] - found[0]) * (len(stack) - counts[1]) / period
-    decoder, at_head = (Line.through(*each) for each in peaks.T.tolist())
+    forward, at_head, backward = (Line.through(*each) for each in peaks.T.tolist())
     return Pass(
-        decoder, at_head, one.input_ids.numel(), head, kept, head * len(one.sources) / rows, kept + of_embedding
+        forward=forward,
+        at_head=at_head,
+        backward=backward,
+        slots=one.input_ids.numel(),
+        head=head,
+        kept=kept,
+        of_pair=head * len(one.sources) / rows,
+        end=kept + of_embedding,
     )
 
 
@@ -123,11 +130,15 @@ def run_pass(scorer: Scorer, one: Batch, two: Batch, how: How) -> Pass:
         for layer in layers:
             del layer.forward
     line = Line.through(*peaks)
-    return Pass(line, line, one.input_ids.numel())
+    return Pass(line, line, line, one.input_ids.numel())
 
 
-def _peaks(scorer: Scorer, batch: Batch, how: How, keep: int) -> tuple[int, int]:
-    """The most bytes at once, and those that are there while the head runs. keep: number of decoder layers; 0: all."""
+def _peaks(scorer: Scorer, batch: Batch, how: How, keep: int) -> tuple[int, int, int]:
+    """The most bytes before the head runs, those that are there while it does, and the most after it.
+
+    Each grows in its own way, and the largest of short passes may be another one than that of long ones. A head that is not ours
+    does not part them. keep: number of decoder layers; 0: all.
+    """
     inputs = scorer.inputs_of(batch)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     made = _without_content(scorer, mode, how, keep)
@@ -146,7 +157,9 @@ def _peaks(scorer: Scorer, batch: Batch, how: How, keep: int) -> tuple[int, int]
                 aside = _HeadAside(counter)
                 made.head = aside  # type: ignore[assignment]
             _passes(made, replace(batch, **empty), how.training)
-    return counter.peak, aside.live if made.head else counter.peak
+    if not made.head:
+        return counter.peak, counter.peak, counter.peak
+    return aside.before or counter.peak, aside.live, counter.peak if aside.before else 0
 
 
 def _head(scorer: Scorer, how: How) -> tuple[int, int, int]:
@@ -166,10 +179,13 @@ def _of_embedding(scorer: Scorer, how: How) -> int:
 
 
 class _HeadAside:
-    """In place of the head: makes tensors of the sizes of its outputs, and notes the bytes that are there when it would run."""
+    """In place of the head: makes tensors of the sizes of its outputs, and notes the bytes that are there when it would run.
+
+    before: the most until its backward pass, where the counter begins anew; 0 if there is none.
+    """
 
     def __init__(self, counter: Counter) -> None:
-        self.counter, self.live = counter, 0
+        self.counter, self.live, self.before = counter, 0, 0
 
     def logps(self, hidden: torch.Tensor, targets: torch.Tensor, distribution: bool) -> tuple[torch.Tensor, ...]:
         """Three of (K,) float32. hidden: (K, hidden). targets: (K,)."""
@@ -179,6 +195,10 @@ class _HeadAside:
 
     def note(self) -> None:
         self.live = max(self.live, self.counter.live)
+
+    def turn(self) -> None:
+        self.note()
+        self.before, self.counter.peak = self.counter.peak, self.counter.live
 
 
 class _Aside(torch.autograd.Function):
@@ -196,7 +216,7 @@ class _Aside(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         (hidden,) = ctx.saved_tensors
-        ctx.aside.note()
+        ctx.aside.turn()
         return torch.empty_like(hidden), None
 
 

@@ -31,14 +31,15 @@ class Line:
 class Pass:
     """Bytes of a pass beside weights and gradients. slots: token slots of a pair.
 
-    decoder: the most while the layers run, forward and backward. at_head: what is there while the head runs. head: what the head
-    makes beside it, for any number of pairs; kept: what of this stays until the end (the gradient of a weight that is the
-    embedding's too). of_pair: what the head makes for a pair, as long as it is less than `head`. end: what there is while the
-    embedding's gradient is made.
+    forward, backward: the most while the layers run. at_head: what is there while the head runs. head: what the head makes
+    beside it, for any number of pairs; kept: what of this stays until the end (the gradient of a weight that is the embedding's
+    too). of_pair: what the head makes for a pair, as long as it is less than `head`. end: what there is while the embedding's
+    gradient is made.
     """
 
-    decoder: Line
+    forward: Line
     at_head: Line
+    backward: Line
     slots: int
     head: float = 0.0
     kept: float = 0.0
@@ -49,23 +50,27 @@ class Pass:
         """The most bytes at once, of a batch of so many token slots."""
         pairs = slots / self.slots
         head = min(self.head, pairs * self.of_pair)
-        return max(self.decoder(pairs) + self.kept, self.at_head(pairs) + head, self.end)
+        return max(self.forward(pairs), self.at_head(pairs) + head, self.backward(pairs) + self.kept, self.end)
+
+    @property
+    def _lines(self) -> tuple[Line, Line, Line]:
+        return self.forward, self.at_head, self.backward
 
     @property
     def fixed(self) -> float:
         """Bytes that depend on no slot, without the head's: casts of weights and the like."""
-        return max(self.decoder.fixed, self.at_head.fixed)
+        return max(line.fixed for line in self._lines)
 
     @property
     def slot(self) -> float:
         """Bytes of a token slot, of many."""
-        return max(self.decoder.pair, self.at_head.pair) / self.slots
+        return max(line.pair for line in self._lines) / self.slots
 
     def longer(self, slots: int) -> "Pass":
         """The same with pairs of so many token slots."""
         factor = slots / self.slots
-        decoder, at_head = (Line(line.fixed, line.pair * factor) for line in (self.decoder, self.at_head))
-        return Pass(decoder, at_head, slots, self.head, self.kept, self.of_pair * factor, self.end)
+        forward, at_head, backward = (Line(line.fixed, line.pair * factor) for line in self._lines)
+        return Pass(forward, at_head, backward, slots, self.head, self.kept, self.of_pair * factor, self.end)
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def test_a_whole_model_has_its_gradients_once() -> None:
     """Also with DDP: test_parallel.py looks into its buckets."""
     scorer, _ = scorer_and_table()
     trained = sum(parameter.numel() for parameter in scorer.parameters())
-    need = need_of(scorer, Pass(Line(0, 1), Line(0, 1), 1), "adamw")
+    need = need_of(scorer, Pass(Line(0, 1), Line(0, 1), Line(0, 1), 1), "adamw")
     assert (need.weights, need.gradients, need.optimizer, need.copies) == (4 * trained, 4 * trained, 8 * trained, 0)
 
 
@@ -74,10 +74,10 @@ def test_shards_divide_weights_gradients_and_optimizer_and_gather_two_layers() -
     trained = sum(parameter.numel() for parameter in scorer.parameters())
     (layer, _) = (sum(each.numel() for each in layer.parameters()) for layer in scorer.model.model.layers)
     root = trained - 2 * layer
-    need = need_of(scorer, Pass(Line(0, 1), Line(0, 1), 1), "adamw")
+    need = need_of(scorer, Pass(Line(0, 1), Line(0, 1), Line(0, 1), 1), "adamw")
     assert (need.weights, need.gradients, need.optimizer) == (trained, trained, 2 * trained)
     assert need.copies == 4 * 3 * root + 2 * 4 * layer + (4 + 4) * layer
-    assert need_of(scorer, Pass(Line(0, 1), Line(0, 1), 1), None).copies == 4 * root + 2 * 4 * layer
+    assert need_of(scorer, Pass(Line(0, 1), Line(0, 1), Line(0, 1), 1), None).copies == 4 * root + 2 * 4 * layer
 
 
 class Several(World):
