@@ -225,3 +225,49 @@ def test_json_that_is_no_object_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x").write_text(json.dumps([1]))
     with pytest.raises(OutputError, match="expected a JSON object"):
         read_json(tmp_path / "x")
+
+
+def refusing_replace(monkeypatch: pytest.MonkeyPatch, times: int) -> list[Path]:
+    """Let renames fail so often, as where a virus scanner looks at a file; returns the targets."""
+    tried: list[Path] = []
+    replace = os.replace
+
+    def refuse(source: Path, target: Path) -> None:
+        tried.append(target)
+        if len(tried) <= times:
+            raise PermissionError(errno.EACCES, "Access is denied")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(disk, "PAUSES", (0.001, 0.001))
+    return tried
+
+
+def test_a_file_that_another_program_holds_for_a_moment_is_renamed_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = refusing_replace(monkeypatch, 2)
+    write_json(tmp_path / "a.json", {"a": 1})
+    assert len(tried) == 3 and read_json(tmp_path / "a.json") == {"a": 1}
+
+
+def test_a_file_that_stays_held_is_an_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refusing_replace(monkeypatch, 3)
+    with pytest.raises(OutputError, match=r"a.json: cannot be written: Access is denied"):
+        write_json(tmp_path / "a.json", {"a": 1})
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_folder_gives_way_on_windows_and_a_full_one_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "WINDOWS", True)
+    (tmp_path / "empty").mkdir()
+    removed: list[Path] = []
+    rmdir = Path.rmdir
+    monkeypatch.setattr(Path, "rmdir", lambda folder: (removed.append(folder), rmdir(folder)))
+    with folder_written_whole(tmp_path / "empty") as draft:
+        (draft / "file").write_text("x")
+    assert removed == [tmp_path / "empty"] and (tmp_path / "empty/file").read_text() == "x"
+    with pytest.raises(OutputError, match="exists already"), folder_written_whole(tmp_path / "empty"):
+        pytest.fail("it is not empty")

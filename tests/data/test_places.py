@@ -124,6 +124,11 @@ FILES = {
 }
 
 
+def test_a_drive_of_windows_is_no_folder_with_a_configuration() -> None:
+    found = OF_FOLDER.fullmatch(r"C:\data\pairs@train")
+    assert found and found.groupdict() == {"path": r"C:\data\pairs", "config": None, "split": "train"}
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(FILES[name])

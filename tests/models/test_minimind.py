@@ -11,6 +11,7 @@ import torch
 from minicache.cache.reader import ReferenceCache
 from minicache.errors import ModelError
 from minicache.models import LoadedModel, load_model, save_pth, save_tokenizer, split_source
+from minicache.models.file_kinds import is_path
 from minicache.scoring.scorer import Scorer
 from tests.conftest import make_rows, precompute_into, write_jsonl
 from tests.references.checkpoints import MIXTURES, NAMES, draw, reference_of, some_ids
@@ -165,6 +166,10 @@ def test_rows_that_are_not_the_default_heads_are_asked_about(checkpoints: Path, 
 def test_only_what_stands_behind_a_checkpoint_is_taken_for_options() -> None:
     assert split_source("a/b.pth:heads=8") == ("a/b.pth", "heads=8")
     assert split_source("a:b/c.pt") == ("a:b/c.pt", "")
+    assert split_source(r"C:\a b\c.pth:heads=8") == (r"C:\a b\c.pth", "heads=8")
+    assert split_source(r"C:\a.pth") == (r"C:\a.pth", "")
+    assert is_path(r"models\a") and is_path(r"C:\models\a") and is_path("./a") and is_path("a/b/c")
+    assert not is_path("org/name") and not is_path("gpt2")
     assert split_source("org/name:x") == ("org/name:x", "")
 
 
