@@ -265,7 +265,12 @@ def test_an_empty_folder_gives_way_on_windows_and_a_full_one_stays(
     (tmp_path / "empty").mkdir()
     removed: list[Path] = []
     rmdir = Path.rmdir
-    monkeypatch.setattr(Path, "rmdir", lambda folder: (removed.append(folder), rmdir(folder)))
+
+    def seen(folder: Path) -> None:
+        removed.append(folder)
+        rmdir(folder)
+
+    monkeypatch.setattr(Path, "rmdir", seen)
     with folder_written_whole(tmp_path / "empty") as draft:
         (draft / "file").write_text("x")
     assert removed == [tmp_path / "empty"] and (tmp_path / "empty/file").read_text() == "x"

@@ -24,7 +24,7 @@ from minicache.cli import expand_data
 from minicache.data import urls
 from minicache.data.files import MOST_ROW, DataFile, read_rows
 from minicache.data.folders import glob_pattern, splits_by_name
-from minicache.data.places import locate, located
+from minicache.data.places import OF_FOLDER, locate, located
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import ConfigError, DataError, MinicacheError, RowRefused, StoreError
 from minicache.intake.prompts import read_prompts
