@@ -20,6 +20,7 @@ import torch
 from benchmarks.case import read_pairs
 from minicache.models.load import save_tokenizer
 from minicache.pairs import PairTable
+from minicache.processes.world import World
 from minicache.scoring.layout import settle_layout
 from minicache.scoring.scorer import Scorer
 from minicache.scoring.tables import score_table
@@ -74,7 +75,7 @@ def measure(family: str, table: PairTable, rounds: int) -> dict[str, Any]:
     scorer, seconds, slots = Scorer(model_of(family), "float32"), {"padded": [], "auto": []}, {"padded": 0, "auto": 0}
     means: dict[str, np.ndarray] = {}
     for asked in [name for _ in range(rounds) for name in seconds]:
-        settle_layout(scorer, table, asked, CPU, Silent())
+        settle_layout(scorer, table, asked, World(0, 1, CPU), Silent())
         started, found = time.process_time(), np.zeros((len(table), 2))
         slots[asked] = 0
         for indices, batch, scores in score_table(scorer, table, np.arange(len(table)), None, CPU):

@@ -220,17 +220,21 @@ leave_world()
 
 def in_world(size: int, cache: Path, scratch: Path) -> list[Any]:
     """What each process says; two to a machine."""
-    from minicache.processes.launch import free_port
+    from minicache.processes.launch import meeting
 
-    shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    processes = []
-    for rank in range(size):
-        own = {**shared, "OMP_NUM_THREADS": 1, "RANK": rank, "LOCAL_RANK": rank % 2}
-        environment = {**os.environ, **{name: str(value) for name, value in own.items()}}
-        command = [sys.executable, "-c", WORLD, str(cache), str(scratch)]
-        processes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
-        )
+    command = [sys.executable, "-c", WORLD, str(cache), str(scratch)]
+    with meeting(size, per_node=2) as ranks:
+        processes = [
+            subprocess.Popen(
+                command,
+                env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+                pass_fds=inherited,
+                stdout=subprocess.PIPE,
+                text=True,
+                cwd=Path(__file__).parents[2],
+            )
+            for environment, inherited in ranks
+        ]
     return [json.loads(process.communicate(timeout=120)[0]) for process in processes]
 
 

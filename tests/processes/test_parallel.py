@@ -21,7 +21,7 @@ from minicache.cache.reader import ReferenceCache
 from minicache.errors import ConfigError
 from minicache.options.dictionaries import fill
 from minicache.options.train import TrainConfig
-from minicache.processes.launch import free_port
+from minicache.processes.launch import meeting
 from minicache.stages.train import train
 from minicache.trackers import Silent
 from minicache.training.checks import _check_sharded
@@ -64,15 +64,19 @@ def run_world(size: int, jobs: list[tuple[str, dict[str, Any]]], directory: Path
     """All jobs in `size` processes, two to a node."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "jobs.json").write_text(json.dumps(jobs, default=str))
-    shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     command = [sys.executable, "-W", "error", "-m", "tests.processes.parallel_worker", str(directory / "jobs.json")]
-    processes = []
-    for rank in range(size):
-        own = {**shared, "OMP_NUM_THREADS": 1, "RANK": rank, "LOCAL_RANK": rank % 2}
-        environment = {**os.environ, **{name: str(value) for name, value in own.items()}}
-        processes.append(
-            subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
-        )
+    with meeting(size, per_node=2) as ranks:
+        processes = [
+            subprocess.Popen(
+                command,
+                env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+                pass_fds=inherited,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=Path(__file__).parents[2],
+            )
+            for environment, inherited in ranks
+        ]
     told = [process.communicate(timeout=300)[1] for process in processes]
     assert not any(process.returncode for process in processes), told[0][-3000:]
 

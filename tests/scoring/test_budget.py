@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from minicache.errors import ModelError
+from minicache.machine import job_bytes
 from minicache.options.train import TrainConfig
 from minicache.pairs import PairTable
 from minicache.processes.world import World
 from minicache.scoring import budget
 from minicache.scoring.batch import Batch
-from minicache.scoring.budget import MOST, RESERVE, free_bytes, job_bytes, scoring_budget, training_budget
+from minicache.scoring.budget import MOST, RESERVE, free_bytes, scoring_budget, training_budget
 from minicache.scoring.counting import counted_pass
 from minicache.scoring.memory import How, Line, Pass, need_of
 from minicache.scoring.scorer import PairScores, Scorer

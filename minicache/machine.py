@@ -1,0 +1,42 @@
+"""The memory of this machine that is free, as its system reports it."""
+
+import os
+from pathlib import Path
+
+
+def free_bytes_here() -> float:
+    """Free bytes of the machine's memory that this process may use. Infinite if the system does not report it."""
+    return min(_machine_bytes(), job_bytes())
+
+
+def _machine_bytes() -> float:
+    try:
+        (line,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+        return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return float("inf")
+
+
+def job_bytes(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+    """Bytes that this process's control groups (of a container or batch job) still allow. Infinite without a limit.
+
+    The kernel can reclaim cached pages of files, which count as free. Source: docs.kernel.org/admin-guide/cgroup-v2.html, memory.
+    """
+    try:
+        (path,) = (line[3:] for line in own.read_text().splitlines() if line.startswith("0::"))
+    except (OSError, ValueError):
+        return float("inf")
+    place, room = groups / path.lstrip("/"), float("inf")
+    for group in (place, *place.parents):
+        try:
+            limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+            held = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            room = min(room, limit - used + int(held["inactive_file"]) + int(held["active_file"]))
+        # this group has no limit
+        except (OSError, ValueError, KeyError):
+            continue
+    return max(0.0, room)
