@@ -1,7 +1,6 @@
 """Pairs decoded into a file: the values of those in memory, one copy for all processes, nothing left behind."""
 
 import json
-import os
 import resource
 import shutil
 import signal
@@ -30,6 +29,7 @@ from minicache.trackers import Silent
 from tests.cache.test_cache import build
 from tests.conftest import make_rows, one_process, precompute_into, write_jsonl
 from tests.helpers.stores import chunk_files
+from tests.helpers.worlds import start_world
 from tests.processes.test_parallel import assert_same_curve, options_of, run_world
 
 
@@ -220,21 +220,7 @@ leave_world()
 
 def in_world(size: int, cache: Path, scratch: Path) -> list[Any]:
     """What each process says; two to a machine."""
-    from minicache.processes.launch import meeting
-
-    command = [sys.executable, "-c", WORLD, str(cache), str(scratch)]
-    with meeting(size, per_node=2) as ranks:
-        processes = [
-            subprocess.Popen(
-                command,
-                env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-                pass_fds=inherited,
-                stdout=subprocess.PIPE,
-                text=True,
-                cwd=Path(__file__).parents[2],
-            )
-            for environment, inherited in ranks
-        ]
+    processes = start_world(size, "-c", WORLD, cache, scratch, per_node=2, stdout=subprocess.PIPE)
     return [json.loads(process.communicate(timeout=120)[0]) for process in processes]
 
 
