@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from minicache.processes.signals import INTERRUPTED, ONE_REQUEST, SIGNALS
 
 # Seconds in a collective, once asked to stop; seconds to leave in, once asked again.
-LIMIT, AGAIN = 15.0, 10.0
+LIMIT, AGAIN = 12.0, 10.0
 # Of the time that steps take.
 MARGIN = 3.0
 
