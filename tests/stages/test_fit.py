@@ -54,7 +54,7 @@ def way(report: FitReport, name: str, checkpointing: bool = False) -> Way:
 
 @pytest.fixture(scope="module")
 def report(config_only: Path) -> FitReport:
-    return found(FitConfig(str(config_only), max_length=64, memory=("1MB", "3GB", "24GB")))
+    return found(FitConfig(str(config_only), max_length=64, memory=("0.1MB", "3GB", "24GB")))
 
 
 def test_weights_gradients_and_optimizer_are_those_of_the_parameters(report: FitReport) -> None:
@@ -78,7 +78,7 @@ def test_checkpointing_makes_slots_smaller_and_room_larger(report: FitReport) ->
 
 def test_what_fits_has_a_command_with_its_options_and_what_does_not_has_none(report: FitReport) -> None:
     for each in report.ways:
-        assert each.room["1MB"] == 0 and "1MB" not in each.commands
+        assert each.room["0.1MB"] == 0 and "0.1MB" not in each.commands
         assert each.room["24GB"] == 65536
         words = each.commands["24GB"].split()
         assert words[:2] == ["minidpo", each.stage] and words[-1] == "65536"
