@@ -104,7 +104,7 @@ def test_more_data_is_appended_and_only_that_is_scored(
     scored = []
     forward = Scorer.forward
 
-    def counting(self: Scorer, batch: Batch, *rest: object) -> PairScores:
+    def counting(self: Scorer, batch: Batch, *rest: object, **options: object) -> PairScores:
         scored.append(batch.pairs)
         return forward(self, batch)
 
