@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minicache.training import log_lines
+from minicache.processes.devices import Facts
+from minicache.training import log_lines, speed
 from minicache.training.progress import Progress
 from minicache.training.speed import peak_flops, peak_of
 
@@ -64,7 +65,7 @@ def test_a_card_has_its_own_peak(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     teraflops = CARDS[name]
     expected = teraflops and teraflops * 1e12
     assert peak_of(name) == expected
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(speed, "facts_of", lambda device: Facts(name, 0))
     assert peak_flops(torch.device("cuda", 0), "bfloat16") == expected
     assert peak_flops(torch.device("cuda", 0), "float32") is None
     assert peak_flops(torch.device("cpu"), "bfloat16") is None
