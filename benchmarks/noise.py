@@ -21,6 +21,7 @@ from benchmarks.results import RESULTS, write_results
 from benchmarks.tables import short_name
 from minicache.errors import MinicacheError
 from minicache.models.huggingface import quiet
+from minicache.processes.world import World
 from minicache.scoring.layout import settle_layout
 from minicache.scoring.scorer import Scorer
 from minicache.scoring.tables import score_table
@@ -90,7 +91,7 @@ def measure(case: Case, console: Console) -> list[list[str]]:
 def score(case: Case, dtype: str, layout: str, budget: int) -> np.ndarray:
     """(N, 2) mean logprobs, nats per token."""
     scorer, means = Scorer(case.model, dtype), np.zeros((len(case.table), 2), np.float32)
-    settle_layout(scorer, case.table, layout, case.device, Silent())
+    settle_layout(scorer, case.table, layout, World(0, 1, case.device), Silent())
     for indices, _, scores in score_table(scorer, case.table, case.everything, budget, case.device):
         means[indices] = scores.logp_mean.cpu().numpy()
     return means

@@ -6,6 +6,7 @@ import numpy as np
 
 from benchmarks.case import Case, Optimizer, twin
 from minicache.cache.schema import CachedPairs, RefBlock
+from minicache.processes.world import World
 from minicache.scoring.batching import Indices
 from minicache.scoring.layout import settle_layout
 from minicache.scoring.scorer import Scorer
@@ -20,7 +21,7 @@ class Ours:
     def __init__(self, case: Case, optimizer: Optimizer) -> None:
         self.case, self.optimizer = case, optimizer
         self.scorer = Scorer(twin(case.model), case.dtype)
-        settle_layout(self.scorer, case.table, case.layout, case.device, Silent())
+        settle_layout(self.scorer, case.table, case.layout, World(0, 1, case.device), Silent())
 
     def reference(self) -> np.ndarray:
         """(N, 2) mean logprobs, nats per token, which later steps use."""

@@ -28,6 +28,7 @@ from benchmarks.measure import machine
 from benchmarks.results import RESULTS, write_results
 from minicache.models.load import save_tokenizer
 from minicache.pairs import PairTable
+from minicache.processes.world import World
 from minicache.scoring.layout import settle_layout
 from minicache.scoring.scorer import Scorer
 from minicache.scoring.tables import score_table
@@ -98,7 +99,7 @@ def measure(family: str, table: PairTable, rounds: int) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {"padded": [], "auto": [], "in order": []}
     slots, means = dict.fromkeys(seconds, 0), {}
     for asked in [name for _ in range(rounds) for name in seconds]:
-        settle_layout(scorer, table, "padded" if asked == "in order" else asked, CPU, Silent())
+        settle_layout(scorer, table, "padded" if asked == "in order" else asked, World(0, 1, CPU), Silent())
         if asked == "auto":
             chosen = scorer.layout_name
         started, found = time.process_time(), np.zeros((len(table), 2))

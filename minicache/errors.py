@@ -10,7 +10,8 @@
     │   ├── CacheIncomplete     some of its blocks are not scored yet
     │   └── CacheDamaged        bytes on disk are not the bytes that were written
     ├── ModelError              a model or tokenizer cannot be loaded or used
-    │   └── RunDiverged         a training run's numbers are no longer finite
+    │   ├── RunDiverged         a training run's numbers are no longer finite
+    │   └── FullMemory          the memory of a device or of the machine is full
     ├── HandshakeError          the model does not reproduce the cached logprobs
     ├── ProcessLost             another process of the run has died
     ├── StoreError              an object store cannot be reached, or refuses
@@ -20,8 +21,12 @@
 The command line prints the message in red and exits with code 1. Anything that is not a `MinicacheError` is a bug.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
+
+from minicache.machine import free_bytes_here
 
 
 class Difference(NamedTuple):
@@ -103,6 +108,10 @@ class RunDiverged(ModelError):
     """A training run's loss or gradient is no longer finite."""
 
 
+class FullMemory(ModelError):
+    """The memory of a device or of the machine is full."""
+
+
 class HandshakeError(MinicacheError):
     """The model does not reproduce the cached logprobs."""
 
@@ -132,8 +141,57 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 def is_full_memory(error: BaseException) -> bool:
-    """Whether it says that a GPU's or the CPU's memory is full; for the latter torch raises a plain RuntimeError."""
-    # mps and npu raise a plain RuntimeError too
-    texts = ("allocate memory", "out of memory")
-    named = type(error).__name__ == "OutOfMemoryError" or any(text in str(error) for text in texts)
-    return isinstance(error, MemoryError) or named
+    """Whether it says that a device's or the machine's memory is full, for which torch and its libraries have no one error."""
+    return (
+        isinstance(error, MemoryError | FullMemory)
+        or type(error).__name__ == "OutOfMemoryError"
+        or bool(isinstance(error, RuntimeError | OSError) and FULL.search(str(error)))
+    )
+
+
+# In the errors of torch, CUDA's libraries and the C library.
+FULL = re.compile(r"out of memory|(can't|cannot) allocate|not enough memory|_ALLOC_FAILED", re.IGNORECASE)
+ASKED = re.compile(r"(?:[Tt]ried to allocate|Unable to allocate) ([\d.,]+ ?[KMGTP]?i?[Bb]\w*)")
+ON_CPU = re.compile(r"DefaultCPUAllocator|Cannot allocate memory")
+FREE = re.compile(r"of which ([\d.]+ [KMGT]?i?[Bb]\w*) is free")
+
+
+def in_words(error: BaseException, what: str = "this run", advice: str = "") -> "FullMemory | None":
+    """The line for an error that says, or was raised because, memory is full; None for any other error.
+
+    what: what does not fit. advice: what to try.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not is_full_memory(cause):
+        cause = cause.__cause__
+    if cause is None or isinstance(cause, FullMemory):
+        return cause
+    error = cause
+    text = " ".join(str(error).split())
+    asked, free = ASKED.search(text), FREE.search(text)
+    numbers = [f"{asked[1]} more were asked for" if asked else text[:160]]
+    if free:
+        numbers.append(f"{free[1]} were free")
+    elif isinstance(error, MemoryError) or ON_CPU.search(text):
+        numbers.append(f"{free_bytes_here() / 1e9:,.1f} GB of the machine's memory are free now")
+    numbers_ = f" ({', '.join(filter(None, numbers))})" if any(numbers) else ""
+    return FullMemory(
+        f"out of memory: {what} does not fit{numbers_}; try {advice or 'a smaller model, rank or batch, or a machine with more'}"
+    )
+
+
+@contextmanager
+def fits(what: str, advice: str = "") -> Iterator[None]:
+    """Say what does not fit where memory is full, and what to try; see `in_words`.
+
+    Raises:
+        FullMemory: memory is full.
+    """
+    try:
+        yield
+    # whatever says so; all others pass
+    except Exception as error:
+        line = in_words(error, what, advice)
+        if line is None or line is error:
+            raise
+        raise line from error

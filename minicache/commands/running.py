@@ -14,7 +14,9 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from minicache.errors import CacheMismatch, MinicacheError, ModelError, ProcessLost, is_full_memory, is_lost_peer
+from minicache.errors import CacheMismatch, MinicacheError, ProcessLost, in_words, is_lost_peer
+from minicache.options.declare import flag
+from minicache.options.dictionaries import flat
 from minicache.processes.signals import Interruptible, Postponed
 from minicache.screen.diff import differences_table
 from minicache.screen.live import Screen
@@ -59,11 +61,19 @@ def run_stage(
         stage = getattr(import_module(f"minicache.stages.{module}"), function or module)
     world = join_world(device)
     with screen_ if world.is_main else Silent() as tracker:
+        if world.size > 1:
+            world.agree(lambda: _settings(config))
         report = stage(config, world, tracker)
     if world.is_main and show:
         show(out, report)
     leave_world()
     return report
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """The options that all processes must be given alike. What lies at a place may have another one on each machine."""
+    values = {flag(name): str(value) for name, value in flat(config).items()}
+    return {name: value for name, value in values.items() if "/" not in value and os.sep not in value}
 
 
 def _let_segments_grow() -> None:
@@ -84,41 +94,48 @@ def errors_as_one_line(interrupted: str = "nothing was written") -> Iterator[Non
 
     interrupted: the text of the yellow line, unless the stage raised KeyboardInterrupt with a text of its own.
     """
+    asked = Interruptible()
     try:
-        with Interruptible(), _errors_of_torch():
+        with asked, _errors_of_libraries():
             yield
     except MinicacheError as error:
         log.debug("the traceback behind the error", exc_info=True)
-        if int(os.environ.get("RANK", 0)) and not isinstance(error, ProcessLost):
-            # Rank 0 reports an error that all ranks have; the launcher ends the other ranks while they sleep here.
+        if isinstance(error, ProcessLost) and asked.since is not None:
+            _show_interruption("another process of this run has left first; what was saved stays")
+            raise typer.Exit(130) from error
+        if int(os.environ.get("RANK", 0)) or (isinstance(error, ProcessLost) and "WORLD_SIZE" in os.environ):
+            # Rank 0 reports an error that all ranks have, and whoever has failed first its own; the launcher ends the other ranks
+            # while they sleep here.
             time.sleep(3)
         show_error(err, str(error))
         if isinstance(error, CacheMismatch) and error.differences:
             err.print(differences_table(error.differences, error.sides))
         raise typer.Exit(1) from error
     except KeyboardInterrupt as interruption:
-        # All ranks were interrupted; one of them reports it.
-        if not int(os.environ.get("RANK", 0)):
-            err.print(f"interrupted; {str(interruption) or interrupted}", style="yellow")
+        _show_interruption(str(interruption) or interrupted)
         raise typer.Exit(130) from None
 
 
+def _show_interruption(text: str) -> None:
+    """All ranks were interrupted; one of them reports it."""
+    if not int(os.environ.get("RANK", 0)):
+        err.print(f"interrupted; {text}", style="yellow")
+
+
 @contextmanager
-def _errors_of_torch() -> Iterator[None]:
-    """Turn network errors into ProcessLost, and a full memory into ModelError, wherever they come from."""
+def _errors_of_libraries() -> Iterator[None]:
+    """Turn network errors into ProcessLost, and a full memory into FullMemory, wherever they come from."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
-        text = one_line(error, 200)
-        if is_full_memory(error):
-            raise ModelError(
-                f"out of memory: {text}; expected a smaller model, rank or batch, or a machine with more"
-            ) from error
-        if not is_lost_peer(error):
+    except Exception as error:
+        full = in_words(error)
+        if full and full is not error:
+            raise full from error
+        if isinstance(error, MinicacheError) or not (isinstance(error, RuntimeError) and is_lost_peer(error)):
             raise
         raise ProcessLost(
             f"process {os.environ.get('RANK', 0)}: another process of this run has ended or cannot be reached; what was saved "
-            f"stays, and the same command goes on with it (train: with --resume). The network said: {text}"
+            f"stays, and the same command goes on with it (train: with --resume). The network said: {one_line(error, 200)}"
         ) from error
 
 

@@ -27,10 +27,13 @@ def score_blocks(
     cache: CacheWriter, scorer: Scorer, budget: Budget, shard: tuple[int, int], world: World, tracker: Tracker
 ) -> tuple[list[int], int]:
     """Score the unscored blocks of a shard, each rank its share; returns these blocks and the number of their pairs."""
-    todo, sizes, done = world.broadcast(_todo(cache, *shard) if world.is_main else None)
+    todo, sizes, done = world.first(lambda: _todo(cache, *shard))
     if done:
-        cached = cache.blocks.whole(done[0])
-        check_reproduces(scorer, cached, world.device, TOLERANCE[cache.identity.dtype], "the model")
+        cached = world.each(lambda: cache.blocks.whole(done[0]))
+        tolerance = TOLERANCE[cache.identity.dtype]
+        world.together(
+            lambda: check_reproduces(scorer, cached, world.device, tolerance, "the model"), meets=bool(scorer.lockstep)
+        )
     if not todo:
         return [], 0
     pairs = int(sizes[:, 0].sum())

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from minicache.data.tokenizers import ChatTokenizer
-from minicache.errors import ConfigError, ModelError
+from minicache.errors import ConfigError, ModelError, fits
 from minicache.pairs import Ints
 from minicache.processes.devices import keeping_random_state
 
@@ -42,7 +42,7 @@ def answer_all(
     prompts: (n,) ids each. advance: called after each batch with the number of prompts, and of tokens read and written.
 
     Raises:
-        ModelError: a batch does not fit in the device's memory.
+        FullMemory: a batch does not fit in the device's memory.
     """
     ends = _end_ids(model, tokenizer)
     model.generation_config = _generation_config(ends, sampling)
@@ -116,12 +116,9 @@ def _generate(model: Any, prompts: list[Ints], ends: list[int]) -> list[list[int
     for row, ids in enumerate(prompts):
         inputs[row, width - len(ids) :] = torch.from_numpy(ids.astype("int64"))
         mask[row, width - len(ids) :] = 1
-    try:
+    asked = f"answering {len(prompts)} prompts of up to {width} tokens at once"
+    with fits(asked, f"--batch-size {max(len(prompts) // 2, 1)}, or a lower --max-new-tokens"):
         output = model.generate(inputs.to(model.device), attention_mask=mask.to(model.device))[:, width:].tolist()
-    except torch.OutOfMemoryError as error:
-        raise ModelError(
-            f"out of memory at {len(prompts)} prompts of up to {width} tokens; try --batch-size {max(len(prompts) // 2, 1)}"
-        ) from error
     return [_until_end(ids, ends) for ids in output]
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from minicache.data.tokenizer_files import TEMPLATE, copy_to_policy
 from minicache.disk import folder_written_whole
-from minicache.errors import ModelError
+from minicache.errors import ModelError, fits
 from minicache.models import huggingface, lora, minimind, precision, quantized, tokenizers
 from minicache.models.adapter_files import ADAPTER, settings_of
 from minicache.models.adapter_places import adapter_place, base_name, own_template, tokenizer_place
@@ -83,6 +83,8 @@ class LoadedModel:
         return digest
 
 
+# What to try where a model does not fit in memory.
+TO_LOAD = "a machine with more memory, fewer processes on it (--parallel fsdp loads a model once), or a smaller model"
 # What loads a file, given the path and the options behind the colon of its name: the model, and lines on what it did not use.
 Loader = Callable[[Path, str], tuple[nn.Module, tuple[str, ...]]]
 # Suffix of a file -> its loader. Any other source is a Hugging Face directory or hub id.
@@ -111,8 +113,13 @@ def load_model(source: str, trust_remote_code: bool = False, quantization: str =
 
     Raises:
         ModelError: the source does not exist, is of no known kind, needs code of its own that was not allowed, or does not fit
-            its name.
+            its name. FullMemory: it does not fit in memory.
     """
+    with fits(f"loading {source}", TO_LOAD):
+        return _load(source, trust_remote_code, quantization)
+
+
+def _load(source: str, trust_remote_code: bool, quantization: str) -> LoadedModel:
     started = time.perf_counter()
     place, options = split_source(source)
     path, below, notes = Path(place), None, tuple[str, ...]()
@@ -136,10 +143,11 @@ def load_unquantized(source: str, trust_remote_code: bool = False) -> LoadedMode
     Raises:
         ModelError: as `load_model`.
     """
-    if adapter := adapter_place(source):
-        model, below, notes = _adapted(adapter, trust_remote_code, as_plain=True)
-        return LoadedModel(model.eval().requires_grad_(False), source, below, notes)
-    return LoadedModel(quantized.plain(load_model(source, trust_remote_code).model), source)
+    with fits(f"{source} without quantization", TO_LOAD):
+        if adapter := adapter_place(source):
+            model, below, notes = _adapted(adapter, trust_remote_code, as_plain=True)
+            return LoadedModel(model.eval().requires_grad_(False), source, below, notes)
+        return LoadedModel(quantized.plain(load_model(source, trust_remote_code).model), source)
 
 
 def _adapted(

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from minicache.errors import fits
 from minicache.models.quantized import quantized_layers
 
 # What may be asked of a weight without reading its numbers or their precision.
@@ -19,7 +20,18 @@ def hold_for(model: nn.Module, device: torch.device, dtype: str) -> nn.Module:
     """The model on the device, in place, with its weights as passes in `dtype` need them: frozen ones in half precision or float32.
 
     Values are the stored ones, and so is all that the passes compute, bit for bit.
+
+    Raises:
+        FullMemory: they do not fit on the device.
     """
+    count = sum(each.numel() for each in model.parameters())
+    with fits(
+        f"a model of {count:,} parameters", "--parallel fsdp on several devices, --base-4bit, or a smaller model"
+    ):
+        return _hold_for(model, device, dtype)
+
+
+def _hold_for(model: nn.Module, device: torch.device, dtype: str) -> nn.Module:
     half = half_weights(model, getattr(torch, dtype))
     # Not the model's own `to`, which transformers forbids for a quantized model. It is moved as it is stored: no process holds it
     # in float32 in the CPU's memory on its way to a GPU.

@@ -2,19 +2,18 @@
 
 import logging
 import os
-from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 
-from minicache.errors import ModelError
+from minicache.errors import FullMemory, fits
+from minicache.machine import free_bytes_here
 from minicache.pairs import PairTable
 from minicache.processes.devices import by_kind, free_memory
 from minicache.processes.world import World
 from minicache.scoring.batch import Batch
 from minicache.scoring.counting import counted_pass, run_pass
-from minicache.scoring.memory import How, Pass, gigabytes, need_of, parts_of
+from minicache.scoring.memory import TO_SCORE, TO_TRAIN, How, Need, Pass, gigabytes, need_of, parts_of
 from minicache.scoring.scorer import Scorer
 from minicache.scoring.tables import SLOTS
 from minicache.text import one_line
@@ -28,8 +27,6 @@ MOST = {"cpu": 8192, "cuda": 65536}
 RESERVE = 0.85
 # Passes that were counted in this process, by `_sizes_of`: the runs of a sweep are alike.
 COUNTED: dict[tuple[object, ...], Pass] = {}
-TO_TRAIN = "Try --activation-checkpointing, --optimizer adamw-8bit or --lora-rank 16 (minidpo fit --model shows what each needs)"
-TO_SCORE = "Try --base-4bit, a lower --max-length, or --parallel fsdp on several devices (minidpo fit --model shows what they need)"
 
 
 def training_budget(
@@ -61,23 +58,28 @@ def scoring_budget(scorer: Scorer, table: PairTable, world: World, tracker: Trac
 
 def _budget(scorer: Scorer, table: PairTable, optimizer: str | None, how: How, world: World, tracker: Tracker) -> int:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
-    need = need_of(scorer.outline, _passes_of(scorer, table, how, world.device), optimizer)
-    free = free_bytes(world.device, local)
     most = by_kind(MOST if how.training else SLOTS, world.device)
-    found = world.gather((need.slots(free), need.power(RESERVE * free, most), free))
-    fits, _, free = min(found)
-    pass_ = "micro-batch" if how.training else "batch"
+
+    def find() -> tuple[int, int, float, Need]:
+        need = need_of(scorer.outline, _passes_of(scorer, table, how, world.device), optimizer)
+        free = free_bytes(world.device, local)
+        return need.slots(free), need.power(RESERVE * free, most), free, need
+
+    # a model in shards may have to run to be measured
+    found = world.together(find, meets=bool(scorer.lockstep))
+    most_slots, _, free, need = min(found, key=lambda each: each[:3])
+    advice = TO_TRAIN if how.training else TO_SCORE
     longest = need.passes.slots
-    if fits < longest:
+    if most_slots < longest:
         takes = gigabytes(need.passes.bytes(longest))
-        raise ModelError(
+        raise FullMemory(
             f"the longest pair, {longest:,} token slots, does not fit in memory: it needs {takes}, beside {parts_of(need)}; "
-            f"{gigabytes(free)} are free beside the weights. {TO_TRAIN if how.training else TO_SCORE}"
+            f"{gigabytes(free)} are free beside the weights. Try {advice}"
         )
-    slots: int = min(each for _, each, _ in found)
+    slots: int = min(each for _, each, *_ in found)
     tracker.note(
-        f"{slots:,} token slots a {pass_} take {gigabytes(need.passes.bytes(slots))}, beside {parts_of(need)}; "
-        f"{gigabytes(free)} are free"
+        f"{slots:,} token slots a {'micro-batch' if how.training else 'batch'} take {gigabytes(need.passes.bytes(slots))}, beside "
+        f"{parts_of(need)}; {gigabytes(free)} are free"
     )
     return slots
 
@@ -94,12 +96,9 @@ def _passes_of(scorer: Scorer, table: PairTable, how: How, device: torch.device)
     # a family's own code, which may read the values of tensors, may raise anything
     except Exception as error:
         log.debug("memory is measured, because it cannot be counted: %s", one_line(error, 300))
-    try:
+    with fits(f"the shortest pair, {int(costs.min()):,} token slots,", TO_TRAIN if how.training else TO_SCORE):
         one, two = (each.to(device) for each in _one_and_two(scorer, table, int(costs.argmin())))
-        found = run_pass(scorer, one, two, how)
-    except torch.OutOfMemoryError as error:
-        raise ModelError(f"the shortest pair, {int(costs.min()):,} token slots, does not fit in memory") from error
-    return found.longer(int(costs.max()))
+        return run_pass(scorer, one, two, how).longer(int(costs.max()))
 
 
 def _sizes_of(scorer: Scorer, batch: Batch, how: How) -> tuple[object, ...]:
@@ -122,27 +121,6 @@ def free_bytes(device: torch.device, processes: int = 1) -> float:
     """Free bytes on the device; on a CPU, the equal share of one of `processes`."""
     if device.type not in ("cpu", "mps"):
         return free_memory(device)
-    machine = min(float(psutil.virtual_memory().available), job_bytes()) / processes
+    machine = free_bytes_here() / processes
     # a Mac's GPU computes in the memory of the machine
     return min(machine, free_memory(device)) if device.type == "mps" else machine
-
-
-def job_bytes(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
-    """Bytes that this process's control groups (of a container or batch job) still allow. Infinite without a limit.
-
-    The kernel can reclaim cached pages of files, which count as free. Source: docs.kernel.org/admin-guide/cgroup-v2.html, memory.
-    """
-    try:
-        (path,) = (line[3:] for line in own.read_text(encoding="utf-8").splitlines() if line.startswith("0::"))
-    except (OSError, ValueError):
-        return float("inf")
-    place, room = groups / path.lstrip("/"), float("inf")
-    for group in (place, *place.parents):
-        try:
-            limit, used = (int((group / f"memory.{name}").read_text(encoding="utf-8")) for name in ("max", "current"))
-            held = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
-            room = min(room, limit - used + int(held["inactive_file"]) + int(held["active_file"]))
-        # this group has no limit
-        except (OSError, ValueError, KeyError):
-            continue
-    return max(0.0, room)

@@ -127,6 +127,7 @@ def run_pass(scorer: Scorer, one: Batch, two: Batch, how: How) -> Pass:
             peaks.append(counter.peak)
             scorer.zero_grad(set_to_none=True)
     finally:
+        scorer.zero_grad(set_to_none=True)
         for layer in layers:
             del layer.forward
     line = Line.through(*peaks)

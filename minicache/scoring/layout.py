@@ -2,20 +2,23 @@
 
 import logging
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
 
 from minicache.cache.identity import TOLERANCE
-from minicache.errors import ConfigError, ModelError
+from minicache.errors import ConfigError, FullMemory, ModelError, fits, is_lost_peer
 from minicache.options.catalog import LAYOUTS
 from minicache.pairs import PairTable
 from minicache.processes.devices import has_flex
+from minicache.processes.world import World
 from minicache.scoring.attention import watching
 from minicache.scoring.batch import Batch
 from minicache.scoring.handshake import SAMPLE
 from minicache.scoring.layouts import layout_named
 from minicache.scoring.masks import Windows
+from minicache.scoring.memory import TO_SCORE
 from minicache.scoring.rotary import changes_beyond, score_rows_alone
 from minicache.scoring.scorer import PairScores, Scorer
 from minicache.text import one_line
@@ -24,32 +27,44 @@ from minicache.trackers import Tracker
 log = logging.getLogger(__name__)
 
 
-def settle_layout(scorer: Scorer, table: PairTable, asked: str, device: torch.device, tracker: Tracker) -> None:
+def settle_layout(scorer: Scorer, table: PairTable, asked: str, world: World, tracker: Tracker) -> None:
     """Set the scorer's layout: the one asked for, or for `auto` the first with which the model gives the values of `padded`.
 
+    All ranks must call this, and all get the same layout: one that a single rank cannot use is used by none.
     The tracker notes why `auto` did not use its first choice. table: it must hold the longest side that will be scored.
 
     Raises:
         ConfigError: the layout asked for by name cannot be used with this model.
-        ModelError: the model cannot be scored at all.
+        ModelError: the model cannot be scored at all. FullMemory: a few pairs do not fit in memory.
     """
-    trial = _Trial(scorer, table, device)
+    meets = bool(scorer.lockstep)
+    trial = _Trial(scorer, table, world.device)
     problems: list[str] = []
     for name in LAYOUTS if asked == "auto" else (asked,):
-        problem = trial.problem(name)
+        problem = _weakest(world, world.together(partial(trial.problem, name), meets))
         log.debug("layout %s: %s", name, problem or "used")
         if problem is None:
             if name == "padded":
-                trial.require_alone()
+                world.together(trial.require_alone, meets)
             for line in problems[:1]:
                 tracker.note(line)
-            if name == "packed" and device.type != "cpu" and not has_flex(device):
+            if name == "packed" and world.device.type != "cpu" and not has_flex(world.device):
                 tracker.note(
-                    f"no FlexAttention on {device} (it needs CUDA or xpu, and Triton): rows are attended pair by pair"
+                    f"no FlexAttention on {world.device} (it needs CUDA or xpu, and Triton): rows are attended pair by pair"
                 )
             return
+        trial.go_back()
         problems.append(f"layout {name} is not used: {problem}")
     raise ConfigError(f"--layout {asked}: cannot be used with this model: {problem}; expected auto or padded")
+
+
+def _weakest(world: World, problems: list[str | None]) -> str | None:
+    """The problem of the first rank that has one, with its name if not all have it."""
+    found = [(rank, problem) for rank, problem in enumerate(problems) if problem]
+    if not found:
+        return None
+    rank, problem = found[0]
+    return problem if len(found) == len(problems) else f"{world.name(rank)}: {problem}"
 
 
 class _Trial:
@@ -70,8 +85,9 @@ class _Trial:
 
     def require_alone(self) -> None:
         """Raises ModelError: padding moves a pair's logprobs, as in models that keep a fixed number of a row's keys."""
-        alone = self._scores("padded", self.shortest[:1]).logp_mean[0]
-        beside = self._scores("padded", np.array([self.shortest[0], self.ends.argmax()])).logp_mean[0]
+        with fits("scoring the longest pair", TO_SCORE):
+            alone = self._scores("padded", self.shortest[:1]).logp_mean[0]
+            beside = self._scores("padded", np.array([self.shortest[0], self.ends.argmax()])).logp_mean[0]
         moved = float((alone - beside).abs().max())
         if moved > TOLERANCE[self.scorer.dtype]:
             raise ModelError(
@@ -80,19 +96,33 @@ class _Trial:
             )
 
     def problem(self, layout: str) -> str | None:
-        """Why this model cannot be scored in this layout; None if it can, and the scorer has it then."""
+        """Why this model cannot be scored in this layout; None if it can, and the scorer has it then.
+
+        Raises:
+            FullMemory: memory says nothing of the layout. The scorer is as it was before.
+        """
         if layout == "padded":
             return None
         try:
-            self._try(layout)
+            with fits(f"trying layout {layout} on a few pairs", f"--layout padded; {TO_SCORE}"):
+                self._try(layout)
             return None
+        except FullMemory:
+            self.go_back()
+            raise
         except ModelError as error:
-            problem = f"its own code does not take it: {one_line(error.__cause__ or error, 160)}"
+            return f"its own code does not take it: {one_line(error.__cause__ or error, 160)}"
         # a model's own code or a compiler may raise anything
         except Exception as error:
-            problem = one_line(error, 160)
+            if is_lost_peer(error):
+                raise
+            return one_line(error, 160)
+        finally:
+            self.scorer.zero_grad(set_to_none=True)
+
+    def go_back(self) -> None:
+        """Let the scorer score `padded` batches again, as it did before."""
         self.scorer.use_layout("padded", own_positions=self.scorer.own_positions)
-        return problem
 
     def _try(self, layout: str) -> None:
         """Raises ValueError, or whatever the model's code raises: the layout cannot be used."""
@@ -115,7 +145,6 @@ class _Trial:
         if self.device.type != "cpu" and any(parameter.requires_grad for parameter in self.scorer.parameters()):
             # FlexAttention compiles backward separately, and not for every model; kinds of devices lack some operations
             self.scorer(self._batch(layout, self.shortest)).logp_sum.sum().backward()
-            self.scorer.zero_grad(set_to_none=True)
 
     def _require_same(self, layout: str, windows: Windows, sample: np.ndarray) -> PairScores:
         """The scores of pairs of the table, (n,) indices. Raises ValueError: they are others than in `padded`."""

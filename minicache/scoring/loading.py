@@ -2,12 +2,15 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
+import numpy as np
 import torch
 
 from minicache.cache.contents import Contents
@@ -15,7 +18,6 @@ from minicache.cache.reader import JoinedCaches, ReferenceCache
 from minicache.cache.schema import CachedPairs
 from minicache.cache.scratch import ScratchFile, map_scratch
 from minicache.disk import usual_directory
-from minicache.errors import MinicacheError
 from minicache.models import LoadedModel, load_model
 from minicache.processes.world import World
 from minicache.scoring.budget import free_bytes
@@ -42,15 +44,32 @@ def load_pairs(
     contents = cache.contents
     size, processes = contents.decoded_bytes, int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
     too_large = size > MOST * free_bytes(torch.device("cpu"), processes)
-    if not (scratch or world.any(too_large)):
+    if not (scratch or any(world.gather(too_large))):
         log.debug("%d bytes of pairs are decoded into memory", size)
-        return contents.load()
+        return _same(world.each(contents.load), world)
     directory = scratch or usual_directory()
     log.debug("%d bytes of pairs are decoded into a file in %s", size, directory)
     tracker.note(
         f"{contents.parts[0].path}: {size / 1e6:,.0f} MB of pairs are decoded into a file in {directory}, not into memory"
     )
-    return _load_into(contents, directory, size, world)
+    return _same(_load_into(contents, directory, size, world), world)
+
+
+def _same(pairs: CachedPairs, world: World) -> CachedPairs:
+    """The pairs. Raises ConfigError: another process has read others, so that they would share them out differently."""
+
+    def facts() -> dict[str, Any]:
+        digest, table = blake2b(digest_size=8), pairs.table
+        for column in (table.digest, table.lengths, pairs.reference.logp_mean):
+            digest.update(np.ascontiguousarray(column).data)
+        return {
+            "the pairs in the cache, their number": len(table),
+            "the pairs in the cache, their digest": digest.hexdigest(),
+        }
+
+    if world.size > 1:
+        world.agree(facts)
+    return pairs
 
 
 def _load_into(contents: Contents, directory: Path, size: int, world: World) -> CachedPairs:
@@ -59,30 +78,18 @@ def _load_into(contents: Contents, directory: Path, size: int, world: World) -> 
     run = world.broadcast(uuid4().hex)
     file = directory / f"minidpo-{run}-{world.rank - local}"
     with ExitStack() as stack:
-        made = None
-        with _in_all(world):
-            if not local:
-                made = stack.enter_context(closing(ScratchFile(file, size)))
-        with _in_all(world):
-            mapped = map_scratch(file, size)
-        with _in_all(world):
-            if made:
-                made.unname()
-                made.reserve()
-                contents.load(made.buffer)
+        made = world.each(lambda: None if local else stack.enter_context(closing(ScratchFile(file, size))))
+        mapped = world.each(lambda: map_scratch(file, size))
+        world.each(lambda: _fill(made, contents))
     return contents.columns(mapped)
 
 
-@contextmanager
-def _in_all(world: World) -> Iterator[None]:
-    """Raise an error of one process in all of them, so that none waits for one that has ended."""
-    problem = None
-    try:
-        yield
-    except MinicacheError as error:
-        problem = error
-    if problems := [each for each in world.gather(problem) if each]:
-        raise problem or problems[0]
+def _fill(file: ScratchFile | None, contents: Contents) -> None:
+    """Decode all pairs into the file, if this process has made it."""
+    if file:
+        file.unname()
+        file.reserve()
+        contents.load(file.buffer)
 
 
 @dataclass(frozen=True)

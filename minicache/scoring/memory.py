@@ -9,6 +9,12 @@ from minicache.models import layers_of
 from minicache.options.catalog import OPTIMIZERS
 from minicache.scoring.scorer import DTYPES, Scorer
 
+# What to try where memory is full.
+TO_TRAIN = (
+    "--activation-checkpointing, --optimizer adamw-8bit or --lora-rank 16 (minidpo fit --model shows what each needs)"
+)
+TO_SCORE = "--base-4bit, a lower --max-length, or --parallel fsdp on several devices (minidpo fit --model shows what they need)"
+
 
 @dataclass(frozen=True)
 class Line:

@@ -46,11 +46,15 @@ def spread(model: nn.Module | None, dtype: str, parallel: str, world: World) -> 
     """
     if not is_sharded(parallel, world):
         assert model is not None
-        return Scorer(hold_for(model, world.device, dtype), dtype)
+        scorer = world.each(lambda: Scorer(hold_for(model, world.device, dtype), dtype))
+        # one way to compute logits, and one count of their memory
+        if not all(world.together(lambda: scorer.head is not None)):
+            scorer.head = None
+        return scorer
     refuse_quantized_shards(model, parallel, world)
     mesh = _mesh(parallel, world)
-    plan = world.broadcast(_describe(model.to(torch.float32)) if model is not None else None)
-    skeleton = _skeleton(plan)
+    plan = world.first(lambda: _describe(model))
+    skeleton = world.each(lambda: _skeleton(plan))
     layers = layers_of(skeleton)
     if not layers:
         raise ConfigError(f"--parallel {parallel}: this model's code marks no layers to shard; expected --parallel ddp")
@@ -94,8 +98,10 @@ def _mesh(parallel: str, world: World) -> DeviceMesh:
     return init_device_mesh(world.device.type, (world.size // local, local), mesh_dim_names=("nodes", "shards"))
 
 
-def _describe(model: nn.Module) -> dict[str, Any]:
-    """All that the other ranks need to build the same modules without weights."""
+def _describe(model: nn.Module | None) -> dict[str, Any]:
+    """All that the other ranks need to build the same modules without weights. The model becomes float32."""
+    assert model is not None
+    model = model.to(torch.float32)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     return {
         "class": type(base),

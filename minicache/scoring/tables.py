@@ -2,17 +2,19 @@
 
 import logging
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from minicache.errors import ModelError
+from minicache.errors import FullMemory, fits, in_words
 from minicache.pairs import PairTable
 from minicache.processes.devices import by_kind, empty_cache
 from minicache.processes.world import World
 from minicache.scoring.batch import Batch
 from minicache.scoring.batching import Indices, ahead
+from minicache.scoring.memory import TO_SCORE
 from minicache.scoring.scorer import LookUp, PairScores, Scorer
 
 log = logging.getLogger(__name__)
@@ -50,13 +52,14 @@ def score_table(
         and balance.
 
     Raises:
-        ModelError: a single pair, or a batch of a sharded model, does not fit in memory.
+        FullMemory: a single pair, or a batch of a sharded model, does not fit in memory.
     """
     left = np.ones(len(table), bool)
     kept = budget if isinstance(budget, Budget) else Budget(budget or by_kind(SLOTS, device))
     while len(rest := indices[left[indices]]):
         for chosen, batch in ahead(scorer.batches(table, rest, kept.slots, references)):
-            moved = batch.to(device)
+            with fits(f"a batch of {batch.input_ids.numel():,} token slots", TO_SCORE):
+                moved = batch.to(device)
             if scorer.lockstep:
                 scorer.lockstep.any(True)
             scores = _scores_if_they_fit(scorer, moved, distribution)
@@ -74,13 +77,13 @@ def _slots_to_halve(scorer: Scorer, batch: Batch) -> int:
     """The token slots of a batch that did not fit in memory.
 
     Raises:
-        ModelError: it cannot be made smaller, because it is a single pair or its model is sharded.
+        FullMemory: it cannot be made smaller, because it is a single pair or its model is sharded.
     """
     slots = batch.input_ids.numel()
     if batch.pairs == 1:
-        raise ModelError(f"a pair of {slots:,} token slots does not fit in memory; lower --max-length")
+        raise FullMemory(f"a pair of {slots:,} token slots does not fit in memory; lower --max-length")
     if scorer.lockstep:
-        raise ModelError(
+        raise FullMemory(
             f"{slots:,} token slots at once do not fit in memory, and a sharded model cannot try again; lower their number"
         )
     return slots
@@ -97,13 +100,15 @@ def _join_the_others(
 
 def _scores_if_they_fit(scorer: Scorer, batch: Batch, distribution: bool) -> PairScores | None:
     """The scores of a batch without gradients; None if it does not fit in memory."""
+    waits = scorer.lockstep.watch.inside() if scorer.lockstep else nullcontext()
     try:
         # not inference mode: FSDP could not use its tensors in training afterwards
-        with torch.no_grad():
+        with torch.no_grad(), waits:
             scores: PairScores = scorer(batch, distribution, balance=distribution)
             return scores
-    except torch.OutOfMemoryError:
+    except Exception as error:
+        if in_words(error) is None:
+            raise
         # The error refers to the tensors that filled the memory, so it must be gone before the cache is emptied.
-        pass
     empty_cache(batch.targets.device)
     return None

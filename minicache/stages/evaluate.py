@@ -9,7 +9,6 @@ import numpy as np
 from minicache.cache.reader import ReferenceCache
 from minicache.errors import CacheMismatch, MinicacheError
 from minicache.models import LoadedModel, load_model
-from minicache.models.precision import hold_for
 from minicache.options.dictionaries import fill, flat
 from minicache.options.others import EvaluateConfig
 from minicache.options.train import LossOptions
@@ -18,7 +17,8 @@ from minicache.processes.world import World
 from minicache.scoring.budget import scoring_budget
 from minicache.scoring.layout import settle_layout
 from minicache.scoring.loading import load_pairs
-from minicache.scoring.scorer import Scorer, resolve_dtype
+from minicache.scoring.scorer import resolve_dtype
+from minicache.scoring.spread import spread
 from minicache.trackers import Tracker
 from minicache.training.losses import Objective
 from minicache.training.run_directory import DEFAULTS, final_beta, policy_source, run_behind
@@ -45,15 +45,17 @@ def evaluate(config: EvaluateConfig, world: World, tracker: Tracker) -> Evaluate
     """Score every pair of the cache with the policy; returns the mean metrics. Raises MinicacheError of any kind."""
     settings, options = _settings(config)
     objective = Objective.parse(settings["loss"], settings["logps"], settings["beta"], options)
-    cache = ReferenceCache(config.ref_cache)
+    cache = world.each(lambda: ReferenceCache(config.ref_cache))
     require_per_token(cache, options)
     cached = load_pairs(cache, config.scratch, world, tracker)
-    loaded = _load(config, cache, tracker)
+    loaded = world.each(lambda: _load(config, cache, tracker))
+    if world.size > 1:
+        world.agree(lambda: {"the policy's weights, their digest": loaded.fingerprint})
     identity = cache.identity
     same = (loaded.fingerprint, loaded.quantization) == (identity.weights, identity.quantization)
-    dtype = resolve_dtype(config.dtype, world.device, tracker.note)
-    scorer = Scorer(hold_for(loaded.model, world.device, dtype), dtype)
-    settle_layout(scorer, cached.table, "auto", world.device, tracker)
+    dtype = world.agree(lambda: {"--dtype": resolve_dtype(config.dtype, world.device, tracker.note)})["--dtype"]
+    scorer = spread(loaded.model, dtype, "ddp", world)
+    settle_layout(scorer, cached.table, "auto", world, tracker)
     pairs = EvalSet(cached, np.arange(len(cached.table)))
     _note_other_reference(config, cache, tracker)
     budget = config.tokens_per_batch or scoring_budget(scorer, cached.table, world, tracker)

@@ -49,7 +49,7 @@ def verify_model(config: InspectConfig, world: "World", tracker: Tracker) -> flo
     tracker.begin("re-scoring a sample", None)
     dtype = cache.identity.dtype
     scorer = Scorer(hold_for(loaded.model, world.device, dtype), dtype)
-    settle_layout(scorer, cached.table, "padded", world.device, tracker)
+    settle_layout(scorer, cached.table, "padded", world, tracker)
     return check_reproduces(scorer, cached, world.device, TOLERANCE[dtype], config.model)
 
 

@@ -2,21 +2,22 @@
 
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from minicache.cache.manifest import Source
 from minicache.cache.refusals import REFUSED_FILE
 from minicache.cache.writer import CacheWriter
-from minicache.data.files import read_rows
+from minicache.data.files import DataFile, read_rows
 from minicache.data.places import located
 from minicache.intake.prepare import prepare
 from minicache.intake.scores import score_blocks
-from minicache.models import load_model
+from minicache.models import LoadedModel, load_model
 from minicache.options.stage_one import PrecomputeConfig
 from minicache.options.where import Where
 from minicache.processes.world import World
 from minicache.scoring.budget import scoring_budget
 from minicache.scoring.layout import settle_layout
-from minicache.scoring.scorer import resolve_dtype
+from minicache.scoring.scorer import Scorer, resolve_dtype
 from minicache.scoring.spread import is_sharded, refuse_quantized_shards, spread
 from minicache.scoring.tables import Budget
 from minicache.trackers import Tracker
@@ -50,28 +51,17 @@ def precompute(config: PrecomputeConfig, world: World, tracker: Tracker) -> Prec
             otherwise (a full disk, a model without finite logprobs) finished blocks stay.
     """
     sharded = is_sharded(config.parallel, world)
-    config = replace(config, dtype=resolve_dtype(config.dtype, world.device, tracker.note, sharded))
+    agreed = world.agree(lambda: {"--dtype": resolve_dtype(config.dtype, world.device, tracker.note, sharded)})
+    config = replace(config, dtype=agreed["--dtype"])
     with ExitStack() as claims:
         tracker.begin("locating the data", None)
         # A wrong path should not cost the loading of a model.
-        files = claims.enter_context(located(config.data, tracker.note)) if world.is_main else []
-        for file in files:
-            next(read_rows(file))
-        tracker.begin(f"loading {config.model}", None)
-        mine = world.is_main or not sharded
-        loaded = load_model(config.model, config.trust_remote_code, config.base.quantization) if mine else None
-        refuse_quantized_shards(loaded.model if loaded else None, config.parallel, world)
-        if world.is_main:
-            assert loaded
-            loaded.note_left_out(tracker.note)
-            prepare(config, files, loaded, world.device, tracker, claims)
-        world.barrier()
-        scorer = spread(loaded.model if loaded else None, config.dtype, config.parallel, world)
-        del loaded
-        cache = CacheWriter(config.ref_cache)
+        files = world.first(lambda: _located(config, claims, tracker))
+        scorer = _reference(config, files, world, tracker, claims)
+        cache = world.each(lambda: CacheWriter(config.ref_cache))
         # read once; and all processes must decide by the same pairs
-        pairs = world.broadcast(cache.blocks.telling_pairs() if world.is_main else None)
-        settle_layout(scorer, pairs, config.layout, world.device, tracker)
+        pairs = world.first(cache.blocks.telling_pairs)
+        settle_layout(scorer, pairs, config.layout, world, tracker)
         budget = Budget(config.tokens_per_batch or scoring_budget(scorer, pairs, world, tracker))
         blocks, scored = score_blocks(cache, scorer, budget, config.share, world, tracker)
     refused_file = cache.place.locate(REFUSED_FILE)
@@ -87,3 +77,42 @@ def precompute(config: PrecomputeConfig, world: World, tracker: Tracker) -> Prec
         shard=config.shard,
         missing=missing,
     )
+
+
+def _located(config: PrecomputeConfig, claims: ExitStack, tracker: Tracker) -> list[DataFile]:
+    """The files of the data, each of which has a row that can be read."""
+    files = claims.enter_context(located(config.data, tracker.note))
+    for file in files:
+        next(read_rows(file))
+    return files
+
+
+def _reference(
+    config: PrecomputeConfig, files: list[DataFile], world: World, tracker: Tracker, claims: ExitStack
+) -> Scorer:
+    """The scorer of the reference. With the model loaded, rank 0 encodes the data into the cache."""
+    tracker.begin(f"loading {config.model}", None)
+    # a model that will be in shards is read by rank 0 alone
+    is_mine = world.is_main or not is_sharded(config.parallel, world)
+    load = partial(load_model, config.model, config.trust_remote_code, config.base.quantization)
+    loaded = world.each(lambda: load() if is_mine else None)
+    model = loaded.model if loaded else None
+    refuse_quantized_shards(model, config.parallel, world)
+    world.first(lambda: _bring_in(config, files, loaded, world, tracker, claims))
+    if world.size > 1 and loaded and not is_sharded(config.parallel, world):
+        world.agree(lambda: {f"{config.model}, the digest of its weights": loaded.fingerprint})
+    return spread(model, config.dtype, config.parallel, world)
+
+
+def _bring_in(
+    config: PrecomputeConfig,
+    files: list[DataFile],
+    loaded: LoadedModel | None,
+    world: World,
+    tracker: Tracker,
+    claims: ExitStack,
+) -> None:
+    """Encode the data into the cache."""
+    assert loaded
+    loaded.note_left_out(tracker.note)
+    prepare(config, files, loaded, world.device, tracker, claims)

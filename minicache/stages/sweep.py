@@ -5,6 +5,7 @@ import logging
 import time
 from copy import deepcopy
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +54,20 @@ def sweep(config: SweepConfig, world: World, tracker: Tracker) -> SweepReport:
     """
     _check(config)
     kept = _Kept()
-    before, worked = world.broadcast(read_json(config.out / REPORT) if world.is_main else None), False
+    before, worked = world.first(lambda: read_json(config.out / REPORT)), False
     for run in config.mine:
         worked |= _do(run, config, kept, world, tracker)
     rate = before.get("reference_pairs_per_second")
     if rate is None or worked:
         rate = _forward_rate(config.runs[0].config, kept, world, tracker)
-    report: SweepReport = world.broadcast(_report(config, rate) if world.is_main else None)
-    if world.is_main:
-        write_json(config.out / REPORT, asdict(report))
-        _draw(report, tracker)
+    return world.first(lambda: _reported(config, rate, tracker))
+
+
+def _reported(config: SweepConfig, rate: float, tracker: Tracker) -> SweepReport:
+    """The results of all runs, written and drawn."""
+    report = _report(config, rate)
+    write_json(config.out / REPORT, asdict(report))
+    _draw(report, tracker)
     return report
 
 
@@ -81,19 +86,23 @@ def _do(run: SweepRun, config: SweepConfig, kept: "_Kept", world: World, tracker
     """Begin a run, resume it, or leave it as it is. Returns whether anything was done."""
     out = run.config.out
     with RunLock(out) as lock:
-        if world.is_main:
-            with writing(out):
-                out.mkdir(parents=True, exist_ok=True)
-        if not world.broadcast(lock.take() if world.is_main else None):
+        if not world.first(lambda: _take(out, lock)):
             tracker.note(f"{run.name}: another process is at work on it; left to that process")
             return False
-        record = world.broadcast(read_record(out) if world.is_main else None)
+        record = world.first(lambda: read_record(out))
         tracker.note(f"run {config.runs.index(run) + 1} of {len(config.runs)}: {run.name}")
         if record and record.failed and not record.outcome:
             tracker.note(f"it failed before: {record.failed}")
             return False
         _train(run, record, lock, kept, world, tracker)
         return not (record and record.outcome)
+
+
+def _take(out: Path, lock: RunLock) -> bool:
+    """Make the run's directory and try to hold it."""
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    return lock.take()
 
 
 def _train(
@@ -105,8 +114,8 @@ def _train(
         train_locked(replace(run.config, resume=record is not None), lock, world, tracker, sources)
     except RunDiverged as error:
         tracker.note(f"{run.name} failed: {error}")
-        if world.is_main:
-            _write_failed(run.config.out, str(error))
+        problem = str(error)
+        world.first(lambda: _write_failed(run.config.out, problem))
     except KeyboardInterrupt as interruption:
         saved = f"{run.name}: the state is saved; " if str(interruption) else ""
         raise KeyboardInterrupt(f"{saved}the same command goes on with the sweep") from None
@@ -164,14 +173,11 @@ def _forward_rate(config: TrainConfig, kept: _Kept, world: World, tracker: Track
     source = config.init_from or config.model or caches.caches[0].log.model
     mine = world.is_main or not is_sharded(config.parallel, world)
     quantization = quantization_for(config, caches.caches[0])
-    model = kept.model(source, config.trust_remote_code, quantization).model if mine else None
-    scorer = spread(
-        model,
-        resolve_dtype(config.dtype, world.device, tracker.note, is_sharded(config.parallel, world)),
-        config.parallel,
-        world,
-    )
-    settle_layout(scorer, table, config.layout, world.device, tracker)
+    load = partial(kept.model, source, config.trust_remote_code, quantization)
+    model = world.each(lambda: load().model if mine else None)
+    dtype = resolve_dtype(config.dtype, world.device, tracker.note, is_sharded(config.parallel, world))
+    scorer = spread(model, dtype, config.parallel, world)
+    settle_layout(scorer, table, config.layout, world, tracker)
     sample = np.unique(np.linspace(0, len(table) - 1, TIMED_PAIRS).astype(np.int64))
     for pairs in (sample[:WARM_UP], sample):
         world.barrier()

@@ -19,7 +19,7 @@ from minicache.scoring.scorer import Scorer, resolve_dtype
 from minicache.scoring.spread import is_sharded, spread
 from minicache.trackers import Tracker, TrackerGroup
 from minicache.training import checkpoints
-from minicache.training.checks import check, handshake
+from minicache.training.checks import agree, check, handshake
 from minicache.training.lock import RunLock
 from minicache.training.loop import optimize
 from minicache.training.losses import Objective
@@ -65,39 +65,52 @@ def train(config: TrainConfig, world: World, tracker: Tracker, sources: Sources 
         KeyboardInterrupt: on SIGINT or SIGTERM, after the state was saved.
     """
     with RunLock(config.out) as lock:
-        if world.is_main:
-            lock.require()
+        world.first(lock.require)
         return train_locked(config, lock, world, tracker, sources)
 
 
 def train_locked(config: TrainConfig, lock: RunLock, world: World, tracker: Tracker, sources: Sources) -> TrainReport:
     """As `train`, in a run directory that rank 0 holds the lock of, or that does not exist yet."""
     sharded = is_sharded(config.parallel, world)
-    config = replace(config, dtype=resolve_dtype(config.dtype, world.device, tracker.note, sharded))
-    begun = world.broadcast(find_begun(config) if world.is_main else None)
+    agreed = world.agree(lambda: {"--dtype": resolve_dtype(config.dtype, world.device, tracker.note, sharded)})
+    config = replace(config, dtype=agreed["--dtype"])
+    begun = world.first(lambda: _begun(config))
     if begun and begun.record.outcome:
-        if world.is_main and not holds_model(config.out):
-            raise OutputError(
-                f"{config.out}: this run is finished, but its policy in {config.out / 'model'} is gone; expected it there: put it "
-                "back, or train into another directory"
-            )
         tracker.note(f"{config.out}: this run is finished; nothing to resume")
         return _report(config.out, begun.record)
     step = begun.step if begun else None
     run, policy = _prepare(config, begun, world, tracker, sources)
-    state = None if step is None else checkpoints.load(config.out, step)
-    check(run, state)
+    state = None if step is None else world.each(lambda: checkpoints.load(config.out, step))
+    agree(run, state)
+    world.each(lambda: check(run, state))
     record = begun.record if begun and state else _record(run, policy, handshake(run, tracker))
     _save_memory_and_time(run)
-    with open_run(run, record, step, lock, tracker) if world.is_main else TrackerGroup() as trackers:
+    opened = world.each(lambda: open_run(run, record, step, lock, tracker) if world.is_main else TrackerGroup())
+    with opened as trackers:
         trackers.start("training", record.flat)
         outcome = optimize(run, state, trackers)
         tracker.begin("saving the policy", None)
-        save_policy(run, outcome, save_dtype(config, record))
-        record = world.broadcast(replace(record, outcome=outcome))
-        if world.is_main:
-            write_record(config.out, record)
+        with world.watch.saving():
+            save_policy(run, outcome, save_dtype(config, record))
+            record = world.first(lambda: _finished(config, replace(record, outcome=outcome)))
     return _report(config.out, record)
+
+
+def _begun(config: TrainConfig) -> Begun | None:
+    """The run to resume; None to begin one. Raises OutputError: it cannot be resumed, or is finished and its policy is gone."""
+    begun = find_begun(config)
+    if begun and begun.record.outcome and not holds_model(config.out):
+        raise OutputError(
+            f"{config.out}: this run is finished, but its policy in {config.out / 'model'} is gone; expected it there: put it "
+            "back, or train into another directory"
+        )
+    return begun
+
+
+def _finished(config: TrainConfig, record: RunRecord) -> RunRecord:
+    """The record of a finished run, written."""
+    write_record(config.out, record)
+    return record
 
 
 def _prepare(
@@ -105,11 +118,11 @@ def _prepare(
 ) -> tuple[Run, Policy]:
     """The run, with pairs and model in memory, and its policy without the model, which the run's scorer holds."""
     objective = Objective.parse(config.loss, config.logps, config.beta, config.loss_options)
-    caches = JoinedCaches([ReferenceCache(where) for where, _ in config.caches])
+    caches = world.each(lambda: JoinedCaches([ReferenceCache(where) for where, _ in config.caches]))
     cached = sources.pairs(caches, config.scratch, world, tracker)
     training, held_out = choose_pairs(config, caches, cached, world, tracker, sources)
     scorer, policy = _load(config, caches.caches[0], begun, world, tracker, sources)
-    settle_layout(scorer, cached.table, config.layout, world.device, tracker)
+    settle_layout(scorer, cached.table, config.layout, world, tracker)
     kept = begun.record.token_budget if begun else None
     run = Run(
         config=config,
@@ -142,7 +155,7 @@ def _load(
     """The policy on every process: whole, or in shards, in which case rank 0 alone reads it."""
     is_mine = world.is_main or not is_sharded(config.parallel, world)
     step = begun.step if begun else None
-    policy = load_policy(config, cache, step, tracker, sources) if is_mine else Policy(None)
+    policy = world.each(lambda: load_policy(config, cache, step, tracker, sources) if is_mine else Policy(None))
     return spread(policy.model, config.dtype, config.parallel, world), replace(policy, model=None)
 
 

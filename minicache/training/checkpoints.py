@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
@@ -27,7 +26,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from minicache.disk import draft_of, make_folder, move, publish_folder, writing
 from minicache.errors import OutputError
-from minicache.processes.world import World
+from minicache.processes.world import World, patient_group
 from minicache.strict import read_as
 from minicache.training.progress import Progress
 from minicache.training.shard_index import IndexedReader
@@ -73,7 +72,7 @@ class Saver:
         self.run, self.world = run, world
         self.thread = ThreadPoolExecutor(1) if background else None
         # A group of its own: the background's messages must not mix with those of training.
-        self.group = dist.new_group(backend="gloo") if background and world.size > 1 else None
+        self.group = patient_group() if background and world.size > 1 else world.patient
         self.under_way: Future[None] | None = None
         _allow_one_process()
         if world.is_main:
@@ -99,9 +98,9 @@ class Saver:
             OutputError: the disk is full or cannot be written; no trace of this checkpoint remains. In the background the next
                 call raises it, or `wait`.
         """
-        self.wait()
+        self.world.each(self.wait)
         started, final = time.monotonic(), place(self.run, step)
-        draft = self.world.broadcast(_new_draft(final) if self.world.is_main else None)
+        draft = self.world.first(lambda: _new_draft(final))
         options: dict[str, Any] = {"checkpoint_id": draft / OPTIMIZER, "no_dist": self.world.size == 1}
 
         def finish(written: Future[Any] | None) -> None:
@@ -121,9 +120,8 @@ class Saver:
             self.under_way = self.thread.submit(finish, written)
             return
         with writing(final), _removed_on_failure(draft):
-            save(optimizer, storage_writer=_writer(draft / OPTIMIZER), **options)
-        finish(None)
-        self.world.barrier()
+            save(optimizer, storage_writer=_writer(draft / OPTIMIZER), process_group=self.group, **options)
+        self.world.each(lambda: finish(None))
 
     def wait(self) -> None:
         """Wait until no checkpoint is under way. Raises OutputError: the last one could not be written."""
@@ -219,7 +217,9 @@ def load_optimizer(run: Path, step: int, tensors: dict[str, torch.Tensor], world
     started = time.monotonic()
     try:
         _allow_one_process()
-        load_distributed(tensors, storage_reader=IndexedReader(folder), no_dist=world.size == 1)
+        load_distributed(
+            tensors, storage_reader=IndexedReader(folder), process_group=world.patient, no_dist=world.size == 1
+        )
     except (OSError, RuntimeError, ValueError, EOFError, CheckpointException, pickle.UnpicklingError) as error:
         raise unreadable(folder, error) from error
     log.debug("%d tensors of the optimizer read from %s: %.1f s", len(tensors), folder, time.monotonic() - started)

@@ -2,11 +2,13 @@
 
 import os
 import shutil
+from hashlib import blake2b
 from itertools import islice
 from typing import Any
 
 from minicache.cache.identity import TOLERANCE
 from minicache.errors import CacheMismatch, ConfigError
+from minicache.models.fingerprint import sampled_digest
 from minicache.options.catalog import OPTIMIZERS
 from minicache.scoring.batching import by_length
 from minicache.scoring.handshake import check_reproduces, sample_differences
@@ -16,6 +18,25 @@ from minicache.training.order import global_batches
 from minicache.training.snapshot import pairs_of
 from minicache.training.state import Run
 from minicache.training.validation import require_per_token
+
+
+def agree(run: Run, state: dict[str, Any] | None) -> None:
+    """Require that all processes have the same pairs, plan, checkpoint and weights: each takes its share of every batch by itself.
+
+    Pairs were compared when they were read, and layout and budget are the same by the way they are chosen.
+
+    Raises:
+        ConfigError: a process has others.
+    """
+    pairs = pairs_of(run)
+    facts = {"the caches, their identity": pairs["cache"], "the pairs to train on": pairs["training"]}
+    facts |= {"the pairs to validate on": pairs["held_out"], "the steps of the run": run.steps}
+    if state:
+        facts |= {"the checkpoint to resume from": blake2b(repr(state["progress"]).encode(), digest_size=8).hexdigest()}
+    # of a model in shards, all weights are rank 0's
+    if not run.scorer.lockstep:
+        facts["the policy's weights"] = sampled_digest(run.scorer.model)
+    run.world.agree(lambda: facts)
 
 
 def check(run: Run, state: dict[str, Any] | None) -> None:
@@ -92,13 +113,18 @@ def handshake(run: Run, tracker: Tracker) -> float:
         HandshakeError: the policy should have the reference's weights, and does not reproduce the cache.
     """
     tracker.begin("handshake: re-scoring a few pairs", None)
+    world, meets = run.world, bool(run.scorer.lockstep)
     if source := run.config.init_from:
-        worst = float(sample_differences(run.scorer, run.cached, run.world.device)[1].max())
-        tracker.note(f"starts from {source}, not from the reference: they differ by up to {worst:.2g} nats per token")
-        return worst
+        found = world.together(lambda: float(sample_differences(run.scorer, run.cached, world.device)[1].max()), meets)
+        tracker.note(
+            f"starts from {source}, not from the reference: they differ by up to {max(found):.2g} nats per token"
+        )
+        return max(found)
     tolerance = max(TOLERANCE[run.scorer.dtype], TOLERANCE[run.cache.identity.dtype])
-    worst = check_reproduces(run.scorer, run.cached, run.world.device, tolerance, "the policy")
-    tracker.note(
-        f"handshake: the policy reproduces the cache within {worst:.1g} nats per token (tolerance {tolerance:g})"
+    found = world.together(
+        lambda: check_reproduces(run.scorer, run.cached, world.device, tolerance, "the policy"), meets
     )
-    return worst
+    tracker.note(
+        f"handshake: the policy reproduces the cache within {max(found):.1g} nats per token (tolerance {tolerance:g})"
+    )
+    return max(found)

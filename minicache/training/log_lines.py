@@ -47,13 +47,14 @@ def _metrics(run: Run, training: Training, norm: torch.Tensor) -> dict[str, floa
     """The metrics of the steps since the previous line. Their sums start again at zero."""
     progress, config, step = training.progress, run.config, training.progress.step - 1
     started = time.monotonic()
-    # The reduction waits for the device, so it counts as time of the steps.
+    # The reduction waits for the device, so it counts as time of the steps. All processes get the same numbers, the gradient's norm
+    # too, and decide by them alike.
     metrics = training.means.reduce(run.world)
     progress.seconds += time.monotonic() - started
     metrics |= {
         "lr": training.optimizer.param_groups[0]["lr"],
         "beta": beta_of(run, step),
-        "grad_norm": norm.item(),
+        "grad_norm": run.world.sum(norm.double().reshape(1)).item() / run.world.size,
         "epoch": progress.step / -(-len(run.training) // config.batch_size),
         "tokens": progress.total_tokens,
         "tokens_per_second": progress.tokens / progress.seconds,

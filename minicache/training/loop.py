@@ -2,12 +2,14 @@
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from minicache.errors import ModelError
+from minicache.errors import in_words, is_full_memory
 from minicache.processes.signals import StopFlag
 from minicache.scoring.batching import ahead
 from minicache.trackers import Silent, Tracker
@@ -31,7 +33,7 @@ def optimize(run: Run, resumed: dict[str, Any] | None, tracker: Tracker) -> Outc
     """Take all optimizer steps, from the first or from the checkpoint `resumed`; returns how the run ended.
 
     Raises:
-        RunDiverged: the loss is no longer finite. ModelError: a step does not fit in memory.
+        RunDiverged: the loss is no longer finite. FullMemory: a step does not fit in memory.
         KeyboardInterrupt: on a signal, after a checkpoint was saved.
     """
     training = begin(run, resumed)
@@ -43,26 +45,50 @@ def optimize(run: Run, resumed: dict[str, Any] | None, tracker: Tracker) -> Outc
     if run.held_out and progress.validated != progress.step:
         _validate(run, training)
     log_pending(training, progress.step, tracker)
-    training.saver.wait()
-    run.world.barrier()
+    with run.world.watch.saving():
+        run.world.each(training.saver.wait)
     return Outcome(model_step=progress.model_step, stopped=stopped, progress=progress)
 
 
 def _take_steps(run: Run, training: Training, tracker: Tracker) -> str | None:
     """Take the remaining steps; returns why they ended early, or None."""
+    pace = Pace(run)
     with StopFlag() as stop:
         for mine in ahead(plan(run, training.progress.step)):
             if stopped := _between_steps(run, training):
                 return stopped
             started = time.monotonic()
-            norm = _step_that_fits(run, training, mine)
-            tokens = count_step(run, training, mine.indices, time.monotonic() - started)
-            tracker.advance(len(mine.indices), tokens)
-            stopped = log_step(run, training, norm, tracker)
+            with pace.step(training.progress.step):
+                norm = _step_that_fits(run, training, mine)
+                tokens = count_step(run, training, mine.indices, time.monotonic() - started)
+                tracker.advance(len(mine.indices), tokens)
+                stopped = log_step(run, training, norm, tracker)
             _save_if_asked_to_stop(run, training, stop)
             if stopped:
                 return stopped
     return None
+
+
+class Pace:
+    """Tells the world's watch what steps take, so that it does not end a run that is merely slow.
+
+    A GPU is waited for in logged steps, so that these take the time of all steps since the last.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.steps, self.seconds = run, 0, 0.0
+
+    @contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Mark a step, counted from 0."""
+        watch, started = self.run.world.watch, time.monotonic()
+        with watch.inside():
+            yield
+        self.steps += 1
+        self.seconds += time.monotonic() - started
+        if is_logged(self.run, number):
+            watch.learn(self.run.config.log_every * self.seconds / self.steps)
+            self.steps, self.seconds = 0, 0.0
 
 
 def _between_steps(run: Run, training: Training) -> str | None:
@@ -82,16 +108,17 @@ def _between_steps(run: Run, training: Training) -> str | None:
 
 
 def _step_that_fits(run: Run, training: Training, mine: Share) -> torch.Tensor:
-    """As `take_step`. Raises ModelError: the step does not fit in memory."""
+    """As `take_step`. Raises FullMemory: the step does not fit in memory."""
     try:
         return take_step(run, training, mine)
-    except torch.OutOfMemoryError as error:
+    except Exception as error:
+        if not is_full_memory(error):
+            raise
         kept = checkpoints.steps(run.config.out)
         after = f"; --resume goes on from step {kept[-1]}" if kept else ""
-        raise ModelError(
-            f"step {training.progress.step}: {run.budget:,} token slots at once do not fit in memory; try "
-            f"--tokens-per-micro-batch {max(1, run.budget // 2)} or --activation-checkpointing{after}"
-        ) from error
+        step = f"step {training.progress.step}, of {run.budget:,} token slots at once,"
+        advice = f"--tokens-per-micro-batch {max(1, run.budget // 2)} or --activation-checkpointing{after}"
+        raise in_words(error, step, advice) or error from error
 
 
 def _save_if_asked_to_stop(run: Run, training: Training, stop: StopFlag) -> None:
@@ -101,8 +128,11 @@ def _save_if_asked_to_stop(run: Run, training: Training, stop: StopFlag) -> None
     """
     step = training.progress.step
     if (run.world.size == 1 or is_logged(run, step - 1)) and run.world.any(bool(stop)):
-        save(run, training)
-        training.saver.wait()
+        with run.world.watch.saving():
+            save(run, training)
+            training.saver.wait()
+            # all leave together: a launcher ends those that stay behind
+            run.world.barrier()
         raise KeyboardInterrupt(f"the state after {step} steps is saved; the same command with --resume goes on")
 
 

@@ -57,9 +57,9 @@ class Means:
         """Go on from the sums of a checkpoint. In those of 0.1.0 every pair has an entropy."""
         self.sums.copy_(torch.cat([sums, sums[-1:]]) if len(sums) == len(NAMES) + 1 else sums)
 
-    def reduce(self, world: World) -> dict[str, float]:
-        """The means over the pairs of all processes; resets the sums. A dense model has no aux_loss."""
-        *sums, pairs, with_entropy = world.sum(self.sums).tolist()
+    def reduce(self, world: World, patient: bool = False) -> dict[str, float]:
+        """The means over the pairs of all processes; resets the sums. A dense model has no aux_loss. patient: see `World.sum`."""
+        *sums, pairs, with_entropy = world.sum(self.sums, patient).tolist()
         self._sums = torch.zeros_like(self._sums)
         counts = {"entropy": with_entropy}
         means = {name: total / max(1, counts.get(name, pairs)) for name, total in zip(NAMES, sums, strict=True)}

@@ -104,7 +104,7 @@ def _asked_for(
     config: TrainConfig, cache: ReferenceCache, table: PairTable, parts: list[Indices], world: World, tracker: Tracker
 ) -> list[Indices]:
     """The pairs of each part that are in the files of --data, in the files' order."""
-    asked = world.broadcast(_asked(config, cache, table, tracker) if world.is_main else None)
+    asked = world.first(lambda: _asked(config, cache, table, tracker))
     return [asked[np.isin(asked, part)] for part in parts]
 
 
@@ -179,7 +179,8 @@ def _of_other(
 ) -> EvalSet:
     """All pairs of --eval-cache. trained: (n,) keys of the pairs that the run may train on."""
     assert config.validation.eval_cache
-    cache, other = caches.caches[0], ReferenceCache(config.validation.eval_cache)
+    place = config.validation.eval_cache
+    cache, other = caches.caches[0], world.each(lambda: ReferenceCache(place))
     for name in SAME_MODEL:
         mine, theirs = getattr(cache.identity, name), getattr(other.identity, name)
         if mine != theirs:

@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 
+from minicache.errors import fits
 from minicache.models import save_model
 from minicache.options.catalog import OPTIMIZERS
 from minicache.processes.world import World
+from minicache.scoring.memory import TO_TRAIN
 from minicache.training import checkpoints
 from minicache.training.metrics import Means
 from minicache.training.optim import make_optimizer
@@ -29,11 +31,14 @@ def begin(run: Run, resumed: dict[str, Any] | None) -> Training:
     means, progress = Means(device), Progress()
     if resumed:
         progress = checkpoints.progress_of(resumed)
-        _restore_optimizer(run, optimizer, progress.step, resumed)
+        with fits("the optimizer's state", TO_TRAIN):
+            _restore_optimizer(run, optimizer, progress.step, resumed)
         try:
             _restore(scaler, means, resumed, run.world)
         except (RuntimeError, KeyError, TypeError) as error:
             raise checkpoints.unreadable(checkpoints.place(config.out, progress.step), error) from error
+    # reading may have taken some longer than others; from here on they meet in every step
+    run.world.barrier()
     return Training(
         optimizer=optimizer,
         scaler=scaler,
@@ -66,7 +71,16 @@ def _restore(scaler: torch.amp.GradScaler, means: Means, state: dict[str, Any], 
 
 
 def save(run: Run, training: Training) -> None:
-    """Save a checkpoint now; remove older ones beyond --keep-last, except for the best."""
+    """Save a checkpoint now; remove older ones beyond --keep-last, except for the best.
+
+    Raises:
+        OutputError: it cannot be written. FullMemory: the copies that are written do not fit in memory.
+    """
+    with run.world.watch.saving(), fits("a checkpoint", "training without --async-save, or with --parallel ddp"):
+        _save(run, training)
+
+
+def _save(run: Run, training: Training) -> None:
     progress, config = training.progress, run.config
     sums = run.world.sum(training.means.sums.clone())
     progress.saved = progress.step

@@ -67,7 +67,8 @@ def evaluate_policy(
         logps = pair_logps(scores, batch, objective)
         means.add(objective(logps, chosen_tokens), logps, objective.beta, scores)
         tracker.advance(len(indices) * world.size, int(table.side_lengths[indices].sum()) * world.size)
-    return means.reduce(world)
+    # the share of one process may take longer than that of another
+    return means.reduce(world, patient=True)
 
 
 def references_of(cached: CachedPairs, options: LossOptions, indices: Indices, batch: Batch) -> References:

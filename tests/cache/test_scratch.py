@@ -1,7 +1,6 @@
 """Pairs decoded into a file: the values of those in memory, one copy for all processes, nothing left behind."""
 
 import json
-import os
 import resource
 import shutil
 import signal
@@ -30,6 +29,7 @@ from minicache.trackers import Silent
 from tests.cache.test_cache import build
 from tests.conftest import make_rows, one_process, precompute_into, write_jsonl
 from tests.helpers.stores import chunk_files
+from tests.helpers.worlds import start_world
 from tests.processes.test_parallel import assert_same_curve, options_of, run_world
 
 
@@ -220,17 +220,7 @@ leave_world()
 
 def in_world(size: int, cache: Path, scratch: Path) -> list[Any]:
     """What each process says; two to a machine."""
-    from minicache.processes.launch import free_port
-
-    shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    processes = []
-    for rank in range(size):
-        own = {**shared, "OMP_NUM_THREADS": 1, "RANK": rank, "LOCAL_RANK": rank % 2}
-        environment = {**os.environ, **{name: str(value) for name, value in own.items()}}
-        command = [sys.executable, "-c", WORLD, str(cache), str(scratch)]
-        processes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
-        )
+    processes = start_world(size, "-c", WORLD, cache, scratch, per_node=2, stdout=subprocess.PIPE)
     return [json.loads(process.communicate(timeout=120)[0]) for process in processes]
 
 

@@ -9,14 +9,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 
 from minicache.cache.reader import ReferenceCache
 from minicache.cache.writer import CacheWriter
 from minicache.errors import CacheError, ConfigError
-from minicache.processes.launch import free_port
 from minicache.processes.world import join_world
 from minicache.training import checkpoints
 from tests.conftest import make_rows, precompute_into, write_jsonl
@@ -161,9 +162,11 @@ def test_restarts_on_several_nodes_ask_for_torchruns_other_store(monkeypatch: py
 
 @pytest.mark.slow
 def test_two_nodes_are_one_run(ref_cache: Path, whole: Path, tmp_path: Path) -> None:
-    """Two of torchrun's agents, one process each, that find each other at a rendezvous."""
-    where = f"127.0.0.1:{free_port()}"
-    agent = torchrun("--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend", "c10d", "--rdzv-endpoint", where)
+    """Two of torchrun's agents, one process each, that find each other in this process's store."""
+    c10d: Any = dist
+    store = c10d.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    place = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{store.port}", "--rdzv-conf", "is_host=0")
+    agent = torchrun("--nnodes", 2, "--nproc-per-node", 1, *place)
     arguments = ["train", "--ref-cache", str(ref_cache), "--out", str(tmp_path / "run"), *TRAIN]
     agents = [start([*agent, *arguments]) for _ in range(2)]
     for each in agents:

@@ -4,10 +4,8 @@ Real processes over gloo. Those of one world run all its jobs one after another:
 """
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,12 +19,12 @@ from minicache.cache.reader import ReferenceCache
 from minicache.errors import ConfigError
 from minicache.options.dictionaries import fill
 from minicache.options.train import TrainConfig
-from minicache.processes.launch import free_port
 from minicache.stages.train import train
 from minicache.trackers import Silent
 from minicache.training.checks import _check_sharded
 from minicache.training.state import Run
 from tests.conftest import make_rows, one_process, precompute_into, write_jsonl
+from tests.helpers.worlds import start_world
 
 # 20 pairs in batches of 6: the last is of 2, fewer than the processes; micro-batches differ in number from rank to rank
 SETTINGS: dict[str, Any] = {
@@ -64,15 +62,8 @@ def run_world(size: int, jobs: list[tuple[str, dict[str, Any]]], directory: Path
     """All jobs in `size` processes, two to a node."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "jobs.json").write_text(json.dumps(jobs, default=str))
-    shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    command = [sys.executable, "-W", "error", "-m", "tests.processes.parallel_worker", str(directory / "jobs.json")]
-    processes = []
-    for rank in range(size):
-        own = {**shared, "OMP_NUM_THREADS": 1, "RANK": rank, "LOCAL_RANK": rank % 2}
-        environment = {**os.environ, **{name: str(value) for name, value in own.items()}}
-        processes.append(
-            subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
-        )
+    worker = ("-W", "error", "-m", "tests.processes.parallel_worker", directory / "jobs.json")
+    processes = start_world(size, *worker, per_node=2, stderr=subprocess.PIPE)
     told = [process.communicate(timeout=300)[1] for process in processes]
     assert not any(process.returncode for process in processes), told[0][-3000:]
 

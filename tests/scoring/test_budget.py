@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from minicache.errors import ModelError
+from minicache.machine import job_bytes
 from minicache.options.train import TrainConfig
 from minicache.pairs import PairTable
 from minicache.processes.world import World
 from minicache.scoring import budget
 from minicache.scoring.batch import Batch
-from minicache.scoring.budget import MOST, RESERVE, free_bytes, job_bytes, scoring_budget, training_budget
+from minicache.scoring.budget import MOST, RESERVE, free_bytes, scoring_budget, training_budget
 from minicache.scoring.counting import counted_pass
 from minicache.scoring.memory import How, Line, Pass, need_of
 from minicache.scoring.scorer import PairScores, Scorer
@@ -84,8 +85,8 @@ class Several(World):
     """Three processes, the second with the least memory."""
 
     def gather(self, value: Any) -> list[Any]:
-        fits, slots, free = value
-        return [value, (fits // 4, slots // 4, free / 4), (fits // 2, slots // 2, free / 2)]
+        fits, slots, free, need = value
+        return [value, (fits // 4, slots // 4, free / 4, need), (fits // 2, slots // 2, free / 2, need)]
 
 
 def test_all_processes_take_the_smallest_budget(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +210,7 @@ def test_a_step_that_does_not_fit_says_what_to_try(
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(step, "pair_logps", full)
-    with pytest.raises(ModelError, match=r"step 0: 512 token slots .* try --tokens-per-micro-batch 256"):
+    with pytest.raises(ModelError, match=r"step 0, of 512 token slots at once, .* try --tokens-per-micro-batch 256"):
         train(TrainConfig(ref_cache, tmp_path / "run", tokens_per_micro_batch=512), one_process(), Silent())
 
 

@@ -10,6 +10,7 @@ import torch
 
 from minicache.errors import ConfigError, ModelError
 from minicache.pairs import EncodedPair, PairTable
+from minicache.processes.world import World
 from minicache.scoring.layout import settle_layout
 from minicache.scoring.scorer import Scorer
 from minicache.trackers import Silent
@@ -89,7 +90,7 @@ def check_layout(model: Any, expected: str, asked: str = "auto", within: float =
     """The layout that is used, its values within 1e-5 of float64 a pair, gradients `within` of float64."""
     pairs, weights = random_pairs(10, seed=6), torch.linspace(-1, 2, 20).view(10, 2)
     scorer, tracker = Scorer(model, "float32"), Noted()
-    settle_layout(scorer, PairTable.from_pairs(pairs, "int32"), asked, CPU, tracker)
+    settle_layout(scorer, PairTable.from_pairs(pairs, "int32"), asked, World(0, 1, CPU), tracker)
     assert scorer.layout_name == expected, tracker.notes
     scores = scorer(lay_out(pairs, expected))
     (scores.logp_mean * weights).sum().backward()
@@ -135,7 +136,7 @@ def test_flex_attention_knows_windows_caps_and_sinks(family: str, window: int, m
     model = tiny(family, {**WINDOWED[family], "sliding_window": window}).requires_grad_(False)
     monkeypatch.setattr("minicache.scoring.scorer.masks_of", as_on_a_gpu)
     pairs, scorer = random_pairs(10, seed=6), Scorer(model, "float32")
-    settle_layout(scorer, PairTable.from_pairs(pairs, "int32"), "packed", CPU, Silent())
+    settle_layout(scorer, PairTable.from_pairs(pairs, "int32"), "packed", World(0, 1, CPU), Silent())
     with torch.no_grad():
         found = scorer(lay_out(pairs, "packed")).logp_mean
         scorer.use_layout("padded")
@@ -145,7 +146,7 @@ def test_flex_attention_knows_windows_caps_and_sinks(family: str, window: int, m
 def settled(model: Any, asked: str = "auto") -> tuple[Scorer, list[str]]:
     """The scorer of a model, and what a user is told of its layout."""
     scorer, tracker = Scorer(model, "float32"), Noted()
-    settle_layout(scorer, PairTable.from_pairs(random_pairs(10, seed=6), "int32"), asked, CPU, tracker)
+    settle_layout(scorer, PairTable.from_pairs(random_pairs(10, seed=6), "int32"), asked, World(0, 1, CPU), tracker)
     return scorer, tracker.notes
 
 

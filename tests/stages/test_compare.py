@@ -120,7 +120,9 @@ def test_a_batch_that_does_not_fit_in_memory_is_one_line(policy_dir: Path, monke
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("transformers.generation.GenerationMixin.generate", too_much)
-    with pytest.raises(ModelError, match=r"out of memory at 4 prompts of up to \d+ tokens; try --batch-size 2"):
+    with pytest.raises(
+        ModelError, match=r"answering 4 prompts of up to \d+ tokens at once does not fit .* try --batch-size 2"
+    ):
         ask(policy_dir, policy_dir)
 
 

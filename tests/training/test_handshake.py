@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from minicache.cache.identity import TOLERANCE
 from minicache.cache.reader import ReferenceCache
@@ -17,6 +16,7 @@ from minicache.scoring.scorer import Scorer
 from minicache.trackers import Silent
 from minicache.training import checks
 from minicache.training.checks import handshake
+from tests.conftest import one_process
 
 EXPECTED = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}  # nats per token
 
@@ -28,7 +28,7 @@ def run_of(cache: Path, model: Path, dtype: str, shift: float) -> Any:
     means[0, 1] += shift
     return SimpleNamespace(
         config=SimpleNamespace(init_from=None),
-        world=SimpleNamespace(device=torch.device("cpu")),
+        world=one_process(),
         scorer=Scorer(load_model(str(model)).model, "float32", "padded"),
         cached=cached._replace(reference=replace(cached.reference, logp_mean=means)),
         cache=SimpleNamespace(identity=SimpleNamespace(dtype=dtype)),
@@ -62,6 +62,6 @@ def test_the_wider_of_two_precisions_counts(
 
     monkeypatch.setattr(checks, "check_reproduces", reproduces)
     run = run_of(ref_cache, model_dir, stored, 0.0)
-    run.scorer = SimpleNamespace(dtype=used)
+    run.scorer = SimpleNamespace(dtype=used, lockstep=None)
     handshake(run, Silent())
     assert asked == [max(EXPECTED[stored], EXPECTED[used])]

@@ -10,6 +10,7 @@ from minicache.models.lora import add_lora
 from minicache.models.precision import hold_for, to_float32
 from minicache.options.train import LoraOptions
 from minicache.pairs import PairTable
+from minicache.processes.world import World
 from minicache.scoring.layout import settle_layout
 from minicache.scoring.scorer import Scorer
 from minicache.trackers import Silent
@@ -41,7 +42,7 @@ def _with_adapters(base: Any) -> Any:
 def _scored(model: Any, table: PairTable, dtype: str) -> dict[str, torch.Tensor]:
     """The outputs for a few pairs, by name, in the layout that stage one would choose; with adapters also what they are made of."""
     scorer = Scorer(model, dtype)
-    settle_layout(scorer, table, "auto", CPU, Silent())
+    settle_layout(scorer, table, "auto", World(0, 1, CPU), Silent())
     trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
     values = {name: each.detach().clone() for name, each in trained.items()}
     torch.manual_seed(1)

@@ -15,6 +15,7 @@ from torch import nn
 
 from minicache.cache.schema import CachedPairs
 from minicache.models import layers_of
+from minicache.processes.world import World
 from minicache.scoring import spread
 from minicache.scoring.layout import settle_layout
 from minicache.scoring.tables import score_table
@@ -32,7 +33,7 @@ def score_in_shards(model: nn.Module, cached: CachedPairs) -> dict[str, Any]:
             with mock.patch.object(spread, "is_sharded", lambda parallel, world: True):
                 scorer = spread.spread(model.requires_grad_(True), "float32", "fsdp", one_process())
             # its layout is not the question here
-            settle_layout(scorer, cached.table, "padded", torch.device("cpu"), Silent())
+            settle_layout(scorer, cached.table, "padded", World(0, 1, torch.device("cpu")), Silent())
             scored = list(score_table(scorer, cached.table, np.arange(PAIRS), 400, torch.device("cpu")))
             off = [
                 np.abs(scores.logp_mean.detach().numpy() - cached.reference.logp_mean[indices]).max()

@@ -1,0 +1,31 @@
+"""The memory of this machine that is free, as its system reports it."""
+
+from pathlib import Path
+
+import psutil
+
+
+def free_bytes_here() -> float:
+    """Free bytes of the machine's memory that this process may use."""
+    return min(float(psutil.virtual_memory().available), job_bytes())
+
+
+def job_bytes(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+    """Bytes that this process's control groups (of a container or batch job) still allow. Infinite without a limit.
+
+    The kernel can reclaim cached pages of files, which count as free. Source: docs.kernel.org/admin-guide/cgroup-v2.html, memory.
+    """
+    try:
+        (path,) = (line[3:] for line in own.read_text(encoding="utf-8").splitlines() if line.startswith("0::"))
+    except (OSError, ValueError):
+        return float("inf")
+    place, room = groups / path.lstrip("/"), float("inf")
+    for group in (place, *place.parents):
+        try:
+            limit, used = (int((group / f"memory.{name}").read_text(encoding="utf-8")) for name in ("max", "current"))
+            held = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
+            room = min(room, limit - used + int(held["inactive_file"]) + int(held["active_file"]))
+        # this group has no limit
+        except (OSError, ValueError, KeyError):
+            continue
+    return max(0.0, room)
