@@ -152,6 +152,12 @@ def has_flex(device: torch.device) -> bool:
     return device.type in FLEX and has_triton()
 
 
+def attention_kernels(device: torch.device, half: bool = False) -> tuple[str, ...]:
+    """What may compute attention over packed rows there, the best first: see scoring/kernels.py. half: in half precision."""
+    varlen = ("varlen",) if half and device.type == "cuda" else ()
+    return (*varlen, "flex" if has_flex(device) else "spans")
+
+
 def pins(device: torch.device) -> bool:
     """Whether copies from page-locked memory to the device are asynchronous."""
     return device.type in BACKENDS

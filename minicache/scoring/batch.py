@@ -50,6 +50,22 @@ class References(Movable):
 
 
 @dataclass(frozen=True)
+class Sequences(Movable):
+    """A packed row as sequences for variable-length attention: of each pair prefix and chosen, then rejected, which reads more.
+
+    queries, keys: (sequences + 1,) int32, the bounds of each sequence in the row, and in `gathered`.
+    gathered: (keys,) positions in the row of what sequences read: for rejected, prefix and rejected.
+    most_queries, most_keys: of a sequence.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    gathered: torch.Tensor
+    most_queries: int
+    most_keys: int
+
+
+@dataclass(frozen=True)
 class Batch(Movable):
     """`pairs` pairs as int64 tensors.
 
@@ -58,6 +74,7 @@ class Batch(Movable):
     mask: the spans from which masks.py makes masks. With a pair per row, (rows, 3): prefix, chosen, rejected. For a packed row,
         (1, 1, pairs, 4): start, prefix, chosen, rejected of each pair. None is plain causal attention, in which padding after the
         end of a row changes nothing before it.
+    as_sequences: the same for variable-length attention, of a packed row.
     boundaries: (sequences + 1,) int32, the start of each sequence in a row of sequences, and the end of the last; else None.
     sources: (K,) positions in the flattened rows whose outputs predict.
     targets: (K,) the ids that they predict.
@@ -84,6 +101,7 @@ class Batch(Movable):
     read: torch.Tensor
     readers: torch.Tensor
     distinct: torch.Tensor
+    as_sequences: Sequences | None = None
     references: References | None = None
 
     def to(self, device: torch.device) -> Self:

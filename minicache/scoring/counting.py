@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_iter, tree_map_only
 
 from minicache.models import checkpoint_activations, layers_of
 from minicache.models.quantized import quantized_layers, stand_in
-from minicache.scoring.attention import Spans, as_if_fused
 from minicache.scoring.batch import Batch
+from minicache.scoring.kernels import Spans, as_if_fused
 from minicache.scoring.memory import How, Line, Pass
 from minicache.scoring.probe import own_errors
 from minicache.scoring.scorer import DTYPES, Scorer
@@ -140,7 +140,7 @@ def _peaks(scorer: Scorer, batch: Batch, how: How, keep: int) -> tuple[int, int,
     Each grows in its own way, and the largest of short passes may be another one than that of long ones. A head that is not ours
     does not part them. keep: number of decoder layers; 0: all.
     """
-    inputs = scorer.inputs_of(batch)
+    inputs = scorer.inputs_of(batch, kernel="spans")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     made = _without_content(scorer, mode, how, keep)
     tensors = {item.name: getattr(batch, item.name) for item in fields(batch)}
@@ -148,7 +148,7 @@ def _peaks(scorer: Scorer, batch: Batch, how: How, keep: int) -> tuple[int, int,
         empty: dict[str, Any] = {name: _empty(each) for name, each in tensors.items() if isinstance(each, torch.Tensor)}
         # walking over spans reads them
         given = tree_map_only(torch.Tensor, lambda each: each if isinstance(each, Spans) else _empty(each), inputs)
-        made.inputs_of = lambda batch: given  # type: ignore[method-assign]
+        made.inputs_of = lambda *_: given  # type: ignore[method-assign]
         for parameter in made.parameters():
             if how.training and parameter.requires_grad:
                 parameter.grad = _empty(parameter)

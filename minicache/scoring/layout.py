@@ -11,20 +11,24 @@ from minicache.cache.identity import TOLERANCE
 from minicache.errors import ConfigError, FullMemory, ModelError, fits, is_lost_peer
 from minicache.options.catalog import LAYOUTS
 from minicache.pairs import PairTable
-from minicache.processes.devices import has_flex
+from minicache.processes.devices import attention_kernels
 from minicache.processes.world import World
 from minicache.scoring.attention import watching
 from minicache.scoring.batch import Batch
 from minicache.scoring.handshake import SAMPLE
+from minicache.scoring.kernel_probe import require_computes
 from minicache.scoring.layouts import layout_named
 from minicache.scoring.masks import Windows
 from minicache.scoring.memory import TO_SCORE
 from minicache.scoring.rotary import changes_beyond, score_rows_alone
-from minicache.scoring.scorer import PairScores, Scorer
+from minicache.scoring.scorer import DTYPES, PairScores, Scorer
 from minicache.text import one_line
 from minicache.trackers import Tracker
 
 log = logging.getLogger(__name__)
+
+# Tokens of the longest pair that a kernel is tried with.
+LONG = 4096
 
 
 def settle_layout(scorer: Scorer, table: PairTable, asked: str, world: World, tracker: Tracker) -> None:
@@ -41,19 +45,24 @@ def settle_layout(scorer: Scorer, table: PairTable, asked: str, world: World, tr
     trial = _Trial(scorer, table, world.device)
     problems: list[str] = []
     for name in LAYOUTS if asked == "auto" else (asked,):
-        problem = _weakest(world, world.together(partial(trial.problem, name), meets))
-        log.debug("layout %s: %s", name, problem or "used")
-        if problem is None:
-            if name == "padded":
-                world.together(trial.require_alone, meets)
-            for line in problems[:1]:
-                tracker.note(line)
-            if name == "packed" and world.device.type != "cpu" and not has_flex(world.device):
-                tracker.note(
-                    f"no FlexAttention on {world.device} (it needs CUDA or xpu, and Triton): rows are attended pair by pair"
-                )
-            return
-        trial.go_back()
+        found = []
+        for kernel in trial.kernels(name):
+            problem = _weakest(world, world.together(partial(trial.problem, name, kernel), meets))
+            log.debug("layout %s, attention by %s: %s", name, kernel or "the model's own", problem or "used")
+            if problem is None:
+                if name == "padded":
+                    world.together(trial.require_alone, meets)
+                for line in problems[:1]:
+                    tracker.note(line)
+                if kernel == "spans" and world.device.type != "cpu":
+                    tracker.note(
+                        f"rows are attended pair by pair on {world.device}: variable-length attention needs CUDA and half "
+                        "precision, FlexAttention CUDA or xpu, and Triton"
+                    )
+                return
+            trial.go_back()
+            found.append(f"attention by {kernel}: {problem}" if kernel else problem)
+        problem = "; ".join(dict.fromkeys(found))
         problems.append(f"layout {name} is not used: {problem}")
     raise ConfigError(f"--layout {asked}: cannot be used with this model: {problem}; expected auto or padded")
 
@@ -95,8 +104,14 @@ class _Trial:
                 "expected a model that reads each row by itself (a lower --max-length may keep it from dropping keys)"
             )
 
-    def problem(self, layout: str) -> str | None:
-        """Why this model cannot be scored in this layout; None if it can, and the scorer has it then.
+    def kernels(self, layout: str) -> tuple[str | None, ...]:
+        """What to try for attention in this layout, the best first. None: a mask for all, and torch's own attention."""
+        if layout_named(layout).pads:
+            return (None,)
+        return attention_kernels(self.device, half=self.scorer.dtype != "float32")
+
+    def problem(self, layout: str, kernel: str | None) -> str | None:
+        """Why this model cannot be scored in this layout by this kernel; None if it can, and the scorer does then.
 
         Raises:
             FullMemory: memory says nothing of the layout. The scorer is as it was before.
@@ -105,7 +120,7 @@ class _Trial:
             return None
         try:
             with fits(f"trying layout {layout} on a few pairs", f"--layout padded; {TO_SCORE}"):
-                self._try(layout)
+                self._try(layout, kernel)
             return None
         except FullMemory:
             self.go_back()
@@ -124,7 +139,7 @@ class _Trial:
         """Let the scorer score `padded` batches again, as it did before."""
         self.scorer.use_layout("padded", own_positions=self.scorer.own_positions)
 
-    def _try(self, layout: str) -> None:
+    def _try(self, layout: str, kernel: str | None) -> None:
         """Raises ValueError, or whatever the model's code raises: the layout cannot be used."""
         if self.scorer.own_positions:
             raise ValueError(f"its rotary positions change with a sequence's length beyond {self.reach:,} tokens")
@@ -133,25 +148,35 @@ class _Trial:
             raise ValueError(
                 f"the model has layers of {', '.join(windows.recurrent)}, which carry chosen into rejected"
             )
-        with watching() as masks:
-            found = self._require_same(layout, windows, self.shortest)
+        same = partial(self._require_same, layout, kernel, windows)
+        with watching() as calls:
+            found = same(self.shortest)
         if windows.bite:
             beyond = np.flatnonzero(self.ends > windows.bite)
-            self._require_same(layout, windows, beyond[[self.ends[beyond].argmin()]])
+            same(beyond[[self.ends[beyond].argmin()]])
         # Code that does more with masks than hand them to each layer's attention may do something else with long rows.
-        if len(masks) != self.config.num_hidden_layers or len(set(map(id, masks))) > len(set(windows.by_kind)):
-            self._require_same(layout, windows, self.ends.argmax()[None])
+        masks = {id(call.mask) for call in calls}
+        if len(calls) != self.config.num_hidden_layers or len(masks) > len(set(windows.by_kind)):
+            same(self.ends.argmax()[None])
         self._require_apart(layout, found)
+        if kernel and kernel != "spans":
+            batch = self._batch(layout, np.append(self.shortest, self._long()))
+            require_computes(calls, batch, windows, kernel, DTYPES[self.scorer.dtype])
         if self.device.type != "cpu" and any(parameter.requires_grad for parameter in self.scorer.parameters()):
-            # FlexAttention compiles backward separately, and not for every model; kinds of devices lack some operations
+            # kinds of devices lack some operations
             self.scorer(self._batch(layout, self.shortest)).logp_sum.sum().backward()
 
-    def _require_same(self, layout: str, windows: Windows, sample: np.ndarray) -> PairScores:
+    def _long(self) -> int:
+        """The longest pair that a kernel is tried with: a longer one would take more memory than it would tell."""
+        sizes = self.table.lengths.sum(1)
+        return int(np.where(sizes <= max(LONG, int(sizes.min())), sizes, -1).argmax())
+
+    def _require_same(self, layout: str, kernel: str | None, windows: Windows, sample: np.ndarray) -> PairScores:
         """The scores of pairs of the table, (n,) indices. Raises ValueError: they are others than in `padded`."""
         if (pairs := tuple(sample.tolist())) not in self.expected:
             self.scorer.use_layout("padded")
             self.expected[pairs] = self._scores("padded", sample)
-        self.scorer.use_layout(layout, windows)
+        self.scorer.use_layout(layout, windows, kernel=kernel)
         found = self._scores(layout, sample)
         worst = float((self.expected[pairs].logp_mean - found.logp_mean).abs().max())
         if not worst <= TOLERANCE[self.scorer.dtype]:

@@ -1,7 +1,7 @@
 """Pairs -> batches: the layouts that options/catalog.py names. The scorer works the same with any of them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from minicache.options.catalog import LAYOUTS, code_of
 from minicache.pairs import PairTable
-from minicache.scoring.batch import Batch
+from minicache.scoring.batch import Batch, Sequences
 
 Indices = NDArray[np.int64]
 
@@ -156,8 +156,11 @@ def sequences(table: PairTable, indices: Indices) -> Batch:
     boundaries = np.concatenate([[0], ends.cumsum()])
     position_ids = np.arange(boundaries[-1]) - np.repeat(boundaries[:-1], ends)
     none = np.zeros_like(ends)
-    spans = torch.from_numpy(np.stack([boundaries[:-1], none, ends, none], 1))[None, None]
-    return flat.by_sides(boundaries[:-1], position_ids[None], spans, torch.from_numpy(boundaries.astype(np.int32)))
+    spans = np.stack([boundaries[:-1], none, ends, none], 1)
+    batch = flat.by_sides(
+        boundaries[:-1], position_ids[None], _as_mask(spans), torch.from_numpy(boundaries.astype(np.int32))
+    )
+    return replace(batch, as_sequences=_as_sequences(spans))
 
 
 def shared(table: PairTable, indices: Indices) -> Batch:
@@ -176,7 +179,37 @@ def packed(table: PairTable, indices: Indices) -> Batch:
     flat = _Flat.of(table, indices)
     spans = np.stack([flat.starts, flat.prefix, flat.chosen, flat.rejected], 1)
     total = len(flat.tokens)
-    return flat.batch(np.arange(total), (1, total), torch.from_numpy(spans)[None, None])
+    batch = flat.batch(np.arange(total), (1, total), _as_mask(spans))
+    return replace(batch, as_sequences=_as_sequences(spans))
+
+
+def _as_mask(spans: Indices) -> torch.Tensor:
+    """(1, 1, pairs, 4). spans: (pairs, 4)."""
+    return torch.from_numpy(spans)[None, None]
+
+
+def _as_sequences(spans: Indices) -> Sequences:
+    """The sequences of a packed row. spans: (pairs, 4), start, prefix, chosen, rejected."""
+    start, prefix, chosen, rejected = spans.T
+    branch = start + prefix + chosen
+    # (2 x pairs,) each: where it starts in the row, how many of its keys are a prefix of another place, and its queries
+    first = np.stack([start, branch], 1).ravel()
+    apart = np.stack([np.zeros_like(prefix), prefix], 1).ravel()
+    queries = np.stack([prefix + chosen, rejected], 1).ravel()
+    of_pair = np.repeat(start, 2)
+    first, apart, queries, of_pair = (each[queries > 0] for each in (first, apart, queries, of_pair))
+    keys = apart + queries
+    bounds = np.concatenate([[0], keys.cumsum()])
+    within = np.arange(bounds[-1]) - np.repeat(bounds[:-1], keys)
+    before = within < np.repeat(apart, keys)
+    gathered = within + np.where(before, np.repeat(of_pair, keys), np.repeat(first - apart, keys))
+    return Sequences(
+        queries=torch.from_numpy(np.concatenate([[0], queries.cumsum()]).astype(np.int32)),
+        keys=torch.from_numpy(bounds.astype(np.int32)),
+        gathered=torch.from_numpy(gathered),
+        most_queries=int(queries.max()),
+        most_keys=int(keys.max()),
+    )
 
 
 def _two_rows(lengths: NDArray[np.int32]) -> Indices:

@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from minicache.models.settings import setting
-from minicache.scoring.attention import Spans
+from minicache.scoring.batch import Batch
+from minicache.scoring.kernels import Spans
 
 # FlexAttention's default block size.
 BLOCK = 128
@@ -74,30 +75,28 @@ class Windows:
 ALL_SEEN = Windows()
 
 
-def masks_of(
-    spans: torch.Tensor | None, length: int, windows: Windows, packed_for_gpu: bool
-) -> Mask | dict[str, Mask | None] | None:
-    """The masks of a batch with rows of `length` tokens: one for all layers, or one for each kind of layer.
+def masks_of(batch: Batch, windows: Windows, kernel: str) -> Mask | dict[str, Mask | None] | None:
+    """The masks of a batch: one for all layers, or one for each kind of layer.
 
-    spans: see `Batch.mask`. packed_for_gpu: a packed row becomes a block mask for FlexAttention, else its spans with the window.
+    kernel: see kernels.py. A packed row becomes a block mask for FlexAttention; for the others, its spans with the window.
     """
-    if spans is None:
+    if batch.mask is None:
         return None
-    made = {
-        window: _mask(spans, length, window, packed_for_gpu) for window in {window for _, window in windows.by_kind}
-    }
+    made = {window: _mask(batch, window, kernel) for window in {window for _, window in windows.by_kind}}
     if len(made) == 1:
         return next(iter(made.values()))
     masks: dict[str, Mask | None] = {kind: made[window] for kind, window in windows.by_kind}
     return masks | dict.fromkeys(windows.recurrent)
 
 
-def _mask(spans: torch.Tensor, length: int, window: int, packed_for_gpu: bool) -> Mask:
+def _mask(batch: Batch, window: int, kernel: str) -> Mask:
+    spans, length = batch.mask, batch.input_ids.shape[1]
+    assert spans is not None
     if spans.ndim == 2:
         return dense_mask(spans, length, window)
-    if packed_for_gpu:
+    if kernel == "flex":
         return block_mask(spans[0, 0], length, window)
-    return nn.functional.pad(spans, (0, 1), value=window).as_subclass(Spans)
+    return Spans.of(spans, window, batch.as_sequences if kernel == "varlen" else None)
 
 
 def dense_mask(spans: torch.Tensor, length: int, window: int = 0) -> torch.Tensor:

@@ -17,7 +17,7 @@ from minicache.errors import ConfigError
 from minicache.models.balance import has_balance, recording
 from minicache.models.quantized import compute_in
 from minicache.pairs import PairTable
-from minicache.processes.devices import has_bfloat16, has_flex, pins
+from minicache.processes.devices import attention_kernels, has_bfloat16, pins
 from minicache.processes.world import World
 from minicache.scoring.attention import set_attention, use_spans
 from minicache.scoring.batch import Batch, References
@@ -112,13 +112,16 @@ class Scorer(nn.Module):
             alignment=(batch.sum_by_side(token_logps.detach() - concentration) / counts).float(),
         )
 
-    def use_layout(self, name: str, windows: Windows = ALL_SEEN, own_positions: bool = False) -> None:
+    def use_layout(
+        self, name: str, windows: Windows = ALL_SEEN, own_positions: bool = False, kernel: str | None = None
+    ) -> None:
         """Score batches of this layout from now on; with `padded` the model's attention is as it was loaded.
 
         windows: those of the model's layers that hide something in these batches. own_positions: positions are given to the model
-        also where they follow from the row, because its rotary embedding looks at the longest of them.
+        also where they follow from the row, because its rotary embedding looks at the longest of them. kernel: what computes
+        attention over a packed row; None: what suits each batch's device in every precision.
         """
-        self.layout_name, self.windows, self.own_positions = name, windows, own_positions
+        self.layout_name, self.windows, self.own_positions, self.kernel = name, windows, own_positions, kernel
         if name == "padded":
             set_attention(self.model, self.attention)
         else:
@@ -130,7 +133,7 @@ class Scorer(nn.Module):
         if self.whole is None:
             return self
         made = self.whole()
-        made.use_layout(self.layout_name, self.windows, self.own_positions)
+        made.use_layout(self.layout_name, self.windows, self.own_positions, self.kernel)
         return made
 
     @property
@@ -165,16 +168,15 @@ class Scorer(nn.Module):
         hidden = hidden.flatten(0, 1)[batch.sources]
         return self.head.logps(hidden.to(DTYPES[self.dtype]), batch.targets, distribution)
 
-    def inputs_of(self, batch: Batch) -> dict[str, Any]:
-        """What the model reads of a batch, by the names of transformers."""
+    def inputs_of(self, batch: Batch, kernel: str | None = None) -> dict[str, Any]:
+        """What the model reads of a batch, by the names of transformers. kernel: another than `use_layout` set."""
         ids = batch.input_ids
         inputs: dict[str, Any] = {"input_ids": ids}
         if batch.mask is not None or self.own_positions:
             inputs["position_ids"] = batch.position_ids
         if batch.mask is not None:
-            # without it, walking over the spans waits for the device
-            for_flex = has_flex(batch.mask.device)
-            inputs["attention_mask"] = masks_of(batch.mask, ids.shape[1], self.windows, for_flex)
+            kernel = kernel or self.kernel or attention_kernels(batch.mask.device)[-1]
+            inputs["attention_mask"] = masks_of(batch, self.windows, kernel)
         if (starts := batch.boundaries) is not None:
             at = torch.arange(ids.shape[1], device=ids.device, dtype=torch.int32)
             inputs["seq_idx"] = torch.searchsorted(starts, at, right=True, out_int32=True)[None] - 1

@@ -16,7 +16,7 @@ from minicache.options.train import LossOptions
 from minicache.processes import devices
 from minicache.scoring import batch as batches
 from minicache.scoring import budget, scorer
-from minicache.scoring.attention import Spans
+from minicache.scoring.kernels import Spans
 from minicache.scoring.scorer import Scorer, resolve_dtype
 from minicache.stages.evaluate import evaluate
 from minicache.stages.train import train
@@ -284,7 +284,7 @@ def test_spans_stay_on_the_cpu_where_attention_walks_over_them(monkeypatch: pyte
     assert isinstance(made.inputs_of(batch)["attention_mask"], Spans)
     monkeypatch.setattr(batches, "has_flex", lambda device: True)
     assert batch.to(torch.device("meta")).mask.is_meta  # type: ignore[union-attr]
-    monkeypatch.setattr(scorer, "has_flex", lambda device: True)
+    monkeypatch.setattr(scorer, "attention_kernels", lambda device: ("flex",))
     assert not isinstance(made.inputs_of(batch)["attention_mask"], Spans)
 
 

@@ -133,8 +133,8 @@ def test_a_packed_rows_blocks_are_those_of_its_mask() -> None:
     assert np.array_equal(found.mask_mod(at[0], at[0], at[:, None], at[None]).numpy(), seen)
 
 
-def as_on_a_gpu(spans: torch.Tensor, length: int, windows: Windows, packed_for_gpu: bool) -> Any:
-    return masks_of(spans, length, windows, packed_for_gpu=True)
+def as_on_a_gpu(batch: Batch, windows: Windows, kernel: str) -> Any:
+    return masks_of(batch, windows, "flex")
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

@@ -20,7 +20,7 @@ from minicache.options.dictionaries import fill
 from minicache.options.train import TrainConfig
 from minicache.processes import devices
 from minicache.processes.world import World
-from minicache.scoring import attention
+from minicache.scoring import kernels
 from minicache.scoring.batching import ahead
 from minicache.stages.train import FROM_DISK, _prepare, _save_memory_and_time
 from minicache.trackers import Silent
@@ -126,7 +126,7 @@ def main() -> None:
         patch.setattr(devices, "FLOAT64", {"cpu", device.type})
         patch.setitem(devices.BACKENDS, device.type, "none")
         patch.setattr(torch.accelerator, "max_memory_allocated", lambda device: 0)
-        patch.setattr(attention, "_compiled_flex", lambda: flex)
+        patch.setattr(kernels, "_compiled_flex", lambda: flex)
         for name, options in json.loads(sys.argv[1]).items():
             wait = WAITS.get(options.pop("wait", ""))
             patch.setattr(steps, "pair_logps", partial(_waiting, wait) if wait else pair_logps)
