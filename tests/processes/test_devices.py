@@ -164,7 +164,7 @@ def test_a_macs_gpu_has_what_metal_recommends_and_the_machine_has(monkeypatch: p
     monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 10_000)
     monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 4_000)
     assert budget.free_bytes(MPS) == 6_000
-    monkeypatch.setattr(budget, "job_bytes", lambda: 500.0)
+    monkeypatch.setattr(budget, "free_bytes_here", lambda: 500.0)
     assert budget.free_bytes(MPS) == 500
 
 

@@ -20,7 +20,7 @@ from minicache.options.dictionaries import fill
 from minicache.options.train import TrainConfig
 from minicache.processes import devices
 from minicache.processes.world import World
-from minicache.scoring import kernels
+from minicache.scoring import kernels, layout
 from minicache.scoring.batching import ahead
 from minicache.stages.train import FROM_DISK, _prepare, _save_memory_and_time
 from minicache.trackers import Silent
@@ -31,6 +31,7 @@ from minicache.training.snapshot import begin
 from minicache.training.state import Run
 from minicache.training.step import count_step, plan, take_step
 from minicache.training.validation import EvalSet, evaluate_policy, pair_logps
+from tests.helpers import varlen
 from tests.helpers.fake_device import Device, Waited, register, watched
 
 CPU = torch.device("cpu")
@@ -78,7 +79,7 @@ def _validate(run: Run, guard: Callable[[], Any]) -> None:
         return
 
     with pytest.MonkeyPatch.context() as patch, guard():
-        patch.setattr(Means, "reduce", lambda means, world: {})
+        patch.setattr(Means, "reduce", lambda means, world, patient: {})
         held_out = EvalSet(run.cached, np.arange(4))
         evaluate_policy(run.scorer, held_out, run.objective, run.budget, run.world, Silent())
 
@@ -118,6 +119,7 @@ def _waiting(wait: Callable[[torch.Tensor], object], *arguments: Any) -> Any:
 
 def main() -> None:
     device = register()
+    varlen.register()
     found: dict[str, Any] = {}
     with Device(), pytest.MonkeyPatch.context() as patch:
         # what a GPU with a compiler has
@@ -129,6 +131,10 @@ def main() -> None:
         patch.setattr(kernels, "_compiled_flex", lambda: flex)
         for name, options in json.loads(sys.argv[1]).items():
             wait = WAITS.get(options.pop("wait", ""))
+            tried = (options.pop("kernel", "flex"),)
+            patch.setattr(
+                layout, "attention_kernels", lambda device, half, tried=tried: ("spans",) if device == CPU else tried
+            )
             patch.setattr(steps, "pair_logps", partial(_waiting, wait) if wait else pair_logps)
             try:
                 weights = weights_after(options, device)

@@ -37,6 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     "padded, adapters, weights of pairs": {"lora_rank": 4, "wpo": True},
     "packed, adapters, weights of tokens": {"lora_rank": 4, "layout": "packed", "ld_alpha": 0.5, "sft_weight": 0.5},
     "half precision": {"dtype": "bfloat16"},
+    "packed, as sequences": {"layout": "packed", "dtype": "bfloat16", "kernel": "varlen"},
     "a scaled loss": {"dtype": "float16"},
     "all losses": {"loss": LOSSES, "label_smoothing": 0.1, "f_divergence": "js"},
     "a loss that sorts": {"loss": "aot", "tokens_per_micro_batch": 4000},
