@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import torch
 
-from minicache.processes.devices import has_flex, has_float64
+from minicache.processes.devices import has_float64
 
 
 class Movable:
@@ -105,10 +105,9 @@ class Batch(Movable):
     references: References | None = None
 
     def to(self, device: torch.device) -> Self:
-        """The batch on a device. Spans that attention walks over stay on the CPU, where reading them waits for nothing."""
+        """The batch on a device. The spans of a packed row stay on the CPU, where reading them waits for nothing."""
         moved = super().to(device)
-        walks = self.mask is not None and self.mask.ndim == 4 and not has_flex(device)
-        return replace(moved, mask=self.mask) if walks else moved
+        return replace(moved, mask=self.mask) if self.mask is not None and self.mask.ndim == 4 else moved
 
     def sum_by_side(self, values: torch.Tensor) -> torch.Tensor:
         """(pairs, 2): sums over each side, as `sum_members`. values: (K,) of predictions."""

@@ -35,17 +35,17 @@ def require_computes(calls: Iterable[Call], batch: Batch, windows: Windows, kern
         for window in {window for _, window in windows.by_kind}:
             mask = masks_of(batch, Windows((("", window),)), kernel)
             assert batch.mask is not None and not isinstance(mask, dict)
-            _require_alike(call, mask, Spans.of(batch.mask, window), batch.input_ids.shape[1], dtype)
+            _require_alike(call, mask, Spans.of(batch.mask, window), batch.input_ids, dtype)
 
 
-def _require_alike(call: Call, mask: Mask | None, spans: Spans, length: int, dtype: torch.dtype) -> None:
-    device = mask.sequences.gathered.device if isinstance(mask, Spans) and mask.sequences else spans.device
+def _require_alike(call: Call, mask: Mask | None, spans: Spans, row: torch.Tensor, dtype: torch.dtype) -> None:
+    """row: (1, length), on the device."""
     heads = min(HEADS, call.shapes[1][1])
     groups = call.shapes[0][1] // call.shapes[1][1]
     numbers = torch.Generator().manual_seed(0)
     given = [
-        torch.randn(1, heads * (groups if place == 0 else 1), length, shape[3], generator=numbers)
-        .to(device, precision)
+        torch.randn(1, heads * (groups if place == 0 else 1), row.shape[1], shape[3], generator=numbers)
+        .to(row.device, precision)
         .requires_grad_()
         for place, (shape, precision) in enumerate(zip(call.shapes, call.dtypes, strict=True))
     ]

@@ -95,7 +95,7 @@ def _mask(batch: Batch, window: int, kernel: str) -> Mask:
     if spans.ndim == 2:
         return dense_mask(spans, length, window)
     if kernel == "flex":
-        return block_mask(spans[0, 0], length, window)
+        return block_mask(spans.to(batch.input_ids.device, non_blocking=True)[0, 0], length, window)
     return Spans.of(spans, window, batch.as_sequences if kernel == "varlen" else None)
 
 

@@ -175,7 +175,7 @@ class Scorer(nn.Module):
         if batch.mask is not None or self.own_positions:
             inputs["position_ids"] = batch.position_ids
         if batch.mask is not None:
-            kernel = kernel or self.kernel or attention_kernels(batch.mask.device)[-1]
+            kernel = kernel or self.kernel or attention_kernels(ids.device)[-1]
             inputs["attention_mask"] = masks_of(batch, self.windows, kernel)
         if (starts := batch.boundaries) is not None:
             at = torch.arange(ids.shape[1], device=ids.device, dtype=torch.int32)
