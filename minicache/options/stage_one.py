@@ -82,6 +82,7 @@ class PrecomputeConfig:
     layout: str = option("auto", layout_help(), choices=layouts)
     parallel: str = option("ddp", texts.PARALLEL, choices=lambda: PARALLEL)
     tokens_per_batch: int | None = option(None, texts.TOKENS_PER_BATCH, least=1)
+    compile: bool = option(False, texts.COMPILE)
     per_token: bool = option(False, "Also store each counted token's logprob.")
     on_bad_row: str = option(
         "skip", "A row that cannot be used: 'skip' and list it, or 'fail'.", choices=lambda: ON_BAD_ROW

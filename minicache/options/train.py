@@ -187,7 +187,7 @@ class TrainConfig:
     activation_checkpointing: bool = option(
         False, "Compute layers again in backward: less memory, a third more time.", panel=MEMORY
     )
-    compile: bool = option(False, "torch.compile the decoder; the first steps take long.", panel=MEMORY)
+    compile: bool = option(False, texts.COMPILE, panel=MEMORY)
     validation: ValidationOptions = ValidationOptions()
     max_kl: float | None = option(
         None,

@@ -16,6 +16,7 @@ from minicache.options.stage_one import PrecomputeConfig
 from minicache.options.where import Where
 from minicache.processes.world import World
 from minicache.scoring.budget import scoring_budget
+from minicache.scoring.compiled import compile_layers, require_compiler
 from minicache.scoring.layout import settle_layout
 from minicache.scoring.scorer import Scorer, resolve_dtype
 from minicache.scoring.spread import is_sharded, refuse_quantized_shards, spread
@@ -53,6 +54,8 @@ def precompute(config: PrecomputeConfig, world: World, tracker: Tracker) -> Prec
     sharded = is_sharded(config.parallel, world)
     agreed = world.agree(lambda: {"--dtype": resolve_dtype(config.dtype, world.device, tracker.note, sharded)})
     config = replace(config, dtype=agreed["--dtype"])
+    if config.compile:
+        world.each(lambda: require_compiler(world.device))
     with ExitStack() as claims:
         tracker.begin("locating the data", None)
         # A wrong path should not cost the loading of a model.
@@ -63,6 +66,8 @@ def precompute(config: PrecomputeConfig, world: World, tracker: Tracker) -> Prec
         pairs = world.first(cache.blocks.telling_pairs)
         settle_layout(scorer, pairs, config.layout, world, tracker)
         budget = Budget(config.tokens_per_batch or scoring_budget(scorer, pairs, world, tracker))
+        if config.compile:
+            compile_layers(scorer)
         blocks, scored = score_blocks(cache, scorer, budget, config.share, world, tracker)
     refused_file = cache.place.locate(REFUSED_FILE)
     missing = cache.blocks.unscored() if config.shard and world.is_main else []

@@ -12,9 +12,9 @@ from minicache.options.objective import starts_at_ln_2
 from minicache.options.train import TrainConfig
 from minicache.processes.world import World
 from minicache.scoring.budget import training_budget
+from minicache.scoring.compiled import compile_layers
 from minicache.scoring.layout import settle_layout
 from minicache.scoring.loading import Sources
-from minicache.scoring.probe import decoder_of
 from minicache.scoring.scorer import Scorer, resolve_dtype
 from minicache.scoring.spread import is_sharded, spread
 from minicache.trackers import Tracker, TrackerGroup
@@ -184,8 +184,7 @@ def _save_memory_and_time(run: Run) -> None:
     if run.config.activation_checkpointing:
         checkpoint_activations(run.scorer.model)
     if run.config.compile:
-        # Without the head: its number of positions differs in every batch.
-        decoder_of(run.scorer.model).compile(dynamic=True)
+        compile_layers(run.scorer)
 
 
 def _report(out: Path, record: RunRecord) -> TrainReport:

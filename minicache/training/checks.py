@@ -1,7 +1,5 @@
 """Checks before the first step: that cache, batches, checkpoint, options and policy fit each other."""
 
-import os
-import shutil
 from hashlib import blake2b
 from itertools import islice
 from typing import Any
@@ -11,6 +9,7 @@ from minicache.errors import CacheMismatch, ConfigError
 from minicache.models.fingerprint import sampled_digest
 from minicache.options.catalog import OPTIMIZERS
 from minicache.scoring.batching import by_length
+from minicache.scoring.compiled import require_compiler
 from minicache.scoring.handshake import check_reproduces, sample_differences
 from minicache.trackers import Tracker
 from minicache.training.optim import require_optimizer
@@ -52,8 +51,8 @@ def check(run: Run, state: dict[str, Any] | None) -> None:
         _check_sharded(run)
     require_per_token(run.cache, run.objective.options)
     require_optimizer(run.config.optimizer, run.world.device)
-    if run.config.compile and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
-        raise ConfigError("--compile: expected a C++ compiler, g++ or clang++, found none; install one or leave it off")
+    if run.config.compile:
+        require_compiler(run.world.device)
     if name := run.objective.over_the_batch:
         _check_whole(run, name)
 

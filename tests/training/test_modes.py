@@ -159,7 +159,7 @@ def test_compiled_steps_are_those_of_eager_ones(
 
     monkeypatch.setattr(torch.nn.Module, "compile", tracing)
     run(cache, tmp_path / "compiled", compile=True, activation_checkpointing=rank > 0, **options)
-    assert [hasattr(module, "lm_head") for module in compiles] == [False]
+    assert {type(module).__name__[-12:] for module in compiles} == {"DecoderLayer"}
     for metric in ("loss", "grad_norm", "logps/rejected"):
         left, right = (curve(tmp_path / out, metric) for out in ("eager", "compiled"))
         assert np.allclose(left, right, rtol=1e-4, atol=1e-4), metric
