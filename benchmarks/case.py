@@ -165,7 +165,14 @@ def read_pairs(options: argparse.Namespace, tokenizer: Path) -> PairTable:
 
 
 def random_model(
-    hidden: int, layers: int, heads: int, kv: int, wide: int, vocabulary: int, width: int | None = None, tied: bool = True
+    hidden: int,
+    layers: int,
+    heads: int,
+    kv: int,
+    wide: int,
+    vocabulary: int,
+    width: int | None = None,
+    tied: bool = True,
 ) -> Any:
     """A Qwen3 model of this shape with random weights; see `qwen3_config`."""
     from transformers import Qwen3ForCausalLM
@@ -175,7 +182,14 @@ def random_model(
 
 
 def qwen3_config(
-    hidden: int, layers: int, heads: int, kv: int, wide: int, vocabulary: int, width: int | None = None, tied: bool = True
+    hidden: int,
+    layers: int,
+    heads: int,
+    kv: int,
+    wide: int,
+    vocabulary: int,
+    width: int | None = None,
+    tied: bool = True,
 ) -> Any:
     """The config of a Qwen3 model. width: of an attention head; None is that of Qwen3. tied: the head is the embedding."""
     from transformers import Qwen3Config

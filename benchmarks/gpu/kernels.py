@@ -13,7 +13,17 @@ import torch
 from torch import nn
 
 from benchmarks.gpu.figures import Figure, Machine, at_most, attempt, exactly
-from benchmarks.gpu.material import SMALL, Size, half_of, make_model, make_pairs, make_run, size_here, steps_of, table_of
+from benchmarks.gpu.material import (
+    SMALL,
+    Size,
+    half_of,
+    make_model,
+    make_pairs,
+    make_run,
+    size_here,
+    steps_of,
+    table_of,
+)
 from benchmarks.gpu.values import wait
 from benchmarks.head import moved
 from benchmarks.measure import alternate, peak_gb
@@ -64,7 +74,9 @@ def attention(machine: Machine) -> Iterator[Figure]:
             expected = _attend([each.float() for each in inputs], _dense(batch.mask, length))
             for name, mask in forms(machine.device).items():
                 what = f"{name}, width {width}, {dtype}"
-                yield from attempt(what, partial(_compared, machine, what, inputs, mask, batch.mask, expected, CLOSE[dtype]))
+                yield from attempt(
+                    what, partial(_compared, machine, what, inputs, mask, batch.mask, expected, CLOSE[dtype])
+                )
     machine.needs_gpu("FlexAttention")
 
 
@@ -114,7 +126,9 @@ def _waits(machine: Machine, size: Size, table: Any, layout: str) -> Iterator[Fi
         finally:
             if machine.has_cuda:
                 torch.cuda.set_sync_debug_mode("default")
-    found = sorted({f"{os.path.basename(each.filename)}:{each.lineno}" for each in seen if "synchroniz" in str(each.message)})  # noqa: PTH119
+    found = sorted(
+        {f"{os.path.basename(each.filename)}:{each.lineno}" for each in seen if "synchroniz" in str(each.message)}
+    )
     if machine.has_cuda:
         yield exactly(f"{layout}: waits", ", ".join(found) or "none", "none")
 

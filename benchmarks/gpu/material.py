@@ -130,7 +130,12 @@ class Notes(Silent):
 
 
 def make_run(
-    machine: Machine, model: Any, table: PairTable, notes: Notes | None = None, means: Indices | None = None, **options: Any
+    machine: Machine,
+    model: Any,
+    table: PairTable,
+    notes: Notes | None = None,
+    means: Indices | None = None,
+    **options: Any,
 ) -> Run:
     """A run as `train` prepares it, without a cache. means: (N, 2) of the reference; None: zeros."""
     notes, settings = notes or Notes(), {"dtype": half_of(machine), "log_every": 10**6, "lr": LR, **options}
@@ -191,7 +196,9 @@ def useful_flops(model: Any, table: PairTable, indices: Indices, training: bool)
     )
     # pairs of a query and a key that it sees
     seen = sum(part * (part + 1) / 2 for part in (prefix, chosen, rejected)) + prefix * (chosen + rejected)
-    width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    width = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
     attention = 4 * width * config.num_hidden_layers * float(seen.sum()) * (3 if training else 1)
     return body * float(lengths.sum()) + _per_token(tables[1], training) * counted + attention
 

@@ -11,7 +11,16 @@ import torch
 from benchmarks.case import qwen3_config
 from benchmarks.gpu.figures import Figure, Machine, attempt, within
 from benchmarks.gpu.material import (
-    MAX_LENGTH, SIZES, Size, half_of, make_run, policy, reference, size_here, steps_of, table_of,
+    MAX_LENGTH,
+    SIZES,
+    Size,
+    half_of,
+    make_run,
+    policy,
+    reference,
+    size_here,
+    steps_of,
+    table_of,
 )  # fmt: skip
 from minicache.options.fit import FitConfig
 from minicache.options.lora import NO_LORA, LoraOptions

@@ -14,7 +14,18 @@ from benchmarks.case import Case, Optimizer
 from benchmarks.gpu.catalog import EXPECTED_SHARES
 from benchmarks.gpu.figures import Figure, Machine, at_least, at_most, attempt, release
 from benchmarks.gpu.material import (
-    SIZES, Notes, Size, half_of, make_pairs, make_run, policy, reference, size_here, steps_of, tokens_of, useful_flops,
+    SIZES,
+    Notes,
+    Size,
+    half_of,
+    make_pairs,
+    make_run,
+    policy,
+    reference,
+    size_here,
+    steps_of,
+    tokens_of,
+    useful_flops,
 )  # fmt: skip
 from benchmarks.gpu.memory import room_for
 from benchmarks.gpu.values import wait
@@ -94,7 +105,13 @@ def _stage_two(
 
 
 def _told(
-    machine: Machine, stage: str, model: Any, table: PairTable, unit: Callable[[], Indices], rates: dict[str, float], share: float
+    machine: Machine,
+    stage: str,
+    model: Any,
+    table: PairTable,
+    unit: Callable[[], Indices],
+    rates: dict[str, float],
+    share: float,
 ) -> Iterator[Figure]:
     """Figures of a stage whose unit of work is called until enough time has passed."""
     weights = sum(each.numel() * each.element_size() for each in model.parameters()) / 1e9

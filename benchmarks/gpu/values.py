@@ -15,13 +15,13 @@ from benchmarks.gpu.figures import Figure, Machine, at_most, attempt, exactly, n
 from benchmarks.gpu.material import SMALL, Size, half_of, make_model, make_pairs, make_run, size_here, steps_of
 from minicache.cache.identity import TOLERANCE
 from minicache.options.catalog import LAYOUTS
+from minicache.options.train import LossOptions
 from minicache.pairs import PairTable
 from minicache.processes.devices import facts_of, free_memory, has_bfloat16, has_flex
 from minicache.scoring.batching import Indices
 from minicache.scoring.scorer import Scorer
 from minicache.scoring.tables import score_table
 from minicache.training.losses import Logps, Objective
-from minicache.options.train import LossOptions
 
 # Distance of the gradients from those of padded float32, as a share of their norm.
 GRADIENTS = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 2e-2}
@@ -100,7 +100,9 @@ def layouts(machine: Machine) -> Iterator[Figure]:
                 yield from attempt(f"{layout}, {dtype}", lambda layout=layout, dtype=dtype: compared(layout, dtype))  # type: ignore[misc]
 
 
-def _passes(machine: Machine, model: Any, table: PairTable, layout: str, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _passes(
+    machine: Machine, model: Any, table: PairTable, layout: str, dtype: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(N, 2) mean logprobs and the gradients of their sum, (weights,), on the CPU."""
     scorer = Scorer(model, dtype, layout)
     means = scorer(scorer.batch(table, np.arange(len(table))).to(machine.device)).logp_mean
@@ -124,7 +126,11 @@ def _noise(machine: Machine, model: Any, table: PairTable, dtype: str) -> Iterat
     scorer, everything = Scorer(model, dtype, "packed"), np.arange(len(table))
     whole = int(table.lengths.sum())
     first = _scores(machine, scorer, table, whole)
-    yield exactly(f"{dtype}, the same batches again: bit for bit", bool((_scores(machine, scorer, table, whole) == first).all()), True)
+    yield exactly(
+        f"{dtype}, the same batches again: bit for bit",
+        bool((_scores(machine, scorer, table, whole) == first).all()),
+        True,
+    )
     batch = scorer.batch(table, everything).to(machine.device)
     with_gradients = scorer(batch, distribution=True).logp_mean.detach().cpu().numpy()
     others = {
@@ -136,7 +142,9 @@ def _noise(machine: Machine, model: Any, table: PairTable, dtype: str) -> Iterat
         others[f"layout {layout}"] = _scores(machine, Scorer(model, dtype, layout), table, whole // 2)
     for name, found in others.items():
         difference = np.abs(found - first)
-        yield at_most(f"{dtype}, {name}: largest difference", float(difference.max()), TOLERANCE[dtype], "nats per token")
+        yield at_most(
+            f"{dtype}, {name}: largest difference", float(difference.max()), TOLERANCE[dtype], "nats per token"
+        )
         yield Figure(f"{dtype}, {name}: mean difference", float(difference.mean()), "nats per token")
         at_step_0 = {kind: _at_step_0(table, first, found, kind) for kind in ("mean", "sum")}
         for kind, (loss, _) in at_step_0.items():
