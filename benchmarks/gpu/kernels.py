@@ -1,10 +1,10 @@
 """Checks of what is compiled and what is waited for: forms of attention, the head, graphs, host waits."""
 
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -126,9 +126,7 @@ def _waits(machine: Machine, size: Size, table: Any, layout: str) -> Iterator[Fi
         finally:
             if machine.has_cuda:
                 torch.cuda.set_sync_debug_mode("default")
-    found = sorted(
-        {f"{os.path.basename(each.filename)}:{each.lineno}" for each in seen if "synchroniz" in str(each.message)}
-    )
+    found = sorted({f"{Path(each.filename).name}:{each.lineno}" for each in seen if "synchroniz" in str(each.message)})
     if machine.has_cuda:
         yield exactly(f"{layout}: waits", ", ".join(found) or "none", "none")
 

@@ -100,7 +100,7 @@ def policy(machine: Machine, size: Size) -> Any:
 
 
 def make_pairs(machine: Machine, count: int, vocabulary: int, seed: int = 0) -> PairTable:
-    """Pairs of random tokens, in lengths as those of a chat file: prompts from a few tokens to most of a side, answers of about 250."""
+    """Pairs of random tokens as long as those of a chat file: prompts from a few tokens to most of a side, answers of about 250."""
     random, most = np.random.default_rng(seed), MAX_LENGTH // (16 if machine.tiny else 1)
     scale = most / MAX_LENGTH
     prefix = np.clip(random.lognormal(np.log(139 * scale), 1.1, count), 2, 0.75 * most)

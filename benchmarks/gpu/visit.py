@@ -1,9 +1,10 @@
-"""Runs checks one after another in a process of their own, which is replaced when a check fails, dies or takes too long. No torch."""
+"""Runs checks one after another in a process of their own, replaced when a check fails, dies or takes too long. No torch."""
 
 import os
 import signal
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from multiprocessing import get_context
@@ -85,10 +86,10 @@ class Worker:
         """End the process, and those that it started."""
         if self.process is not None:
             self.connection.close()
-            try:
+            # one that has just started has no group yet
+            with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+            self.process.kill()
             self.process.join()
             self.process = None
 
