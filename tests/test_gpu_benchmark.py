@@ -96,7 +96,7 @@ def test_a_check_that_raises_or_dies_does_not_stop_the_others() -> None:
 
 
 def test_a_stuck_check_is_cut_off_with_what_it_started() -> None:
-    found = visit(checks(stuck=15, good=60), True, 10, lambda each: None)
+    found = visit(checks(stuck=8, good=60), True, 10, lambda each: None)
     assert [each.status for each in found] == [CUT_OFF, OK]
     (child,) = found[0].figures
     assert isinstance(child.value, float)
@@ -113,9 +113,9 @@ def _is_alive(process: int) -> bool:
 
 
 def test_checks_that_no_longer_fit_are_listed_and_not_run() -> None:
-    found = visit(checks(stuck=60, good=60), True, 0.4, lambda each: None)
+    found = visit(checks(stuck=15, good=60), True, 0.12, lambda each: None)
     assert [each.status for each in found] == [CUT_OFF, NOT_RUN]
-    assert "no time" in found[1].message and found[0].seconds < 40
+    assert "no time" in found[1].message and found[0].seconds < 12
 
 
 def test_a_figure_holds_up_to_its_bound() -> None:
@@ -193,6 +193,6 @@ def test_the_command_runs_whole_on_a_cpu(tmp_path: Path) -> None:
     assert [each["name"] for each in report["checks"]] == list(CHECKS)
     for each in report["checks"]:
         assert each["status"] in (OK, MISSED, NO_GPU), each
-        assert each["status"] != NO_GPU or "needs a GPU" in each["message"] or "need a GPU" in each["message"]
+        assert each["status"] != NO_GPU or "needs a GPU" in each["message"]
     text = (tmp_path / "gpu.md").read_text()
     assert all(f"| {name} |" in text for name in CHECKS)

@@ -22,7 +22,7 @@ class Check:
 _HERE = "benchmarks.gpu."
 CHECKS: dict[str, Check] = {
     "machine": Check(_HERE + "values:machine", "what is here, and a plain product's rate", 30),
-    "layouts": Check(_HERE + "values:layouts", "each layout against padded float32, forward and backward", 90),
+    "layouts": Check(_HERE + "values:layouts", "each layout against padded float32, forward and backward", 120),
     "noise": Check(_HERE + "values:noise", "the same pairs in other batches, with and without gradients; step 0", 60),
     "determinism": Check(_HERE + "values:determinism", "the same steps twice, bit for bit", 60),
     "waits": Check(_HERE + "kernels:waits", "calls in a step that make the host wait", 60),
@@ -31,9 +31,9 @@ CHECKS: dict[str, Check] = {
     "speed 1.7B": Check(_HERE + "speed:speed_1700m", "both stages beside the padded live-reference trainer", 90),
     "speed 8B LoRA": Check(_HERE + "speed:speed_8b", "both stages beside the padded live-reference trainer", 120),
     "fit": Check(_HERE + "memory:fit", "what `fit` counts beside the allocator's peak", 90),
-    "commands": Check(_HERE + "commands:commands", "the command line, end to end", 180),
-    "attention": Check(_HERE + "kernels:attention", "each form of attention by head width, forward and backward", 120),
     "head": Check(_HERE + "kernels:head", "the compiled head beside the eager one", 60),
-    "compile": Check(_HERE + "speed:compiled", "train --compile beside eager", 90),
     "graphs": Check(_HERE + "kernels:graphs", "graphs that seven lengths compile", 60),
+    "attention": Check(_HERE + "kernels:attention", "each form of attention by head width, forward and backward", 100),
+    "commands": Check(_HERE + "commands:commands", "the command line, end to end", 180),
+    "compile": Check(_HERE + "speed:compiled", "train --compile beside eager", 150),
 }

@@ -64,12 +64,12 @@ class Visitor:
             runs["train --activation-checkpointing"] = self.train("again", "--activation-checkpointing")
         if find_spec("peft"):
             runs["train --lora-rank 16"] = self.train("lora", "--lora-rank", "16")
-        if self.machine.has_cuda:
-            runs["train --compile"] = self.train("compiled", "--compile")
+        # it takes longest, and the others do not wait for it
+        compiled = {"train --compile": self.train("compiled", "--compile")} if self.machine.has_cuda else {}
         interrupted = self.train("interrupted")
         yield from attempt("train, interrupted", partial(self.interrupt, interrupted, "interrupted"))
         yield from self.done(runs)
-        for name, close in {"again": 1e-3, "lora": None, "compiled": 1e-2}.items():
+        for name, close in {"again": 1e-3, "lora": None}.items():
             yield from self.trained(name, close)
         runs = {
             "train --resume": self.start("train", "--resume", "--out", "interrupted"),
@@ -82,6 +82,8 @@ class Visitor:
         if (self.place / "cache-4bit").exists():
             yield from self.done({"train, base in 4 bits": self.train("bits", "--lora-rank", "16", cache="cache-4bit")})
             yield from self.trained("bits")
+        yield from self.done(compiled)
+        yield from self.trained("compiled", 1e-2)
         if torch.cuda.device_count() > 1 and not self.machine.tiny:
             for way in ("ddp", "fsdp"):
                 yield from self.done({f"train --parallel {way}": self.train(way, "--nproc", "2", "--parallel", way)})

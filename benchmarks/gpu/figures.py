@@ -2,6 +2,7 @@
 
 import gc
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -76,11 +77,16 @@ def attempt(name: str, figures: Callable[[], Iterable[Figure]]) -> Iterator[Figu
 
 def release() -> None:
     """Give memory that nothing refers to back to the device."""
-    import torch
-
     gc.collect()
-    if torch.cuda.is_available():
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def forget_graphs() -> None:
+    """Let torch compile anew: it compiles a function for a few kinds of inputs, and then runs it without compiling, and slowly."""
+    if dynamo := sys.modules.get("torch._dynamo"):
+        dynamo.reset()
 
 
 @dataclass(frozen=True)
@@ -109,4 +115,4 @@ class Machine:
     def needs_gpu(self, what: str) -> None:
         """Raises NeedsGpu: this is no GPU."""
         if not self.has_cuda:
-            raise NeedsGpu(f"{what} needs a GPU")
+            raise NeedsGpu(f"needs a GPU: {what}")

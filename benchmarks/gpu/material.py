@@ -200,7 +200,8 @@ def useful_flops(model: Any, table: PairTable, indices: Indices, training: bool)
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )
     attention = 4 * width * config.num_hidden_layers * float(seen.sum()) * (3 if training else 1)
-    return body * float(lengths.sum()) + _per_token(tables[1], training) * counted + attention
+    flops: float = body * float(lengths.sum()) + _per_token(tables[1], training) * counted + attention
+    return flops
 
 
 def _per_token(weight: Any, training: bool) -> float:

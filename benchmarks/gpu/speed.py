@@ -34,6 +34,7 @@ from minicache.pairs import PairTable
 from minicache.scoring.batching import Indices
 from minicache.scoring.budget import scoring_budget
 from minicache.scoring.layout import settle_layout
+from minicache.scoring.memory import bytes_of
 from minicache.scoring.scorer import Scorer
 from minicache.scoring.tables import Budget, score_table
 from minicache.stages.train import _save_memory_and_time
@@ -114,15 +115,13 @@ def _told(
     share: float,
 ) -> Iterator[Figure]:
     """Figures of a stage whose unit of work is called until enough time has passed."""
-    weights = sum(each.numel() * each.element_size() for each in model.parameters()) / 1e9
     unit()
-    timed: list[tuple[Indices, float]] = []
-    peak = peak_gb(lambda: timed.extend(_paced(machine, unit)))
+    timed, peak = _measured(machine, model, unit)
     pairs, seconds = np.concatenate([indices for indices, _ in timed]), sum(time for _, time in timed)
     rates[stage] = tokens_of(table, pairs) / seconds
     yield Figure(f"{stage}: distinct tokens", rates[stage], "a second")
     yield Figure(f"{stage}: pairs", len(pairs) / seconds, "a second")
-    yield Figure(f"{stage}: weights", weights, "GB")
+    yield Figure(f"{stage}: weights", bytes_of(model.parameters()) / 1e9, "GB")
     yield Figure(f"{stage}: peak above the weights", peak, "GB")
     rate = useful_flops(model, table, pairs, stage == "stage two") / seconds
     yield Figure(f"{stage}: useful rate", rate / 1e12, "TFLOP/s")
@@ -135,15 +134,27 @@ def _told(
         yield Figure(f"{stage}: share of the peak", rate / most)
 
 
-def _paced(machine: Machine, unit: Callable[[], Indices]) -> Iterator[tuple[Indices, float]]:
-    """The pairs and seconds of units of work, for some seconds."""
-    started, least = time.monotonic(), 0.5 if machine.tiny else 5.0
-    while time.monotonic() - started < least:
-        wait(machine)
-        begun = time.perf_counter()
-        indices = unit()
-        wait(machine)
-        yield indices, time.perf_counter() - begun
+def _measured(machine: Machine, model: Any, unit: Callable[[], Indices]) -> tuple[list[tuple[Indices, float]], float]:
+    """The pairs and seconds of units of work, for some seconds, and the peak GB above the weights.
+
+    The peak holds the optimizer's state; on a CPU it is what the work adds to the process.
+    """
+    timed, least = [], 0.5 if machine.tiny else 3.0
+
+    def work() -> None:
+        started = time.monotonic()
+        while time.monotonic() - started < least:
+            wait(machine)
+            begun = time.perf_counter()
+            indices = unit()
+            wait(machine)
+            timed.append((indices, time.perf_counter() - begun))
+
+    if not machine.has_cuda:
+        return timed, peak_gb(work)
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    return timed, (torch.cuda.max_memory_allocated() - bytes_of(model.parameters())) / 1e9
 
 
 def _live(machine: Machine, size: Size, rates: dict[str, float]) -> Iterator[Figure]:
@@ -187,8 +198,7 @@ def _live_figures(machine: Machine, size: Size, rates: dict[str, float], micro_p
         if stage not in rates:
             continue
         unit()
-        timed: list[tuple[Indices, float]] = []
-        peak = peak_gb(lambda unit=unit, timed=timed: timed.extend(_paced(machine, unit)))  # type: ignore[misc]
+        timed, peak = _measured(machine, case.model, unit)
         rate = len(timed) * tokens_of(table, case.everything) / sum(time for _, time in timed)
         yield Figure(f"live reference, {stage}: distinct tokens", rate, "a second")
         yield Figure(f"live reference, {stage}: peak above one model's weights", peak, "GB")
@@ -212,8 +222,7 @@ def compiled(machine: Machine) -> Iterator[Figure]:
             next(steps)()
         wait(machine)
         yield Figure(f"{name}: the first two steps", time.monotonic() - started, "s")
-        timed: list[tuple[Indices, float]] = []
-        peak = peak_gb(lambda steps=steps, timed=timed: timed.extend(_paced(machine, lambda: next(steps)())))  # type: ignore[misc]
+        timed, peak = _measured(machine, model, lambda steps=steps: next(steps)())  # type: ignore[misc]
         rates[name] = sum(tokens_of(table, pairs) for pairs, _ in timed) / sum(seconds for _, seconds in timed)
         yield Figure(f"{name}: distinct tokens", rates[name], "a second")
         yield Figure(f"{name}: peak above the weights", peak, "GB")

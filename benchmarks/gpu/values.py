@@ -41,7 +41,7 @@ def machine(machine: Machine) -> Iterator[Figure]:
     yield exactly("TF32", torch.backends.cuda.matmul.allow_tf32, False)
     size = 256 if machine.tiny else 8192
     yield from attempt("products", lambda: _products(machine, size))
-    machine.needs_gpu("its name")
+    machine.needs_gpu("its name, memory and precisions")
     facts = facts_of(device)
     yield Figure("name", facts.name)
     yield Figure("cards", float(torch.cuda.device_count()))

@@ -11,7 +11,8 @@ from multiprocessing import get_context
 from typing import Any
 
 from benchmarks.gpu.catalog import Check
-from benchmarks.gpu.figures import Figure, Machine, NeedsGpu
+from benchmarks.gpu.figures import Figure, Machine, NeedsGpu, forget_graphs, release
+from minicache.commands.running import _let_segments_grow
 from minicache.text import one_line
 
 OK, MISSED, FAILED, NO_GPU, CUT_OFF, NOT_RUN = "OK", "MISSED", "FAILED", "needs a GPU", "CUT OFF", "not run"
@@ -123,6 +124,7 @@ def _work(connection: Any, tiny: bool) -> None:
     """The process: sends the figures of each check it is asked for, then (status, message)."""
     # a group of its own, which can be ended with all that checks start
     os.setsid()
+    _let_segments_grow()
     machine = Machine(tiny)
     connection.send("ready")
     while True:
@@ -140,4 +142,6 @@ def _work(connection: Any, tiny: bool) -> None:
         # whatever it raises, the others run
         except (Exception, SystemExit) as error:
             ended = FAILED, f"{type(error).__name__}: {one_line(error, 500)}"
+        forget_graphs()
+        release()
         connection.send(ended)
