@@ -1,7 +1,7 @@
 """Checks of what is compiled and what is waited for: forms of attention, the head, graphs, host waits."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -27,10 +27,12 @@ from benchmarks.gpu.material import (
 from benchmarks.gpu.values import wait
 from benchmarks.head import moved
 from benchmarks.measure import alternate, peak_gb
-from minicache.processes.devices import has_flex
+from minicache.processes.devices import attention_kernels
 from minicache.scoring import head as own_head
-from minicache.scoring.attention import Mask, attend
+from minicache.scoring.attention import attend
+from minicache.scoring.batch import Batch
 from minicache.scoring.head import Head
+from minicache.scoring.kernels import Mask
 from minicache.scoring.masks import ALL_SEEN, block_mask, masks_of
 from minicache.scoring.scorer import Scorer
 
@@ -42,22 +44,23 @@ HEADS = (8, 2)
 PARTS = ("output", "gradient of query", "gradient of key", "gradient of value")
 
 
-def forms(device: torch.device) -> dict[str, Callable[[torch.Tensor, int], Any]]:
-    """Each way to attend over a packed row on the device, by name: (spans, length) -> the mask with which `attend` takes it."""
-    found: dict[str, Callable[[torch.Tensor, int], Any]] = {
-        "FlexAttention": lambda spans, length: masks_of(spans, length, ALL_SEEN, True),
-        "pair by pair": lambda spans, length: masks_of(spans, length, ALL_SEEN, False),
-        "dense": _dense,
-    }
-    if not has_flex(device):
-        # elsewhere it has no backward
-        del found["FlexAttention"]
-    return found
+def forms(machine: Machine, dtype: str) -> list[str]:
+    """Each way to attend over a packed row here, by the names of scoring/kernels.py, and a dense mask."""
+    kernels = attention_kernels(machine.device, dtype != "float32")
+    return list(dict.fromkeys([*kernels, "spans", "dense"]))
 
 
-def _dense(spans: torch.Tensor, length: int) -> torch.Tensor:
-    at = torch.arange(length, device=spans.device)
-    return block_mask(spans[0, 0], length).mask_mod(at, at, at[:, None], at)[None, None]  # type: ignore[no-any-return]
+def mask_for(batch: Batch, form: str) -> Mask:
+    """The mask of a packed row with which `attend` takes this form."""
+    if form != "dense":
+        mask = masks_of(batch, ALL_SEEN, form)
+        assert not isinstance(mask, dict)
+        return mask
+    assert batch.mask is not None
+    length = batch.input_ids.shape[1]
+    at = torch.arange(length, device=batch.input_ids.device)
+    sees = block_mask(batch.mask.to(at.device)[0, 0], length).mask_mod
+    return sees(at, at, at[:, None], at)[None, None]  # type: ignore[no-any-return]
 
 
 def attention(machine: Machine) -> Iterator[Figure]:
@@ -65,7 +68,6 @@ def attention(machine: Machine) -> Iterator[Figure]:
     table = make_pairs(machine, 3 if machine.tiny else 6, 100)
     scorer = Scorer(make_model(machine, size_here(machine, SMALL), "float32"), "float32", "packed")
     batch = scorer.batch(table, np.arange(len(table))).to(machine.device)
-    assert batch.mask is not None
     for dtype in (half_of(machine), "float32"):
         for width in WIDTHS:
             # torch compiles a function for so many kinds of inputs at most
@@ -75,19 +77,17 @@ def attention(machine: Machine) -> Iterator[Figure]:
             heads, of_keys = (2, 1) if machine.tiny else HEADS
             shapes = ((1, heads, length, width), *[(1, of_keys, length, width)] * 2)
             inputs = [torch.randn(shape, device=machine.device).to(kind) for shape in shapes]
-            expected = _attend([each.float() for each in inputs], _dense(batch.mask, length))
-            for name, mask in forms(machine.device).items():
-                what = f"{name}, width {width}, {dtype}"
-                yield from attempt(
-                    what, partial(_compared, machine, what, inputs, mask, batch.mask, expected, CLOSE[dtype])
-                )
-    machine.needs_gpu("FlexAttention")
+            expected = _attend([each.float() for each in inputs], mask_for(batch, "dense"))
+            for form in forms(machine, dtype):
+                what = f"{form}, width {width}, {dtype}"
+                yield from attempt(what, partial(_compared, machine, what, inputs, batch, form, expected, CLOSE[dtype]))
+    machine.needs_gpu("the other kernels")
 
 
 def _compared(
-    machine: Machine, what: str, inputs: Any, mask: Any, spans: torch.Tensor, expected: Any, bound: float
+    machine: Machine, what: str, inputs: Any, batch: Batch, form: str, expected: Any, bound: float
 ) -> Iterator[Figure]:
-    run = partial(_attend, inputs, mask(spans, inputs[0].shape[2]))
+    run = partial(_attend, inputs, mask_for(batch, form))
     found = run()
     errors = [float((a.float() - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True)]
     worst = int(np.argmax(np.nan_to_num(errors, nan=np.inf)))
@@ -172,6 +172,7 @@ def graphs(machine: Machine) -> Iterator[Figure]:
 
     size = size_here(machine, SMALL)
     model = make_model(machine, size, "float32").requires_grad_(True)
+    # FlexAttention, where there is a compiler; the other kernels are not compiled
     scorer, random = Scorer(model, half_of(machine), "packed"), np.random.default_rng(0)
     before, total = counters["stats"]["unique_graphs"], []
     for length in (20, 230, 1000, 43, 1700, 300, 4000):

@@ -84,7 +84,9 @@ def _stage_one(
         return indices
 
     yield from _told(machine, "stage one", model, table, unit, rates, share)
-    yield Figure("stage one: layout, token slots", f"{scorer.layout_name}, {budget.slots:,}")
+    yield Figure(
+        "stage one: layout, attention, token slots", f"{scorer.layout_name}, {scorer.kernel}, {budget.slots:,}"
+    )
     yield Figure("stage one: notes", "; ".join(notes.lines))
 
 
@@ -101,7 +103,9 @@ def _stage_two(
         return np.concatenate([next(steps)() for _ in range(STEPS_AT_ONCE)])
 
     yield from _told(machine, "stage two", model, table, unit, rates, share)
-    yield Figure("stage two: layout, token slots", f"{run.scorer.layout_name}, {run.budget:,}")
+    yield Figure(
+        "stage two: layout, attention, token slots", f"{run.scorer.layout_name}, {run.scorer.kernel}, {run.budget:,}"
+    )
     yield Figure("stage two: notes", "; ".join(notes.lines))
 
 

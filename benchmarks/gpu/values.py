@@ -4,8 +4,9 @@ import copy
 import shutil
 import time
 from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from minicache.cache.identity import TOLERANCE
 from minicache.options.catalog import LAYOUTS
 from minicache.options.train import LossOptions
 from minicache.pairs import PairTable
-from minicache.processes.devices import facts_of, free_memory, has_bfloat16, has_flex
+from minicache.processes.devices import attention_kernels, facts_of, free_memory, has_bfloat16, has_flex
 from minicache.scoring.batching import Indices
 from minicache.scoring.scorer import Scorer
 from minicache.scoring.tables import score_table
@@ -85,26 +86,51 @@ def layouts(machine: Machine) -> Iterator[Figure]:
     """Values and gradients of each layout in both precisions, against those of padded float32."""
     size = size_here(machine, SMALL)
     model, table = _model(machine, size), make_pairs(machine, 12, size.shape[-1])
-    expected = _passes(machine, model, table, "padded", "float32")
+    expected = _passes(machine, model, table, PADDED, "float32")
 
-    def compared(layout: str, dtype: str) -> Iterator[Figure]:
-        found = _passes(machine, model, table, layout, dtype)
+    def compared(way: Way, dtype: str) -> Iterator[Figure]:
+        found, what = _passes(machine, model, table, way, dtype), f"{way.name}, {dtype}"
         values = float((found[0] - expected[0]).abs().max())
-        yield at_most(f"{layout}, {dtype}: values", values, TOLERANCE[dtype], "nats per token")
+        yield at_most(f"{what}: values", values, TOLERANCE[dtype], "nats per token")
         gradients = float((found[1] - expected[1]).norm() / expected[1].norm())
-        yield at_most(f"{layout}, {dtype}: gradients", gradients, GRADIENTS[dtype], "of their norm")
+        yield at_most(f"{what}: gradients", gradients, GRADIENTS[dtype], "of their norm")
 
     for dtype in ("float32", half_of(machine)):
-        for layout in LAYOUTS:
-            if (layout, dtype) != ("padded", "float32"):
-                yield from attempt(f"{layout}, {dtype}", lambda layout=layout, dtype=dtype: compared(layout, dtype))  # type: ignore[misc]
+        for way in ways(machine, dtype):
+            if (way, dtype) != (PADDED, "float32"):
+                yield from attempt(f"{way.name}, {dtype}", partial(compared, way, dtype))
 
 
-def _passes(
-    machine: Machine, model: Any, table: PairTable, layout: str, dtype: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+class Way(NamedTuple):
+    """A layout, and for packed rows what computes attention over them."""
+
+    layout: str
+    kernel: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.layout} by {self.kernel}" if self.kernel else self.layout
+
+    def scorer(self, model: Any, dtype: str) -> Scorer:
+        """The model's scorer that goes this way."""
+        made = Scorer(model, dtype)
+        made.use_layout(self.layout, kernel=self.kernel)
+        return made
+
+
+PADDED = Way("padded")
+
+
+def ways(machine: Machine, dtype: str) -> list[Way]:
+    """Each layout with each kernel that may attend over its rows here, the product's first choice first."""
+    kernels = attention_kernels(machine.device, dtype != "float32")
+    flat = ("packed", "sequences")
+    return [Way(layout, kernel) for layout in LAYOUTS for kernel in (kernels if layout in flat else (None,))]
+
+
+def _passes(machine: Machine, model: Any, table: PairTable, way: Way, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(N, 2) mean logprobs and the gradients of their sum, (weights,), on the CPU."""
-    scorer = Scorer(model, dtype, layout)
+    scorer = way.scorer(model, dtype)
     means = scorer(scorer.batch(table, np.arange(len(table))).to(machine.device)).logp_mean
     # one side weighs more, so that gradients do not cancel where both sides are alike
     (means[:, 0] - 0.5 * means[:, 1]).sum().backward()
@@ -123,7 +149,8 @@ def noise(machine: Machine) -> Iterator[Figure]:
 
 
 def _noise(machine: Machine, model: Any, table: PairTable, dtype: str) -> Iterator[Figure]:
-    scorer, everything = Scorer(model, dtype, "packed"), np.arange(len(table))
+    usual, *rest = ways(machine, dtype)
+    scorer, everything = usual.scorer(model, dtype), np.arange(len(table))
     whole = int(table.lengths.sum())
     first = _scores(machine, scorer, table, whole)
     yield exactly(
@@ -138,8 +165,8 @@ def _noise(machine: Machine, model: Any, table: PairTable, dtype: str) -> Iterat
         "batches of a third": _scores(machine, scorer, table, whole // 3),
         "pairs alone": _scores(machine, scorer, table, ALONE),
     }
-    for layout in [each for each in LAYOUTS if each != "packed"]:
-        others[f"layout {layout}"] = _scores(machine, Scorer(model, dtype, layout), table, whole // 2)
+    for way in rest:
+        others[way.name] = _scores(machine, way.scorer(model, dtype), table, whole // 2)
     for name, found in others.items():
         difference = np.abs(found - first)
         yield at_most(
@@ -174,10 +201,10 @@ def determinism(machine: Machine) -> Iterator[Figure]:
     """The same passes and the same optimizer steps twice, compared bit for bit."""
     size = size_here(machine, SMALL)
     model, table = _model(machine, size), make_pairs(machine, 32, size.shape[-1])
-    for layout in ("packed", "padded"):
-        one, two = (_passes(machine, model, table, layout, half_of(machine)) for _ in range(2))
-        yield exactly(f"{layout}: values", torch.equal(one[0], two[0]), True)
-        yield exactly(f"{layout}: gradients", torch.equal(one[1], two[1]), True)
+    for way in ways(machine, half_of(machine)):
+        one, two = (_passes(machine, model, table, way, half_of(machine)) for _ in range(2))
+        yield exactly(f"{way.name}: values", torch.equal(one[0], two[0]), True)
+        yield exactly(f"{way.name}: gradients", torch.equal(one[1], two[1]), True)
     ends = []
     for _ in range(2):
         own = copy.deepcopy(model)
