@@ -8,7 +8,8 @@
 # make package   wheel and source archive in dist/, checked, and run in an environment that holds nothing else
 # make docs      the documentation as a site, in site/
 # make bench     both stages beside a live-reference trainer and TRL, two models: about ten minutes on two CPU cores.
-#                BENCH="--pairs 32 --data pairs.jsonl" for other pairs; make bench-full for many, make bench-gpu on a GPU
+#                BENCH="--pairs 32 --data pairs.jsonl" for other pairs; make bench-full for many, make bench-gpu on a GPU:
+#                ten minutes of checks of all that only a GPU can show (benchmarks/gpu), then the same comparison
 # Each sets up .venv by itself. PYTHON names the interpreter (3.11 or newer).
 
 PYTHON ?= python3
@@ -90,6 +91,7 @@ bench-full: $(VENV)/bench $(MODEL)
 	$(BIN)/python -m benchmarks.noise --model $(MODEL) --data $(FULL_DATA) --pairs 16
 
 bench-gpu: $(VENV)/bench $(MODEL)
+	-$(BIN)/python -m benchmarks.gpu
 	$(BENCHMARK) --model $(MODEL) minimind-3 qwen3-0.6b qwen3-1.7b --data $(FULL_DATA) --pairs 64 --dtype bfloat16 $(BENCH)
 	$(BIN)/python -m benchmarks.noise --model $(MODEL) --data $(FULL_DATA) --pairs 256
 

@@ -164,11 +164,36 @@ def read_pairs(options: argparse.Namespace, tokenizer: Path) -> PairTable:
     return PairTable.from_pairs(found, "int32")
 
 
-def random_model(hidden: int, layers: int, heads: int, kv: int, wide: int, vocabulary: int) -> Any:
-    """A Qwen3 model of this shape with random weights."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+def random_model(
+    hidden: int,
+    layers: int,
+    heads: int,
+    kv: int,
+    wide: int,
+    vocabulary: int,
+    width: int | None = None,
+    tied: bool = True,
+) -> Any:
+    """A Qwen3 model of this shape with random weights; see `qwen3_config`."""
+    from transformers import Qwen3ForCausalLM
 
     torch.manual_seed(0)
+    return Qwen3ForCausalLM(qwen3_config(hidden, layers, heads, kv, wide, vocabulary, width, tied)).eval()
+
+
+def qwen3_config(
+    hidden: int,
+    layers: int,
+    heads: int,
+    kv: int,
+    wide: int,
+    vocabulary: int,
+    width: int | None = None,
+    tied: bool = True,
+) -> Any:
+    """The config of a Qwen3 model. width: of an attention head; None is that of Qwen3. tied: the head is the embedding."""
+    from transformers import Qwen3Config
+
     config = Qwen3Config(
         vocab_size=vocabulary,
         hidden_size=hidden,
@@ -176,8 +201,9 @@ def random_model(hidden: int, layers: int, heads: int, kv: int, wide: int, vocab
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv,
-        head_dim=hidden // heads if hidden < 1024 else 128,
-        tie_word_embeddings=True,
+        head_dim=width or (hidden // heads if hidden < 1024 else 128),
+        tie_word_embeddings=tied,
+        architectures=["Qwen3ForCausalLM"],
     )
     config._attn_implementation = "sdpa"
-    return Qwen3ForCausalLM(config).eval()
+    return config

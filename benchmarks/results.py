@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.page import section, table
 from benchmarks.growth import figure
-from benchmarks.tables import COLUMNS, Row, absent_lines, case_line, gate_rows, machine_line, stage_rows
+from benchmarks.tables import COLUMNS, absent_lines, case_line, gate_rows, machine_line, stage_rows
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent / "RESULTS.md"
@@ -48,6 +49,9 @@ def write_results() -> Path:
         file = RESULTS / f"{name}.json"
         parts += [f"## {title}\n"]
         parts += _told(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else ["Not measured.\n"]
+    gpu = RESULTS / "gpu.json"
+    parts += ["## One visit to a GPU\n"]
+    parts += section(json.loads(gpu.read_text(encoding="utf-8"))) if gpu.exists() else ["Not measured.\n"]
     growth = RESULTS / "growth.json"
     parts += ["## What the cache costs as it grows\n"]
     parts += _growth(json.loads(growth.read_text(encoding="utf-8"))) if growth.exists() else ["Not measured.\n"]
@@ -60,9 +64,9 @@ def _section(report: dict[str, Any]) -> list[str]:
     lines = [f"**{note}**\n"] if note else []
     lines += [case_line(report) + ".\n", machine_line(report) + ".\n", f"`{report['case']['command']}`\n"]
     for stage in ("stage one", "stage two"):
-        lines.append(_table([stage, *COLUMNS], stage_rows(report, stage)))
+        lines.append(table([stage, *COLUMNS], stage_rows(report, stage)))
     lines += [f"{line}.\n" for line in absent_lines(report)]
-    return [*lines, _table(["bar", "asked", "found", ""], gate_rows(report))]
+    return [*lines, table(["bar", "asked", "found", ""], gate_rows(report))]
 
 
 def _told(report: dict[str, Any]) -> list[str]:
@@ -73,7 +77,7 @@ def _told(report: dict[str, Any]) -> list[str]:
         report["what"] + "\n",
         machine_line(report) + ".\n",
         f"`{report['command']}`\n",
-        _table(*report["table"]),
+        table(*report["table"]),
     ]
 
 
@@ -81,20 +85,13 @@ def _growth(report: dict[str, Any]) -> list[str]:
     """The figures of growth.py's report, with a column for each cache."""
     parts = [f"{machine_line(report)}.\n", f"`{report['command']}`\n"]
     if isinstance(report["encode"], dict):
-        parts.append(_table(["encoding", ""], [(name, f"{value:,.0f}") for name, value in report["encode"].items()]))
+        parts.append(table(["encoding", ""], [(name, f"{value:,.0f}") for name, value in report["encode"].items()]))
     for axis in ("pairs", "length"):
         caches = report[axis]
         names = dict.fromkeys(name for cache in caches for name in cache)
         rows = [(name, *(figure(cache.get(name)) for cache in caches)) for name in names]
-        parts.append(_table(list(rows[0]), rows[1:]))
+        parts.append(table(list(rows[0]), rows[1:]))
     return parts
-
-
-def _table(columns: list[str], rows: Any) -> str:
-    def line(row: Row) -> str:
-        return "| " + " | ".join(row) + " |"
-
-    return "\n".join([line(columns), line(["---"] * len(columns)), *map(line, rows)]) + "\n"
 
 
 if __name__ == "__main__":
