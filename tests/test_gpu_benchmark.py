@@ -145,7 +145,13 @@ def test_page_and_json_say_what_was_found() -> None:
 # --- the checks themselves ---
 
 
-@pytest.mark.parametrize("name", [name for name in CHECKS if name != "commands"])
+LONG = [name for name in CHECKS if name == "fit" or (name.startswith("speed") and "64M" not in name)]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in CHECKS if name != "commands"],
+)
 def test_a_check_runs_on_a_cpu(name: str) -> None:
     from importlib import import_module
 

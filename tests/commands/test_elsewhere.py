@@ -76,6 +76,7 @@ def test_every_command_runs_where_windows_lacks_what_linux_has(
     assert not [name for name in names if set(name) & set('<>:"|?*\\') or name.endswith((".", " "))]
 
 
+@pytest.mark.slow
 def test_a_cache_is_the_same_there(model_dir: Path, data_file: Path, tmp_path: Path) -> None:
     for kind in ("here", "windows"):
         (tmp_path / kind).mkdir()
@@ -84,6 +85,7 @@ def test_a_cache_is_the_same_there(model_dir: Path, data_file: Path, tmp_path: P
     assert_same_store(tmp_path / "here/cache", tmp_path / "windows/cache")
 
 
+@pytest.mark.slow
 def test_every_command_prints_in_gbk(model_dir: Path, data_file: Path, tmp_path: Path) -> None:
     """As in a pipe on a Chinese Windows; GBK has neither the check mark nor Tibetan."""
     stdout, _ = run(tmp_path, story(tmp_path, model_dir, data_file), encoding="gbk")

@@ -144,7 +144,7 @@ formats.FORMATS["question"] = formats.Format({"ask", "good", "bad"}, from_questi
 """
 
 
-@pytest.mark.parametrize("asked", [pytest.param("auto", marks=pytest.mark.slow), "question"])
+@pytest.mark.parametrize("asked", [pytest.param(each, marks=pytest.mark.slow) for each in ("auto", "question")])
 def test_a_new_format_is_read_by_name_and_by_its_fields(asked: str, model_dir: Path, tmp_path: Path) -> None:
     rows = [
         {

@@ -106,21 +106,21 @@ def foreseen_and_allocated(scorer: Scorer, checkpointing: bool) -> tuple[float, 
 @pytest.mark.parametrize(
     ("family", "checkpointing"),
     [(family, False) for family in FAMILIES]
-    + [(family, True) for family in ("llama", "mixture", "large vocabulary, tied")],
+    + [pytest.param(family, True, marks=pytest.mark.slow) for family in ("llama", "mixture", "large vocabulary, tied")],
 )
 def test_a_training_step_takes_what_its_shapes_say(family: str, checkpointing: bool) -> None:
     foreseen, real = foreseen_and_allocated(scorer_of(family), checkpointing)
     assert 0.9 < foreseen / real < 1.1
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize(
     ("family", "rank", "dtype", "layout"),
     [
-        ("llama", 4, "float32", "packed"),
         ("qwen3", 4, "bfloat16", "packed"),
-        ("qwen3", 0, "bfloat16", "shared"),
-        ("gpt2", 4, "bfloat16", "padded"),
+        pytest.param("llama", 4, "float32", "packed", marks=pytest.mark.slow),
+        pytest.param("qwen3", 0, "bfloat16", "shared", marks=pytest.mark.slow),
+        pytest.param("gpt2", 4, "bfloat16", "padded", marks=pytest.mark.slow),
     ],
 )
 def test_so_do_adapters_half_precision_and_other_layouts(
