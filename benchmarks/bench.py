@@ -34,16 +34,20 @@ from benchmarks.case import (
     padding,
 )
 from benchmarks.exact import errors
+from benchmarks.flops import Product, counted
 from benchmarks.gates import gates
+from benchmarks.gpu.material import useful_flops
 from benchmarks.measure import alternate, machine, peak_gb, ratio
 from benchmarks.ours import Ours
 from benchmarks.picture import draw
 from benchmarks.results import RESULTS, write_results
 from benchmarks.tables import screen_tables, short_name
-from benchmarks.trl_baseline import Trl
+from benchmarks.trl_baseline import Trl, as_on_a_gpu
 from minicache.errors import MinicacheError, ModelError
 from minicache.models.huggingface import quiet
 
+# Takes its turn among the contestants.
+PRODUCT = "a product of matrices"
 CONTESTANTS: dict[str, Callable[[Case, Optimizer], Contestant]] = {
     OURS: Ours,
     LIVE: LiveReference,
@@ -127,20 +131,43 @@ def bench(options: argparse.Namespace, model: str, console: Console) -> dict[str
 def stage_one(case: Case, contestants: dict[str, Contestant], rounds: int) -> dict[str, dict[str, Any]]:
     """Contestant -> figures of stage one, which live TRL does not have. Runs before any step, so that all use the same weights."""
     runs = {name: one.reference for name, one in contestants.items() if name != TRL}
-    values = {name: run() for name, run in runs.items()}
-    found = speeds(case, alternate(runs, rounds))
+    values: dict[str, np.ndarray] = {}
+    found = figures(case, {name: partial(_keep, values, name, run) for name, run in runs.items()}, rounds, False)
     for name, numbers in found.items():
         numbers["largest_difference"] = float(np.abs(values[name] - values[OURS]).max())
     return found
 
 
+def _keep(values: dict[str, np.ndarray], name: str, run: Callable[[], np.ndarray]) -> None:
+    values[name] = run()
+
+
 def stage_two(case: Case, contestants: dict[str, Contestant], rounds: int) -> dict[str, dict[str, Any]]:
     """Contestant -> figures of stage two."""
-    for one in contestants.values():
-        one.step(case.shortest)
-    return speeds(
-        case, alternate({name: partial(one.step, case.everything) for name, one in contestants.items()}, rounds)
-    )
+    runs = {name: partial(one.step, case.everything) for name, one in contestants.items()}
+    return figures(case, runs, rounds, True)
+
+
+def figures(case: Case, runs: dict[str, Callable[[], None]], rounds: int, training: bool) -> dict[str, dict[str, Any]]:
+    """Contestant -> its speed, the operations of its products over ours, and ours' share of the rate of a plain product.
+
+    A run of each comes before the rounds: its operations are counted.
+    """
+    flops = {name: counted(run) for name, run in runs.items()}
+    product = Product(case.device, case.dtype)
+    product.run()
+    seconds = alternate({**runs, PRODUCT: product.run}, rounds)
+    of_product = seconds.pop(PRODUCT)
+    found = speeds(case, seconds)
+    for name, numbers in found.items():
+        numbers["flops"] = flops[name]
+        numbers["flops_over_ours"] = flops[name] / flops[OURS]
+        if name in (TRL, TRL_PRECOMPUTED):
+            with as_on_a_gpu():
+                numbers["flops_over_ours_on_a_gpu"] = counted(runs[name]) / flops[OURS]
+    useful = useful_flops(case.model, case.table, case.everything, training)
+    found[OURS]["share_of_product"] = product.share(useful, seconds[OURS], of_product)
+    return found
 
 
 def speeds(case: Case, seconds: dict[str, list[float]]) -> dict[str, dict[str, Any]]:

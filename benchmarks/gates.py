@@ -4,6 +4,9 @@ from typing import Any
 
 from benchmarks.case import LIVE, OURS, TRL_PRECOMPUTED
 
+# Tokens of a pair, its prefix once, from which pairs are called long.
+LONG = 400
+
 
 def gates(report: dict[str, Any]) -> list[dict[str, Any]]:
     """For each bar: what it is about, the bar, the figure found, and whether it holds; None without a figure."""
@@ -17,6 +20,12 @@ def gates(report: dict[str, Any]) -> list[dict[str, Any]]:
         bars.append(_bar("stage two, peak memory over the live reference's", "<=", 0.5, _memory(two)))
     elif report["case"]["vocabulary"] == 49152:
         bars.append(_bar("stage two, peak memory over the live reference's", "<=", 0.4, _memory(two)))
+    if not report["machine"]["gpu"]:
+        # of a plain product's rate: on short pairs, less of the work is in large products
+        is_long = report["case"]["stored_tokens"] > LONG * report["case"]["pairs"]
+        for stage, bar in (("stage one", 0.85 if is_long else 0.7), ("stage two", 0.75 if is_long else 0.6)):
+            what = f"{stage}, share of the rate of a plain matrix product, useful FLOPs"
+            bars.append(_bar(what, ">=", bar, report[stage][OURS].get("share_of_product")))
     return [
         *bars,
         _bar("float32 values against plain float64, nats per token", "<=", 1e-5, exact["values"]),

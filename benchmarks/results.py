@@ -23,7 +23,10 @@ same weights on the same token ids in one process and take turns; figures are me
 Memory is each contestant's own process: what it takes at most above the loaded weights, a second model's weights apart.
 "Live reference" is `benchmarks/baseline.py`: two models, padded rows, full logits, as MiniMind trains. TRL is its own
 `DPOTrainer`, without gradient checkpointing. Tokens per second count both sides whole and no padding. A step is all pairs, forward
-and backward in micro-batches, and one update by the same fused AdamW.
+and backward in micro-batches, and one update by the same fused AdamW. FLOPs are those of products and attention, counted in the
+run itself. On a CPU TRL's head scores every position, padding and prompts too; with Triton, on a GPU, the counted ones alone: "on a
+GPU" counts its FLOPs so, and is the ratio to expect there where FLOPs decide. Useful FLOPs are what the pairs need: each distinct
+token once through the decoder, the head on counted positions, attention on what is seen; what is computed twice counts once.
 
 ![pairs per second and memory](results/bench.png)
 """

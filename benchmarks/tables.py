@@ -8,7 +8,18 @@ from rich.table import Table
 
 from benchmarks.case import LIVE, OURS, TRL
 
-COLUMNS = ("pairs/s", "tokens/s", "ours faster", "peak GB", "2nd model GB", "logprobs differ")
+COLUMNS = (
+    *(
+        "pairs/s",
+        "tokens/s",
+        "ours faster",
+        "FLOPs over ours",
+        "on a GPU",
+        "peak GB",
+        "2nd model GB",
+        "logprobs differ",
+    ),
+)
 Row = list[str]
 
 
@@ -22,12 +33,14 @@ def stage_rows(report: dict[str, Any], stage: str) -> Iterator[Row]:
             f"{one['pairs_per_second']:.3g}",
             f"{one['tokens_per_second']:,.0f}",
             "" if name == OURS else f"{1 / one['our_time_over_its']:.2f} x",
+            f"{one['flops_over_ours']:.2f}" if name != OURS and "flops_over_ours" in one else "",
+            f"{one['flops_over_ours_on_a_gpu']:.2f}" if "flops_over_ours_on_a_gpu" in one else "",
             f"{one['peak_gb']:.2f}" if "peak_gb" in one else "",
             second,
             f"{one['largest_difference']:.1e}" if name != OURS and "largest_difference" in one else "",
         ]
     for name in report["absent"]:
-        yield [name, "absent", *[""] * 5]
+        yield [name, "absent", *[""] * (len(COLUMNS) - 1)]
 
 
 def absent_lines(report: dict[str, Any]) -> list[str]:

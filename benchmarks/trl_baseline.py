@@ -1,6 +1,8 @@
 """TRL's DPOTrainer as a contestant, step by step on the same token ids: with its own collator, loss and backward pass."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -48,6 +50,18 @@ class Trl:
 
     def _inputs(self, indices: Indices) -> dict[str, torch.Tensor]:
         return self.trainer._prepare_inputs(self.trainer.data_collator([self.rows[int(index)] for index in indices]))
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Within this context TRL's head scores the counted positions alone, as where there is Triton; elsewhere it scores all."""
+    from trl.trainer import utils
+
+    kept, utils._use_triton = utils._use_triton, lambda device: True
+    try:
+        yield
+    finally:
+        utils._use_triton = kept
 
 
 def _row(case: Case, index: int) -> dict[str, Any]:
