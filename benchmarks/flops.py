@@ -10,19 +10,20 @@ from torch.utils.flop_counter import FlopCounterMode
 aten = torch.ops.aten
 # Width of the square product whose rate the others are compared with.
 WIDTH = 2048
+Sizes = list[int]
 
 
-def _of_addmm(total: Any, left: Any, right: Any, *_: Any, **__: Any) -> int:
+def _of_addmm(total: Sizes, left: Sizes, right: Sizes, *_: Any, **__: Any) -> int:
     return 2 * left[0] * left[1] * right[1]
 
 
-def _of_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+def _of_attention(query: Sizes, key: Sizes, value: Sizes, *_: Any, **__: Any) -> int:
     """As torch counts attention on a GPU: all pairs of a query and a key, whether they see each other or not."""
     rows, heads, length, width = query
     return 2 * rows * heads * length * key[2] * (width + value[3])
 
 
-def _of_its_gradient(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+def _of_its_gradient(grad: Sizes, query: Sizes, key: Sizes, value: Sizes, *_: Any, **__: Any) -> int:
     """The scores again, and the gradients of query, key, value and scores."""
     rows, heads, length, width = query
     return 2 * rows * heads * length * key[2] * (3 * width + 2 * value[3])
