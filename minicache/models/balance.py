@@ -1,9 +1,11 @@
-"""The load-balancing loss of a mixture of experts, from the router logits of a forward pass.
+"""The load-balancing loss of a mixture of experts, from the router logits of forward passes.
 
     with recording(model) as routing:
         model(input_ids)
-    # (sequences,) float32, to be added to the loss of each sequence
+    # a model that balances each sequence by itself: (sequences,) float32, to be added to the loss of each
     penalty = routing.loss(read, readers, sequences)
+    # any other balances all tokens of a step: sums of which the loss follows once all passes of the step are known
+    load = routing.load(tokens)
 
 MiniMind's models have MiniMind's loss. Any other family has that of transformers, and only if its config sets
 `output_router_logits`, because most mixtures are fine-tuned without one. A family whose routers transformers does not record
@@ -12,12 +14,63 @@ one by one has none here.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from minicache.models.generations import GENERATIONS, require_mixtures
+from minicache.processes.world import World
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the balance of a step needs of one of its passes: sums over tokens. They add up over passes and processes.
+
+    chosen: (groups, experts) float32, how often each expert was chosen, without gradients. scores: (groups, experts) float32, of
+    the routers' probabilities, with gradients. tokens: () float32. factor: of the loss, the coefficient included. A group is a
+    layer, or all layers together.
+    """
+
+    chosen: torch.Tensor
+    scores: torch.Tensor
+    tokens: torch.Tensor
+    factor: float
+
+    def __add__(self, other: "Load") -> "Load":
+        return replace(
+            self,
+            chosen=self.chosen + other.chosen,
+            scores=self.scores + other.scores,
+            tokens=self.tokens + other.tokens,
+        )
+
+    def detached(self, counts: bool = True) -> "Load":
+        """The same without gradients; zeros if it does not count."""
+        share = float(counts)
+        return replace(
+            self, chosen=self.chosen * share, scores=self.scores.detach() * share, tokens=self.tokens * share
+        )
+
+    def to(self, device: torch.device) -> "Load":
+        """The same on a device."""
+        return replace(
+            self, chosen=self.chosen.to(device), scores=self.scores.to(device), tokens=self.tokens.to(device)
+        )
+
+    def over(self, world: World) -> "Load":
+        """The sum over all processes, which must all call this. Without gradients."""
+        flat = torch.cat([self.chosen.flatten(), self.scores.detach().flatten(), self.tokens[None]])
+        chosen, scores = world.sum(flat)[:-1].view(2, *self.chosen.shape)
+        return replace(self, chosen=chosen, scores=scores, tokens=flat[-1])
+
+    def loss(self, step: "Load") -> torch.Tensor:
+        """(): the part of this pass in the balance of a step, whose load is `step`. The parts of all passes sum to the step's.
+
+        Differentiable: the share of the tokens that chose an expert has no gradient, and the mean of the scores is a sum.
+        """
+        return self.factor * (step.chosen * self.scores).sum() / step.tokens**2
 
 
 class Routing:
@@ -28,44 +81,46 @@ class Routing:
         # router -> (rows x length, experts)
         self.logits: dict[nn.Module, torch.Tensor] = {}
 
-    def loss(
-        self, read: torch.Tensor, readers: torch.Tensor, sequences: int, distinct: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """(sequences,) float32: the load-balancing loss of each sequence, summed over layers, times `router_aux_loss_coef`.
+    def loss(self, read: torch.Tensor, readers: torch.Tensor, sequences: int) -> torch.Tensor:
+        """(sequences,) float32: the balance of each sequence by itself, summed over layers, times `router_aux_loss_coef`.
 
-        MiniMind 2504 and 2510 balance each sequence by itself. MiniMind 3 and transformers balance all tokens of the batch
-        together, each counted once: every sequence then has the same loss, which depends on the rest of the batch. The result is
-        differentiable with respect to the routers.
+        This is the loss of MiniMind 2504 and 2510. It is differentiable with respect to the routers.
 
         read, readers: (S,) int64, positions in the flattened rows, and the sequence (0 to sequences - 1) of each; see `Batch`. A
             prefix that two sequences share is listed for both.
-        distinct: (T,) int64, a position of each token, that of a shared one once. None: no token is shared.
 
-        Source: MiniMind's MoEGate and MOEFeedForward; Switch Transformer, arXiv:2101.03961, eq. 4 to 6.
+        Source: MiniMind's MoEGate; Switch Transformer, arXiv:2101.03961, eq. 4 to 6.
         """
-        assert self.logits, "no router ran while recording"
-        coefficient: float = self.config.router_aux_loss_coef
-        generation = getattr(self.config, "minimind", None)
-        if generation in (None, "3"):
-            read = read if distinct is None else distinct
-        if generation is None:
-            return (coefficient * self._of_transformers(read)).expand(sequences)
         top: int = self.config.num_experts_per_tok
-        by_sequence = generation != "3"
-        owners, count = (readers, sequences) if by_sequence else (torch.zeros_like(read), 1)
-        layers = [_imbalance(logits[read], top, owners, count) for logits in self.logits.values()]
-        total = coefficient * torch.stack(layers).sum(0)  # (count,)
-        return total / top if by_sequence else total.expand(sequences)
+        layers = [_imbalance(logits[read], top, readers, sequences) for logits in self._layers]
+        total: torch.Tensor = self.config.router_aux_loss_coef / top * torch.stack(layers).sum(0)
+        return total
 
-    def _of_transformers(self, read: torch.Tensor) -> torch.Tensor:
-        """(): transformers' own loss over the positions `read`, (S,)."""
-        from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+    def load(self, tokens: torch.Tensor) -> Load:
+        """The load of this pass. tokens: (T,) int64, positions in the flattened rows, that of a shared token once.
 
-        # the annotations of the function exclude arguments that its docstring allows
-        balance: Any = load_balancing_loss_func
-        logits = tuple(logits[read].float() for logits in self.logits.values())
-        loss: torch.Tensor = balance(logits, logits[0].shape[-1], self.config.num_experts_per_tok)
-        return loss
+        MiniMind 3 balances each layer, and sums over them. transformers balances the choices of all layers together.
+
+        Source: MiniMind's MOEFeedForward; `load_balancing_loss_func` of transformers.
+        """
+        top: int = self.config.num_experts_per_tok
+        found = [_choices(logits[tokens], top) for logits in self._layers]
+        chosen, scores = (torch.stack([each.sum(0) for each in values]) for values in zip(*found, strict=True))
+        count = len(tokens)
+        if getattr(self.config, "minimind", None) is None:
+            chosen, scores, count = chosen.sum(0, keepdim=True), scores.sum(0, keepdim=True), count * len(found)
+        factor = self.config.router_aux_loss_coef * chosen.shape[1]
+        return Load(chosen=chosen, scores=scores, tokens=scores.new_full((), count), factor=factor)
+
+    @property
+    def _layers(self) -> list[torch.Tensor]:
+        assert self.logits, "no router ran while recording"
+        return list(self.logits.values())
+
+
+def over_the_step(model: nn.Module) -> bool:
+    """Whether the loss balances all tokens of a step together; else each sequence by itself, or there is none."""
+    return has_balance(model) and getattr(model.config, "minimind", None) in (None, "3")
 
 
 def has_balance(model: nn.Module) -> bool:
@@ -131,6 +186,12 @@ def _logits(router: Any, parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
     return next(part for part in parts if part.is_floating_point() and part.shape[-1] == experts)
 
 
+def _choices(logits: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """1 where an expert was chosen and 0 elsewhere, and the probabilities, (S, experts) float32 each. logits: (S, experts)."""
+    scores = logits.float().softmax(-1)
+    return torch.zeros_like(scores).scatter(-1, scores.topk(top).indices, 1.0), scores
+
+
 def _imbalance(logits: torch.Tensor, top: int, owners: torch.Tensor, count: int) -> torch.Tensor:
     """(count,): for each sequence, experts x sum over experts of (share of tokens that chose it) x (mean score).
 
@@ -139,8 +200,7 @@ def _imbalance(logits: torch.Tensor, top: int, owners: torch.Tensor, count: int)
     logits: (S, experts) of the tokens. top: experts per token. owners: (S,) sequence of each token. count: number of sequences.
     """
     experts = logits.shape[-1]
-    scores = logits.float().softmax(-1)
-    picks = torch.zeros_like(scores).scatter(-1, scores.topk(top).indices, 1.0)
+    picks, scores = _choices(logits, top)
     # not bincount, which waits for a GPU to tell the largest
     tokens = scores.new_zeros(count).index_add(0, owners, torch.ones_like(scores[:, 0])).clamp(min=1)[:, None]
     load, score = (values.new_zeros(count, experts).index_add(0, owners, values) / tokens for values in (picks, scores))

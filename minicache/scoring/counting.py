@@ -226,7 +226,8 @@ def _passes(scorer: Scorer, batch: Batch, training: bool) -> None:
         scores = scorer(batch, distribution=True, balance=True)
     if training:
         with own_errors(scorer.model):
-            (scores.logp_sum.sum() + (0 if scores.balance is None else scores.balance.sum())).backward()
+            balanced = scores.balanced(scores.load, batch.pairs) if scores.load else scores
+            (scores.logp_sum.sum() + (0 if balanced.balance is None else balanced.balance.sum())).backward()
 
 
 def _without_content(scorer: Scorer, mode: FakeTensorMode, how: How, keep: int) -> Scorer:

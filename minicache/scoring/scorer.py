@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from minicache.errors import ConfigError
-from minicache.models.balance import has_balance, recording
+from minicache.models.balance import Load, Routing, has_balance, over_the_step, recording
 from minicache.models.quantized import compute_in
 from minicache.pairs import PairTable
 from minicache.processes.devices import attention_kernels, has_bfloat16, pins
@@ -45,7 +45,7 @@ class PairScores:
     entropy: (B, 2), mean entropy over the counted tokens, nats, without gradients.
     alignment: (B, 2), mean of log p(token) - log sum p^2, nats, without gradients. Source: Zhou et al. 2024, WPO,
         arXiv:2406.11827, section 3.2.
-    balance: (B,), load-balancing loss of a mixture of experts; None for a dense model.
+    balance: (B,), load-balancing loss of a mixture of experts that balances each sequence. load: of one that balances a step.
     """
 
     logp_sum: torch.Tensor
@@ -54,11 +54,18 @@ class PairScores:
     entropy: torch.Tensor | None = None
     alignment: torch.Tensor | None = None
     balance: torch.Tensor | None = None
+    load: Load | None = None
 
     @property
     def logp_mean(self) -> torch.Tensor:
         """(B, 2) float32, nats per token."""
         return (self.logp_sum / self.token_count).float()
+
+    def balanced(self, step: Load, pairs: int) -> "PairScores":
+        """With the balance of these pairs, whose mean over the pairs of a step is the step's. step: its load. pairs: their number."""
+        assert self.load
+        count = len(self.token_count)
+        return replace(self, balance=(self.load.loss(step) * (pairs / count)).expand(count))
 
 
 class Scorer(nn.Module):
@@ -79,7 +86,7 @@ class Scorer(nn.Module):
         compute_in(model, DTYPES[dtype])
         self.attention = model.config.get_text_config()._attn_implementation
         self.dtype = dtype
-        self.has_balance = has_balance(model)
+        self.has_balance, self.balances_steps = has_balance(model), over_the_step(model)
         self.head = probed(model) if head_is_own is None else Head.of(model) if head_is_own else None
         # The processes that must run each forward together, if the model is sharded.
         self.lockstep: World | None = None
@@ -94,14 +101,14 @@ class Scorer(nn.Module):
         distribution: with entropy and alignment, of the whole distribution over the vocabulary, at the price of a copy of each
         chunk's logits. balance: with the load-balancing loss, if the model has one.
         """
-        record = recording(self.model) if balance and self.has_balance else nullcontext()
-        precision = self._precision(batch.input_ids.device)
-        with precision, record as routing, own_errors(self.model), one_sequence_a_row():
+        with self._passing(batch, balance and self.has_balance) as routing:
             token_logps, *of_distribution = self._token_logps(batch, distribution)
         counts = batch.token_count
         scores = PairScores(logp_sum=batch.sum_by_side(token_logps), token_count=counts, token_logps=token_logps)
-        if routing:
-            per_side = routing.loss(batch.read, batch.readers, 2 * batch.pairs, batch.distinct)
+        if routing and self.balances_steps:
+            scores = replace(scores, load=routing.load(batch.distinct))
+        elif routing:
+            per_side = routing.loss(batch.read, batch.readers, 2 * batch.pairs)
             scores = replace(scores, balance=per_side.view(-1, 2).mean(1))
         if not distribution:
             return scores
@@ -111,6 +118,14 @@ class Scorer(nn.Module):
             entropy=(batch.sum_by_side(entropy) / counts).float(),
             alignment=(batch.sum_by_side(token_logps.detach() - concentration) / counts).float(),
         )
+
+    @torch.no_grad()
+    def load(self, batch: Batch) -> Load:
+        """The load of a batch in a model that balances steps, without gradients; the head does not run."""
+        with self._passing(batch, balance=True) as routing:
+            decoder_of(self.model)(**self.inputs_of(batch), use_cache=False)
+        assert routing
+        return routing.load(batch.distinct)
 
     def use_layout(
         self, name: str, windows: Windows = ALL_SEEN, own_positions: bool = False, kernel: str | None = None
@@ -182,6 +197,13 @@ class Scorer(nn.Module):
             inputs["seq_idx"] = torch.searchsorted(starts, at, right=True, out_int32=True)[None] - 1
             inputs["cu_seq_lens_q"] = inputs["cu_seq_lens_k"] = starts
         return inputs
+
+    @contextmanager
+    def _passing(self, batch: Batch, balance: bool) -> Iterator[Routing | None]:
+        """The circumstances of a forward pass; gives what the routers say if there is a balance to compute."""
+        record = recording(self.model) if balance else nullcontext()
+        with self._precision(batch.input_ids.device), record as routing, own_errors(self.model), one_sequence_a_row():
+            yield routing
 
     def _precision(self, device: torch.device) -> AbstractContextManager[Any]:
         if self.dtype == "float32":

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from minicache.errors import ConfigError
 from minicache.models import layers_of
@@ -72,6 +72,7 @@ def spread(model: nn.Module | None, dtype: str, parallel: str, world: World) -> 
         for layer in layers:
             fully_shard(layer, mesh=mesh, mp_policy=half)
         fully_shard(scorer, mesh=mesh, mp_policy=whole, reshard_after_forward=True)
+        register_fsdp_forward_method(scorer, "load")
     # torch's own errors on layers that share weights or wrap each other (Zamba)
     except (TypeError, ValueError, AssertionError) as error:
         line = one_line(error, 200)

@@ -1,16 +1,18 @@
 """One optimizer step: its pairs, their gradients over micro-batches and processes, the update."""
 
 import math
+import operator
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from itertools import islice
 
 import torch
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from minicache.models.balance import Load
 from minicache.scoring.batch import Batch
 from minicache.scoring.batching import Indices, by_length
 from minicache.scoring.probe import own_errors
@@ -97,12 +99,19 @@ def _accumulate(run: Run, training: Training, objective: Objective, mine: Share)
     # the whole distribution costs a copy of the logits
     distribution = objective.options.wpo or is_logged(run, training.progress.step)
     chosen_tokens = float(run.cached.table.token_counts[mine.indices, 0].mean())
+    load = _load_of_others(run, mine) if run.scorer.balances_steps else None
     for number, part in enumerate(mine.parts, start=1):
         inputs = part.batch.to(world.device)
         # DDP reduces the gradients once, after the last part. Shards are reduced each time, or whole gradients would be kept.
         later = isinstance(forward, DistributedDataParallel) and number < last
         with forward.no_sync() if later else nullcontext():  # type: ignore[operator]
             scores = forward(inputs, distribution=distribution, balance=True)
+            if scores.load:
+                if number == 1:
+                    own = scores.load.detached(part.weight > 0)
+                    load = (own + load if load else own).over(world)
+                assert load
+                scores = scores.balanced(load, len(mine.indices))
             logps = pair_logps(scores, inputs, objective)
             losses = objective(logps, chosen_tokens)
             total = losses if scores.balance is None else losses + scores.balance
@@ -110,6 +119,16 @@ def _accumulate(run: Run, training: Training, objective: Objective, mine: Share)
                 training.scaler.scale(total.sum() * part.weight).backward()
         if part.weight:
             training.means.add(losses, logps, objective.beta, scores)
+
+
+def _load_of_others(run: Run, mine: Share) -> Load | None:
+    """The load of all parts but the first on this rank, which is known before the gradients of any need it.
+
+    A balance over the step is not a sum over its parts. So these run once more, without gradients and without the head; the
+    first does not, and with one part a rank nothing runs twice.
+    """
+    loads = [run.scorer.load(part.batch.to(run.world.device)).detached(part.weight > 0) for part in mine.parts[1:]]
+    return reduce(operator.add, loads) if loads else None
 
 
 def count_step(run: Run, training: Training, indices: Indices, seconds: float) -> int:

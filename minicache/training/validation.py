@@ -1,7 +1,8 @@
 """Metrics of a policy over held-out pairs; the logprobs of policy and reference of a batch."""
 
+import operator
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from hashlib import blake2b
 
 import numpy as np
@@ -11,7 +12,7 @@ from minicache.cache.reader import ReferenceCache
 from minicache.cache.schema import CachedPairs
 from minicache.errors import CacheMismatch, ConfigError
 from minicache.options.train import LossOptions
-from minicache.processes.devices import widest
+from minicache.processes.devices import CPU, widest
 from minicache.processes.world import World
 from minicache.scoring.batch import Batch, References
 from minicache.scoring.batching import Indices
@@ -61,14 +62,22 @@ def evaluate_policy(
     means, chosen_tokens = Means(world.device), float(table.token_counts[pairs.indices, 0].mean())
     mine = pairs.indices[world.rank :: world.size]
     references = partial(references_of, pairs.cached, objective.options)
+    load = None
     for indices, batch, scores in score_table(
         scorer, table, mine, budget, world.device, distribution=True, references=references
     ):
         logps = pair_logps(scores, batch, objective)
         means.add(objective(logps, chosen_tokens), logps, objective.beta, scores)
+        if scores.load:
+            load = scores.load + load if load else scores.load
         tracker.advance(len(indices) * world.size, int(table.side_lengths[indices].sum()) * world.size)
     # the share of one process may take longer than that of another
-    return means.reduce(world, patient=True)
+    metrics = means.reduce(world, patient=True)
+    # over all pairs of the set together, because batches differ with the memory and the processes
+    if loads := [each for each in world.gather(load and load.to(CPU)) if each]:
+        whole = reduce(operator.add, loads)
+        metrics["aux_loss"] = float(whole.loss(whole))
+    return metrics
 
 
 def references_of(cached: CachedPairs, options: LossOptions, indices: Indices, batch: Batch) -> References:

@@ -31,10 +31,19 @@ def sequences(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
     return mask.flatten().nonzero()[:, 0], mask.nonzero()[:, 0], len(mask)
 
 
+def loss_of(model: torch.nn.Module, routing: balance.Routing, mask: torch.Tensor) -> torch.Tensor:
+    """(R,): the loss of rows that are a step of their own."""
+    read, readers, count = sequences(mask)
+    if not balance.over_the_step(model):
+        return routing.loss(read, readers, count)
+    load = routing.load(read)
+    return load.loss(load).expand(count)
+
+
 def balance_of(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     with balance.recording(model) as routing:
         model(ids)
-    return routing.loss(*sequences(mask))
+    return loss_of(model, routing, mask)
 
 
 def reference_balance(name: str, state: State, ids: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
@@ -83,9 +92,9 @@ def test_gradients_are_the_same_under_checkpointing(checkpoints: Path, name: str
         with balance.recording(model) as routing:
             logits = model(ids, use_cache=False).logits
             if within:
-                (routing.loss(*sequences(mask)).sum() + logits.mean()).backward()
+                (loss_of(model, routing, mask).sum() + logits.mean()).backward()
         if not within:
-            (routing.loss(*sequences(mask)).sum() + logits.mean()).backward()
+            (loss_of(model, routing, mask).sum() + logits.mean()).backward()
         grads.append({key: value.grad for key, value in model.named_parameters() if value.grad is not None})
     router = next(key for key in grads[0] if key.endswith(ROUTERS))
     assert grads[0][router].abs().max() > 0
@@ -122,6 +131,36 @@ def test_another_family_has_transformers_own_loss_if_it_asks() -> None:
     model, (ids, mask) = tiny_mixtral(True), rows((13, 29))
     expected = 0.02 * model(ids, attention_mask=mask.long()).aux_loss
     assert balance_of(model, ids, mask).tolist() == pytest.approx([expected.item()] * 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["minimind3-moe", "mixtral"])
+def test_parts_of_a_step_have_the_loss_and_the_gradient_of_the_whole(checkpoints: Path, name: str) -> None:
+    """Each token's gradient needs the choices of all tokens of the step, also of those in other passes."""
+    model = tiny_mixtral(True) if name == "mixtral" else mixture(checkpoints, name)
+    ids, mask = rows((13, 29, 7))
+
+    def load(some: slice) -> balance.Load:
+        with balance.recording(model) as routing:
+            model(ids[some])
+        return routing.load(mask[some].flatten().nonzero()[:, 0])
+
+    def gradients(loss: torch.Tensor) -> list[torch.Tensor]:
+        model.requires_grad_(True).zero_grad()
+        loss.backward()
+        return [each.grad for each in model.parameters() if each.grad is not None]
+
+    model.requires_grad_(True)
+    whole, parts = load(slice(3)), [load(slice(1)), load(slice(1, 3))]
+    step = parts[0].detached() + parts[1].detached() + parts[1].detached(counts=False)
+    assert sum(part.loss(step).item() for part in parts) == pytest.approx(whole.loss(whole).item(), rel=1e-5)
+    expected = gradients(whole.loss(whole.detached()))
+    found = gradients(parts[0].loss(step) + parts[1].loss(step))
+    alone = gradients(sum((part.loss(part.detached()) / 2 for part in (load(slice(1)), load(slice(1, 3)))), torch.zeros(())))
+    norm = torch.cat([each.flatten() for each in expected]).norm()
+    differences = [
+        torch.cat([(a - b).flatten() for a, b in zip(each, expected, strict=True)]).norm() for each in (found, alone)
+    ]
+    assert differences[0] < 1e-4 * norm < 1e-2 * norm < differences[1]
 
 
 def test_who_has_a_balance_loss(checkpoints: Path) -> None:

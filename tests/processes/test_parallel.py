@@ -42,6 +42,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "validated": {"holdout": 0.3, "eval_every": 2},
     "async": {"async_save": True},
     "lora async": {"lora_rank": 4, "async_save": True},
+    "tied": {},
+    # balances each step; another balances each sequence
+    "mixture": {"holdout": 0.3, "eval_every": 2},
+    "mixture lora": {"lora_rank": 4},
+    "mixture sequences": {},
 }
 # world size -> runs: kind, parallel
 RUNS = {
@@ -53,6 +58,8 @@ RUNS = {
         ("lora async", "fsdp"),
         ("checkpointed", "fsdp"),
         ("validated", "fsdp"),
+        *((kind, how) for kind in ("tied", "mixture", "mixture lora") for how in ("ddp", "fsdp")),
+        ("mixture sequences", "ddp"),
     ],
     4: [("plain", "fsdp"), ("plain", "hybrid")],
 }
@@ -82,7 +89,7 @@ def assert_same_curve(left: Path, right: Path, tolerance: float = 1e-5) -> None:
     assert [line["step"] for line in a] == [line["step"] for line in b]
     for mine, its in zip(a, b, strict=True):
         assert mine.keys() == its.keys()
-        for name in ("loss", "logps/chosen", "rewards/margin", "eval/loss"):
+        for name in ("loss", "logps/chosen", "rewards/margin", "aux_loss", "eval/loss", "eval/aux_loss"):
             assert mine.get(name, 0) == pytest.approx(its.get(name, 0), abs=tolerance), (mine["step"], name)
         assert mine.get("grad_norm", 0) == pytest.approx(its.get("grad_norm", 0), rel=1e-3)
     one, other = weights(left), weights(right)
@@ -102,17 +109,43 @@ def options_of(kind: str, few: Path, out: Path, **more: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def runs(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def tied(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
+    """A cache of 20 pairs, made with a model whose head is its embedding."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    directory = tmp_path_factory.mktemp("tied")
+    config = LlamaConfig(**{**LlamaConfig.from_pretrained(model_dir).to_dict(), "tie_word_embeddings": True})
+    torch.manual_seed(0)
+    shutil.copytree(model_dir, directory / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    LlamaForCausalLM(config).save_pretrained(directory / "model")
+    return precompute_into(directory / "cache", directory / "model", write_jsonl(directory / "x.jsonl", make_rows(20)))
+
+
+@pytest.fixture(scope="module")
+def caches(
+    few: Path, tied: Path, checkpoints: Path, tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """Caches of 20 pairs, by kind of run."""
+    directory = tmp_path_factory.mktemp("mixtures")
+    data, tokenizer = write_jsonl(directory / "pairs.jsonl", make_rows(20)), str(tokenizer_dir)
+    files = {name: checkpoints / f"minimind{name}-moe.pth" for name in ("3", "2-2504")}
+    made = {name: precompute_into(directory / name, file, data, tokenizer=tokenizer) for name, file in files.items()}
+    mixtures = {"mixture": made["3"], "mixture lora": made["3"], "mixture sequences": made["2-2504"]}
+    return {kind: few for kind in KINDS} | {"tied": tied} | mixtures
+
+
+@pytest.fixture(scope="module")
+def runs(caches: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """The directory of a run by kind, world size and parallel; each world's are run together, when first asked for."""
     directory = tmp_path_factory.mktemp("runs")
 
     def get(kind: str, size: int = 1, parallel: str = "ddp") -> Path:
         out = directory / f"{kind}-{size}-{parallel}"
         if not out.exists() and size == 1:
-            train(fill(TrainConfig, options_of(kind, few, out)), one_process(), Silent())
+            train(fill(TrainConfig, options_of(kind, caches[kind], out)), one_process(), Silent())
         elif not out.exists():
             jobs = [
-                ("train", options_of(kind, few, directory / f"{kind}-{size}-{how}", parallel=how))
+                ("train", options_of(kind, caches[kind], directory / f"{kind}-{size}-{how}", parallel=how))
                 for kind, how in RUNS[size]
             ]
             run_world(size, jobs, directory / f"world-{size}")
@@ -141,15 +174,10 @@ def test_gradients_are_there_once(few: Path, tmp_path: Path) -> None:
     run_world(2, [("buckets", options), ("buckets", {**options, "lora_rank": 2})], tmp_path / "world")
 
 
-def test_shards_of_a_tied_model_write_its_head_once_and_go_on(model_dir: Path, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+def test_shards_of_a_tied_model_write_its_head_once_and_go_on(tied: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
 
-    config = LlamaConfig(**{**LlamaConfig.from_pretrained(model_dir).to_dict(), "tie_word_embeddings": True})
-    torch.manual_seed(0)
-    shutil.copytree(model_dir, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    cache = precompute_into(tmp_path / "cache", tmp_path / "model", write_jsonl(tmp_path / "x.jsonl", make_rows(12)))
-    options = options_of("plain", cache, tmp_path / "run", parallel="fsdp")
+    options = options_of("plain", tied, tmp_path / "run", parallel="fsdp")
     jobs = [("train", options), ("train", {**options, "out": str(tmp_path / "async"), "async_save": True})]
     run_world(2, jobs, tmp_path / "world")
     for place in (
@@ -162,7 +190,7 @@ def test_shards_of_a_tied_model_write_its_head_once_and_go_on(model_dir: Path, t
     model, info = load(tmp_path / "run" / "model", output_loading_info=True)
     assert model.lm_head.weight is model.model.embed_tokens.weight and not any(info.values())
     out = cut(tmp_path / "run", tmp_path / "resumed", 3)
-    train(fill(TrainConfig, options_of("plain", cache, out, resume=True)), one_process(), Silent())
+    train(fill(TrainConfig, options_of("plain", tied, out, resume=True)), one_process(), Silent())
     assert_same_curve(tmp_path / "run", out)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -104,24 +103,13 @@ def test_the_balance_loss_is_part_of_the_gradient(mixtures: dict[str, Path], tmp
     assert abs(norms[True] - norms[False]) > 1e-2 * norms[True]
 
 
-@pytest.mark.slow
-def test_two_processes_train_a_mixture_as_one_does(mixtures: dict[str, Path], tmp_path: Path) -> None:
-    """2504 and 2510 balance each sequence for itself; 3 all tokens of a micro-batch, which is another with more processes."""
-    cache = mixtures["minimind2-2504-moe"]
-    options: dict[str, object] = {
-        "--batch-size": 3,
-        "--max-steps": 4,
-        "--lr": 1e-3,
-        "--log-every": 1,
-        "--save-every": 0,
-    }
-    options |= {"--tokens-per-micro-batch": 200, "--ref-cache": cache, "--out": tmp_path / "two", "--nproc": 2}
-    words = [str(word) for pair in options.items() for word in pair]
-    done = subprocess.run([sys.executable, "-m", "minicache", "train", *words], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    run(cache, tmp_path / "one", batch_size=3)
-    for name in ("loss", "aux_loss", "grad_norm"):
-        assert np.abs(curve(tmp_path / "one", name) - curve(tmp_path / "two", name)).max() < 1e-5, name
+@pytest.mark.parametrize("name", MIXTURES)
+def test_micro_batches_of_any_size_have_one_balance(mixtures: dict[str, Path], tmp_path: Path, name: str) -> None:
+    for slots in (100, 300, 4096):
+        run(mixtures[name], tmp_path / str(slots), tokens_per_micro_batch=slots)
+    for metric in ("loss", "rewards/margin", "aux_loss", "grad_norm"):
+        (whole, *others) = (curve(tmp_path / str(slots), metric) for slots in (4096, 300, 100))
+        assert all(np.abs(other - whole).max() < 1e-5 for other in others), metric
 
 
 # --- the same numbers with less memory, compiled, in half precision ---
