@@ -1,5 +1,6 @@
 """Low-rank adapters through peft: the base stays frozen, the adapter is small (Hu et al. 2021, LoRA, arXiv:2106.09685)."""
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -92,6 +93,9 @@ def _not_read_back(adapted: Any) -> list[str]:
 
 def adapt(model: nn.Module, config: Any, source: str) -> Any:
     """The model with float32 adapters of a peft configuration, which records `source` as the base."""
+    # without a name, of which peft would warn that the model has another
+    config = copy.copy(config)
+    config.base_model_name_or_path = None
     with quiet(), seen_in_float32(model):
         adapted: Any = library().get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = source

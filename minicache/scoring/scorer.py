@@ -62,7 +62,7 @@ class PairScores:
         return (self.logp_sum / self.token_count).float()
 
     def balanced(self, step: Load, pairs: int) -> "PairScores":
-        """With the balance of these pairs, whose mean over the pairs of a step is the step's. step: its load. pairs: their number."""
+        """With the balance, whose mean over the pairs of a step is the step's. step: its load. pairs: their number."""
         assert self.load
         count = len(self.token_count)
         return replace(self, balance=(self.load.loss(step) * (pairs / count)).expand(count))
@@ -121,7 +121,11 @@ class Scorer(nn.Module):
 
     @torch.no_grad()
     def load(self, batch: Batch) -> Load:
-        """The load of a batch in a model that balances steps, without gradients; the head does not run."""
+        """The load of a batch in a model that balances steps, without gradients. The head does not run, unless it is a shard's."""
+        if self.lockstep:
+            # FSDP's hooks expect the whole pass
+            load: Load = self(batch, balance=True).load
+            return load
         with self._passing(batch, balance=True) as routing:
             decoder_of(self.model)(**self.inputs_of(batch), use_cache=False)
         assert routing

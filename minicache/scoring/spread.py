@@ -5,14 +5,15 @@ Source: Zhao et al. 2023, PyTorch FSDP, arXiv:2304.11277; `torch.distributed.fsd
 
 import copy
 import os
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from minicache.errors import ConfigError
 from minicache.models import layers_of
@@ -20,6 +21,7 @@ from minicache.models.lora import adapt
 from minicache.models.precision import hold_for
 from minicache.models.quantized import is_quantized
 from minicache.processes.world import World
+from minicache.scoring.head import Head
 from minicache.scoring.probe import probed
 from minicache.scoring.scorer import DTYPES, Scorer
 from minicache.text import one_line
@@ -66,13 +68,14 @@ def spread(model: nn.Module | None, dtype: str, parallel: str, world: World) -> 
     half = MixedPrecisionPolicy(
         param_dtype=DTYPES[dtype] if dtype != "float32" else None, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    # Embeddings and head are resharded after each forward too: code between steps must see the shards, not the whole.
+    # What is in no layer is resharded after each forward too: code between steps must see the shards, not the whole.
     whole = MixedPrecisionPolicy(cast_forward_inputs=False)
     try:
         for layer in layers:
             fully_shard(layer, mesh=mesh, mp_policy=half)
+        if scorer.head:
+            scorer.head = _shard_ends(skeleton, scorer.head, mesh, whole)
         fully_shard(scorer, mesh=mesh, mp_policy=whole, reshard_after_forward=True)
-        register_fsdp_forward_method(scorer, "load")
     # torch's own errors on layers that share weights or wrap each other (Zamba)
     except (TypeError, ValueError, AssertionError) as error:
         line = one_line(error, 200)
@@ -86,6 +89,39 @@ def spread(model: nn.Module | None, dtype: str, parallel: str, world: World) -> 
     scorer.to_empty(device=world.device)
     _fill(skeleton, model, world)
     return scorer
+
+
+@dataclass(frozen=True)
+class ShardedHead(Head):
+    """A head that is whole while it computes, forward and backward, and in shards while the layers do.
+
+    tied: its weight is the embedding's, so that both are one unit, which FSDP itself would keep whole from the first to the last.
+    """
+
+    tied: bool = False
+
+    def logps(self, hidden: torch.Tensor, targets: torch.Tensor, distribution: bool) -> tuple[torch.Tensor, ...]:
+        """As `Head.logps`."""
+        linear: Any = self.linear
+        if self.tied:
+            linear.unshard()
+            if hidden.requires_grad:
+                hidden.register_hook(lambda grad: linear.reshard())
+        # called as a module, around which FSDP gathers and frees
+        outputs: tuple[torch.Tensor, ...] = linear(hidden, targets, distribution)
+        return outputs
+
+
+def _shard_ends(model: Any, head: Head, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> Head:
+    """Make units of the embedding and the head; returns the head that computes in its unit."""
+    embedding, linear = model.get_input_embeddings(), cast(Any, head.linear)
+    tied = linear.weight is embedding.weight
+    for unit in [[embedding, linear]] if tied else [[embedding], [linear]]:
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    if tied:
+        embedding.register_forward_hook(lambda *_: embedding.reshard())
+    linear.forward = head.logps
+    return ShardedHead(linear, head.scale, head.cap, tied)
 
 
 def _mesh(parallel: str, world: World) -> DeviceMesh:

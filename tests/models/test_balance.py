@@ -155,7 +155,9 @@ def test_parts_of_a_step_have_the_loss_and_the_gradient_of_the_whole(checkpoints
     assert sum(part.loss(step).item() for part in parts) == pytest.approx(whole.loss(whole).item(), rel=1e-5)
     expected = gradients(whole.loss(whole.detached()))
     found = gradients(parts[0].loss(step) + parts[1].loss(step))
-    alone = gradients(sum((part.loss(part.detached()) / 2 for part in (load(slice(1)), load(slice(1, 3)))), torch.zeros(())))
+    alone = gradients(
+        sum((part.loss(part.detached()) / 2 for part in (load(slice(1)), load(slice(1, 3)))), torch.zeros(()))
+    )
     norm = torch.cat([each.flatten() for each in expected]).norm()
     differences = [
         torch.cat([(a - b).flatten() for a, b in zip(each, expected, strict=True)]).norm() for each in (found, alone)

@@ -131,7 +131,7 @@ def caches(
     files = {name: checkpoints / f"minimind{name}-moe.pth" for name in ("3", "2-2504")}
     made = {name: precompute_into(directory / name, file, data, tokenizer=tokenizer) for name, file in files.items()}
     mixtures = {"mixture": made["3"], "mixture lora": made["3"], "mixture sequences": made["2-2504"]}
-    return {kind: few for kind in KINDS} | {"tied": tied} | mixtures
+    return dict.fromkeys(KINDS, few) | {"tied": tied} | mixtures
 
 
 @pytest.fixture(scope="module")
