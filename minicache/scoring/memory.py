@@ -1,7 +1,7 @@
 """What a stage needs of a device's memory, as numbers: of weights, of a step's state, and of passes over so many token slots."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -39,8 +39,8 @@ class Pass:
 
     forward, backward: the most while the layers run. at_head: what is there while the head runs. head: what the head makes
     beside it, for any number of pairs; kept: what of this stays until the end (the gradient of a weight that is the embedding's
-    too). of_pair: what the head makes for a pair, as long as it is less than `head`. end: what there is while the embedding's
-    gradient is made.
+    too). of_pair: what the head makes for a pair, as long as it is less than `head`. end: what there is while the embedding
+    computes.
     """
 
     forward: Line
@@ -133,22 +133,33 @@ def need_of(scorer: Scorer, passes: Pass, optimizer: str | None) -> Need:
     trained = sum(each.numel() for each in weights if each.requires_grad) if optimizer else 0
     state = OPTIMIZERS[optimizer].state_bytes if optimizer else 0.0
     if scorer.shards == 1:
-        held, gradients, copies = float(bytes_of(weights)), 4.0 * trained, 0.0
-    else:
-        held, gradients = bytes_of(weights) / scorer.shards, 4 * trained / scorer.shards
-        copies = _gathered(scorer, bool(optimizer))
-    return Need(held, gradients, state * trained / scorer.shards, copies, passes)
+        return Need(float(bytes_of(weights)), 4.0 * trained, state * trained, 0.0, passes)
+    return Need(
+        weights=bytes_of(weights) / scorer.shards,
+        gradients=4 * trained / scorer.shards,
+        optimizer=state * trained / scorer.shards,
+        copies=_gathered(scorer, bool(optimizer)),
+        passes=_with_ends(scorer, passes, bool(optimizer)),
+    )
+
+
+def _ends(scorer: Scorer) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The weights of the embedding, and those of the head, which lie in units of their own; none if they are in the root's."""
+    if not scorer.head:
+        return [], []
+    embedding, head = scorer.model.get_input_embeddings(), scorer.head.linear
+    return list(embedding.parameters()), list(head.parameters())
 
 
 def _gathered(scorer: Scorer, training: bool) -> float:
-    """Bytes of the shards that FSDP gathers: the root's in float32, and two layers in the precision of the passes.
+    """Bytes of the shards that FSDP gathers while layers compute: the root's in float32, and two layers in the passes' precision.
 
     While one layer computes, the next is gathered. In backward their gradients are there too, and in float32 while they are
     reduced; the root's gradients are whole until its backward ends.
     """
     layers = [list(layer.parameters()) for layer in layers_of(scorer.model)]
-    inner = {id(each) for layer in layers for each in layer}
-    root = {id(each): each for each in scorer.parameters() if id(each) not in inner}.values()
+    others = {id(each) for unit in [*layers, *_ends(scorer)] for each in unit}
+    root = {id(each): each for each in scorer.parameters() if id(each) not in others}.values()
     size = DTYPES[scorer.dtype].itemsize
     largest = max(layers, key=lambda layer: sum(each.numel() for each in layer))
     trained = sum(each.numel() for each in largest if each.requires_grad)
@@ -156,6 +167,21 @@ def _gathered(scorer: Scorer, training: bool) -> float:
     if training:
         total += 2 * 4 * sum(each.numel() for each in root if each.requires_grad) + (size + 4) * trained
     return total
+
+
+def _with_ends(scorer: Scorer, passes: Pass, training: bool) -> Pass:
+    """The passes with the embedding and the head gathered while each computes: its weight, and the buffer in which it came.
+
+    In backward the buffer is that in which the gradient goes. A tied weight is not gathered for the gradient of the embedding.
+    """
+    embedding, head = (2.0 * bytes_of(each) for each in _ends(scorer))
+    tied = scorer.head is not None and scorer.head.linear.weight is scorer.model.get_input_embeddings().weight
+    trained = training and any(each.requires_grad for each in _ends(scorer)[0])
+    return replace(
+        passes,
+        at_head=Line(passes.at_head.fixed + head, passes.at_head.pair),
+        end=max(embedding, passes.end + (embedding if trained and not tied else 0)),
+    )
 
 
 def bytes_of(tensors: Iterable[torch.Tensor]) -> int:

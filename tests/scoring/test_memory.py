@@ -76,7 +76,7 @@ def allocated(profiled: Any) -> int:
     return int(max(np.cumsum([size for _, size in events])))
 
 
-def step(scorer: Scorer, table: PairTable, optimizer: torch.optim.Optimizer) -> None:
+def step(scorer: Any, table: PairTable, optimizer: torch.optim.Optimizer) -> None:
     """A step of two micro-batches."""
     for _ in range(2):
         scores = scorer(scorer.layout.make(table, np.arange(PAIRS)), distribution=True)
