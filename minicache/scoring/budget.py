@@ -84,16 +84,21 @@ def _budget(scorer: Scorer, table: PairTable, optimizer: str | None, how: How, w
     return slots
 
 
-def _passes_of(scorer: Scorer, table: PairTable, how: How, device: torch.device) -> Pass:
-    """The memory of passes over pairs as long as the table's longest; where it cannot be counted, from passes that run."""
-    costs = scorer.layout.costs(table.lengths)
-    one, two = _one_and_two(scorer, table, int(costs.argmax()))
+def counted(scorer: Scorer, table: PairTable, how: How) -> Pass:
+    """The memory of passes over pairs as long as the table's longest. Raises what a family's own code may raise: anything."""
+    one, two = _one_and_two(scorer, table, int(scorer.layout.costs(table.lengths).argmax()))
     key = _sizes_of(scorer.outline, one, how)
+    if key not in COUNTED:
+        COUNTED[key] = counted_pass(scorer.outline, one, two, how)
+    return COUNTED[key]
+
+
+def _passes_of(scorer: Scorer, table: PairTable, how: How, device: torch.device) -> Pass:
+    """As `counted`; where it cannot be counted, from passes that run."""
+    costs = scorer.layout.costs(table.lengths)
     try:
-        if key not in COUNTED:
-            COUNTED[key] = counted_pass(scorer.outline, one, two, how)
-        return COUNTED[key]
-    # a family's own code, which may read the values of tensors, may raise anything
+        return counted(scorer, table, how)
+    # the code may read the values of tensors
     except Exception as error:
         log.debug("memory is measured, because it cannot be counted: %s", one_line(error, 300))
     with fits(f"the shortest pair, {int(costs.min()):,} token slots,", TO_TRAIN if how.training else TO_SCORE):

@@ -157,7 +157,7 @@ def _gathered(scorer: Scorer, training: bool) -> float:
     While one layer computes, the next is gathered. In backward their gradients are there too, and in float32 while they are
     reduced; the root's gradients are whole until its backward ends.
     """
-    layers = [list(layer.parameters()) for layer in layers_of(scorer.model)]
+    layers: list[list[torch.Tensor]] = [list(layer.parameters()) for layer in layers_of(scorer.model)]
     others = {id(each) for unit in [*layers, *_ends(scorer)] for each in unit}
     root = {id(each): each for each in scorer.parameters() if id(each) not in others}.values()
     size = DTYPES[scorer.dtype].itemsize

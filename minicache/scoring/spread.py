@@ -32,6 +32,13 @@ def is_sharded(parallel: str, world: World) -> bool:
     return parallel != "ddp" and world.size > 1
 
 
+def shards_of(parallel: str, world: World) -> int:
+    """The number of devices that the model is cut over; 1 if it is whole."""
+    if not is_sharded(parallel, world):
+        return 1
+    return world.size if parallel == "fsdp" else int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+
+
 def refuse_quantized_shards(model: nn.Module | None, parallel: str, world: World) -> None:
     """Raises ConfigError on all ranks: the model, as rank 0 has it, is quantized and would be sharded."""
     if is_sharded(parallel, world) and world.broadcast(model is not None and is_quantized(model)):

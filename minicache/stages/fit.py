@@ -13,7 +13,7 @@ from minicache.disk import WINDOWS
 from minicache.errors import ModelError
 from minicache.models import layers_of
 from minicache.models.huggingface import quiet
-from minicache.models.outline import Outline, held_for, outline_of
+from minicache.models.outline import Outline, outline_of
 from minicache.options.base import flag_of
 from minicache.options.declare import flag
 from minicache.options.fit import FitConfig, bytes_in
@@ -23,7 +23,7 @@ from minicache.processes.devices import accelerators, facts_of
 from minicache.processes.world import World
 from minicache.scoring.budget import MOST, RESERVE
 from minicache.scoring.counting import counted_pass
-from minicache.scoring.masks import Windows
+from minicache.scoring.foresight import Held
 from minicache.scoring.memory import How, Need, need_of
 from minicache.scoring.scorer import Scorer
 from minicache.scoring.tables import SLOTS
@@ -145,17 +145,15 @@ def _plans(config: FitConfig, outline: Outline) -> Iterator[_Plan]:
 
 
 def _scorer(config: FitConfig, outline: Outline, plan: _Plan) -> Scorer:
-    own, sharded = replace(outline, model=copy.deepcopy(outline.model)), config.nproc > 1 and config.parallel != "ddp"
-    model = held_for(own, plan.lora, plan.quantization, config.dtype, plan.trained, sharded)
-    scorer = Scorer(model, config.dtype, head_is_own=True)
-    scorer.shards = config.nproc if sharded else 1
-    try:
-        windows = Windows.read(scorer.model.config.get_text_config(), config.max_length)
-        scorer.use_layout("padded" if windows.recurrent else "packed", windows)
-    # layers of another kind
-    except ValueError:
-        scorer.use_layout("padded")
-    return scorer
+    sharded = config.nproc > 1 and config.parallel != "ddp"
+    held = Held(
+        dtype=config.dtype,
+        lora=plan.lora,
+        quantization=plan.quantization,
+        trained=plan.trained,
+        shards=config.nproc if sharded else 1,
+    )
+    return held.scorer(replace(outline, model=copy.deepcopy(outline.model)), config.max_length)
 
 
 def _pairs(config: FitConfig, count: int) -> PairTable:

@@ -17,9 +17,10 @@ from minicache.options.where import Where
 from minicache.processes.world import World
 from minicache.scoring.budget import scoring_budget
 from minicache.scoring.compiled import compile_layers, require_compiler
+from minicache.scoring.foresight import Held, require_room
 from minicache.scoring.layout import settle_layout
 from minicache.scoring.scorer import Scorer, resolve_dtype
-from minicache.scoring.spread import is_sharded, refuse_quantized_shards, spread
+from minicache.scoring.spread import is_sharded, refuse_quantized_shards, shards_of, spread
 from minicache.scoring.tables import Budget
 from minicache.trackers import Tracker
 
@@ -96,15 +97,18 @@ def _reference(
     config: PrecomputeConfig, files: list[DataFile], world: World, tracker: Tracker, claims: ExitStack
 ) -> Scorer:
     """The scorer of the reference. With the model loaded, rank 0 encodes the data into the cache."""
+    sharded = is_sharded(config.parallel, world)
+    held = Held(config.dtype, quantization=config.base.quantization, shards=shards_of(config.parallel, world))
+    require_room(config.model, config.trust_remote_code, held, world)
     tracker.begin(f"loading {config.model}", None)
     # a model that will be in shards is read by rank 0 alone
-    is_mine = world.is_main or not is_sharded(config.parallel, world)
+    is_mine = world.is_main or not sharded
     load = partial(load_model, config.model, config.trust_remote_code, config.base.quantization)
     loaded = world.each(lambda: load() if is_mine else None)
     model = loaded.model if loaded else None
     refuse_quantized_shards(model, config.parallel, world)
     world.first(lambda: _bring_in(config, files, loaded, world, tracker, claims))
-    if world.size > 1 and loaded and not is_sharded(config.parallel, world):
+    if world.size > 1 and loaded and not sharded:
         world.agree(lambda: {f"{config.model}, the digest of its weights": loaded.fingerprint})
     return spread(model, config.dtype, config.parallel, world)
 

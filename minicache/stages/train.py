@@ -10,13 +10,15 @@ from minicache.models import checkpoint_activations
 from minicache.options.dictionaries import flat
 from minicache.options.objective import starts_at_ln_2
 from minicache.options.train import TrainConfig
+from minicache.pairs import PairTable
 from minicache.processes.world import World
 from minicache.scoring.budget import training_budget
 from minicache.scoring.compiled import compile_layers
+from minicache.scoring.foresight import Held, require_room
 from minicache.scoring.layout import settle_layout
 from minicache.scoring.loading import Sources
 from minicache.scoring.scorer import Scorer, resolve_dtype
-from minicache.scoring.spread import is_sharded, spread
+from minicache.scoring.spread import is_sharded, shards_of, spread
 from minicache.trackers import Tracker, TrackerGroup
 from minicache.training import checkpoints
 from minicache.training.checks import agree, check, handshake
@@ -24,7 +26,7 @@ from minicache.training.lock import RunLock
 from minicache.training.loop import optimize
 from minicache.training.losses import Objective
 from minicache.training.order import training_steps
-from minicache.training.policy import Policy, load_policy
+from minicache.training.policy import Policy, load_policy, quantization_for
 from minicache.training.pool import choose_pairs
 from minicache.training.progress import Progress
 from minicache.training.resuming import Begun, find_begun
@@ -121,6 +123,8 @@ def _prepare(
     caches = world.each(lambda: JoinedCaches([ReferenceCache(where) for where, _ in config.caches]))
     cached = sources.pairs(caches, config.scratch, world, tracker)
     training, held_out = choose_pairs(config, caches, cached, world, tracker, sources)
+    if sources is FROM_DISK and not begun:
+        _require_room(config, caches.caches[0], cached.table, world)
     scorer, policy = _load(config, caches.caches[0], begun, world, tracker, sources)
     settle_layout(scorer, cached.table, config.layout, world, tracker)
     kept = begun.record.token_budget if begun else None
@@ -147,6 +151,24 @@ def _prepare(
         run.budget,
     )
     return run, policy
+
+
+def _require_room(config: TrainConfig, cache: ReferenceCache, table: PairTable, world: World) -> None:
+    """Raises FullMemory: the policy, or one pass over the longest pair, clearly does not fit."""
+    if config.lora.continue_adapter:
+        return
+    held = Held(
+        dtype=config.dtype,
+        lora=config.lora,
+        quantization=world.each(lambda: quantization_for(config, cache)),
+        trained=True,
+        optimizer=config.optimizer,
+        shards=shards_of(config.parallel, world),
+    )
+    source = config.init_from or config.model or cache.log.model
+    # a budget that is given is tried
+    pairs = None if config.tokens_per_micro_batch else table
+    require_room(source, config.trust_remote_code, held, world, pairs, config.activation_checkpointing)
 
 
 def _load(

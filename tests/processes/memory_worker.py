@@ -1,4 +1,4 @@
-"""One of several processes that compare what a step of shards allocates with its count: python -m tests.processes.memory_worker OUT."""
+"""One of several processes that compare what a step of shards allocates with its count: OUT is the file for the ratios."""
 
 import json
 import sys
