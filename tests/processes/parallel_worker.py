@@ -12,10 +12,12 @@ import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from minicache.errors import FullMemory
 from minicache.options.dictionaries import fill
 from minicache.options.stage_one import PrecomputeConfig
 from minicache.options.train import TrainConfig
 from minicache.processes.world import join_world, leave_world
+from minicache.scoring import foresight
 from minicache.stages.precompute import precompute
 from minicache.stages.train import FROM_DISK, _prepare, train
 from minicache.trackers import Silent
@@ -55,10 +57,20 @@ def see_one_copy(config: TrainConfig) -> None:
             assert gradients == buckets
 
 
+def see_all_refuse(config: TrainConfig) -> None:
+    """Memory is short on rank 1 alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(foresight, "free_bytes", lambda device, processes: 1e12 if world.is_main else 1e3)
+        with pytest.raises(FullMemory, match=r"1.0 kB are free on process 1 of 2; got .* Nothing was loaded"):
+            train(config, world, Silent())
+
+
 world = join_world()
 for stage, options in json.loads(Path(sys.argv[1]).read_text()):
     if stage == "buckets":
         see_one_copy(fill(TrainConfig, options))
+    elif stage == "refused":
+        see_all_refuse(fill(TrainConfig, options))
     elif stage == "train":
         train(fill(TrainConfig, options), world, Silent())
     else:

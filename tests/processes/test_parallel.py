@@ -174,6 +174,12 @@ def test_gradients_are_there_once(few: Path, tmp_path: Path) -> None:
     run_world(2, [("buckets", options), ("buckets", {**options, "lora_rank": 2})], tmp_path / "world")
 
 
+def test_what_does_not_fit_on_one_process_is_loaded_by_none(few: Path, tmp_path: Path) -> None:
+    jobs = [("refused", options_of("plain", few, tmp_path / "run", parallel=how)) for how in ("ddp", "fsdp")]
+    run_world(2, jobs, tmp_path / "world")
+    assert not (tmp_path / "run").exists()
+
+
 def test_shards_of_a_tied_model_write_its_head_once_and_go_on(tied: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
