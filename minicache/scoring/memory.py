@@ -145,7 +145,7 @@ def need_of(scorer: Scorer, passes: Pass, optimizer: str | None) -> Need:
 
 def _ends(scorer: Scorer) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """The weights of the embedding, and those of the head, which lie in units of their own; none if they are in the root's."""
-    if not scorer.head:
+    if not scorer.head or not scorer.ends_apart:
         return [], []
     embedding, head = scorer.model.get_input_embeddings(), scorer.head.linear
     return list(embedding.parameters()), list(head.parameters())

@@ -92,6 +92,8 @@ class Scorer(nn.Module):
         self.lockstep: World | None = None
         # In how many shards the model lies, and, if it does, a function that gives its copy without weights.
         self.shards = 1
+        # Whether embedding and head are shards of their own, whole only while each computes.
+        self.ends_apart = True
         self.whole: Callable[[], Scorer] | None = None
         self.use_layout(layout)
 

@@ -4,6 +4,7 @@ Source: Zhao et al. 2023, PyTorch FSDP, arXiv:2304.11277; `torch.distributed.fsd
 """
 
 import copy
+import logging
 import os
 from dataclasses import dataclass
 from typing import Any, cast
@@ -22,9 +23,11 @@ from minicache.models.precision import hold_for
 from minicache.models.quantized import is_quantized
 from minicache.processes.world import World
 from minicache.scoring.head import Head
-from minicache.scoring.probe import probed
+from minicache.scoring.probe import decoder_of, probed
 from minicache.scoring.scorer import DTYPES, Scorer
 from minicache.text import one_line
+
+log = logging.getLogger(__name__)
 
 
 def is_sharded(parallel: str, world: World) -> bool:
@@ -68,7 +71,7 @@ def spread(model: nn.Module | None, dtype: str, parallel: str, world: World) -> 
     if not layers:
         raise ConfigError(f"--parallel {parallel}: this model's code marks no layers to shard; expected --parallel ddp")
     scorer = Scorer(skeleton, dtype, head_is_own=plan["head_is_own"])
-    scorer.shards, scorer.lockstep = mesh.size(mesh.ndim - 1), world
+    scorer.shards, scorer.lockstep, scorer.ends_apart = mesh.size(mesh.ndim - 1), world, plan["ends_apart"]
     outline = copy.deepcopy(scorer)
     scorer.whole = lambda: outline
     # Layers are gathered in the precision they compute in. The activations between them stay float32, as with autocast alone.
@@ -80,7 +83,7 @@ def spread(model: nn.Module | None, dtype: str, parallel: str, world: World) -> 
     try:
         for layer in layers:
             fully_shard(layer, mesh=mesh, mp_policy=half)
-        if scorer.head:
+        if scorer.head and scorer.ends_apart:
             scorer.head = _shard_ends(skeleton, scorer.head, mesh, whole)
         fully_shard(scorer, mesh=mesh, mp_policy=whole, reshard_after_forward=True)
     # torch's own errors on layers that share weights or wrap each other (Zamba)
@@ -119,6 +122,36 @@ class ShardedHead(Head):
         return outputs
 
 
+@torch.no_grad()
+def _may_part(model: Any, head: Head) -> bool:
+    """Whether embedding and head may be units of their own: no other module has their weights, and none reads the embedding's."""
+    embedding, linear = model.get_input_embeddings(), head.linear
+    mine = {id(each) for end in (embedding, linear) for each in end.parameters()}
+    ends = {id(each) for end in (embedding, linear) for each in end.modules()}
+    for module in model.modules():
+        if id(module) not in ends and mine & {id(each) for each in module.parameters(recurse=False)}:
+            return False
+    weight = embedding.weight
+    # there while the embedding computes alone, as in shards
+    handles = [
+        embedding.register_forward_pre_hook(lambda *_: setattr(weight, "data", data)),
+        embedding.register_forward_hook(lambda *_: setattr(weight, "data", data[:0])),
+    ]
+    data = weight.data
+    weight.data = data[:0]
+    try:
+        decoder_of(model)(input_ids=torch.ones(1, 2, dtype=torch.int64, device=data.device), use_cache=False)
+    # its own code may raise anything
+    except Exception as error:
+        log.debug("the embedding is no unit of its own: %s", one_line(error, 200))
+        return False
+    finally:
+        weight.data = data
+        for handle in handles:
+            handle.remove()
+    return True
+
+
 def _shard_ends(model: Any, head: Head, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> Head:
     """Make units of the embedding and the head; returns the head that computes in its unit."""
     embedding, linear = model.get_input_embeddings(), cast(Any, head.linear)
@@ -147,12 +180,14 @@ def _describe(model: nn.Module | None) -> dict[str, Any]:
     assert model is not None
     model = model.to(torch.float32)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    head = probed(model)
     return {
         "class": type(base),
         "config": base.config,
         "adapter": model.peft_config["default"] if base is not model else None,  # type: ignore[index]
         "base_fingerprint": getattr(model, "base_fingerprint", None),
-        "head_is_own": probed(model) is not None,
+        "head_is_own": head is not None,
+        "ends_apart": head is not None and _may_part(model, head),
         "trained": [name for name, parameter in model.named_parameters() if parameter.requires_grad],
     }
 

@@ -52,7 +52,9 @@ def test_training_is_refused_before_the_model_is_loaded(
     monkeypatch.setattr(stage, "load_policy", load)
     total = needed(ref_cache)
     with_free(monkeypatch, total / (1.01 * MARGIN))
-    with pytest.raises(FullMemory, match=r"are free .*; got .* for its weights, .* for gradients, .* for the opt") as found:
+    with pytest.raises(
+        FullMemory, match=r"are free .*; got .* for its weights, .* for gradients, .* for the opt"
+    ) as found:
         train(TrainConfig(ref_cache, tmp_path / "run"), one_process(), Silent())
     assert "Nothing was loaded. Try --activation-checkpointing" in str(found.value)
     assert re.search(r"for a pass over the longest pair, [\d,]+ token slots", str(found.value))
@@ -80,9 +82,7 @@ def test_a_run_counts_its_pass_once(ref_cache: Path, tmp_path: Path, monkeypatch
     assert len(budget.COUNTED) == 1
 
 
-def test_stage_one_is_refused_by_its_weights(
-    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stage_one_is_refused_by_its_weights(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stored in half precision and computed in float32 they are copied; as they are stored they are pages of a file."""
     half = tmp_path / "half"
     load_model(str(model_dir)).model.to(torch.bfloat16).save_pretrained(half)  # type: ignore[operator]
