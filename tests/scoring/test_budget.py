@@ -74,10 +74,16 @@ def test_shards_divide_weights_gradients_and_optimizer_and_gather_two_layers() -
     scorer.shards = 4
     trained = sum(parameter.numel() for parameter in scorer.parameters())
     (layer, _) = (sum(each.numel() for each in layer.parameters()) for layer in scorer.model.model.layers)
-    root = trained - 2 * layer
+    end = scorer.model.lm_head.weight.numel()
     need = need_of(scorer, Pass(Line(0, 1), Line(0, 1), Line(0, 1), 1), "adamw")
     assert (need.weights, need.gradients, need.optimizer) == (trained, trained, 2 * trained)
+    root = trained - 2 * layer - 2 * end
     assert need.copies == 4 * 3 * root + 2 * 4 * layer + (4 + 4) * layer
+    # a weight and a buffer, while the head computes, and for the gradient of the embedding
+    assert (need.passes.at_head.fixed, need.passes.end) == (2 * 4 * end, 2 * 4 * end)
+    scorer.ends_apart = False
+    need = need_of(scorer, need.passes, "adamw")
+    assert need.copies == 4 * 3 * (root + 2 * end) + 2 * 4 * layer + (4 + 4) * layer
     assert need_of(scorer, Pass(Line(0, 1), Line(0, 1), Line(0, 1), 1), None).copies == 4 * root + 2 * 4 * layer
 
 
