@@ -179,6 +179,7 @@ def _way(config: FitConfig, plan: _Plan, scorer: Scorer, checkpointing: bool, me
             "expected another family, or train --tokens-per-micro-batch 1024 to try"
         ) from error
     need = need_of(scorer, passes, config.optimizer if plan.trained else None)
+    passes = need.passes
     options = _options(config, plan, checkpointing)
     room = {name: _room(need, size, plan.trained) for name, size in memory.items()}
     return Way(

@@ -104,6 +104,8 @@ def test_shards_divide_and_whole_models_do_not(config_only: Path) -> None:
     sharded = found(config)
     whole = way(sharded, "all weights")
     assert whole.weights == 4 * sharded.parameters / 8 and whole.optimizer == sharded.parameters
+    # the head's weight and the buffer in which it comes
+    assert whole.fixed >= 2 * 4 * SMALL["vocab_size"] * SMALL["hidden_size"]  # type: ignore[operator]
     assert "--nproc 8 --parallel fsdp" in whole.commands["24GB"]
     assert not any("bits" in each.name for each in sharded.ways)
     copied = way(found(replace(config, parallel="ddp")), "all weights")
