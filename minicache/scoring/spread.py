@@ -132,12 +132,12 @@ def _may_part(model: Any, head: Head) -> bool:
         if id(module) not in ends and mine & {id(each) for each in module.parameters(recurse=False)}:
             return False
     weight = embedding.weight
+    data = weight.data
     # there while the embedding computes alone, as in shards
     handles = [
         embedding.register_forward_pre_hook(lambda *_: setattr(weight, "data", data)),
         embedding.register_forward_hook(lambda *_: setattr(weight, "data", data[:0])),
     ]
-    data = weight.data
     weight.data = data[:0]
     try:
         decoder_of(model)(input_ids=torch.ones(1, 2, dtype=torch.int64, device=data.device), use_cache=False)

@@ -84,7 +84,10 @@ def test_shards_divide_weights_gradients_and_optimizer_and_gather_two_layers() -
     scorer.ends_apart = False
     need = need_of(scorer, need.passes, "adamw")
     assert need.copies == 4 * 3 * (root + 2 * end) + 2 * 4 * layer + (4 + 4) * layer
-    assert need_of(scorer, Pass(Line(0, 1), Line(0, 1), Line(0, 1), 1), None).copies == 4 * (root + 2 * end) + 2 * 4 * layer
+    assert (
+        need_of(scorer, Pass(Line(0, 1), Line(0, 1), Line(0, 1), 1), None).copies
+        == 4 * (root + 2 * end) + 2 * 4 * layer
+    )
 
 
 class Several(World):
