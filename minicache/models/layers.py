@@ -15,8 +15,10 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def checkpoint_activations(model: nn.Module) -> None:
+def checkpoint_activations(model: nn.Module, kept: int = 0) -> None:
     """Keep only the input of each decoder layer, and compute the layer again in backward.
+
+    kept: the number of layers that keep all. They are the last ones, whose activations backward frees first.
 
     transformers' own switch works in train mode only, which would turn dropout on.
 
@@ -28,5 +30,5 @@ def checkpoint_activations(model: nn.Module) -> None:
     layers = layers_of(model)
     if not layers:
         raise ModelError("--activation-checkpointing: this model's code marks no layers for it; leave it off")
-    for layer in layers:
+    for layer in layers[: len(layers) - kept]:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

@@ -187,6 +187,9 @@ class TrainConfig:
     activation_checkpointing: bool = option(
         False, "Compute layers again in backward: less memory, a third more time.", panel=MEMORY
     )
+    selective_checkpointing: bool = option(
+        False, "The same, but only of the layers whose activations do not fit in memory.", panel=MEMORY
+    )
     compile: bool = option(False, texts.COMPILE, panel=MEMORY)
     validation: ValidationOptions = ValidationOptions()
     max_kl: float | None = option(
@@ -231,12 +234,19 @@ class TrainConfig:
             raise ConfigError(
                 f"{flag_of(quantization)}: quantized weights cannot be trained, adapters on them can; add --lora-rank 16"
             )
+        if self.activation_checkpointing and self.selective_checkpointing:
+            raise ConfigError("--selective-checkpointing: expected it or --activation-checkpointing, got both")
         if self.on_max_kl != "warn" and self.max_kl is None:
             raise ConfigError("--on-max-kl: is used with --max-kl only; expected both, got --on-max-kl alone")
         if self.warmup > 1 and self.warmup % 1:
             raise ConfigError(
                 f"--warmup: expected a share of the steps below 1, or a number of steps, got {self.warmup}"
             )
+
+    @property
+    def checkpoints_layers(self) -> bool:
+        """Whether layers are computed again in backward: all, or those whose activations do not fit."""
+        return self.activation_checkpointing or self.selective_checkpointing
 
     @property
     def reading(self) -> Reading:

@@ -8,6 +8,7 @@ import torch
 
 from minicache.errors import FullMemory, fits
 from minicache.machine import free_bytes_here
+from minicache.models import layers_of
 from minicache.pairs import PairTable
 from minicache.processes.devices import by_kind, free_memory
 from minicache.processes.world import World
@@ -40,8 +41,7 @@ def training_budget(
     Raises:
         ModelError: the longest pair does not fit in memory.
     """
-    how = How(training=True, checkpointing=checkpointing, kind=world.device.type, sharded=scorer.shards > 1)
-    return _budget(scorer, table, optimizer, how, world, tracker)
+    return _budget(scorer, table, optimizer, _training(scorer, checkpointing, world), world, tracker)
 
 
 def scoring_budget(scorer: Scorer, table: PairTable, world: World, tracker: Tracker) -> int:
@@ -54,6 +54,33 @@ def scoring_budget(scorer: Scorer, table: PairTable, world: World, tracker: Trac
     """
     how = How(training=False, kind=world.device.type, sharded=scorer.shards > 1)
     return _budget(scorer, table, None, how, world, tracker)
+
+
+def layers_that_fit(
+    scorer: Scorer, table: PairTable, optimizer: str, slots: int, world: World, tracker: Tracker
+) -> int:
+    """The number of decoder layers that need not be computed again, the same on all processes, which must all call this.
+
+    Their activations fit beside all else of a micro-batch of so many token slots. See `checkpoint_activations`.
+    """
+    count, local = len(layers_of(scorer.model)), int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+
+    def find() -> int:
+        least, most = (
+            need_of(scorer.outline, _passes_of(scorer, table, _training(scorer, again, world), world.device), optimizer)
+            for again in (True, False)
+        )
+        room = RESERVE * free_bytes(world.device, local) - least.state - least.passes.bytes(slots)
+        a_layer = (most.passes.bytes(slots) - least.passes.bytes(slots)) / max(count, 1)
+        return max(0, min(count, int(room / max(a_layer, 1))))
+
+    kept: int = min(world.together(find, meets=bool(scorer.lockstep)))
+    tracker.note(f"{count - kept} of {count} layers are computed again in backward; the activations of the others fit")
+    return kept
+
+
+def _training(scorer: Scorer, checkpointing: bool, world: World) -> How:
+    return How(training=True, checkpointing=checkpointing, kind=world.device.type, sharded=scorer.shards > 1)
 
 
 def _budget(scorer: Scorer, table: PairTable, optimizer: str | None, how: How, world: World, tracker: Tracker) -> int:

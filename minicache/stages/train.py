@@ -12,7 +12,7 @@ from minicache.options.objective import starts_at_ln_2
 from minicache.options.train import TrainConfig
 from minicache.pairs import PairTable
 from minicache.processes.world import World
-from minicache.scoring.budget import training_budget
+from minicache.scoring.budget import layers_that_fit, training_budget
 from minicache.scoring.compiled import compile_layers
 from minicache.scoring.foresight import Held, require_room
 from minicache.scoring.layout import settle_layout
@@ -128,6 +128,14 @@ def _prepare(
     scorer, policy = _load(config, caches.caches[0], begun, world, tracker, sources)
     settle_layout(scorer, cached.table, config.layout, world, tracker)
     kept = begun.record.token_budget if begun else None
+    budget = (
+        config.tokens_per_micro_batch
+        or kept
+        or training_budget(scorer, cached.table, config.optimizer, config.checkpoints_layers, world, tracker)
+    )
+    whole = 0
+    if config.selective_checkpointing:
+        whole = layers_that_fit(scorer, cached.table, config.optimizer, budget, world, tracker)
     run = Run(
         config=config,
         world=world,
@@ -138,9 +146,8 @@ def _prepare(
         training=training,
         held_out=held_out,
         steps=training_steps(len(training), config.batch_size, config.epochs, config.max_steps),
-        budget=config.tokens_per_micro_batch
-        or kept
-        or training_budget(scorer, cached.table, config.optimizer, config.activation_checkpointing, world, tracker),
+        budget=budget,
+        whole=whole,
     )
     log.debug(
         "%d pairs to train on, %d to validate on, %d steps; layout %s, %d token slots a micro-batch",
@@ -168,7 +175,7 @@ def _require_room(config: TrainConfig, cache: ReferenceCache, table: PairTable, 
     source = config.init_from or config.model or cache.log.model
     # a budget that is given is tried
     pairs = None if config.tokens_per_micro_batch else table
-    require_room(source, config.trust_remote_code, held, world, pairs, config.activation_checkpointing)
+    require_room(source, config.trust_remote_code, held, world, pairs, config.checkpoints_layers)
 
 
 def _load(
@@ -202,9 +209,9 @@ def _record(run: Run, policy: Policy, worst: float) -> RunRecord:
 
 
 def _save_memory_and_time(run: Run) -> None:
-    """Apply --activation-checkpointing and --compile to the model."""
-    if run.config.activation_checkpointing:
-        checkpoint_activations(run.scorer.model)
+    """Apply --activation-checkpointing or --selective-checkpointing, and --compile, to the model."""
+    if run.config.checkpoints_layers:
+        checkpoint_activations(run.scorer.model, run.whole)
     if run.config.compile:
         compile_layers(run.scorer)
 

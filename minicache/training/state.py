@@ -23,7 +23,8 @@ class Run:
     """The fixed part, which every step reads.
 
     cache: the first one, if the pairs come from several. cached: all pairs and their scores. training: the pairs to train on.
-    held_out: those to validate on. steps: of the whole run. budget: token slots of a micro-batch.
+    held_out: those to validate on. steps: of the whole run. budget: token slots of a micro-batch. whole: the number of layers that
+    selective checkpointing leaves whole.
     """
 
     config: TrainConfig
@@ -36,6 +37,7 @@ class Run:
     held_out: EvalSet | None
     steps: int
     budget: int
+    whole: int = 0
 
 
 @dataclass

@@ -13,6 +13,9 @@ from minicache.models.lora import add_lora
 from minicache.models.precision import hold_for
 from minicache.options.lora import LoraOptions
 from minicache.pairs import EncodedPair, PairTable
+from minicache.processes.world import World
+from minicache.scoring import budget
+from minicache.scoring.budget import layers_that_fit
 from minicache.scoring.counting import Counter, counted_pass, run_pass
 from minicache.scoring.masks import Windows
 from minicache.scoring.memory import How, need_of
@@ -128,6 +131,31 @@ def test_so_do_adapters_half_precision_and_other_layouts(
 ) -> None:
     foreseen, real = foreseen_and_allocated(scorer_of(family, rank, dtype, layout), checkpointing)
     assert 0.9 < foreseen / real < 1.1
+
+
+@pytest.mark.parametrize("kept", [2, 4])
+def test_layers_that_are_not_computed_again_take_no_more_than_was_counted(
+    kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the free memory for which so many of six are left whole, and not for less."""
+    scorer, table, world = scorer_of("qwen3"), pairs(), World(0, 1, torch.device("cpu"))
+    slots = PAIRS * int(scorer.layout.costs(table.lengths).max())
+
+    def fitting(free: float) -> int:
+        monkeypatch.setattr(budget, "free_bytes", lambda device, processes: free)
+        return layers_that_fit(scorer, table, "adamw", slots, world, Silent())
+
+    free = next(free for free in np.arange(1e6, 2e7, 5e4) if fitting(float(free)) == kept)
+    assert fitting(float(free) - 1e5) < kept and fitting(1e9) == 6 and fitting(1e6) == 0
+    weights = sum(each.numel() * each.element_size() for each in scorer.parameters())
+    checkpoint_activations(scorer.model, kept)
+    optimizer = make_optimizer(scorer, "adamw", 1e-4, 0.0)
+    step(scorer, table, optimizer)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step(scorer, table, optimizer)
+    # the optimizer's state is there before the profile
+    real = 2 * weights + allocated(profiled)
+    assert 0.8 < real / (float(free) * budget.RESERVE) < 1.05
 
 
 def test_a_pass_without_gradients_keeps_no_layer() -> None:

@@ -123,9 +123,19 @@ def test_activation_checkpointing_changes_no_number(
     cache, options = mixtures.get(name, ref_cache), {"lora": LoraOptions(lora_rank=rank), "max_steps": 3}
     run(cache, tmp_path / "plain", **options)
     run(cache, tmp_path / "less", activation_checkpointing=True, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        # of two
+        patch.setattr("minicache.stages.train.layers_that_fit", lambda *_: 1)
+        run(cache, tmp_path / "selective", selective_checkpointing=True, **options)
     for metric in ("loss", "grad_norm", "logps/chosen", *(["aux_loss"] if name != "dense" else [])):
-        left, right = (curve(tmp_path / out, metric) for out in ("plain", "less"))
-        assert np.allclose(left, right, rtol=1e-6, atol=1e-6), metric
+        plain = curve(tmp_path / "plain", metric)
+        for out in ("less", "selective"):
+            assert np.allclose(plain, curve(tmp_path / out, metric), rtol=1e-6, atol=1e-6), metric
+
+
+def test_one_kind_of_checkpointing_at_a_time(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--selective-checkpointing: expected it or --activation-checkpointing"):
+        TrainConfig(tmp_path, tmp_path / "run", activation_checkpointing=True, selective_checkpointing=True)
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
