@@ -12,7 +12,7 @@ from minicache.models import layers_of
 from minicache.pairs import PairTable
 from minicache.processes.devices import by_kind, free_memory
 from minicache.processes.world import World
-from minicache.scoring.batch import Batch
+from minicache.scoring.batch import Batch, Movable
 from minicache.scoring.counting import counted_pass, run_pass
 from minicache.scoring.memory import TO_SCORE, TO_TRAIN, How, Need, Pass, gigabytes, need_of, parts_of
 from minicache.scoring.scorer import Scorer
@@ -136,11 +136,18 @@ def _passes_of(scorer: Scorer, table: PairTable, how: How, device: torch.device)
 def _sizes_of(scorer: Scorer, batch: Batch, how: How) -> tuple[object, ...]:
     """All that the count of a pass depends on."""
     weights = tuple((name, each.shape, each.dtype, each.requires_grad) for name, each in scorer.named_parameters())
-    batched = tuple(getattr(each, "shape", each) for each in vars(batch).values())
+    batched = tuple(map(_size_of, vars(batch).values()))
     return (
         type(scorer.model), str(scorer.model.config), weights, scorer.dtype, scorer.layout_name, scorer.windows,
         scorer.own_positions, scorer.shards, how, batched,
     )  # fmt: skip
+
+
+def _size_of(value: object) -> object:
+    """The shape of a tensor, those of a part of a batch, or a plain value."""
+    if isinstance(value, Movable):
+        return tuple(map(_size_of, vars(value).values()))
+    return value.shape if isinstance(value, torch.Tensor) else value
 
 
 def _one_and_two(scorer: Scorer, table: PairTable, index: int) -> tuple[Batch, Batch]:
