@@ -1,7 +1,8 @@
 """In what precision the weights of a model are held for passes in a given one, and what else computes with such a model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,16 +11,20 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from minicache.errors import fits
-from minicache.models.quantized import quantized_layers
+from minicache.models.quantized import is_linear, quantized_layers
 
+HALF = (torch.bfloat16, torch.float16)
 # What may be asked of a weight without reading its numbers or their precision.
 SHAPES = {"device", "shape", "size", "dim", "ndim", "numel", "requires_grad", "is_cuda", "is_floating_point"}
 
 
-def hold_for(model: nn.Module, device: torch.device, dtype: str) -> nn.Module:
+def hold_for(model: nn.Module, device: torch.device, dtype: str, trained: str = "float32") -> nn.Module:
     """The model on the device, in place, with its weights as passes in `dtype` need them: frozen ones in half precision or float32.
 
     Values are the stored ones, and so is all that the passes compute, bit for bit.
+
+    trained: precision of the weights that are trained, "float32" or that of the passes. In the latter, those of linear layers and
+    of plain embeddings are rounded to it, if they are stored wider; all others are float32.
 
     Raises:
         FullMemory: they do not fit on the device.
@@ -28,11 +33,16 @@ def hold_for(model: nn.Module, device: torch.device, dtype: str) -> nn.Module:
     with fits(
         f"a model of {count:,} parameters", "--parallel fsdp on several devices, --base-4bit, or a smaller model"
     ):
-        return _hold_for(model, device, dtype)
+        return _hold_for(model, device, getattr(torch, dtype), trained != "float32")
 
 
-def _hold_for(model: nn.Module, device: torch.device, dtype: str) -> nn.Module:
-    half = half_weights(model, getattr(torch, dtype))
+def _hold_for(model: nn.Module, device: torch.device, dtype: torch.dtype, narrow: bool) -> nn.Module:
+    half = half_weights(model, dtype)
+    if narrow:
+        half |= _may_be_half(model, [each for each in model.parameters() if each.requires_grad])
+        for parameter in model.parameters():
+            if id(parameter) in half:
+                parameter.data = parameter.data.to(dtype)
     # Not the model's own `to`, which transformers forbids for a quantized model. It is moved as it is stored: no process holds it
     # in float32 in the CPU's memory on its way to a GPU.
     nn.Module.to(model, device)
@@ -44,7 +54,7 @@ def _hold_for(model: nn.Module, device: torch.device, dtype: str) -> nn.Module:
             if tensor is not None and tensor.is_floating_point() and id(tensor) not in half:
                 tensor.data = tensor.data.float()
         if type(module) is nn.Embedding and id(module.weight) in half:
-            module.register_forward_hook(_to_float32)
+            module.forward = partial(_look_up, module)
     return model
 
 
@@ -61,19 +71,51 @@ def half_weights(model: nn.Module, dtype: torch.dtype) -> set[int]:
     """
     if dtype == torch.float32:
         return set()
-    uses: dict[int, set[type[nn.Module]]] = {}
-    found: set[int] = set()
+    return _may_be_half(model, [each for each in model.parameters() if each.dtype == dtype and not each.requires_grad])
+
+
+def _may_be_half(model: nn.Module, asked: Iterable[nn.Parameter]) -> set[int]:
+    """The ids of those of the parameters that only linear layers multiply by; an embedding may look up the same ones.
+
+    Of trained ones also those that an embedding alone looks up.
+    """
+    linear: set[int] = set()
+    others: set[int] = set()
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             # code of a subclass may do more with a weight than multiply by it
-            uses.setdefault(id(parameter), set()).add(type(module) if name == "weight" else nn.Module)
-            if parameter.dtype == dtype and not parameter.requires_grad:
-                found.add(id(parameter))
-    return {each for each in found if nn.Linear in uses[each] and uses[each] <= {nn.Linear, nn.Embedding}}
+            if name == "weight" and is_linear(module):
+                linear.add(id(parameter))
+            elif name != "weight" or type(module) is not nn.Embedding or module.max_norm is not None:
+                others.add(id(parameter))
+    return {id(each) for each in asked if id(each) not in others and (id(each) in linear or each.requires_grad)}
 
 
-def _to_float32(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-    return output.float()
+def _look_up(embedding: nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
+    """(..., width) float32. ids: (...), of an embedding in half precision."""
+    apply: Any = _LookUp.apply
+    found: torch.Tensor = apply(ids, embedding.weight, embedding.padding_idx)
+    return found
+
+
+class _LookUp(torch.autograd.Function):
+    """Rows of a table in half precision, as float32. The gradients of a row are added in float32, and rounded once.
+
+    In bfloat16 the sum over a frequent token would stand still: 256 + 1 is 256.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, ids: torch.Tensor, weight: torch.Tensor, padding: int | None) -> torch.Tensor:
+        found = functional.embedding(ids, weight)
+        ctx.save_for_backward(ids)
+        ctx.rows, ctx.dtype, ctx.padding = weight.shape[0], found.dtype, -1 if padding is None else padding
+        return found.float()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, torch.Tensor, None]:
+        (ids,) = ctx.saved_tensors
+        sums = torch.ops.aten.embedding_dense_backward(grads[0], ids, ctx.rows, ctx.padding, False)
+        return None, sums.to(ctx.dtype), None
 
 
 class Settling(TorchFunctionMode):
@@ -85,12 +127,16 @@ class Settling(TorchFunctionMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        half = half_weights(model, torch.bfloat16) | half_weights(model, torch.float16)
-        self.half = {id(each): each for each in model.parameters() if id(each) in half}
+        half = [each for each in model.parameters() if each.dtype in HALF]
+        may = _may_be_half(model, half)
+        self.half = {id(each): each for each in half if id(each) in may}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is functional.linear:
             args = (args[0], args[1].to(args[0].dtype), *args[2:])
+        elif func is torch.addmm:
+            # GPT-2's layer: (bias, hidden, weight)
+            args = (*args[:2], args[2].to(args[1].dtype))
         elif func is not functional.embedding and _name(func) not in SHAPES:
             for each in [*args, *(kwargs or {}).values()]:
                 if id(each) in self.half:
@@ -109,7 +155,7 @@ def seen_in_float32(model: nn.Module) -> Iterator[None]:
 
     Cast to half precision and back, their first factors would be others.
     """
-    half = [each for each in model.parameters() if each.dtype in (torch.bfloat16, torch.float16)]
+    half = [each for each in model.parameters() if each.dtype in HALF]
     stored = [each.data for each in half]
     try:
         for each in half:

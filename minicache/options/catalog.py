@@ -128,6 +128,17 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     ),
 }
 
+# With --weights bfloat16: each rounds what it adds to a weight stochastically, and holds its state in 8 bits.
+ROUNDING: dict[str, OptimizerEntry] = {
+    # scales of blocks of 256 numbers
+    "adamw": OptimizerEntry(
+        code=f"{_OPTIM}rounding_adamw", state_bytes=2 + 2 * 4 / 256, package="torchao", extra="torchao"
+    ),
+}
+
+# Precision of the weights that are trained -> the optimizers that update them.
+WEIGHTS: dict[str, dict[str, OptimizerEntry]] = {"float32": OPTIMIZERS, "bfloat16": ROUNDING}
+
 # In the order in which `auto` tries them. Their logprobs are compared with those of `padded`.
 LAYOUTS: dict[str, LayoutEntry] = {
     "packed": LayoutEntry(f"{_LAYOUT}PACKED", "no padding", branches=True),

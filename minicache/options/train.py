@@ -7,8 +7,8 @@ from minicache.data.columns import Reading
 from minicache.errors import ConfigError
 from minicache.options import texts
 from minicache.options.base import AS_STORED, BaseOptions, flag_of
-from minicache.options.catalog import DIVERGENCES, OPTIMIZERS, SCHEDULES, names_of
-from minicache.options.checks import check_caches
+from minicache.options.catalog import DIVERGENCES, OPTIMIZERS, SCHEDULES, WEIGHTS, names_of
+from minicache.options.checks import check_caches, check_weights
 from minicache.options.choices import DTYPES, LOGPS, ON_MAX_KL, PAIRS, PARALLEL, layout_help, layouts
 from minicache.options.declare import check_options, needed, option, options_of
 from minicache.options.lora import NO_LORA
@@ -173,6 +173,7 @@ class TrainConfig:
     max_grad_norm: float = option(1.0, "Gradients are clipped to this norm; 0: no clipping.", panel=OPTIMIZER, least=0)
     lora: LoraOptions = NO_LORA
     base: BaseOptions = AS_STORED
+    weights: str = option("float32", texts.WEIGHTS, panel=MEMORY, choices=lambda: tuple(WEIGHTS))
     dtype: str = option("auto", texts.DTYPE, panel=MEMORY, choices=lambda: DTYPES)
     layout: str = option("auto", layout_help(), panel=MEMORY, choices=layouts)
     parallel: str = option("ddp", texts.PARALLEL, panel=MEMORY, choices=lambda: PARALLEL, movable=True)
@@ -231,6 +232,7 @@ class TrainConfig:
             raise ConfigError(
                 f"{flag_of(quantization)}: quantized weights cannot be trained, adapters on them can; add --lora-rank 16"
             )
+        check_weights(self.weights, self.optimizer, self.lora.wanted)
         if self.on_max_kl != "warn" and self.max_kl is None:
             raise ConfigError("--on-max-kl: is used with --max-kl only; expected both, got --on-max-kl alone")
         if self.warmup > 1 and self.warmup % 1:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from minicache.models import layers_of
-from minicache.options.catalog import OPTIMIZERS
+from minicache.options.catalog import WEIGHTS
 from minicache.scoring.scorer import DTYPES, Scorer
 
 # What to try where memory is full.
@@ -129,15 +129,20 @@ def need_of(scorer: Scorer, passes: Pass, optimizer: str | None) -> Need:
 
     With DDP it is what one device alone needs: gradients lie in the buckets that are sent.
     """
-    weights = {id(each): each for each in scorer.parameters()}.values()
-    trained = sum(each.numel() for each in weights if each.requires_grad) if optimizer else 0
-    state = OPTIMIZERS[optimizer].state_bytes if optimizer else 0.0
-    if scorer.shards == 1:
-        held, gradients, copies = float(bytes_of(weights)), 4.0 * trained, 0.0
-    else:
-        held, gradients = bytes_of(weights) / scorer.shards, 4 * trained / scorer.shards
-        copies = _gathered(scorer, bool(optimizer))
-    return Need(held, gradients, state * trained / scorer.shards, copies, passes)
+    everything = {id(each): each for each in scorer.parameters()}.values()
+    trained = [each for each in everything if each.requires_grad] if optimizer else []
+    state = 0.0
+    if optimizer:
+        half = any(each.dtype == torch.bfloat16 for each in trained)
+        entry = WEIGHTS["bfloat16" if half else "float32"][optimizer]
+        state = entry.state_bytes * sum(each.numel() for each in trained)
+    return Need(
+        weights=bytes_of(everything) / scorer.shards,
+        gradients=bytes_of(trained) / scorer.shards,
+        optimizer=state / scorer.shards,
+        copies=_gathered(scorer, bool(optimizer)) if scorer.shards > 1 else 0.0,
+        passes=passes,
+    )
 
 
 def _gathered(scorer: Scorer, training: bool) -> float:

@@ -36,17 +36,17 @@ def refuse_quantized_shards(model: nn.Module | None, parallel: str, world: World
         raise ConfigError(f"--parallel {parallel}: quantized weights cannot be sharded; expected --parallel ddp")
 
 
-def spread(model: nn.Module | None, dtype: str, parallel: str, world: World) -> Scorer:
+def spread(model: nn.Module | None, dtype: str, parallel: str, world: World, weights: str = "float32") -> Scorer:
     """The scorer of a model on this rank's device: with the whole model, or with this rank's shard of it, which is float32.
 
-    model: needed on all ranks, or on rank 0 only if it is to be sharded.
+    model: needed on all ranks, or on rank 0 only if it is to be sharded. weights: precision of those that are trained.
 
     Raises:
         ConfigError: the model cannot be sharded, or the processes cannot be grouped as asked.
     """
     if not is_sharded(parallel, world):
         assert model is not None
-        scorer = world.each(lambda: Scorer(hold_for(model, world.device, dtype), dtype))
+        scorer = world.each(lambda: Scorer(hold_for(model, world.device, dtype, weights), dtype))
         # one way to compute logits, and one count of their memory
         if not all(world.together(lambda: scorer.head is not None)):
             scorer.head = None

@@ -19,7 +19,7 @@ from minicache.scoring.scorer import Scorer, resolve_dtype
 from minicache.scoring.spread import is_sharded, spread
 from minicache.trackers import Tracker, TrackerGroup
 from minicache.training import checkpoints
-from minicache.training.checks import agree, check, handshake
+from minicache.training.checks import agree, check, handshake, require
 from minicache.training.lock import RunLock
 from minicache.training.loop import optimize
 from minicache.training.losses import Objective
@@ -78,6 +78,7 @@ def train_locked(config: TrainConfig, lock: RunLock, world: World, tracker: Trac
     if begun and begun.record.outcome:
         tracker.note(f"{config.out}: this run is finished; nothing to resume")
         return _report(config.out, begun.record)
+    world.each(lambda: require(config, world.device, sharded))
     step = begun.step if begun else None
     run, policy = _prepare(config, begun, world, tracker, sources)
     state = None if step is None else world.each(lambda: checkpoints.load(config.out, step))
@@ -156,7 +157,8 @@ def _load(
     is_mine = world.is_main or not is_sharded(config.parallel, world)
     step = begun.step if begun else None
     policy = world.each(lambda: load_policy(config, cache, step, tracker, sources) if is_mine else Policy(None))
-    return spread(policy.model, config.dtype, config.parallel, world), replace(policy, model=None)
+    scorer = spread(policy.model, config.dtype, config.parallel, world, config.weights)
+    return scorer, replace(policy, model=None)
 
 
 def _record(run: Run, policy: Policy, worst: float) -> RunRecord:

@@ -6,10 +6,14 @@ from hashlib import blake2b
 from itertools import islice
 from typing import Any
 
+import torch
+
 from minicache.cache.identity import TOLERANCE
 from minicache.errors import CacheMismatch, ConfigError
 from minicache.models.fingerprint import sampled_digest
 from minicache.options.catalog import OPTIMIZERS
+from minicache.options.checks import check_weights
+from minicache.options.train import TrainConfig
 from minicache.scoring.batching import by_length
 from minicache.scoring.handshake import check_reproduces, sample_differences
 from minicache.trackers import Tracker
@@ -18,6 +22,19 @@ from minicache.training.order import global_batches
 from minicache.training.snapshot import pairs_of
 from minicache.training.state import Run
 from minicache.training.validation import require_per_token
+
+
+def require(config: TrainConfig, device: torch.device, sharded: bool) -> None:
+    """Check what depends on options and machine alone, before anything is loaded.
+
+    config: its --dtype is resolved. sharded: the model will lie in shards.
+
+    Raises:
+        ConfigError: options do not go together here, or a library is missing.
+    """
+    parallel = config.parallel if sharded else "ddp"
+    check_weights(config.weights, config.optimizer, config.lora.wanted, config.dtype, parallel)
+    require_optimizer(config.optimizer, config.weights, device)
 
 
 def agree(run: Run, state: dict[str, Any] | None) -> None:
@@ -51,7 +68,6 @@ def check(run: Run, state: dict[str, Any] | None) -> None:
     if run.scorer.lockstep:
         _check_sharded(run)
     require_per_token(run.cache, run.objective.options)
-    require_optimizer(run.config.optimizer, run.world.device)
     if run.config.compile and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
         raise ConfigError("--compile: expected a C++ compiler, g++ or clang++, found none; install one or leave it off")
     if name := run.objective.over_the_batch:
