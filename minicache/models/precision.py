@@ -54,7 +54,7 @@ def _hold_for(model: nn.Module, device: torch.device, dtype: torch.dtype, narrow
             if tensor is not None and tensor.is_floating_point() and id(tensor) not in half:
                 tensor.data = tensor.data.float()
         if type(module) is nn.Embedding and id(module.weight) in half:
-            module.forward = partial(_look_up, module)
+            vars(module)["forward"] = partial(_look_up, module)
     return model
 
 

@@ -179,7 +179,7 @@ def _of_embedding(scorer: Scorer, how: How) -> int:
     if not (how.training and weight.requires_grad and scorer.head):
         return 0
     # of one in half precision, summed in float32 and then rounded
-    return weight.numel() * (4 if weight.element_size() == 4 else 4 + weight.element_size())
+    return int(weight.numel()) * (4 if weight.element_size() == 4 else 4 + int(weight.element_size()))
 
 
 class _HeadAside:

@@ -90,7 +90,8 @@ def clip(parameters: Iterable[nn.Parameter], most: float) -> torch.Tensor:
     parameters = list(parameters)
     gradients = [each.grad for each in parameters if each.grad is not None]
     if all(each.dtype == torch.float32 for each in gradients):
-        return torch.nn.utils.clip_grad_norm_(parameters, most)
+        found: torch.Tensor = torch.nn.utils.clip_grad_norm_(parameters, most)
+        return found
     # torch's own would round the norm of each to its precision
     norms = [torch.linalg.vector_norm(each, dtype=torch.float32) for each in gradients]
     norm = torch.linalg.vector_norm(torch.stack(norms))
@@ -118,7 +119,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer of this name for the trainable parameters, with betas 0.9 and 0.999.
 
-    weights: their precision, a name in WEIGHTS. Weight decay acts on matrices only, not on norms and biases. `require_optimizer` checks what the optimizer needs.
+    weights: their precision, a name in WEIGHTS. Weight decay acts on matrices only, not on norms and biases. `require_optimizer`
+    checks what the optimizer needs.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
