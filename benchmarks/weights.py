@@ -1,7 +1,8 @@
-"""Compare weights in bfloat16 with float32 ones: curves of one run in three forms. `python -m benchmarks.weights --help`
+"""Compare weights in bfloat16 with float32 ones: curves of one run in four forms. `python -m benchmarks.weights --help`
 
-The passes are the same, in bfloat16; what differs is what an update of the learning rate's size leaves of a weight. Plain bfloat16
-rounds it to the nearest number, which is nearly always the one it came from. Results: benchmarks/results/weights.json.
+What differs is what is left of an update of the learning rate's size. Plain bfloat16 rounds the weight to the nearest number, which
+is nearly always the one it came from; passes in bfloat16 do the same to float32 weights, which at least remember.
+Results: benchmarks/results/weights.json.
 """
 
 import argparse
@@ -10,7 +11,6 @@ import os
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,13 @@ from minicache.trackers import Silent
 PLAIN = "bfloat16, rounded to the nearest"
 ATEN = torch.ops.aten
 PRODUCTS = {ATEN.mm.default, ATEN.mm.out, ATEN.bmm.default, ATEN.addmm.default}
-FORMS = {"float32": "float32", "--weights bfloat16": "bfloat16", PLAIN: "bfloat16"}
+# Form -> precision of the weights and of the passes.
+FORMS = {
+    "float32, passes too": ("float32", "float32"),
+    "float32": ("float32", "bfloat16"),
+    "--weights bfloat16": ("bfloat16", "bfloat16"),
+    PLAIN: ("bfloat16", "bfloat16"),
+}
 # SmolLM2's own begins with thirty tokens that no pair needs.
 PLAIN_CHAT = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -65,9 +71,9 @@ def main() -> None:
     report = {
         "what": f"{short_name(options.model)} stored in bfloat16, the {options.pairs} shortest pairs of {options.data}, "
         f"{options.steps} steps of {options.batch} pairs at a learning rate of {options.lr:g}, "
-        "sums of logprobs, beta 0.1, all passes in bfloat16, with products summed in float32. Bytes: weights, gradients and the "
-        "optimizer's state. Moved: the share of the weights of matrices that the run left at another bfloat16 number. Margins are mean "
-        "rewards over the pairs of a step; the last column is their mean distance from those of float32 weights, step by step.",
+        "sums of logprobs, beta 0.1, passes in bfloat16 but in the first row, products summed in float32. Bytes: weights, gradients and the "
+        "optimizer's state. Moved: the share of the weights of matrices that the run left at another bfloat16 number. Margins "
+        "are mean rewards over the pairs of a step; the last column is their mean distance from those of the first row.",
         "note": options.note,
         "machine": machine(),
         "command": "python -m benchmarks.weights "
@@ -108,7 +114,7 @@ def measure(options: argparse.Namespace, place: Path, console: Console) -> tuple
     begun = _numbers(model)
     curves: dict[str, Any] = {}
     rows: list[list[str]] = []
-    for form, weights in FORMS.items():
+    for form, (weights, dtype) in FORMS.items():
         started = time.process_time()
         with_plain = catalog.OptimizerEntry(code="benchmarks.weights:nearest", state_bytes=4)
         before = catalog.ROUNDING["adamw"]
@@ -125,12 +131,13 @@ def measure(options: argparse.Namespace, place: Path, console: Console) -> tuple
             logps="sum",
             schedule="constant",
             warmup=0.0,
-            dtype="bfloat16",
+            weights=weights,
+            dtype=dtype,
             log_every=1,
             save_every=0,
         )
         with Products():
-            train(replace(config, weights=weights), world, Silent())
+            train(config, world, Silent())
         catalog.ROUNDING["adamw"] = before
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         curves[form] = {name: [line[name] for line in lines] for name in ("loss", "rewards/margin", "grad_norm")}
@@ -168,7 +175,7 @@ def _row(
     moved = sum(int((ended[name] != each).sum()) for name, each in begun.items())
     share = moved / sum(each.numel() for each in begun.values())
     margins, losses = np.array(curves[form]["rewards/margin"]), np.array(curves[form]["loss"])
-    distance = np.abs(margins - np.array(curves["float32"]["rewards/margin"])).mean()
+    distance = np.abs(margins - np.array(curves["float32, passes too"]["rewards/margin"])).mean()
     steps = len(margins)
     found = (margins[steps // 2 :].mean(), losses[-(steps // 4) :].mean(), distance)
     return [form, f"{size:.1f}", f"{share:.2%}", *(f"{number:.4f}" for number in found)]

@@ -41,8 +41,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path, data_fi
     return precompute_into(directory / "cache", directory / "model", data_file, dtype="bfloat16")
 
 
-def held(trained: str = "bfloat16", tied: bool = False) -> Any:
-    model: Any = tiny_llama()
+def held(trained: str = "bfloat16", tied: bool = False, width: int = 32) -> Any:
+    model: Any = tiny_llama(width=width)
     if tied:
         model.config.tie_word_embeddings = True
         model.tie_weights()
@@ -142,21 +142,21 @@ def test_the_norm_of_gradients_in_half_precision_is_that_of_their_numbers() -> N
 
 @needs_torchao
 def test_the_curve_is_that_of_float32_weights(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """60 steps at a rate at which plain bfloat16 stands still."""
-    settings: dict[str, Any] = {"dtype": "bfloat16", "lr": 2e-5, "epochs": 12, "log_every": 1, "logps": "sum"}
-    run(cache, tmp_path / "float32", **settings)
-    run(cache, tmp_path / "ours", **settings, weights="bfloat16")
+    """60 steps at a rate at which plain bfloat16 stands still; passes in bfloat16 would not see all of what float32 weights learn."""
+    settings: dict[str, Any] = {"lr": 2e-5, "epochs": 12, "log_every": 1, "logps": "sum", "tokens_per_micro_batch": 2000}
+    run(cache, tmp_path / "float32", **settings, dtype="float32")
+    run(cache, tmp_path / "ours", **settings, **OURS)
     monkeypatch.setattr(optim, "rounding_adamw", lambda groups, lr: torch.optim.AdamW(groups, lr=lr, fused=True))
-    run(cache, tmp_path / "plain", **settings, weights="bfloat16")
+    run(cache, tmp_path / "plain", **settings, **OURS)
     margins = {
         name: np.array([line["rewards/margin"] for line in lines(tmp_path / name)])
         for name in ("float32", "ours", "plain")
     }
     end = margins["float32"][-10:].mean()
     off = {name: abs(margins[name][-10:].mean() / end - 1) for name in ("ours", "plain")}
-    assert off["ours"] < 0.15 and off["plain"] > 0.4, (end, off)
-    handshakes = [json.loads((tmp_path / name / "run.json").read_text())["handshake"] for name in ("float32", "ours")]
-    assert handshakes[0] == handshakes[1]
+    assert off["ours"] < 0.2 and off["plain"] > 0.7, (end, off)
+    # of a model that is stored in bfloat16 the policy begins as the reference, to the bit
+    assert lines(tmp_path / "ours")[0]["rewards/margin"] == 0
 
 
 @needs_torchao
@@ -202,7 +202,7 @@ def test_what_does_not_go_with_it_is_named(cache: Path, tmp_path: Path, monkeypa
 
 @needs_torchao
 def test_it_takes_six_bytes_a_weight_and_is_counted_so() -> None:
-    model = held(tied=True)
+    model = held(tied=True, width=128)
     scorer = Scorer(model, "bfloat16")
     one, two = (scorer.layout.make(table(), np.arange(count)) for count in (1, 2))
     need = need_of(scorer, counted_pass(scorer, one, two, How(training=True)), "adamw")
@@ -220,6 +220,6 @@ def test_it_takes_six_bytes_a_weight_and_is_counted_so() -> None:
             real += (
                 sum(each.nbytes for each in (moment.codes, moment.scale)) if hasattr(moment, "codes") else moment.nbytes
             )
-    # small matrices and norms have theirs as they are
-    assert need.optimizer == pytest.approx(real, rel=0.2)
+    # norms have theirs as they are
+    assert need.optimizer == pytest.approx(real, rel=0.02)
     assert need.weights + need.gradients + need.optimizer < 6.2 * count
