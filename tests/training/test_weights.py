@@ -13,15 +13,17 @@ from torch import nn
 from minicache.errors import ConfigError
 from minicache.models import load_model
 from minicache.models.precision import hold_for
-from minicache.options.train import LoraOptions
+from minicache.options.train import LoraOptions, TrainConfig
 from minicache.scoring.counting import counted_pass
 from minicache.scoring.memory import How, need_of
 from minicache.scoring.scorer import Scorer
 from minicache.training import optim
+from minicache.training.checks import require
 from minicache.training.optim import clip, make_optimizer, rounding_of
 from tests.conftest import precompute_into, tiny_llama
 from tests.models.test_precision import bytes_of, table
-from tests.training.test_resume import assert_same_run, killed_at, lines, run, weights
+from tests.processes.test_parallel import run_world
+from tests.training.test_resume import SETTINGS, assert_same_run, killed_at, lines, run, weights
 
 CPU = torch.device("cpu")
 OURS: dict[str, Any] = {"weights": "bfloat16", "dtype": "bfloat16"}
@@ -143,7 +145,13 @@ def test_the_norm_of_gradients_in_half_precision_is_that_of_their_numbers() -> N
 @needs_torchao
 def test_the_curve_is_that_of_float32_weights(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """60 steps at a rate at which plain bfloat16 stands still; passes in bfloat16 would not see all of what float32 weights learn."""
-    settings: dict[str, Any] = {"lr": 2e-5, "epochs": 12, "log_every": 1, "logps": "sum", "tokens_per_micro_batch": 2000}
+    settings: dict[str, Any] = {
+        "lr": 2e-5,
+        "epochs": 12,
+        "log_every": 1,
+        "logps": "sum",
+        "tokens_per_micro_batch": 2000,
+    }
     run(cache, tmp_path / "float32", **settings, dtype="float32")
     run(cache, tmp_path / "ours", **settings, **OURS)
     monkeypatch.setattr(optim, "rounding_adamw", lambda groups, lr: torch.optim.AdamW(groups, lr=lr, fused=True))
@@ -195,6 +203,24 @@ def test_what_does_not_go_with_it_is_named(cache: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(optim, "find_spec", lambda name: None)
     refused(r"--weights bfloat16: needs another package: pip install 'minidpo\[torchao\]'", dtype="bfloat16")
     assert not (tmp_path / "run").exists()
+
+
+@needs_torchao
+def test_two_processes_end_with_the_same_weights(cache: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {**SETTINGS, **OURS, "ref_cache": str(cache), "lr": 1e-5}
+    jobs = [
+        ("weights", {**options, "out": str(tmp_path / "none")}),
+        ("train", {**options, "out": str(tmp_path / "two")}),
+    ]
+    run_world(2, jobs, tmp_path / "world")
+    run(cache, tmp_path / "one", **{**OURS, "lr": 1e-5})
+    one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
+    assert [line["loss"] for line in one] == pytest.approx([line["loss"] for line in two], abs=0.02)
+
+
+def test_shards_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--weights bfloat16: not with --parallel fsdp; expected --parallel ddp"):
+        require(TrainConfig("cache", Path("run"), **OURS, parallel="fsdp"), CPU, sharded=True)
 
 
 # --- memory ---
