@@ -86,12 +86,11 @@ def held_for(
     quantization: str,
     dtype: str,
     trained: bool,
-    sharded: bool = False,
     weights: str = "float32",
 ) -> nn.Module:
     """The outline's model as a stage holds it: with adapters, its base quantized, and the gradients it will have.
 
-    The model is changed. dtype: of the passes. trained: stage two; else stage one. sharded: it will lie in shards, in float32.
+    The model is changed. dtype: of the passes. trained: stage two; else stage one.
     weights: precision of those that are trained, without adapters.
 
     Raises:
@@ -108,7 +107,7 @@ def held_for(
             weight.requires_grad_(name not in frozen)
     for layer in layers:
         _quantize(layer, quantization, getattr(torch, dtype))
-    return hold_for(model, META, "float32" if sharded else dtype, weights)
+    return hold_for(model, META, dtype, weights)
 
 
 def _quantize(layer: Any, quantization: str, dtype: torch.dtype) -> None:

@@ -53,9 +53,15 @@ def _hold_for(model: nn.Module, device: torch.device, dtype: torch.dtype, narrow
         for tensor in own if module not in layers else [module.bias]:
             if tensor is not None and tensor.is_floating_point() and id(tensor) not in half:
                 tensor.data = tensor.data.float()
-        if type(module) is nn.Embedding and id(module.weight) in half:
-            vars(module)["forward"] = partial(_look_up, module)
+    look_up_in_float32(model)
     return model
+
+
+def look_up_in_float32(model: nn.Module) -> None:
+    """Let the embeddings that are in half precision give float32."""
+    for module in model.modules():
+        if type(module) is nn.Embedding and module.weight.dtype in HALF:
+            vars(module)["forward"] = partial(_look_up, module)
 
 
 def to_float32(model: nn.Module, device: torch.device) -> nn.Module:

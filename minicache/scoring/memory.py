@@ -146,7 +146,7 @@ def need_of(scorer: Scorer, passes: Pass, optimizer: str | None) -> Need:
 
 
 def _gathered(scorer: Scorer, training: bool) -> float:
-    """Bytes of the shards that FSDP gathers: the root's in float32, and two layers in the precision of the passes.
+    """Bytes of the shards that FSDP gathers: the root's as they are held, and two layers in the precision of the passes.
 
     While one layer computes, the next is gathered. In backward their gradients are there too, and in float32 while they are
     reduced; the root's gradients are whole until its backward ends.
@@ -157,7 +157,7 @@ def _gathered(scorer: Scorer, training: bool) -> float:
     size = DTYPES[scorer.dtype].itemsize
     largest = max(layers, key=lambda layer: sum(each.numel() for each in layer))
     trained = sum(each.numel() for each in largest if each.requires_grad)
-    total = 4.0 * sum(each.numel() for each in root) + 2.0 * size * sum(each.numel() for each in largest)
+    total = float(bytes_of(root)) + 2.0 * size * sum(each.numel() for each in largest)
     if training:
         total += 2 * 4 * sum(each.numel() for each in root if each.requires_grad) + (size + 4) * trained
     return total

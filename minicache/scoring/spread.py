@@ -17,7 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from minicache.errors import ConfigError
 from minicache.models import layers_of
 from minicache.models.lora import adapt
-from minicache.models.precision import hold_for
+from minicache.models.precision import hold_for, look_up_in_float32
 from minicache.models.quantized import is_quantized
 from minicache.processes.world import World
 from minicache.scoring.probe import probed
@@ -37,7 +37,7 @@ def refuse_quantized_shards(model: nn.Module | None, parallel: str, world: World
 
 
 def spread(model: nn.Module | None, dtype: str, parallel: str, world: World, weights: str = "float32") -> Scorer:
-    """The scorer of a model on this rank's device: with the whole model, or with this rank's shard of it, which is float32.
+    """The scorer of a model on this rank's device: with the whole model, or with this rank's shard of it.
 
     model: needed on all ranks, or on rank 0 only if it is to be sharded. weights: precision of those that are trained.
 
@@ -53,7 +53,7 @@ def spread(model: nn.Module | None, dtype: str, parallel: str, world: World, wei
         return scorer
     refuse_quantized_shards(model, parallel, world)
     mesh = _mesh(parallel, world)
-    plan = world.first(lambda: _describe(model))
+    plan = world.first(lambda: _describe(model, dtype))
     skeleton = world.each(lambda: _skeleton(plan))
     layers = layers_of(skeleton)
     if not layers:
@@ -98,18 +98,20 @@ def _mesh(parallel: str, world: World) -> DeviceMesh:
     return init_device_mesh(world.device.type, (world.size // local, local), mesh_dim_names=("nodes", "shards"))
 
 
-def _describe(model: nn.Module | None) -> dict[str, Any]:
-    """All that the other ranks need to build the same modules without weights. The model becomes float32."""
+def _describe(model: nn.Module | None, dtype: str) -> dict[str, Any]:
+    """All that the other ranks need to build the same modules without weights. The model is held for passes in `dtype`."""
     assert model is not None
-    model = model.to(torch.float32)
+    model = hold_for(model, torch.device("cpu"), dtype)
+    head_is_own = probed(model) is not None
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     return {
         "class": type(base),
         "config": base.config,
         "adapter": model.peft_config["default"] if base is not model else None,  # type: ignore[index]
         "base_fingerprint": getattr(model, "base_fingerprint", None),
-        "head_is_own": probed(model) is not None,
+        "head_is_own": head_is_own,
         "trained": [name for name, parameter in model.named_parameters() if parameter.requires_grad],
+        "precision": {name: parameter.dtype for name, parameter in model.named_parameters()},
     }
 
 
@@ -123,6 +125,8 @@ def _skeleton(plan: dict[str, Any]) -> nn.Module:
     trained = set(plan["trained"])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
+        parameter.data = parameter.data.to(plan["precision"][name])
+    look_up_in_float32(model)
     return model
 
 

@@ -152,7 +152,7 @@ def _plans(config: FitConfig, outline: Outline) -> Iterator[_Plan]:
 
 def _scorer(config: FitConfig, outline: Outline, plan: _Plan) -> Scorer:
     own, sharded = replace(outline, model=copy.deepcopy(outline.model)), config.nproc > 1 and config.parallel != "ddp"
-    model = held_for(own, plan.lora, plan.quantization, config.dtype, plan.trained, sharded, plan.weights)
+    model = held_for(own, plan.lora, plan.quantization, config.dtype, plan.trained, plan.weights)
     scorer = Scorer(model, config.dtype, head_is_own=True)
     scorer.shards = config.nproc if sharded else 1
     try:

@@ -144,7 +144,7 @@ def test_the_norm_of_gradients_in_half_precision_is_that_of_their_numbers() -> N
 
 @needs_torchao
 def test_the_curve_is_that_of_float32_weights(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """60 steps at a rate at which plain bfloat16 stands still; passes in bfloat16 would not see all of what float32 weights learn."""
+    """60 steps at a rate at which plain bfloat16 stands still. Passes in bfloat16 would not see all that float32 weights learn."""
     settings: dict[str, Any] = {
         "lr": 2e-5,
         "epochs": 12,
