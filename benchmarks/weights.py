@@ -72,8 +72,8 @@ def main() -> None:
         "what": f"{short_name(options.model)} stored in bfloat16, the {options.pairs} shortest pairs of {options.data}, "
         f"{options.steps} steps of {options.batch} pairs at a learning rate of {options.lr:g}, sums of logprobs, beta 0.1, passes "
         "in bfloat16 but in the first row, products summed in float32. Bytes: weights, gradients and the optimizer's state. Moved: "
-        "the share of the weights of matrices that the run left at another bfloat16 number. Margins are mean rewards over the pairs "
-        "of a step; the last column is their mean distance from those of the first row.",
+        "the share of the weights of matrices that the run left at another bfloat16 number. Margins are mean rewards over the "
+        "pairs of a step; the last column is their mean distance from those of the first row.",
         "note": options.note,
         "machine": machine(),
         "command": "python -m benchmarks.weights "

@@ -14,8 +14,8 @@ from minicache.errors import fits
 from minicache.models.quantized import is_linear, quantized_layers
 
 HALF = (torch.bfloat16, torch.float16)
-# What may be asked of a weight without reading its numbers or their precision.
-SHAPES = {"device", "shape", "size", "dim", "ndim", "numel", "requires_grad", "is_cuda", "is_floating_point"}
+# What may be asked of a weight without reading its numbers or their precision; what is cast to float32 is the same from both.
+HARMLESS = {"float", "device", "shape", "size", "dim", "ndim", "numel", "requires_grad", "is_cuda", "is_floating_point"}
 
 
 def hold_for(model: nn.Module, device: torch.device, dtype: str, trained: str = "float32") -> nn.Module:
@@ -37,7 +37,8 @@ def hold_for(model: nn.Module, device: torch.device, dtype: str, trained: str = 
 
 
 def _hold_for(model: nn.Module, device: torch.device, dtype: torch.dtype, narrow: bool) -> nn.Module:
-    half = half_weights(model, dtype)
+    experts = _stacked(model, dtype)
+    half = half_weights(model, dtype) | experts.keys()
     if narrow:
         half |= _may_be_half(model, [each for each in model.parameters() if each.requires_grad])
         for parameter in model.parameters():
@@ -54,6 +55,9 @@ def _hold_for(model: nn.Module, device: torch.device, dtype: torch.dtype, narrow
             if tensor is not None and tensor.is_floating_point() and id(tensor) not in half:
                 tensor.data = tensor.data.float()
     look_up_in_float32(model)
+    for module in {id(each): each for each in experts.values()}.values():
+        module.register_forward_pre_hook(_widen)
+        module.register_forward_hook(_narrow, always_call=True)
     return model
 
 
@@ -78,6 +82,29 @@ def half_weights(model: nn.Module, dtype: torch.dtype) -> set[int]:
     if dtype == torch.float32:
         return set()
     return _may_be_half(model, [each for each in model.parameters() if each.dtype == dtype and not each.requires_grad])
+
+
+def _stacked(model: nn.Module, dtype: torch.dtype) -> dict[int, nn.Module]:
+    """The experts of a mixture that lie in one parameter, frozen and stored in this precision: the parameter's id -> its module.
+
+    None where something is trained: a product with them keeps for backward what it multiplied by, the float32 copy.
+    """
+    if dtype == torch.float32 or any(each.requires_grad for each in model.parameters()):
+        return {}
+    owned = ((each, module) for module in model.modules() for each in module.parameters(recurse=False))
+    return {id(each): module for each, module in owned if each.ndim == 3 and each.dtype == dtype}
+
+
+def _widen(module: nn.Module, inputs: Any) -> None:
+    """Let a module's code find its stacked weights in float32: torch's grouped product does not follow autocast."""
+    for name, weight in module.named_parameters(recurse=False):
+        if weight.ndim == 3:
+            vars(module)[name] = weight.float()
+
+
+def _narrow(module: nn.Module, inputs: Any, output: Any) -> None:
+    for name, _ in module.named_parameters(recurse=False):
+        vars(module).pop(name, None)
 
 
 def _may_be_half(model: nn.Module, asked: Iterable[nn.Parameter]) -> set[int]:
@@ -134,7 +161,7 @@ class Settling(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         half = [each for each in model.parameters() if each.dtype in HALF]
-        may = _may_be_half(model, half)
+        may = _may_be_half(model, half) | {id(each) for each in half if each.ndim == 3}
         self.half = {id(each): each for each in half if id(each) in may}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -143,7 +170,7 @@ class Settling(TorchFunctionMode):
         elif func is torch.addmm:
             # GPT-2's layer: (bias, hidden, weight)
             args = (*args[:2], args[2].to(args[1].dtype))
-        elif func is not functional.embedding and _name(func) not in SHAPES:
+        elif func is not functional.embedding and _name(func) not in HARMLESS:
             for each in [*args, *(kwargs or {}).values()]:
                 if id(each) in self.half:
                     each.data = each.data.float()

@@ -225,3 +225,46 @@ def test_the_transposed_layers_of_gpt2_stay_in_half_precision() -> None:
     assert found["scores"] == [] and found["gradients"] == []
     # all but positions, norms and biases
     assert found["share"] > 0.9
+
+
+def mixture() -> Any:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=64,
+        moe_intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=8,
+        num_experts_per_tok=2,
+        initializer_range=0.3,
+    )
+    return Qwen3MoeForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["grouped_mm", "eager"])
+def test_experts_stay_in_half_precision_where_nothing_is_trained(kind: str) -> None:
+    """torch's grouped product has no autocast: it computes in float32, from weights that are cast in each pass."""
+    model = mixture()
+    model.config._experts_implementation = kind
+    found = compare_half(model, table())
+    assert found["scores"] == [] and found["gradients"] == []
+    assert found["share"] > 0.8
+    held = hold_for(mixture().to(BFLOAT16).requires_grad_(False), CPU, "bfloat16")
+    scorer = Scorer(held, "bfloat16")
+    with torch.no_grad():
+        scorer(scorer.layout.make(table(), np.arange(4)))
+    experts: Any = held.get_submodule("model.layers.0.mlp.experts")
+    assert experts.gate_up_proj.dtype == experts.down_proj.dtype == BFLOAT16
+    assert "gate_up_proj" not in vars(experts)
+
+
+def test_experts_under_adapters_are_float32() -> None:
+    adapted = add_lora(mixture().to(BFLOAT16).requires_grad_(False), "base", LoraOptions(lora_rank=2), 0, Silent())
+    held = hold_for(adapted, CPU, "bfloat16")
+    assert {each.dtype for each in held.parameters() if each.ndim == 3} == {torch.float32}
