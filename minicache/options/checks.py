@@ -4,6 +4,7 @@ import re
 
 from minicache.errors import ConfigError
 from minicache.options.catalog import WEIGHTS
+from minicache.options.declare import listed
 from minicache.options.where import Where, different
 
 
@@ -59,10 +60,9 @@ def check_weights(weights: str, optimizer: str, adapters: bool, dtype: str = "au
             f"{begin} is about training all weights; adapters are float32, and their base stays as it is stored: leave it out"
         )
     if optimizer not in WEIGHTS[weights]:
-        expected = " or ".join(WEIGHTS[weights])
         raise ConfigError(
             f"--optimizer {optimizer}: does not round stochastically, and would lose updates to {weights} weights; with --weights "
-            f"{weights} expected {expected}, whose state is in 8 bits there"
+            f"{weights} expected {listed(WEIGHTS[weights], 'or')}, whose state is in 8 bits there"
         )
     if dtype not in ("auto", weights):
         raise ConfigError(f"{begin} with passes in {dtype}; expected --dtype {weights}, or --weights float32")

@@ -168,7 +168,12 @@ class TrainConfig:
         panel=OPTIMIZER,
         least=0,
     )
-    optimizer: str = option("adamw", "{names} (bitsandbytes).", panel=OPTIMIZER, choices=names_of(OPTIMIZERS))
+    optimizer: str = option(
+        "adamw",
+        "{names}: state in 8 bits, in memory that CUDA pages (both bitsandbytes), or with the whole update on the CPU (torchao).",
+        panel=OPTIMIZER,
+        choices=names_of(OPTIMIZERS),
+    )
     weight_decay: float = option(0.0, "Weight decay of AdamW, on matrices only.", panel=OPTIMIZER, least=0)
     max_grad_norm: float = option(1.0, "Gradients are clipped to this norm; 0: no clipping.", panel=OPTIMIZER, least=0)
     lora: LoraOptions = NO_LORA

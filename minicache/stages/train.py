@@ -78,7 +78,7 @@ def train_locked(config: TrainConfig, lock: RunLock, world: World, tracker: Trac
     if begun and begun.record.outcome:
         tracker.note(f"{config.out}: this run is finished; nothing to resume")
         return _report(config.out, begun.record)
-    world.each(lambda: require(config, world.device, sharded))
+    world.each(lambda: require(config, world.device, world.size))
     step = begun.step if begun else None
     run, policy = _prepare(config, begun, world, tracker, sources)
     state = None if step is None else world.each(lambda: checkpoints.load(config.out, step))

@@ -11,7 +11,7 @@ import torch
 from minicache.cache.identity import TOLERANCE
 from minicache.errors import CacheMismatch, ConfigError
 from minicache.models.fingerprint import sampled_digest
-from minicache.options.catalog import OPTIMIZERS
+from minicache.options.catalog import OPTIMIZERS, WEIGHTS
 from minicache.options.checks import check_weights
 from minicache.options.train import TrainConfig
 from minicache.scoring.batching import by_length
@@ -24,15 +24,22 @@ from minicache.training.state import Run
 from minicache.training.validation import require_per_token
 
 
-def require(config: TrainConfig, device: torch.device, sharded: bool) -> None:
+def require(config: TrainConfig, device: torch.device, processes: int) -> None:
     """Check what depends on options and machine alone, before anything is loaded.
 
-    config: its --dtype is resolved. sharded: the model will lie in shards.
+    config: its --dtype is resolved. processes: of the run.
 
     Raises:
         ConfigError: options do not go together here, or a library is missing.
     """
-    parallel = config.parallel if sharded else "ddp"
+    parallel, name = config.parallel if processes > 1 else "ddp", config.optimizer
+    if WEIGHTS[config.weights][name].alone:
+        for option, fits in (
+            (f"{processes} processes", processes == 1),
+            ("--dtype float16", config.dtype != "float16"),
+        ):
+            if not fits:
+                raise ConfigError(f"--optimizer {name}: not with {option}; expected adamw, or adamw-8bit")
     check_weights(config.weights, config.optimizer, config.lora.wanted, config.dtype, parallel)
     require_optimizer(config.optimizer, config.weights, device)
 

@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
 from importlib import import_module
@@ -50,6 +50,25 @@ def rounding_adamw(groups: Groups, lr: float) -> torch.optim.Optimizer:
     return made
 
 
+def adamw_on_cpu(groups: Groups, lr: float) -> torch.optim.Optimizer:
+    """AdamW with its state, a copy of weights and gradients, and the update in the CPU's memory. Source: torchao, as ZeRO-Offload
+    (Ren et al. 2021, arXiv:2101.06840) does.
+
+    Small weights are updated on the device. Gradients stay on the device too: they are accumulated and then clipped.
+    """
+    made: torch.optim.Optimizer = _torchao().CPUOffloadOptimizer(groups, torch.optim.AdamW, lr=lr)
+    return made
+
+
+def rounding_adamw_on_cpu(groups: Groups, lr: float) -> torch.optim.Optimizer:
+    """`rounding_adamw` in the CPU's memory, as `adamw_on_cpu`."""
+    library = _torchao()
+    made: torch.optim.Optimizer = library.CPUOffloadOptimizer(
+        groups, library.AdamW8bit, lr=lr, bf16_stochastic_round=True
+    )
+    return made
+
+
 def _torchao() -> Any:
     """The library's optimizers. By this import torch can also read their state."""
     logger, before = logging.getLogger("torchao"), logging.getLogger("torchao").level
@@ -61,6 +80,15 @@ def _torchao() -> Any:
             return import_module("torchao.optim")
         finally:
             logger.setLevel(before)
+
+
+def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Let the optimizer go on from this state. Raises ValueError, KeyError, TypeError, AttributeError: it is of another one."""
+    optimizer.load_state_dict(state)
+    inner = getattr(optimizer, "d_opt", None)
+    if isinstance(inner, torch.optim.Optimizer):
+        # torchao's shows the groups from before, of which no step reads the learning rate any more
+        vars(optimizer)["d_param_groups"] = inner.param_groups
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -85,15 +113,18 @@ def rounding_of(seed: int, step: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def clip(parameters: Iterable[nn.Parameter], most: float) -> torch.Tensor:
+def clip(optimizer: torch.optim.Optimizer, most: float) -> torch.Tensor:
     """Scale the gradients so that their norm is at most this; returns the norm before, float32, as a tensor."""
-    parameters = list(parameters)
+    if stream := getattr(optimizer, "stream", None):
+        # on which torchao copies gradients to the CPU; what it then updates, and what its groups hold, are those
+        stream.synchronize()
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
     gradients = [each.grad for each in parameters if each.grad is not None]
     if all(each.dtype == torch.float32 for each in gradients):
         found: torch.Tensor = torch.nn.utils.clip_grad_norm_(parameters, most)
         return found
     # torch's own would round the norm of each to its precision
-    norms = [torch.linalg.vector_norm(each, dtype=torch.float32) for each in gradients]
+    norms = [torch.linalg.vector_norm(each, dtype=torch.float32).to(gradients[0].device) for each in gradients]
     norm = torch.linalg.vector_norm(torch.stack(norms))
     torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
     return norm
@@ -111,7 +142,7 @@ def require_optimizer(name: str, weights: str, device: torch.device) -> None:
         raise ConfigError(f"--optimizer {name}: bitsandbytes has none for {device.type}; expected adamw")
     if entry.gpu_only and device.type != "cuda":
         others = " or ".join(each for each, one in OPTIMIZERS.items() if not one.gpu_only)
-        raise ConfigError(f"--optimizer {name}: pages a GPU's memory, and there is no GPU; expected {others}")
+        raise ConfigError(f"--optimizer {name}: frees a GPU's memory, and there is no GPU; expected {others}")
 
 
 def make_optimizer(

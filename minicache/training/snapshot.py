@@ -13,7 +13,7 @@ from minicache.processes.world import World
 from minicache.scoring.memory import TO_TRAIN
 from minicache.training import checkpoints
 from minicache.training.metrics import Means
-from minicache.training.optim import make_optimizer
+from minicache.training.optim import load_state, make_optimizer
 from minicache.training.pool import digest_of
 from minicache.training.progress import Progress
 from minicache.training.shards import optimizer_tensors, set_optimizer_tensors, trainable, whole_weights
@@ -54,7 +54,7 @@ def _restore_optimizer(run: Run, optimizer: torch.optim.Optimizer, step: int, st
     """Load the optimizer's state from the checkpoint of a step. Raises OutputError: it cannot be read."""
     if state["optimizer"]:
         try:
-            optimizer.load_state_dict(state["optimizer"])
+            load_state(optimizer, state["optimizer"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise checkpoints.unreadable(checkpoints.place(run.config.out, step), error) from error
     elif step:

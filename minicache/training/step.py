@@ -85,9 +85,8 @@ def take_step(run: Run, training: Training, mine: Share) -> torch.Tensor:
     set_learning_rate(optimizer, learning_rate_of(run, step))
     _accumulate(run, training, replace(run.objective, beta=beta_of(run, step)), mine)
     scaler.unscale_(optimizer)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     # --max-grad-norm 0 clips nothing, but the norm is logged.
-    norm = clip(parameters, config.max_grad_norm or math.inf)
+    norm = clip(optimizer, config.max_grad_norm or math.inf)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     with rounding_of(config.seed, step, run.world.device) if config.weights != "float32" else nullcontext():
         scaler.step(optimizer)

@@ -1,8 +1,11 @@
 """--weights bfloat16: weights, gradients and state in six bytes a weight, which learn what float32 ones do."""
 
 import json
+from contextlib import nullcontext
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,7 @@ from torch import nn
 from minicache.errors import ConfigError
 from minicache.models import load_model
 from minicache.models.precision import hold_for
+from minicache.options import catalog
 from minicache.options.train import LoraOptions, TrainConfig
 from minicache.scoring.counting import counted_pass
 from minicache.scoring.memory import How, need_of
@@ -134,7 +138,7 @@ def test_the_norm_of_gradients_in_half_precision_is_that_of_their_numbers() -> N
         parameters = [nn.Parameter(torch.zeros_like(each)) for each in gradients]
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient.clone()
-        assert float(clip(parameters, most)) == pytest.approx(float(expected), rel=1e-6)
+        assert float(clip(torch.optim.SGD(parameters, 1.0), most)) == pytest.approx(float(expected), rel=1e-6)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             torch.testing.assert_close(parameter.grad, (gradient.float() * scale).to(gradient.dtype))
 
@@ -220,7 +224,7 @@ def test_two_processes_end_with_the_same_weights(cache: Path, tmp_path: Path) ->
 
 def test_shards_are_refused() -> None:
     with pytest.raises(ConfigError, match="--weights bfloat16: not with --parallel fsdp; expected --parallel ddp"):
-        require(TrainConfig("cache", Path("run"), **OURS, parallel="fsdp"), CPU, sharded=True)
+        require(TrainConfig("cache", Path("run"), **OURS, parallel="fsdp"), CPU, processes=2)
 
 
 # --- memory ---
@@ -249,3 +253,90 @@ def test_it_takes_six_bytes_a_weight_and_is_counted_so() -> None:
     # norms have theirs as they are
     assert need.optimizer == pytest.approx(real, rel=0.02)
     assert need.weights + need.gradients + need.optimizer < 6.2 * count
+
+
+# --- the update on the CPU ---
+
+
+class Pretended(str):
+    """torchao asks for "cuda" or "xpu" and then for streams of that name in torch; here these are a namespace of the test."""
+
+    def __eq__(self, other: object) -> bool:
+        return other == "cuda" or str.__eq__(self, other)
+
+    __hash__ = str.__hash__
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Lets torchao's optimizer run on this CPU, its copies in order. Returns what waited for a stream."""
+    pytest.importorskip("torchao")
+    waited: list[str] = []
+
+    class Stream:
+        def synchronize(self) -> None:
+            waited.append("stream")
+
+        def wait_stream(self, other: object) -> None:
+            pass
+
+        def record_event(self) -> "Stream":
+            return self
+
+    place = SimpleNamespace(Stream=Stream, current_stream=lambda: None, stream=lambda stream: nullcontext())
+    monkeypatch.setattr(torch, "pretended", place, raising=False)
+    monkeypatch.setattr("torchao.optim.cpu_offload.get_available_devices", lambda: [Pretended("pretended")])
+    # page-locked memory needs a GPU
+    empty_like = torch.empty_like
+    monkeypatch.setattr(
+        torch, "empty_like", lambda *arguments, pin_memory=False, **more: empty_like(*arguments, **more)
+    )
+    for entries in catalog.WEIGHTS.values():
+        monkeypatch.setitem(entries, "adamw-cpu", replace(entries["adamw-cpu"], gpu_only=False))
+    return waited
+
+
+@pytest.fixture(scope="module")
+def wide_cache(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path, data_file: Path) -> Path:
+    """Of a model some of whose matrices are large enough for torchao to move them (4,096 numbers)."""
+    directory = tmp_path_factory.mktemp("wide")
+    tiny_llama(width=64).to(torch.bfloat16).save_pretrained(directory / "model")
+    for file in tokenizer_dir.iterdir():
+        (directory / "model" / file.name).write_bytes(file.read_bytes())
+    return precompute_into(directory / "cache", directory / "model", data_file, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("options", [{"dtype": "float32"}, OURS], ids=["float32", "bfloat16"])
+def test_the_update_on_the_cpu_is_that_on_the_device(
+    wide_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streams: list[str], options: dict[str, Any]
+) -> None:
+    """Over micro-batches, with clipping, and killed and resumed on the way."""
+    more: dict[str, Any] = {**options, "epochs": 1, "lr": 1e-4, "max_grad_norm": 0.01, "save_every": 2}
+    run(wide_cache, tmp_path / "device", **more)
+    more |= {"optimizer": "adamw-cpu"}
+    run(wide_cache, tmp_path / "cpu", **more)
+    killed_at(monkeypatch, 30, wide_cache, tmp_path / "killed", **more)
+    run(wide_cache, tmp_path / "killed", **more, resume=True)
+    assert_same_run(tmp_path / "cpu", tmp_path / "killed")
+    assert streams
+    device, cpu = weights(tmp_path / "device"), weights(tmp_path / "cpu")
+    if options["dtype"] == "float32":
+        assert [line["loss"] for line in lines(tmp_path / "device")] == pytest.approx(
+            [line["loss"] for line in lines(tmp_path / "cpu")], abs=1e-6
+        )
+        # its norm adds in another order, and Adam divides by a gradient's own size
+        assert all((device[name] - cpu[name]).abs().mean() < 1e-6 for name in device)
+    else:
+        # chance falls on other weights, because they are updated in another order
+        assert all((device[name] - cpu[name]).abs().max() < 0.02 for name in device)
+
+
+def test_where_the_update_cannot_be_on_the_cpu(cache: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    asked = TrainConfig(cache, tmp_path / "run", optimizer="adamw-cpu")
+    with pytest.raises(ConfigError, match="--optimizer adamw-cpu: frees a GPU's memory, and there is no GPU; expected"):
+        run(cache, tmp_path / "run", optimizer="adamw-cpu")
+    with pytest.raises(ConfigError, match="--optimizer adamw-cpu: not with 2 processes; expected adamw"):
+        require(asked, torch.device("cuda"), processes=2)
+    with pytest.raises(ConfigError, match="--optimizer adamw-cpu: not with --dtype float16; expected adamw"):
+        require(replace(asked, dtype="float16"), torch.device("cuda"), processes=1)
