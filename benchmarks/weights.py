@@ -94,7 +94,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", default="minicache/sample/train.jsonl")
     parser.add_argument("--pairs", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--lr", type=float, default=1e-6)
     parser.add_argument("--note", help="a remark to print with the figures")

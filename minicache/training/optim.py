@@ -51,10 +51,10 @@ def rounding_adamw(groups: Groups, lr: float) -> torch.optim.Optimizer:
 
 
 def adamw_on_cpu(groups: Groups, lr: float) -> torch.optim.Optimizer:
-    """AdamW with its state, a copy of weights and gradients, and the update in the CPU's memory. Source: torchao, as ZeRO-Offload
-    (Ren et al. 2021, arXiv:2101.06840) does.
+    """AdamW with its state and its update in the CPU's memory. Source: Ren et al. 2021, ZeRO-Offload, arXiv:2101.06840.
 
-    Small weights are updated on the device. Gradients stay on the device too: they are accumulated and then clipped.
+    A copy of the weights and the gradients lies there too. Small weights are updated on the device. The device keeps its gradients:
+    they are accumulated, and clipped when all are known.
     """
     made: torch.optim.Optimizer = _torchao().CPUOffloadOptimizer(groups, torch.optim.AdamW, lr=lr)
     return made
