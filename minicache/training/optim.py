@@ -125,7 +125,7 @@ def clip(optimizer: torch.optim.Optimizer, most: float) -> torch.Tensor:
         return found
     # torch's own would round the norm of each to its precision
     norms = [torch.linalg.vector_norm(each, dtype=torch.float32).to(gradients[0].device) for each in gradients]
-    norm = torch.linalg.vector_norm(torch.stack(norms))
+    norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
     torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
     return norm
 

@@ -239,7 +239,6 @@ def mixture() -> Any:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=8,
         num_experts=8,
         num_experts_per_tok=2,
         initializer_range=0.3,

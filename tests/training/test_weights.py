@@ -185,8 +185,12 @@ def test_a_killed_run_resumes_bit_for_bit(
 
 @needs_torchao
 def test_the_policy_is_saved_as_asked(cache: Path, tmp_path: Path) -> None:
+    source = cache.parent / "model" / "model.safetensors"
+    before = source.read_bytes()
     for dtype in ("float32", "bfloat16"):
         run(cache, tmp_path / dtype, **OURS, epochs=1, save_dtype=dtype)
+    # its weights are those of a mapped file, and change in place
+    assert source.read_bytes() == before
     wide, narrow = weights(tmp_path / "float32"), weights(tmp_path / "bfloat16")
     for name, each in wide.items():
         assert narrow[name].dtype == torch.bfloat16 and each.dtype == torch.float32
@@ -300,7 +304,8 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def wide_cache(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path, data_file: Path) -> Path:
     """Of a model some of whose matrices are large enough for torchao to move them (4,096 numbers)."""
     directory = tmp_path_factory.mktemp("wide")
-    tiny_llama(width=64).to(torch.bfloat16).save_pretrained(directory / "model")
+    model: Any = tiny_llama(width=64)
+    model.to(torch.bfloat16).save_pretrained(directory / "model")
     for file in tokenizer_dir.iterdir():
         (directory / "model" / file.name).write_bytes(file.read_bytes())
     return precompute_into(directory / "cache", directory / "model", data_file, dtype="bfloat16")
