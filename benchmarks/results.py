@@ -48,7 +48,12 @@ def write_results() -> Path:
             f"## {TITLES.get(name, name)}\n",
             *(_section(reports[name]) if name in reports else ["Not measured.\n"]),
         ]
-    for name, title in (("windowed", "Families whose attention has windows"), ("noise", "The noise floor of bfloat16")):
+    told = {
+        "windowed": "Families whose attention has windows",
+        "noise": "The noise floor of bfloat16",
+        "weights": "Weights in bfloat16",
+    }
+    for name, title in told.items():
         file = RESULTS / f"{name}.json"
         parts += [f"## {title}\n"]
         parts += _told(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else ["Not measured.\n"]

@@ -1,5 +1,6 @@
 """Loading and saving a model of any family: a Hugging Face directory or hub id, a .gguf file, a MiniMind .pth, an adapter."""
 
+import json
 import logging
 import re
 import time
@@ -206,8 +207,21 @@ def save_model(model: Any, tokenizer_dir: Path, directory: Path, weights: dict[s
             model.save_pretrained(draft, **options, **({"state_dict": _tied(model, weights)} if weights else {}))
         except SafetensorError as error:
             raise OSError(str(error)) from error
+        _name_precision(model, draft / "config.json")
         lora.write_base(model, draft)
         copy_to_policy(tokenizer_dir, draft, alone=hasattr(model, "get_base_model"))
+
+
+def _name_precision(model: nn.Module, config: Path) -> None:
+    """Write into the config of a model in several precisions that it is float32: transformers writes that of one of its weights.
+
+    It loads all of them in the precision that the config names, and would round the others.
+    """
+    if config.is_file() and len({each.dtype for each in model.parameters() if each.is_floating_point()}) > 1:
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        for part in (settings, *(value for value in settings.values() if isinstance(value, dict))):
+            part |= {name: "float32" for name in ("dtype", "torch_dtype") if name in part}
+        config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8", newline="\n")
 
 
 def _tied(model: nn.Module, weights: dict[str, Any]) -> dict[str, Any]:

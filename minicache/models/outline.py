@@ -81,11 +81,17 @@ def _from_config(source: str, trust_remote_code: bool) -> Outline:
 
 
 def held_for(
-    outline: Outline, options: LoraOptions, quantization: str, dtype: str, trained: bool, sharded: bool = False
+    outline: Outline,
+    options: LoraOptions,
+    quantization: str,
+    dtype: str,
+    trained: bool,
+    weights: str = "float32",
 ) -> nn.Module:
     """The outline's model as a stage holds it: with adapters, its base quantized, and the gradients it will have.
 
-    The model is changed. dtype: of the passes. trained: stage two; else stage one. sharded: it will lie in shards, in float32.
+    The model is changed. dtype: of the passes. trained: stage two; else stage one.
+    weights: precision of those that are trained, without adapters.
 
     Raises:
         ConfigError: peft is not installed, or the model has no such modules.
@@ -97,11 +103,11 @@ def held_for(
         model = lora.add_lora(model, "", options, 0, Silent())
     elif trained:
         frozen = set(beside_text(model))
-        for name, weight in model.to(torch.float32).named_parameters():
+        for name, weight in model.named_parameters():
             weight.requires_grad_(name not in frozen)
     for layer in layers:
         _quantize(layer, quantization, getattr(torch, dtype))
-    return hold_for(model, META, "float32" if sharded else dtype)
+    return hold_for(model, META, dtype, weights)
 
 
 def _quantize(layer: Any, quantization: str, dtype: torch.dtype) -> None:

@@ -1,7 +1,8 @@
 """In what precision the weights of a model are held for passes in a given one, and what else computes with such a model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,16 +11,20 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from minicache.errors import fits
-from minicache.models.quantized import quantized_layers
+from minicache.models.quantized import is_linear, quantized_layers
 
-# What may be asked of a weight without reading its numbers or their precision.
-SHAPES = {"device", "shape", "size", "dim", "ndim", "numel", "requires_grad", "is_cuda", "is_floating_point"}
+HALF = (torch.bfloat16, torch.float16)
+# What may be asked of a weight without reading its numbers or their precision; what is cast to float32 is the same from both.
+HARMLESS = {"float", "device", "shape", "size", "dim", "ndim", "numel", "requires_grad", "is_cuda", "is_floating_point"}
 
 
-def hold_for(model: nn.Module, device: torch.device, dtype: str) -> nn.Module:
+def hold_for(model: nn.Module, device: torch.device, dtype: str, trained: str = "float32") -> nn.Module:
     """The model on the device, in place, with its weights as passes in `dtype` need them: frozen ones in half precision or float32.
 
     Values are the stored ones, and so is all that the passes compute, bit for bit.
+
+    trained: precision of the weights that are trained, "float32" or that of the passes. In the latter, those of linear layers and
+    of plain embeddings are rounded to it, if they are stored wider; all others are float32.
 
     Raises:
         FullMemory: they do not fit on the device.
@@ -28,11 +33,17 @@ def hold_for(model: nn.Module, device: torch.device, dtype: str) -> nn.Module:
     with fits(
         f"a model of {count:,} parameters", "--parallel fsdp on several devices, --base-4bit, or a smaller model"
     ):
-        return _hold_for(model, device, dtype)
+        return _hold_for(model, device, getattr(torch, dtype), trained != "float32")
 
 
-def _hold_for(model: nn.Module, device: torch.device, dtype: str) -> nn.Module:
-    half = half_weights(model, getattr(torch, dtype))
+def _hold_for(model: nn.Module, device: torch.device, dtype: torch.dtype, narrow: bool) -> nn.Module:
+    experts = _stacked(model, dtype)
+    half = half_weights(model, dtype) | experts.keys()
+    if narrow:
+        half |= _may_be_half(model, [each for each in model.parameters() if each.requires_grad])
+        for parameter in model.parameters():
+            if id(parameter) in half:
+                parameter.data = parameter.data.to(dtype)
     # Not the model's own `to`, which transformers forbids for a quantized model. It is moved as it is stored: no process holds it
     # in float32 in the CPU's memory on its way to a GPU.
     nn.Module.to(model, device)
@@ -43,9 +54,18 @@ def _hold_for(model: nn.Module, device: torch.device, dtype: str) -> nn.Module:
         for tensor in own if module not in layers else [module.bias]:
             if tensor is not None and tensor.is_floating_point() and id(tensor) not in half:
                 tensor.data = tensor.data.float()
-        if type(module) is nn.Embedding and id(module.weight) in half:
-            module.register_forward_hook(_to_float32)
+    look_up_in_float32(model)
+    for module in {id(each): each for each in experts.values()}.values():
+        module.register_forward_pre_hook(_widen)
+        module.register_forward_hook(_narrow, always_call=True)
     return model
+
+
+def look_up_in_float32(model: nn.Module) -> None:
+    """Let the embeddings that are in half precision give float32."""
+    for module in model.modules():
+        if type(module) is nn.Embedding and module.weight.dtype in HALF:
+            vars(module)["forward"] = partial(_look_up, module)
 
 
 def to_float32(model: nn.Module, device: torch.device) -> nn.Module:
@@ -61,19 +81,74 @@ def half_weights(model: nn.Module, dtype: torch.dtype) -> set[int]:
     """
     if dtype == torch.float32:
         return set()
-    uses: dict[int, set[type[nn.Module]]] = {}
-    found: set[int] = set()
+    return _may_be_half(model, [each for each in model.parameters() if each.dtype == dtype and not each.requires_grad])
+
+
+def _stacked(model: nn.Module, dtype: torch.dtype) -> dict[int, nn.Module]:
+    """The experts of a mixture that lie in one parameter, frozen and stored in this precision: the parameter's id -> its module.
+
+    None where something is trained: a product with them keeps for backward what it multiplied by, the float32 copy.
+    """
+    if dtype == torch.float32 or any(each.requires_grad for each in model.parameters()):
+        return {}
+    owned = ((each, module) for module in model.modules() for each in module.parameters(recurse=False))
+    return {id(each): module for each, module in owned if each.ndim == 3 and each.dtype == dtype}
+
+
+def _widen(module: nn.Module, inputs: Any) -> None:
+    """Let a module's code find its stacked weights in float32: torch's grouped product does not follow autocast."""
+    for name, weight in module.named_parameters(recurse=False):
+        if weight.ndim == 3:
+            vars(module)[name] = weight.float()
+
+
+def _narrow(module: nn.Module, inputs: Any, output: Any) -> None:
+    for name, _ in module.named_parameters(recurse=False):
+        vars(module).pop(name, None)
+
+
+def _may_be_half(model: nn.Module, asked: Iterable[nn.Parameter]) -> set[int]:
+    """The ids of those of the parameters that only linear layers multiply by; an embedding may look up the same ones.
+
+    Of trained ones also those that an embedding alone looks up.
+    """
+    linear: set[int] = set()
+    others: set[int] = set()
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             # code of a subclass may do more with a weight than multiply by it
-            uses.setdefault(id(parameter), set()).add(type(module) if name == "weight" else nn.Module)
-            if parameter.dtype == dtype and not parameter.requires_grad:
-                found.add(id(parameter))
-    return {each for each in found if nn.Linear in uses[each] and uses[each] <= {nn.Linear, nn.Embedding}}
+            if name == "weight" and is_linear(module):
+                linear.add(id(parameter))
+            elif name != "weight" or type(module) is not nn.Embedding or module.max_norm is not None:
+                others.add(id(parameter))
+    return {id(each) for each in asked if id(each) not in others and (id(each) in linear or each.requires_grad)}
 
 
-def _to_float32(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-    return output.float()
+def _look_up(embedding: nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
+    """(..., width) float32. ids: (...), of an embedding in half precision."""
+    apply: Any = _LookUp.apply
+    found: torch.Tensor = apply(ids, embedding.weight, embedding.padding_idx)
+    return found
+
+
+class _LookUp(torch.autograd.Function):
+    """Rows of a table in half precision, as float32. The gradients of a row are added in float32, and rounded once.
+
+    In bfloat16 the sum over a frequent token would stand still: 256 + 1 is 256.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, ids: torch.Tensor, weight: torch.Tensor, padding: int | None) -> torch.Tensor:
+        found = functional.embedding(ids, weight)
+        ctx.save_for_backward(ids)
+        ctx.rows, ctx.dtype, ctx.padding = weight.shape[0], found.dtype, -1 if padding is None else padding
+        return found.float()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, torch.Tensor, None]:
+        (ids,) = ctx.saved_tensors
+        sums = torch.ops.aten.embedding_dense_backward(grads[0], ids, ctx.rows, ctx.padding, False)
+        return None, sums.to(ctx.dtype), None
 
 
 class Settling(TorchFunctionMode):
@@ -85,13 +160,17 @@ class Settling(TorchFunctionMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        half = half_weights(model, torch.bfloat16) | half_weights(model, torch.float16)
-        self.half = {id(each): each for each in model.parameters() if id(each) in half}
+        half = [each for each in model.parameters() if each.dtype in HALF]
+        may = _may_be_half(model, half) | {id(each) for each in half if each.ndim == 3}
+        self.half = {id(each): each for each in half if id(each) in may}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is functional.linear:
             args = (args[0], args[1].to(args[0].dtype), *args[2:])
-        elif func is not functional.embedding and _name(func) not in SHAPES:
+        elif func is torch.addmm:
+            # GPT-2's layer: (bias, hidden, weight)
+            args = (*args[:2], args[2].to(args[1].dtype))
+        elif func is not functional.embedding and _name(func) not in HARMLESS:
             for each in [*args, *(kwargs or {}).values()]:
                 if id(each) in self.half:
                     each.data = each.data.float()
@@ -109,7 +188,7 @@ def seen_in_float32(model: nn.Module) -> Iterator[None]:
 
     Cast to half precision and back, their first factors would be others.
     """
-    half = [each for each in model.parameters() if each.dtype in (torch.bfloat16, torch.float16)]
+    half = [each for each in model.parameters() if each.dtype in HALF]
     stored = [each.data for each in half]
     try:
         for each in half:

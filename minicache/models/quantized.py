@@ -53,7 +53,7 @@ def quantizable(model: nn.Module) -> dict[str, Any]:
     """The linear layers that `quantize` would convert, by name."""
     left_out = _left_out(model)
     return {
-        name: module for name, module in model.named_modules() if _is_linear(module) and _is_converted(name, left_out)
+        name: module for name, module in model.named_modules() if is_linear(module) and _is_converted(name, left_out)
     }
 
 
@@ -180,7 +180,8 @@ def _layer(bnb: Any, plain: Any, quantization: str) -> Any:
     return layer
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module is a linear layer: torch's, or GPT-2's, whose weight is transposed. Not a subclass."""
     from transformers.pytorch_utils import Conv1D
 
     return type(module) in (nn.Linear, Conv1D)

@@ -6,7 +6,7 @@ data/formats.py and trackers in trackers/, in dicts of the same kind.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -58,6 +58,7 @@ class OptimizerEntry:
 
     state_bytes: bytes of its state per trained parameter. package, extra: the package that it needs, and the extra of this
     distribution that installs it. by_name: its state is tensors by parameter name, which can be sharded. gpu_only: it needs a GPU.
+    alone: it works in one process only.
     """
 
     code: str
@@ -66,6 +67,7 @@ class OptimizerEntry:
     extra: str | None = None
     by_name: bool = False
     gpu_only: bool = False
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,23 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     "paged-adamw-8bit": OptimizerEntry(
         code=f"{_OPTIM}paged_adamw_8bit", state_bytes=2, package="bitsandbytes", extra="8bit", gpu_only=True
     ),
+    # none of it on the GPU
+    "adamw-cpu": OptimizerEntry(
+        code=f"{_OPTIM}adamw_on_cpu", state_bytes=0, package="torchao", extra="torchao", gpu_only=True, alone=True
+    ),
 }
+
+# With --weights bfloat16: each rounds what it adds to a weight stochastically, and holds its state in 8 bits.
+ROUNDING: dict[str, OptimizerEntry] = {
+    # scales of blocks of 256 numbers
+    "adamw": OptimizerEntry(
+        code=f"{_OPTIM}rounding_adamw", state_bytes=2 + 2 * 4 / 256, package="torchao", extra="torchao"
+    ),
+    "adamw-cpu": replace(OPTIMIZERS["adamw-cpu"], code=f"{_OPTIM}rounding_adamw_on_cpu"),
+}
+
+# Precision of the weights that are trained -> the optimizers that update them.
+WEIGHTS: dict[str, dict[str, OptimizerEntry]] = {"float32": OPTIMIZERS, "bfloat16": ROUNDING}
 
 # In the order in which `auto` tries them. Their logprobs are compared with those of `padded`.
 LAYOUTS: dict[str, LayoutEntry] = {

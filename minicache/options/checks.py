@@ -3,6 +3,8 @@
 import re
 
 from minicache.errors import ConfigError
+from minicache.options.catalog import WEIGHTS
+from minicache.options.declare import listed
 from minicache.options.where import Where, different
 
 
@@ -40,3 +42,29 @@ def check_caches(caches: list[tuple[Where, float | None]]) -> None:
         raise ConfigError("--ref-cache: a weight of 0 selects no pairs; expected one above 0, or leave the cache out")
     if not different(where for where, _ in caches):
         raise ConfigError("--ref-cache: one cache is named twice; expected different ones")
+
+
+def check_weights(weights: str, optimizer: str, adapters: bool, dtype: str = "auto", parallel: str = "ddp") -> None:
+    """Check what does not go with a precision of the weights that are trained.
+
+    dtype: of the passes; "auto" is not known yet. parallel: "ddp" too where there are no shards.
+
+    Raises:
+        ConfigError: something does not.
+    """
+    if weights == "float32":
+        return
+    begin = f"--weights {weights}:"
+    if adapters:
+        raise ConfigError(
+            f"{begin} is about training all weights; adapters are float32, and their base stays as it is stored: leave it out"
+        )
+    if optimizer not in WEIGHTS[weights]:
+        raise ConfigError(
+            f"--optimizer {optimizer}: does not round stochastically, and would lose updates to {weights} weights; with --weights "
+            f"{weights} expected {listed(WEIGHTS[weights], 'or')}, whose state is in 8 bits there"
+        )
+    if dtype not in ("auto", weights):
+        raise ConfigError(f"{begin} with passes in {dtype}; expected --dtype {weights}, or --weights float32")
+    if parallel != "ddp":
+        raise ConfigError(f"{begin} not with --parallel {parallel}; expected --parallel ddp, or --weights float32")

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from minicache.errors import ConfigError
 from minicache.options import texts
 from minicache.options.base import AS_STORED, BaseOptions
-from minicache.options.catalog import OPTIMIZERS, names_of
+from minicache.options.catalog import OPTIMIZERS, WEIGHTS, names_of
+from minicache.options.checks import check_weights
 from minicache.options.choices import DTYPES, MOST_LENGTH, PARALLEL
 from minicache.options.declare import check_options, needed, option
 from minicache.options.lora import NO_LORA, LoraOptions
@@ -32,6 +33,7 @@ class FitConfig:
     parallel: str = option("ddp", texts.PARALLEL, choices=lambda: PARALLEL)
     dtype: str = option("auto", "Precision of the passes: auto (bfloat16), {names}.", choices=lambda: DTYPES)
     optimizer: str = option("adamw", "As for train: {names}.", choices=names_of(OPTIMIZERS))
+    weights: str = option("float32", texts.WEIGHTS, choices=lambda: tuple(WEIGHTS))
     lora: LoraOptions = NO_LORA
     base: BaseOptions = AS_STORED
     trust_remote_code: bool = option(False, texts.TRUST)
@@ -39,6 +41,8 @@ class FitConfig:
     def __post_init__(self) -> None:
         check_options(self)
         self.sizes()
+        parallel = self.parallel if self.nproc > 1 else "ddp"
+        check_weights(self.weights, self.optimizer, self.lora.wanted, self.dtype, parallel)
         if self.lora.continue_adapter:
             raise ConfigError("--continue-adapter: fit counts new adapters; expected --lora-rank, the rank of that one")
         if self.base.quantization and self.parallel != "ddp" and self.nproc > 1:

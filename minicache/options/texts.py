@@ -10,6 +10,10 @@ SCRATCH = (
 )
 PARALLEL = "With several processes: ddp (a copy each), fsdp (shards), hybrid (shards in a node, a copy per node)."
 COMPILE = "torch.compile the decoder's layers; the first batches take long."
+WEIGHTS = (
+    "Precision of the policy's weights where all are trained: float32, or bfloat16, rounded stochastically, with AdamW's state in "
+    "8 bits (torchao)."
+)
 TOKENS_PER_BATCH = "Token slots of one forward pass. (Default: as many as fit in memory.)"
 AS_STAGE_ONE = "As for precompute-ref."
 COLUMNS = "Columns with other names, such as prompt=question,chosen=answers.0.text; a path leads into nested ones."

@@ -7,8 +7,8 @@ from minicache.data.columns import Reading
 from minicache.errors import ConfigError
 from minicache.options import texts
 from minicache.options.base import AS_STORED, BaseOptions, flag_of
-from minicache.options.catalog import DIVERGENCES, OPTIMIZERS, SCHEDULES, names_of
-from minicache.options.checks import check_caches
+from minicache.options.catalog import DIVERGENCES, OPTIMIZERS, SCHEDULES, WEIGHTS, names_of
+from minicache.options.checks import check_caches, check_weights
 from minicache.options.choices import DTYPES, LOGPS, ON_MAX_KL, PAIRS, PARALLEL, layout_help, layouts
 from minicache.options.declare import check_options, needed, option, options_of
 from minicache.options.lora import NO_LORA
@@ -168,11 +168,17 @@ class TrainConfig:
         panel=OPTIMIZER,
         least=0,
     )
-    optimizer: str = option("adamw", "{names} (bitsandbytes).", panel=OPTIMIZER, choices=names_of(OPTIMIZERS))
+    optimizer: str = option(
+        "adamw",
+        "{names}: state in 8 bits, in memory that CUDA pages (both bitsandbytes), or with the whole update on the CPU (torchao).",
+        panel=OPTIMIZER,
+        choices=names_of(OPTIMIZERS),
+    )
     weight_decay: float = option(0.0, "Weight decay of AdamW, on matrices only.", panel=OPTIMIZER, least=0)
     max_grad_norm: float = option(1.0, "Gradients are clipped to this norm; 0: no clipping.", panel=OPTIMIZER, least=0)
     lora: LoraOptions = NO_LORA
     base: BaseOptions = AS_STORED
+    weights: str = option("float32", texts.WEIGHTS, panel=MEMORY, choices=lambda: tuple(WEIGHTS))
     dtype: str = option("auto", texts.DTYPE, panel=MEMORY, choices=lambda: DTYPES)
     layout: str = option("auto", layout_help(), panel=MEMORY, choices=layouts)
     parallel: str = option("ddp", texts.PARALLEL, panel=MEMORY, choices=lambda: PARALLEL, movable=True)
@@ -236,6 +242,7 @@ class TrainConfig:
             )
         if self.activation_checkpointing and self.selective_checkpointing:
             raise ConfigError("--selective-checkpointing: expected it or --activation-checkpointing, got both")
+        check_weights(self.weights, self.optimizer, self.lora.wanted)
         if self.on_max_kl != "warn" and self.max_kl is None:
             raise ConfigError("--on-max-kl: is used with --max-kl only; expected both, got --on-max-kl alone")
         if self.warmup > 1 and self.warmup % 1:

@@ -176,7 +176,10 @@ def _head(scorer: Scorer, how: How) -> tuple[int, int, int]:
 def _of_embedding(scorer: Scorer, how: How) -> int:
     """The bytes of the embedding's gradient, which `_without_content` leaves out."""
     weight = scorer.model.get_input_embeddings().weight
-    return weight.numel() * weight.element_size() if how.training and weight.requires_grad and scorer.head else 0
+    if not (how.training and weight.requires_grad and scorer.head):
+        return 0
+    # of one in half precision, summed in float32 and then rounded
+    return int(weight.numel()) * (4 if weight.element_size() == 4 else 4 + int(weight.element_size()))
 
 
 class _HeadAside:

@@ -28,18 +28,23 @@ NO_PASS = Pass(NOTHING, NOTHING, NOTHING, slots=1)
 
 @dataclass(frozen=True)
 class Held:
-    """How a stage holds a model. trained: stage two. optimizer: for it. shards: devices that the model is cut over, or 1."""
+    """How a stage holds a model.
+
+    trained: stage two. optimizer: for it. weights: precision of those that are trained, without adapters. shards: devices that the
+    model is cut over, or 1.
+    """
 
     dtype: str
     lora: LoraOptions = NO_LORA
     quantization: str = ""
     trained: bool = False
     optimizer: str = "adamw"
+    weights: str = "float32"
     shards: int = 1
 
     def scorer(self, outline: Outline, longest: int) -> Scorer:
         """The scorer of a model without weights, which is changed, in the layout that takes least. longest: tokens of a side."""
-        model = held_for(outline, self.lora, self.quantization, self.dtype, self.trained, self.shards > 1)
+        model = held_for(outline, self.lora, self.quantization, self.dtype, self.trained, self.weights)
         scorer = Scorer(model, self.dtype, head_is_own=True)
         scorer.shards = self.shards
         try:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from minicache.models import layers_of
-from minicache.options.catalog import OPTIMIZERS
+from minicache.options.catalog import WEIGHTS
 from minicache.scoring.scorer import DTYPES, Scorer
 
 # What to try where memory is full.
@@ -129,17 +129,19 @@ def need_of(scorer: Scorer, passes: Pass, optimizer: str | None) -> Need:
 
     With DDP it is what one device alone needs: gradients lie in the buckets that are sent.
     """
-    weights = {id(each): each for each in scorer.parameters()}.values()
-    trained = sum(each.numel() for each in weights if each.requires_grad) if optimizer else 0
-    state = OPTIMIZERS[optimizer].state_bytes if optimizer else 0.0
-    if scorer.shards == 1:
-        return Need(float(bytes_of(weights)), 4.0 * trained, state * trained, 0.0, passes)
+    everything = {id(each): each for each in scorer.parameters()}.values()
+    trained = [each for each in everything if each.requires_grad] if optimizer else []
+    state, sharded = 0.0, scorer.shards > 1
+    if optimizer:
+        half = any(each.dtype == torch.bfloat16 for each in trained)
+        entry = WEIGHTS["bfloat16" if half else "float32"][optimizer]
+        state = entry.state_bytes * sum(each.numel() for each in trained)
     return Need(
-        weights=bytes_of(weights) / scorer.shards,
-        gradients=4 * trained / scorer.shards,
-        optimizer=state * trained / scorer.shards,
-        copies=_gathered(scorer, bool(optimizer)),
-        passes=_with_ends(scorer, passes, bool(optimizer)),
+        weights=bytes_of(everything) / scorer.shards,
+        gradients=bytes_of(trained) / scorer.shards,
+        optimizer=state / scorer.shards,
+        copies=_gathered(scorer, bool(optimizer)) if sharded else 0.0,
+        passes=_with_ends(scorer, passes, bool(optimizer)) if sharded else passes,
     )
 
 
@@ -152,7 +154,7 @@ def _ends(scorer: Scorer) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
 
 
 def _gathered(scorer: Scorer, training: bool) -> float:
-    """Bytes of the shards that FSDP gathers while layers compute: the root's in float32, and two layers in the passes' precision.
+    """Bytes of the shards that FSDP gathers while layers compute: the root's as held, and two layers in the passes' precision.
 
     While one layer computes, the next is gathered. In backward their gradients are there too, and in float32 while they are
     reduced; the root's gradients are whole until its backward ends.
@@ -163,7 +165,7 @@ def _gathered(scorer: Scorer, training: bool) -> float:
     size = DTYPES[scorer.dtype].itemsize
     largest = max(layers, key=lambda layer: sum(each.numel() for each in layer))
     trained = sum(each.numel() for each in largest if each.requires_grad)
-    total = 4.0 * sum(each.numel() for each in root) + 2.0 * size * sum(each.numel() for each in largest)
+    total = float(bytes_of(root)) + 2.0 * size * sum(each.numel() for each in largest)
     if training:
         total += 2 * 4 * sum(each.numel() for each in root if each.requires_grad) + (size + 4) * trained
     return total

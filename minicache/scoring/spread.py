@@ -19,7 +19,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from minicache.errors import ConfigError
 from minicache.models import layers_of
 from minicache.models.lora import adapt
-from minicache.models.precision import hold_for
+from minicache.models.precision import hold_for, look_up_in_float32
 from minicache.models.quantized import is_quantized
 from minicache.processes.world import World
 from minicache.scoring.head import Head
@@ -48,24 +48,24 @@ def refuse_quantized_shards(model: nn.Module | None, parallel: str, world: World
         raise ConfigError(f"--parallel {parallel}: quantized weights cannot be sharded; expected --parallel ddp")
 
 
-def spread(model: nn.Module | None, dtype: str, parallel: str, world: World) -> Scorer:
-    """The scorer of a model on this rank's device: with the whole model, or with this rank's shard of it, which is float32.
+def spread(model: nn.Module | None, dtype: str, parallel: str, world: World, weights: str = "float32") -> Scorer:
+    """The scorer of a model on this rank's device: with the whole model, or with this rank's shard of it.
 
-    model: needed on all ranks, or on rank 0 only if it is to be sharded.
+    model: needed on all ranks, or on rank 0 only if it is to be sharded. weights: precision of those that are trained.
 
     Raises:
         ConfigError: the model cannot be sharded, or the processes cannot be grouped as asked.
     """
     if not is_sharded(parallel, world):
         assert model is not None
-        scorer = world.each(lambda: Scorer(hold_for(model, world.device, dtype), dtype))
+        scorer = world.each(lambda: Scorer(hold_for(model, world.device, dtype, weights), dtype))
         # one way to compute logits, and one count of their memory
         if not all(world.together(lambda: scorer.head is not None)):
             scorer.head = None
         return scorer
     refuse_quantized_shards(model, parallel, world)
     mesh = _mesh(parallel, world)
-    plan = world.first(lambda: _describe(model))
+    plan = world.first(lambda: _describe(model, dtype))
     skeleton = world.each(lambda: _skeleton(plan))
     layers = layers_of(skeleton)
     if not layers:
@@ -175,10 +175,10 @@ def _mesh(parallel: str, world: World) -> DeviceMesh:
     return init_device_mesh(world.device.type, (world.size // local, local), mesh_dim_names=("nodes", "shards"))
 
 
-def _describe(model: nn.Module | None) -> dict[str, Any]:
-    """All that the other ranks need to build the same modules without weights. The model becomes float32."""
+def _describe(model: nn.Module | None, dtype: str) -> dict[str, Any]:
+    """All that the other ranks need to build the same modules without weights. The model is held for passes in `dtype`."""
     assert model is not None
-    model = model.to(torch.float32)
+    model = hold_for(model, torch.device("cpu"), dtype)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     head = probed(model)
     return {
@@ -189,6 +189,7 @@ def _describe(model: nn.Module | None) -> dict[str, Any]:
         "head_is_own": head is not None,
         "ends_apart": head is not None and _may_part(model, head),
         "trained": [name for name, parameter in model.named_parameters() if parameter.requires_grad],
+        "precision": {name: parameter.dtype for name, parameter in model.named_parameters()},
     }
 
 
@@ -202,6 +203,8 @@ def _skeleton(plan: dict[str, Any]) -> nn.Module:
     trained = set(plan["trained"])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
+        parameter.data = parameter.data.to(plan["precision"][name])
+    look_up_in_float32(model)
     return model
 
 

@@ -15,6 +15,7 @@ from minicache.models import layers_of
 from minicache.models.huggingface import quiet
 from minicache.models.outline import Outline, outline_of
 from minicache.options.base import flag_of
+from minicache.options.catalog import ROUNDING
 from minicache.options.declare import flag
 from minicache.options.fit import FitConfig, bytes_in
 from minicache.options.lora import NO_LORA, LoraOptions
@@ -81,12 +82,13 @@ class FitReport:
 
 @dataclass(frozen=True)
 class _Plan:
-    """A way before it is counted. trained: stage two."""
+    """A way before it is counted. trained: stage two. weights: precision of those that are trained, without adapters."""
 
     name: str
     trained: bool
     lora: LoraOptions = NO_LORA
     quantization: str = ""
+    weights: str = "float32"
 
 
 def fit(config: FitConfig, world: World, tracker: Tracker) -> FitReport:
@@ -127,7 +129,7 @@ def _memory(config: FitConfig) -> dict[str, float]:
 
 
 def _plans(config: FitConfig, outline: Outline) -> Iterator[_Plan]:
-    """The ways that were asked for; without a wish: all weights, adapters, adapters on 4 bits."""
+    """The ways that were asked for; without a wish: all weights, in both precisions, adapters, adapters on 4 bits."""
     asked, quantization = config.lora.wanted, config.base.quantization
     lora = config.lora if config.lora.lora_rank else LoraOptions(lora_rank=RANK)
     sharded = config.nproc > 1 and config.parallel != "ddp"
@@ -138,8 +140,12 @@ def _plans(config: FitConfig, outline: Outline) -> Iterator[_Plan]:
     for each in held:
         yield _Plan(f"the reference in {bits[each]}" if each else "the reference", False, NO_LORA, each)
     if not asked and not quantization and not outline.quantization:
-        yield _Plan("all weights", True)
-    for each in held:
+        if config.weights == "float32":
+            yield _Plan("all weights", True)
+        narrow = "" if sharded or config.optimizer not in ROUNDING else "bfloat16"
+        if config.dtype == narrow:
+            yield _Plan("all weights, in bfloat16", True, weights="bfloat16")
+    for each in held if config.weights == "float32" else []:
         on = f", base in {bits[each]}" if each else ""
         yield _Plan(f"adapters of rank {lora.lora_rank}{on}", True, lora, each)
 
@@ -151,6 +157,7 @@ def _scorer(config: FitConfig, outline: Outline, plan: _Plan) -> Scorer:
         lora=plan.lora,
         quantization=plan.quantization,
         trained=plan.trained,
+        weights=plan.weights,
         shards=config.nproc if sharded else 1,
     )
     return held.scorer(replace(outline, model=copy.deepcopy(outline.model)), config.max_length)
@@ -216,6 +223,8 @@ def _options(config: FitConfig, plan: _Plan, checkpointing: bool) -> tuple[str, 
             found.append(flag(item.name) if value is True else f"{flag(item.name)} {_quoted(str(value))}")
     if plan.quantization and not plan.trained:
         found.append(flag_of(plan.quantization))
+    if plan.weights != "float32":
+        found.append(f"--weights {plan.weights}")
     if plan.trained and config.optimizer != "adamw":
         found.append(f"--optimizer {config.optimizer}")
     if checkpointing:

@@ -21,7 +21,7 @@ from minicache.scoring.scorer import Scorer, resolve_dtype
 from minicache.scoring.spread import is_sharded, shards_of, spread
 from minicache.trackers import Tracker, TrackerGroup
 from minicache.training import checkpoints
-from minicache.training.checks import agree, check, handshake
+from minicache.training.checks import agree, check, handshake, require
 from minicache.training.lock import RunLock
 from minicache.training.loop import optimize
 from minicache.training.losses import Objective
@@ -80,6 +80,7 @@ def train_locked(config: TrainConfig, lock: RunLock, world: World, tracker: Trac
     if begun and begun.record.outcome:
         tracker.note(f"{config.out}: this run is finished; nothing to resume")
         return _report(config.out, begun.record)
+    world.each(lambda: require(config, world.device, world.size))
     step = begun.step if begun else None
     run, policy = _prepare(config, begun, world, tracker, sources)
     state = None if step is None else world.each(lambda: checkpoints.load(config.out, step))
@@ -170,6 +171,7 @@ def _require_room(config: TrainConfig, cache: ReferenceCache, table: PairTable, 
         quantization=world.each(lambda: quantization_for(config, cache)),
         trained=True,
         optimizer=config.optimizer,
+        weights=config.weights,
         shards=shards_of(config.parallel, world),
     )
     source = config.init_from or config.model or cache.log.model
@@ -185,7 +187,8 @@ def _load(
     is_mine = world.is_main or not is_sharded(config.parallel, world)
     step = begun.step if begun else None
     policy = world.each(lambda: load_policy(config, cache, step, tracker, sources) if is_mine else Policy(None))
-    return spread(policy.model, config.dtype, config.parallel, world), replace(policy, model=None)
+    scorer = spread(policy.model, config.dtype, config.parallel, world, config.weights)
+    return scorer, replace(policy, model=None)
 
 
 def _record(run: Run, policy: Policy, worst: float) -> RunRecord:

@@ -4,10 +4,14 @@ from hashlib import blake2b
 from itertools import islice
 from typing import Any
 
+import torch
+
 from minicache.cache.identity import TOLERANCE
 from minicache.errors import CacheMismatch, ConfigError
 from minicache.models.fingerprint import sampled_digest
-from minicache.options.catalog import OPTIMIZERS
+from minicache.options.catalog import OPTIMIZERS, WEIGHTS
+from minicache.options.checks import check_weights
+from minicache.options.train import TrainConfig
 from minicache.scoring.batching import by_length
 from minicache.scoring.compiled import require_compiler
 from minicache.scoring.handshake import check_reproduces, sample_differences
@@ -17,6 +21,26 @@ from minicache.training.order import global_batches
 from minicache.training.snapshot import pairs_of
 from minicache.training.state import Run
 from minicache.training.validation import require_per_token
+
+
+def require(config: TrainConfig, device: torch.device, processes: int) -> None:
+    """Check what depends on options and machine alone, before anything is loaded.
+
+    config: its --dtype is resolved. processes: of the run.
+
+    Raises:
+        ConfigError: options do not go together here, or a library is missing.
+    """
+    parallel, name = config.parallel if processes > 1 else "ddp", config.optimizer
+    if WEIGHTS[config.weights][name].alone:
+        for option, fits in (
+            (f"{processes} processes", processes == 1),
+            ("--dtype float16", config.dtype != "float16"),
+        ):
+            if not fits:
+                raise ConfigError(f"--optimizer {name}: not with {option}; expected adamw, or adamw-8bit")
+    check_weights(config.weights, config.optimizer, config.lora.wanted, config.dtype, parallel)
+    require_optimizer(config.optimizer, config.weights, device)
 
 
 def agree(run: Run, state: dict[str, Any] | None) -> None:
@@ -50,7 +74,6 @@ def check(run: Run, state: dict[str, Any] | None) -> None:
     if run.scorer.lockstep:
         _check_sharded(run)
     require_per_token(run.cache, run.objective.options)
-    require_optimizer(run.config.optimizer, run.world.device)
     if run.config.compile:
         require_compiler(run.world.device)
     if name := run.objective.over_the_batch:

@@ -9,7 +9,7 @@ from minicache.errors import RunDiverged
 from minicache.trackers import Tracker
 from minicache.training.speed import memory_gb, peak_flops
 from minicache.training.state import Run, Training
-from minicache.training.step import beta_of, is_logged
+from minicache.training.step import beta_of, is_logged, learning_rate_of
 
 
 def log_step(run: Run, training: Training, norm: torch.Tensor, tracker: Tracker) -> str | None:
@@ -52,7 +52,7 @@ def _metrics(run: Run, training: Training, norm: torch.Tensor) -> dict[str, floa
     metrics = training.means.reduce(run.world)
     progress.seconds += time.monotonic() - started
     metrics |= {
-        "lr": training.optimizer.param_groups[0]["lr"],
+        "lr": learning_rate_of(run, step),
         "beta": beta_of(run, step),
         "grad_norm": run.world.sum(norm.double().reshape(1)).item() / run.world.size,
         "epoch": progress.step / -(-len(run.training) // config.batch_size),

@@ -1,14 +1,20 @@
 """The optimizers that options/catalog.py names."""
 
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import blake2b
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._triton import has_triton
 
 from minicache.errors import ConfigError
-from minicache.options.catalog import OPTIMIZERS, code_of
+from minicache.options.catalog import OPTIMIZERS, WEIGHTS, code_of
 
 Groups = list[dict[str, Any]]
 
@@ -34,27 +40,123 @@ def _from_bitsandbytes(name: str, groups: Groups, lr: float) -> torch.optim.Opti
     return made
 
 
-def require_optimizer(name: str, device: torch.device) -> None:
+def rounding_adamw(groups: Groups, lr: float) -> torch.optim.Optimizer:
+    """AdamW with its state in 8 bits, whose result is rounded to bfloat16 up or down, by chance, so that the mean is exact.
+
+    Weights in float32 are updated as usual. Within `rounding_of` the chance is the same on all ranks and after --resume.
+    Source: Zamirai et al. 2020, Revisiting BFloat16 Training, arXiv:2010.06192; the state is that of `adamw_8bit`.
+    """
+    made: torch.optim.Optimizer = _torchao().AdamW8bit(groups, lr=lr, bf16_stochastic_round=True)
+    return made
+
+
+def adamw_on_cpu(groups: Groups, lr: float) -> torch.optim.Optimizer:
+    """AdamW with its state and its update in the CPU's memory. Source: Ren et al. 2021, ZeRO-Offload, arXiv:2101.06840.
+
+    A copy of the weights and the gradients lies there too. Small weights are updated on the device. The device keeps its gradients:
+    they are accumulated, and clipped when all are known.
+    """
+    made: torch.optim.Optimizer = _torchao().CPUOffloadOptimizer(groups, torch.optim.AdamW, lr=lr)
+    return made
+
+
+def rounding_adamw_on_cpu(groups: Groups, lr: float) -> torch.optim.Optimizer:
+    """`rounding_adamw` in the CPU's memory, as `adamw_on_cpu`."""
+    library = _torchao()
+    made: torch.optim.Optimizer = library.CPUOffloadOptimizer(
+        groups, library.AdamW8bit, lr=lr, bf16_stochastic_round=True
+    )
+    return made
+
+
+def _torchao() -> Any:
+    """The library's optimizers. By this import torch can also read their state."""
+    logger, before = logging.getLogger("torchao"), logging.getLogger("torchao").level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # of kernels for other machines, which it does not find here
+        logger.setLevel(logging.ERROR)
+        try:
+            return import_module("torchao.optim")
+        finally:
+            logger.setLevel(before)
+
+
+def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Let the optimizer go on from this state. Raises ValueError, KeyError, TypeError, AttributeError: it is of another one."""
+    optimizer.load_state_dict(state)
+    inner = getattr(optimizer, "d_opt", None)
+    if isinstance(inner, torch.optim.Optimizer):
+        # torchao's shows the groups from before, of which no step reads the learning rate any more
+        vars(optimizer)["d_param_groups"] = inner.param_groups
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Let the next step take this learning rate. torchao's optimizers hold it as a tensor, so that they compile once."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+@contextmanager
+def rounding_of(seed: int, step: int, device: torch.device) -> Iterator[None]:
+    """Within it the chance of `rounding_adamw` is a function of seed and step alone.
+
+    The library compiles its update, which fuses it. Without Triton, on a CPU, it runs as it is: nothing has to be compiled first.
+    """
+    digest = blake2b(f"{seed} {step}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "big") >> 1)
+    fused = device.type == "cuda" and has_triton()
+    with torch.compiler.set_stance("default" if fused else "force_eager"):
+        yield
+
+
+def clip(optimizer: torch.optim.Optimizer, most: float) -> torch.Tensor:
+    """Scale the gradients so that their norm is at most this; returns the norm before, float32, as a tensor."""
+    if stream := getattr(optimizer, "stream", None):
+        # on which torchao copies gradients to the CPU; what it then updates, and what its groups hold, are those
+        stream.synchronize()
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    gradients = [each.grad for each in parameters if each.grad is not None]
+    if all(each.dtype == torch.float32 for each in gradients):
+        found: torch.Tensor = torch.nn.utils.clip_grad_norm_(parameters, most)
+        return found
+    # torch's own would round the norm of each to its precision
+    norms = [torch.linalg.vector_norm(each, dtype=torch.float32).to(gradients[0].device) for each in gradients]
+    norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
+    return norm
+
+
+def require_optimizer(name: str, weights: str, device: torch.device) -> None:
     """Raises ConfigError: the optimizer's library is not installed, or has nothing for this kind of device."""
-    entry = OPTIMIZERS[name]
+    entry = WEIGHTS[weights][name]
     if entry.package and find_spec(entry.package) is None:
-        raise ConfigError(f"--optimizer {name}: needs another package: pip install 'minidpo[{entry.extra}]'")
+        option = f"--optimizer {name}" if weights == "float32" else f"--weights {weights}"
+        raise ConfigError(f"{option}: needs another package: pip install 'minidpo[{entry.extra}]'")
+    if entry.package == "torchao":
+        _torchao()
     if entry.package == "bitsandbytes" and device.type not in ("cpu", "cuda", "xpu"):
         raise ConfigError(f"--optimizer {name}: bitsandbytes has none for {device.type}; expected adamw")
     if entry.gpu_only and device.type != "cuda":
         others = " or ".join(each for each, one in OPTIMIZERS.items() if not one.gpu_only)
-        raise ConfigError(f"--optimizer {name}: pages a GPU's memory, and there is no GPU; expected {others}")
+        raise ConfigError(f"--optimizer {name}: frees a GPU's memory, and there is no GPU; expected {others}")
 
 
-def make_optimizer(model: nn.Module, name: str, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: nn.Module, name: str, lr: float, weight_decay: float, weights: str = "float32"
+) -> torch.optim.Optimizer:
     """The optimizer of this name for the trainable parameters, with betas 0.9 and 0.999.
 
-    Weight decay acts on matrices only, not on norms and biases. `require_optimizer` checks what the optimizer needs.
+    weights: their precision, a name in WEIGHTS. Weight decay acts on matrices only, not on norms and biases. `require_optimizer`
+    checks what the optimizer needs.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [parameter for parameter in parameters if parameter.ndim >= 2], "weight_decay": weight_decay},
         {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
     ]
-    made: torch.optim.Optimizer = code_of(OPTIMIZERS[name])([group for group in groups if group["params"]], lr)
+    made: torch.optim.Optimizer = code_of(WEIGHTS[weights][name])([group for group in groups if group["params"]], lr)
     return made

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from minicache.cache.reader import ReferenceCache
@@ -21,7 +20,7 @@ from minicache.training.adapters import with_adapters
 
 @dataclass(frozen=True)
 class Policy:
-    """A model to train, float32.
+    """A model to train, its weights as they are stored.
 
     started_from: name of the model it started from. stored_dtype: precision in which that model's weights are stored.
     quantization: in which its linear layers are held, if they are not stored so.
@@ -80,7 +79,7 @@ def load_policy(
             f"{loaded.source}: its weights are quantized, which cannot be trained; adapters on them can: add --lora-rank 16, or "
             "expected an unquantized copy of the model"
         )
-    return Policy(_trainable(loaded.model.to(torch.float32)), source, stored)
+    return Policy(_trainable(loaded.model), source, stored)
 
 
 def _trainable(model: nn.Module) -> nn.Module:

@@ -1,18 +1,19 @@
 """The content of a checkpoint: collected from a training under way, and restored into a new one."""
 
 from dataclasses import asdict
+from io import BytesIO
 from typing import Any
 
 import torch
 
 from minicache.errors import fits
 from minicache.models import save_model
-from minicache.options.catalog import OPTIMIZERS
+from minicache.options.catalog import WEIGHTS
 from minicache.processes.world import World
 from minicache.scoring.memory import TO_TRAIN
 from minicache.training import checkpoints
 from minicache.training.metrics import Means
-from minicache.training.optim import make_optimizer
+from minicache.training.optim import load_state, make_optimizer
 from minicache.training.pool import digest_of
 from minicache.training.progress import Progress
 from minicache.training.shards import optimizer_tensors, set_optimizer_tensors, trainable, whole_weights
@@ -26,7 +27,7 @@ def begin(run: Run, resumed: dict[str, Any] | None) -> Training:
         OutputError: the checkpoint cannot be read.
     """
     config, device = run.config, run.world.device
-    optimizer = make_optimizer(run.scorer.model, config.optimizer, config.lr, config.weight_decay)
+    optimizer = make_optimizer(run.scorer.model, config.optimizer, config.lr, config.weight_decay, config.weights)
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
     means, progress = Means(device), Progress()
     if resumed:
@@ -53,7 +54,7 @@ def _restore_optimizer(run: Run, optimizer: torch.optim.Optimizer, step: int, st
     """Load the optimizer's state from the checkpoint of a step. Raises OutputError: it cannot be read."""
     if state["optimizer"]:
         try:
-            optimizer.load_state_dict(state["optimizer"])
+            load_state(optimizer, state["optimizer"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise checkpoints.unreadable(checkpoints.place(run.config.out, step), error) from error
     elif step:
@@ -84,9 +85,9 @@ def _save(run: Run, training: Training) -> None:
     progress, config = training.progress, run.config
     sums = run.world.sum(training.means.sums.clone())
     progress.saved = progress.step
-    by_name = OPTIMIZERS[config.optimizer].by_name
+    by_name = WEIGHTS[config.weights][config.optimizer].by_name
     state = {
-        "optimizer": None if by_name else training.optimizer.state_dict(),
+        "optimizer": None if by_name else _kept(training.optimizer.state_dict(), config.async_save),
         "scaler": training.scaler.state_dict(),
         "progress": asdict(progress),
         "means": sums.cpu(),
@@ -104,6 +105,18 @@ def _save(run: Run, training: Training) -> None:
         lambda place: save_model(model, tokenizer, place, weights),
         lambda steps: (*steps[-config.keep_last :], *best),
     )
+
+
+def _kept(state: dict[str, Any], copied: bool) -> dict[str, Any]:
+    """An optimizer's state, as a copy in the CPU's memory where training goes on while it is written."""
+    if not copied:
+        return state
+    # not all kinds of tensors can be cloned, but all can be saved
+    with BytesIO() as file:
+        torch.save(state, file)
+        file.seek(0)
+        made: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    return made
 
 
 def pairs_of(run: Run) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from minicache.scoring.batch import Batch
 from minicache.scoring.batching import Indices, by_length
 from minicache.scoring.probe import own_errors
 from minicache.training.losses import Objective
+from minicache.training.optim import clip, rounding_of, set_learning_rate
 from minicache.training.order import global_batches, shares
 from minicache.training.schedules import beta_at, learning_rate
 from minicache.training.speed import peak_flops, step_flops
@@ -32,6 +33,12 @@ def is_logged(run: Run, step: int) -> bool:
 def beta_of(run: Run, step: int) -> float:
     """The beta of a step, counted from 0."""
     return beta_at(step, run.steps, run.config.beta, run.config.beta_end)
+
+
+def learning_rate_of(run: Run, step: int) -> float:
+    """The learning rate of a step, counted from 0."""
+    config = run.config
+    return learning_rate(step, run.steps, config.lr, config.schedule, config.warmup, config.min_lr)
 
 
 @dataclass(frozen=True)
@@ -77,16 +84,14 @@ def plan(run: Run, first_step: int) -> Iterator[Share]:
 def take_step(run: Run, training: Training, mine: Share) -> torch.Tensor:
     """Take one optimizer step; returns the gradient's norm before clipping, as a tensor: nothing waits for the device."""
     config, optimizer, scaler, step = run.config, training.optimizer, training.scaler, training.progress.step
-    lr = learning_rate(step, run.steps, config.lr, config.schedule, config.warmup, config.min_lr)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    set_learning_rate(optimizer, learning_rate_of(run, step))
     _accumulate(run, training, replace(run.objective, beta=beta_of(run, step)), mine)
     scaler.unscale_(optimizer)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     # --max-grad-norm 0 clips nothing, but the norm is logged.
-    norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
+    norm = clip(optimizer, config.max_grad_norm or math.inf)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    scaler.step(optimizer)
+    with rounding_of(config.seed, step, run.world.device) if config.weights != "float32" else nullcontext():
+        scaler.step(optimizer)
     scaler.update()
     # DDP's gradients stay in its buckets
     optimizer.zero_grad(set_to_none=not isinstance(training.forward, DistributedDataParallel))

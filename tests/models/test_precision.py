@@ -23,6 +23,7 @@ from minicache.trackers import Silent
 from tests.conftest import precompute_into, tiny_llama
 from tests.training.test_resume import assert_same_run, killed_at, run
 from tests.zoo.half import compare_half
+from tests.zoo.shards import in_shards
 
 CPU = torch.device("cpu")
 BFLOAT16 = torch.bfloat16
@@ -190,3 +191,79 @@ def test_a_loaded_model_is_held_as_it_is_stored(twins: list[Path]) -> None:
     assert load_model(str(twins[0])).fingerprint == before
     weight: Any = scorer.model.model.layers[0].mlp.up_proj.weight
     assert weight.dtype == BFLOAT16
+
+
+# a skeleton of a model that was never loaded has no name
+@pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path`")
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_shards_too_hold_weights_as_they_are_stored(adapted: bool, tied: bool) -> None:
+    """Each layer is gathered in the precision of the passes: the same bits as from shards in float32. On a mesh of this process."""
+    found = {}
+    for dtype in (BFLOAT16, torch.float32):
+        model = stored_in(BFLOAT16, tied).to(dtype)
+        model = add_lora(model, "base", LoraOptions(lora_rank=2), 0, Silent()) if adapted else model
+        with in_shards(model, "bfloat16") as scorer:
+            sizes = {each.element_size() for each in scorer.parameters() if each.ndim == 2 and not each.requires_grad}
+            scores = scorer(scorer.layout.make(table(), np.arange(4)), distribution=True)
+            if adapted:
+                scores.logp_sum.sum().backward()
+            trained: Any = [each for each in scorer.parameters() if each.requires_grad]
+            gradients = [each.grad.full_tensor() for each in trained]
+        found[dtype] = (sizes, [scores.token_logps.detach(), scores.entropy, *gradients])
+    assert found[BFLOAT16][0] == ({2} if tied else {2, 4}) and found[torch.float32][0] == {4}
+    assert len(found[BFLOAT16][1]) == (2 + 28 if adapted else 2)
+    assert all(torch.equal(*pair) for pair in zip(found[BFLOAT16][1], found[torch.float32][1], strict=True))
+
+
+def test_the_transposed_layers_of_gpt2_stay_in_half_precision() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3)
+    found = compare_half(GPT2LMHeadModel(config), table())
+    assert found["scores"] == [] and found["gradients"] == []
+    # all but positions, norms and biases
+    assert found["share"] > 0.9
+
+
+def mixture() -> Any:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=64,
+        moe_intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=8,
+        num_experts_per_tok=2,
+        initializer_range=0.3,
+    )
+    return Qwen3MoeForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["grouped_mm", "eager"])
+def test_experts_stay_in_half_precision_where_nothing_is_trained(kind: str) -> None:
+    """torch's grouped product has no autocast: it computes in float32, from weights that are cast in each pass."""
+    model = mixture()
+    model.config._experts_implementation = kind
+    found = compare_half(model, table())
+    assert found["scores"] == [] and found["gradients"] == []
+    assert found["share"] > 0.8
+    held = hold_for(mixture().to(BFLOAT16).requires_grad_(False), CPU, "bfloat16")
+    scorer = Scorer(held, "bfloat16")
+    with torch.no_grad():
+        scorer(scorer.layout.make(table(), np.arange(4)))
+    experts: Any = held.get_submodule("model.layers.0.mlp.experts")
+    assert experts.gate_up_proj.dtype == experts.down_proj.dtype == BFLOAT16
+    assert "gate_up_proj" not in vars(experts)
+
+
+def test_experts_under_adapters_are_float32() -> None:
+    adapted = add_lora(mixture().to(BFLOAT16).requires_grad_(False), "base", LoraOptions(lora_rank=2), 0, Silent())
+    held = hold_for(adapted, CPU, "bfloat16")
+    assert {each.dtype for each in held.parameters() if each.ndim == 3} == {torch.float32}

@@ -13,6 +13,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from minicache.errors import FullMemory
+from minicache.models.fingerprint import fingerprint
 from minicache.options.dictionaries import fill
 from minicache.options.stage_one import PrecomputeConfig
 from minicache.options.train import TrainConfig
@@ -65,12 +66,29 @@ def see_all_refuse(config: TrainConfig) -> None:
             train(config, world, Silent())
 
 
+def see_same_weights(config: TrainConfig) -> None:
+    """Take steps with DDP, and compare every bit of the weights after each."""
+    run, _ = _prepare(config, None, world, Silent(), FROM_DISK)
+    training = begin(run, None)
+    seen = {fingerprint(run.scorer.model)}
+    # what a process drew before must not matter
+    torch.manual_seed(world.rank)
+    for mine in islice(plan(run, 0), 3):
+        steps.take_step(run, training, mine)
+        training.progress.step += 1
+        (digest,) = world.agree(lambda: {"weights": fingerprint(run.scorer.model)}).values()
+        assert digest not in seen
+        seen.add(digest)
+
+
 world = join_world()
 for stage, options in json.loads(Path(sys.argv[1]).read_text()):
     if stage == "buckets":
         see_one_copy(fill(TrainConfig, options))
     elif stage == "refused":
         see_all_refuse(fill(TrainConfig, options))
+    elif stage == "weights":
+        see_same_weights(fill(TrainConfig, options))
     elif stage == "train":
         train(fill(TrainConfig, options), world, Silent())
     else:

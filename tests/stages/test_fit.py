@@ -62,6 +62,12 @@ def test_weights_gradients_and_optimizer_are_those_of_the_parameters(report: Fit
     assert (whole.weights, whole.gradients, whole.optimizer, whole.copies) == tuple(
         factor * report.parameters for factor in (4, 4, 8, 0)
     )
+    narrow = way(report, "all weights, in bfloat16")
+    # norms are float32, and scales of the state stand beside its 8 bits
+    assert narrow.gradients == narrow.weights < 2.03 * report.parameters
+    assert narrow.optimizer == (2 + 1 / 32) * report.parameters
+    assert "--weights bfloat16" in narrow.commands["24GB"]
+    assert narrow.fixed < 0.1 * whole.fixed
     adapters = way(report, "adapters of rank 16")
     assert 0 < adapters.gradients < 0.5 * whole.gradients and adapters.optimizer == 2 * adapters.gradients
     four = way(report, "adapters of rank 16, base in 4 bits")
@@ -119,6 +125,10 @@ def test_only_what_is_asked_for_is_counted(config_only: Path) -> None:
     assert {each.name for each in report.ways} == {"the reference in 8 bits", "adapters of rank 2, base in 8 bits"}
     report = found(asked)
     assert {each.name for each in report.ways} == {"the reference", "adapters of rank 2"}
+    report = found(replace(asked, lora=LoraOptions(), weights="bfloat16", optimizer="adamw-cpu"))
+    narrow = way(report, "all weights, in bfloat16")
+    assert narrow.optimizer == 0 and "--weights bfloat16 --optimizer adamw-cpu" in narrow.commands["24GB"]
+    assert not any(each.name in ("all weights", "adapters of rank 16") for each in report.ways)
 
 
 @pytest.mark.parametrize("quantization", ["nf4-double", "int8"])

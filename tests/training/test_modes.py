@@ -192,7 +192,7 @@ def test_what_a_mode_needs_is_asked_for_before_the_run_is_made(
     ref_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not torch.cuda.is_available():
-        with pytest.raises(ConfigError, match="paged-adamw-8bit: pages a GPU's memory, and there is no GPU; expected"):
+        with pytest.raises(ConfigError, match="paged-adamw-8bit: frees a GPU's memory, and there is no GPU; expected"):
             run(ref_cache, tmp_path / "run", optimizer="paged-adamw-8bit")
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ConfigError, match=r"--optimizer adamw-8bit: .* pip install 'minidpo\[8bit\]'"):
