@@ -88,7 +88,7 @@ MISTAKES = {
     "targets misspelt": (["--lora-rank", "2", "--lora-targets", "q_prj"], "no linear modules named q_prj; expected"),
     "optimizer": (
         ["--optimizer", "adam"],
-        "--optimizer: expected one of adamw, adamw-8bit, paged-adamw-8bit, got 'adam'",
+        "--optimizer: expected one of adamw, adamw-8bit, paged-adamw-8bit, adamw-cpu, got 'adam'",
     ),
     "loss": (["--loss", "dpo"], "--loss: expected sigmoid, robust,"),
     "schedule": (["--schedule", "cos"], "--schedule: expected one of cosine, linear,"),
