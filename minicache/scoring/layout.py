@@ -45,8 +45,8 @@ def settle_layout(scorer: Scorer, table: PairTable, asked: str, world: World, tr
     trial = _Trial(scorer, table, world.device)
     problems: list[str] = []
     for name in LAYOUTS if asked == "auto" else (asked,):
-        found = []
-        for kernel in trial.kernels(name):
+        found, kernels = [], trial.kernels(name)
+        for kernel in kernels:
             problem = _weakest(world, world.together(partial(trial.problem, name, kernel), meets))
             log.debug("layout %s, attention by %s: %s", name, kernel or "the model's own", problem or "used")
             if problem is None:
@@ -61,7 +61,7 @@ def settle_layout(scorer: Scorer, table: PairTable, asked: str, world: World, tr
                     )
                 return
             trial.go_back()
-            found.append(f"attention by {kernel}: {problem}" if kernel else problem)
+            found.append(f"attention by {kernel}: {problem}" if len(kernels) > 1 else problem)
         problem = "; ".join(dict.fromkeys(found))
         problems.append(f"layout {name} is not used: {problem}")
     raise ConfigError(f"--layout {asked}: cannot be used with this model: {problem}; expected auto or padded")

@@ -17,7 +17,7 @@ NEEDED = ("ref_cache", "out")
 # Options that 0.1.0 did not have: they are written only where they say something.
 LATER = (
     *("columns", "ignore_fields", "row_pairs", "base_4bit", "base_8bit"),
-    *("lora_rslora", "lora_dora", "lora_dropout", "continue_adapter", "weights"),
+    *("lora_rslora", "lora_dora", "lora_dropout", "continue_adapter", "weights", "selective_checkpointing"),
 )
 # The defaults of the options. A record that lacks an option is of an earlier version, which behaved as by the default.
 DEFAULTS = {

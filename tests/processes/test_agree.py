@@ -115,7 +115,7 @@ def test_a_full_memory_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatc
     scorer = Scorer(model, "float32")
     attention = model.config._attn_implementation
 
-    def fail(trial: Any, name: str) -> None:
+    def fail(trial: Any, name: str, kernel: str) -> None:
         trial.scorer.use_layout("packed")
         trial.scorer(trial._batch(name, trial.shortest)).logp_sum.sum().backward()
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")

@@ -109,7 +109,7 @@ def test_a_kernel_with_other_gradients_is_not_used_by_either_stage(monkeypatch: 
         varlen.wrong[0] = 1.03
         scorer, _ = settled(model, monkeypatch, "varlen", "spans")
         assert (scorer.layout_name, scorer.kernel) == ("packed", "spans")
-        scorer, notes = settled(model, monkeypatch, "varlen")
+        scorer, notes = settled(model, monkeypatch, "varlen", "varlen")
         assert scorer.layout_name == "shared"
         assert re.search(
             r"layout packed is not used: attention by varlen: its gradients of the query differ .* by 0.03", notes[0]

@@ -78,7 +78,7 @@ def test_utilisation_is_of_all_devices(size: int, monkeypatch: pytest.MonkeyPatc
     config = SimpleNamespace(
         dtype="bfloat16", batch_size=4, log_every=1, beta=0.1, beta_end=None, max_kl=None, on_max_kl="warn"
     )
-    world = SimpleNamespace(size=size, device=torch.device("cpu"))
+    world = SimpleNamespace(size=size, device=torch.device("cpu"), sum=lambda values: values * size)
     run = SimpleNamespace(config=config, world=world, steps=10, training=range(8))
     progress = Progress(step=1, seconds=1000.0, tokens=5000, flops=4e15)
     training = SimpleNamespace(
