@@ -76,7 +76,17 @@ def test_utilisation_is_of_all_devices(size: int, monkeypatch: pytest.MonkeyPatc
     """FLOPs are counted over the whole batch, whoever computed them."""
     monkeypatch.setattr(log_lines, "peak_flops", lambda device, dtype: 2e12)
     config = SimpleNamespace(
-        dtype="bfloat16", batch_size=4, log_every=1, beta=0.1, beta_end=None, max_kl=None, on_max_kl="warn"
+        dtype="bfloat16",
+        batch_size=4,
+        log_every=1,
+        lr=1e-3,
+        schedule="constant",
+        warmup=0.0,
+        min_lr=0.0,
+        beta=0.1,
+        beta_end=None,
+        max_kl=None,
+        on_max_kl="warn",
     )
     world = SimpleNamespace(size=size, device=torch.device("cpu"), sum=lambda values: values * size)
     run = SimpleNamespace(config=config, world=world, steps=10, training=range(8))
@@ -84,7 +94,6 @@ def test_utilisation_is_of_all_devices(size: int, monkeypatch: pytest.MonkeyPatc
     training = SimpleNamespace(
         progress=progress,
         means=SimpleNamespace(reduce=lambda world: {"loss": 0.5, "kl": 0.0}),
-        optimizer=SimpleNamespace(param_groups=[{"lr": 1e-3}]),
         scaler=torch.amp.GradScaler("cpu", enabled=False),
     )
     logged: list[dict[str, float]] = []
