@@ -104,13 +104,17 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def rounding_of(seed: int, step: int, device: torch.device) -> Iterator[None]:
     """Within it the chance of `rounding_adamw` is a function of seed and step alone.
 
-    The library compiles its update, which fuses it. Without Triton, on a CPU, it runs as it is: nothing has to be compiled first.
+    The library compiles its update, which fuses it. Where there is no Triton it runs as it is: nothing has to be compiled first.
     """
     digest = blake2b(f"{seed} {step}".encode(), digest_size=8).digest()
     torch.manual_seed(int.from_bytes(digest, "big") >> 1)
-    fused = device.type == "cuda" and has_triton()
-    with torch.compiler.set_stance("default" if fused else "force_eager"):
+    with torch.compiler.set_stance("default" if fuses(device) else "force_eager"):
         yield
+
+
+def fuses(device: torch.device) -> bool:
+    """Whether the update is compiled."""
+    return device.type == "cuda" and has_triton()
 
 
 def clip(optimizer: torch.optim.Optimizer, most: float) -> torch.Tensor:
