@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-import psutil
-
 
 def free_bytes_here() -> float:
     """Free bytes of the machine's memory that this process may use."""
+    # not at the top: errors.py, which all commands import, is above this module
+    import psutil
+
     return min(float(psutil.virtual_memory().available), job_bytes())
 
 

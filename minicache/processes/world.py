@@ -51,6 +51,11 @@ class World:
         """Whether this is rank 0."""
         return self.rank == 0
 
+    @property
+    def local_size(self) -> int:
+        """The number of processes on this machine, which share its memory."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+
     # --- decisions ---
 
     def together(self, work: Callable[[], T], meets: bool = False) -> list[T]:

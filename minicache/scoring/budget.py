@@ -1,7 +1,6 @@
 """The token slots of one pass, from the free memory and from what the model needs, the same on all processes of a run."""
 
 import logging
-import os
 
 import numpy as np
 import torch
@@ -41,7 +40,7 @@ def training_budget(
     Raises:
         ModelError: the longest pair does not fit in memory.
     """
-    return _budget(scorer, table, optimizer, _training(scorer, checkpointing, world), world, tracker)
+    return _budget(scorer, table, optimizer, _how(scorer, world, True, checkpointing), world, tracker)
 
 
 def scoring_budget(scorer: Scorer, table: PairTable, world: World, tracker: Tracker) -> int:
@@ -52,8 +51,7 @@ def scoring_budget(scorer: Scorer, table: PairTable, world: World, tracker: Trac
     Raises:
         ModelError: the longest pair does not fit in memory.
     """
-    how = How(training=False, kind=world.device.type, sharded=scorer.shards > 1)
-    return _budget(scorer, table, None, how, world, tracker)
+    return _budget(scorer, table, None, _how(scorer, world, training=False), world, tracker)
 
 
 def layers_that_fit(
@@ -63,14 +61,16 @@ def layers_that_fit(
 
     Their activations fit beside all else of a micro-batch of so many token slots. See `checkpoint_activations`.
     """
-    count, local = len(layers_of(scorer.model)), int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+    count = len(layers_of(scorer.model))
 
     def find() -> int:
         least, most = (
-            need_of(scorer.outline, _passes_of(scorer, table, _training(scorer, again, world), world.device), optimizer)
+            need_of(
+                scorer.outline, _passes_of(scorer, table, _how(scorer, world, True, again), world.device), optimizer
+            )
             for again in (True, False)
         )
-        room = RESERVE * free_bytes(world.device, local) - least.state - least.passes.bytes(slots)
+        room = RESERVE * free_bytes(world.device, world.local_size) - least.state - least.passes.bytes(slots)
         a_layer = (most.passes.bytes(slots) - least.passes.bytes(slots)) / max(count, 1)
         return max(0, min(count, int(room / max(a_layer, 1))))
 
@@ -79,17 +79,16 @@ def layers_that_fit(
     return kept
 
 
-def _training(scorer: Scorer, checkpointing: bool, world: World) -> How:
-    return How(training=True, checkpointing=checkpointing, kind=world.device.type, sharded=scorer.shards > 1)
+def _how(scorer: Scorer, world: World, training: bool, checkpointing: bool = False) -> How:
+    return How(training, checkpointing, world.device.type, sharded=scorer.shards > 1)
 
 
 def _budget(scorer: Scorer, table: PairTable, optimizer: str | None, how: How, world: World, tracker: Tracker) -> int:
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
     most = by_kind(MOST if how.training else SLOTS, world.device)
 
     def find() -> tuple[int, int, float, Need]:
         need = need_of(scorer.outline, _passes_of(scorer, table, how, world.device), optimizer)
-        free = free_bytes(world.device, local)
+        free = free_bytes(world.device, world.local_size)
         return need.slots(free), need.power(RESERVE * free, most), free, need
 
     # a model in shards may have to run to be measured

@@ -1,7 +1,6 @@
 """Whether a model and its passes fit a device, from its config, before its weights are loaded."""
 
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,7 +97,7 @@ def _foreseen(
     outline, device = outline_of(source, trust_remote_code), world.device
     stored = {each.dtype for each in outline.model.parameters()}
     scorer = held.scorer(outline, int(table.lengths[:, 0].max() + table.lengths[:, 1:].max()) if table else 0)
-    free = free_bytes(device, int(os.environ.get("LOCAL_WORLD_SIZE", world.size)))
+    free = free_bytes(device, world.local_size)
     passes = NO_PASS
     if table and scorer.layout_name == "packed":
         passes = counted(scorer, table, How(held.trained, checkpointing, device.type, held.shards > 1))

@@ -42,8 +42,8 @@ def load_pairs(
     """
     tracker.begin("reading the cache", None)
     contents = cache.contents
-    size, processes = contents.decoded_bytes, int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
-    too_large = size > MOST * free_bytes(torch.device("cpu"), processes)
+    size = contents.decoded_bytes
+    too_large = size > MOST * free_bytes(torch.device("cpu"), world.local_size)
     if not (scratch or any(world.gather(too_large))):
         log.debug("%d bytes of pairs are decoded into memory", size)
         return _same(world.each(contents.load), world)

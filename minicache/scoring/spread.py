@@ -5,7 +5,6 @@ Source: Zhao et al. 2023, PyTorch FSDP, arXiv:2304.11277; `torch.distributed.fsd
 
 import copy
 import logging
-import os
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -39,7 +38,7 @@ def shards_of(parallel: str, world: World) -> int:
     """The number of devices that the model is cut over; 1 if it is whole."""
     if not is_sharded(parallel, world):
         return 1
-    return world.size if parallel == "fsdp" else int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+    return world.size if parallel == "fsdp" else world.local_size
 
 
 def refuse_quantized_shards(model: nn.Module | None, parallel: str, world: World) -> None:
@@ -167,7 +166,7 @@ def _shard_ends(model: Any, head: Head, mesh: DeviceMesh, policy: MixedPrecision
 def _mesh(parallel: str, world: World) -> DeviceMesh:
     if parallel == "fsdp":
         return init_device_mesh(world.device.type, (world.size,))
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+    local = world.local_size
     if world.size % local:
         raise ConfigError(
             f"--parallel hybrid: expected as many processes on every node, got {world.size} in all, {local} here"
