@@ -34,10 +34,9 @@ from benchmarks.case import (
     padding,
 )
 from benchmarks.exact import errors
-from benchmarks.flops import Product, counted
+from benchmarks.flops import Product, counted, useful_flops
 from benchmarks.gates import gates
-from benchmarks.gpu.material import useful_flops
-from benchmarks.measure import alternate, machine, peak_gb, ratio
+from benchmarks.measure import alternate, command_line, machine, peak_gb, ratio
 from benchmarks.ours import Ours
 from benchmarks.picture import draw
 from benchmarks.results import RESULTS, write_results
@@ -206,8 +205,7 @@ def facts_of(case: Case, options: argparse.Namespace) -> dict[str, Any]:
         "budget": case.budget,
         "rounds": options.rounds,
         "note": options.note,
-        "command": "python -m benchmarks.bench "
-        + " ".join(repr(word) if " " in word else word for word in sys.argv[1:]),
+        "command": command_line("bench"),
     }
 
 

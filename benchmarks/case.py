@@ -128,7 +128,7 @@ def make_case(options: argparse.Namespace, name: str) -> Case:
     count = min(options.pairs, len(whole))
     # evenly spread, so that short and long pairs are as frequent as in the file
     table = PairTable.from_pairs(whole.take(np.arange(count) * len(whole) // count), "int32")
-    model: Any = random_model(*SHAPES[name]) if name in SHAPES else load_model(name).model
+    model: Any = random_model(qwen3_config(*SHAPES[name])) if name in SHAPES else load_model(name).model
     model = model.to(device, torch.float32).requires_grad_(True)
     # the tokenizer may be another model's: for speed the ids must exist, but may be any
     table = replace(table, tokens=table.tokens % model.get_input_embeddings().num_embeddings)
@@ -164,21 +164,12 @@ def read_pairs(options: argparse.Namespace, tokenizer: Path) -> PairTable:
     return PairTable.from_pairs(found, "int32")
 
 
-def random_model(
-    hidden: int,
-    layers: int,
-    heads: int,
-    kv: int,
-    wide: int,
-    vocabulary: int,
-    width: int | None = None,
-    tied: bool = True,
-) -> Any:
-    """A Qwen3 model of this shape with random weights; see `qwen3_config`."""
+def random_model(config: Any) -> Any:
+    """A Qwen3 model of this config with random weights."""
     from transformers import Qwen3ForCausalLM
 
     torch.manual_seed(0)
-    return Qwen3ForCausalLM(qwen3_config(hidden, layers, heads, kv, wide, vocabulary, width, tied)).eval()
+    return Qwen3ForCausalLM(config).eval()
 
 
 def qwen3_config(

@@ -4,8 +4,13 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+
+from minicache.models.quantized import weight_count
+from minicache.pairs import PairTable
+from minicache.scoring.batching import Indices
 
 aten = torch.ops.aten
 # Width of the square product whose rate the others are compared with.
@@ -42,6 +47,37 @@ def counted(run: Callable[[], object]) -> float:
     with FlopCounterMode(display=False, custom_mapping=FORMS) as counter:
         run()
     return float(counter.get_total_flops())
+
+
+def useful_flops(model: Any, table: PairTable, indices: Indices, training: bool) -> float:
+    """FLOPs that the pairs need: each distinct token once through the decoder, the head on counted ones, attention by spans.
+
+    A weight takes 2 per token forward and as many for the gradient of its input and, if it is trained, its own. Nothing that is
+    computed twice counts twice.
+    """
+    config = model.config.get_text_config()
+    lengths = table.lengths[indices].astype(float)  # (n, 3)
+    prefix, chosen, rejected = lengths.T
+    counted = float(np.add.reduceat(table.loss_mask, table.offsets[:-1], dtype=np.int64)[indices].sum())
+    tables = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+    body = sum(
+        _per_token(each, training)
+        for each in model.parameters()
+        if each.ndim > 1 and not any(each is table for table in tables)
+    )
+    # pairs of a query and a key that it sees
+    seen = sum(part * (part + 1) / 2 for part in (prefix, chosen, rejected)) + prefix * (chosen + rejected)
+    width = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    attention = 4 * width * config.num_hidden_layers * float(seen.sum()) * (3 if training else 1)
+    flops: float = body * float(lengths.sum()) + _per_token(tables[1], training) * counted + attention
+    return flops
+
+
+def _per_token(weight: Any, training: bool) -> float:
+    factor = 2 if not training else 6 if weight.requires_grad else 4
+    return float(factor * weight_count(weight))
 
 
 class Product:

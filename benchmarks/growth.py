@@ -38,11 +38,11 @@ def main() -> None:
         print(json.dumps(CHILDREN[options.child](options)))
         return
     # not at the top: torch would count in the memory that the children measure
-    from benchmarks.measure import machine
+    from benchmarks.measure import command_line, machine
 
     report = {
         "machine": machine(),
-        "command": " ".join(["python -m benchmarks.growth", *sys.argv[1:]]),
+        "command": command_line("growth"),
         "encode": encoding(options.tokenizer, options.encode_rows)
         if options.tokenizer
         else "not measured: no --tokenizer",

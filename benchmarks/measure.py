@@ -3,7 +3,9 @@
 import ctypes
 import os
 import platform
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -56,6 +58,11 @@ def _resident(field: str) -> int:
     """VmRSS or VmHWM of this process, bytes. Linux only."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
+
+
+def command_line(name: str) -> str:
+    """The command that runs this benchmark as it was run, to be typed in a shell."""
+    return shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]])
 
 
 def machine() -> dict[str, Any]:

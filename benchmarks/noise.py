@@ -5,19 +5,16 @@ agree and the loss is ln 2. Results are written to benchmarks/results/noise.json
 """
 
 import argparse
-import json
 import math
-import os
 import sys
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.case import Case, make_case
-from benchmarks.measure import machine
-from benchmarks.results import RESULTS, write_results
+from benchmarks.measure import command_line, machine
+from benchmarks.results import publish
 from benchmarks.tables import short_name
 from minicache.errors import MinicacheError
 from minicache.models.huggingface import quiet
@@ -50,16 +47,10 @@ def main() -> None:
         "preferred.",
         "note": options.note,
         "machine": machine(),
-        "command": "python -m benchmarks.noise "
-        + " ".join(repr(word) if " " in word else word for word in sys.argv[1:]),
+        "command": command_line("noise"),
         "table": [COLUMNS, rows],
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "noise.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    table = Table(*COLUMNS)
-    for row in rows:
-        table.add_row(*row)
-    console.print(report["what"], table, f"written: {os.path.relpath(write_results())}", sep="\n")
+    publish("noise", report, console)
 
 
 def parse() -> argparse.Namespace:

@@ -1,8 +1,12 @@
 """benchmarks/results/*.json -> RESULTS.md: `python -m benchmarks.results`."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
+from rich.table import Table
 
 from benchmarks.gpu.page import section, table
 from benchmarks.growth import figure
@@ -65,6 +69,17 @@ def write_results() -> Path:
     parts += _growth(json.loads(growth.read_text(encoding="utf-8"))) if growth.exists() else ["Not measured.\n"]
     PAGE.write_text("\n".join(parts), encoding="utf-8")
     return PAGE
+
+
+def publish(name: str, report: dict[str, Any], console: Console) -> None:
+    """Write a report that is one table to results/NAME.json and into the page, and show it."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    columns, rows = report["table"]
+    shown = Table(*columns)
+    for row in rows:
+        shown.add_row(*row)
+    console.print(report["what"], shown, f"written: {os.path.relpath(write_results())}", sep="\n")
 
 
 def _section(report: dict[str, Any]) -> list[str]:

@@ -7,7 +7,6 @@ Results: benchmarks/results/weights.json.
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
@@ -18,12 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.measure import machine
-from benchmarks.results import RESULTS, write_results
+from benchmarks.measure import command_line, machine
+from benchmarks.results import publish
 from benchmarks.tables import short_name
 from minicache.errors import MinicacheError
 from minicache.models import load_model, save_tokenizer
@@ -78,17 +76,11 @@ def main() -> None:
         "pairs of a step; the last column is their mean distance from those of the first row.",
         "note": options.note,
         "machine": machine(),
-        "command": "python -m benchmarks.weights "
-        + " ".join(repr(word) if " " in word else word for word in sys.argv[1:]),
+        "command": command_line("weights"),
         "table": [COLUMNS, rows],
         "curves": curves,
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "weights.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    table = Table(*COLUMNS)
-    for row in rows:
-        table.add_row(*row)
-    console.print(report["what"], table, f"written: {os.path.relpath(write_results())}", sep="\n")
+    publish("weights", report, console)
 
 
 def parse() -> argparse.Namespace:

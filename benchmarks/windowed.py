@@ -8,10 +8,7 @@ Rounds alternate between the three. Results are written to benchmarks/results/wi
 """
 
 import argparse
-import json
 import operator
-import os
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,10 +19,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 
 from benchmarks.case import read_pairs
-from benchmarks.measure import machine
-from benchmarks.results import RESULTS, write_results
+from benchmarks.measure import command_line, machine
+from benchmarks.results import publish
 from minicache.models.load import save_tokenizer
 from minicache.pairs import PairTable
 from minicache.processes.world import World
@@ -152,11 +150,10 @@ def main() -> None:
         f"medians of {options.rounds} rounds, in seconds of CPU time. Beside each ratio stands that of the token slots. The last "
         "column is the largest difference of a mean logprob between the layouts, nats per token.",
         "machine": where,
-        "command": "python -m benchmarks.windowed " + " ".join(sys.argv[1:]),
+        "command": command_line("windowed"),
         "table": [COLUMNS, rows],
     }
-    (RESULTS / "windowed.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(f"written: {os.path.relpath(write_results())}")
+    publish("windowed", report, Console())
 
 
 if __name__ == "__main__":

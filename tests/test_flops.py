@@ -5,8 +5,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.flops import Product, counted
-from benchmarks.gpu.material import useful_flops
+from benchmarks.flops import Product, counted, useful_flops
 from minicache.pairs import PairTable
 from minicache.scoring.scorer import Scorer
 from tests.conftest import tiny_llama

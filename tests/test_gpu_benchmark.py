@@ -169,7 +169,8 @@ def test_a_check_runs_on_a_cpu(name: str) -> None:
 
 
 def test_useful_flops_are_those_of_the_definition() -> None:
-    from benchmarks.gpu.material import Size, make_model, table_of, useful_flops
+    from benchmarks.flops import useful_flops
+    from benchmarks.gpu.material import Size, make_model, table_of
 
     machine = Machine(tiny=True)
     hidden, layers, heads, kv, wide, vocabulary, width = 64, 2, 4, 2, 96, 600, 16

@@ -1,4 +1,4 @@
-"""What checks run on: random models made on the device, pairs as long as real ones, runs of optimizer steps; and their FLOPs."""
+"""What checks run on: random models made on the device, pairs as long as real ones, runs of optimizer steps."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,13 +8,12 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from benchmarks.case import SHAPES, random_model
+from benchmarks.case import SHAPES, qwen3_config, random_model
 from benchmarks.gpu.figures import Machine
 from minicache.cache.reader import ReferenceCache
 from minicache.cache.schema import CachedPairs, RefBlock
 from minicache.models.lora import add_lora
 from minicache.models.precision import hold_for
-from minicache.models.quantized import weight_count
 from minicache.options.lora import LoraOptions
 from minicache.options.train import TrainConfig
 from minicache.pairs import EncodedPair, PairTable
@@ -49,6 +48,11 @@ class Size:
     unit: int = 512
     batch: int = 64
 
+    @property
+    def config(self) -> Any:
+        """The config of the model, of Qwen3's family."""
+        return qwen3_config(*self.shape, width=self.width, tied=self.tied)
+
 
 SIZES = {
     "64M": Size(SHAPES["minimind-3"], unit=2048, batch=256),
@@ -79,7 +83,7 @@ def make_model(machine: Machine, size: Size, dtype: str) -> Any:
     torch.set_default_dtype(getattr(torch, dtype))
     try:
         with machine.device:
-            return random_model(*size.shape, width=size.width, tied=size.tied).to(machine.device)
+            return random_model(size.config).to(machine.device)
     finally:
         torch.set_default_dtype(before)
 
@@ -176,34 +180,3 @@ def _step(run: Run, training: Training, mine: Any) -> Indices:
 def tokens_of(table: PairTable, indices: Indices) -> int:
     """Distinct tokens: a prefix counts once."""
     return int(table.lengths[indices].sum())
-
-
-def useful_flops(model: Any, table: PairTable, indices: Indices, training: bool) -> float:
-    """FLOPs that the pairs need: each distinct token once through the decoder, the head on counted ones, attention by spans.
-
-    A weight takes 2 per token forward and as many for the gradient of its input and, if it is trained, its own. Nothing that is
-    computed twice counts twice.
-    """
-    config = model.config.get_text_config()
-    lengths = table.lengths[indices].astype(float)  # (n, 3)
-    prefix, chosen, rejected = lengths.T
-    counted = float(np.add.reduceat(table.loss_mask, table.offsets[:-1], dtype=np.int64)[indices].sum())
-    tables = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
-    body = sum(
-        _per_token(each, training)
-        for each in model.parameters()
-        if each.ndim > 1 and not any(each is table for table in tables)
-    )
-    # pairs of a query and a key that it sees
-    seen = sum(part * (part + 1) / 2 for part in (prefix, chosen, rejected)) + prefix * (chosen + rejected)
-    width = config.num_attention_heads * (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
-    attention = 4 * width * config.num_hidden_layers * float(seen.sum()) * (3 if training else 1)
-    flops: float = body * float(lengths.sum()) + _per_token(tables[1], training) * counted + attention
-    return flops
-
-
-def _per_token(weight: Any, training: bool) -> float:
-    factor = 2 if not training else 6 if weight.requires_grad else 4
-    return float(factor * weight_count(weight))

@@ -8,7 +8,6 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from benchmarks.case import qwen3_config
 from benchmarks.gpu.figures import Figure, Machine, attempt, within
 from benchmarks.gpu.material import (
     MAX_LENGTH,
@@ -45,7 +44,7 @@ def room_for(machine: Machine, size: Size) -> dict[str, dict[str, int]]:
     memory = f"{free_memory(machine.device) / 1e9:.3f}GB" if machine.has_cuda else TINY_MEMORY
     lora = LoraOptions(lora_rank=size.rank) if size.rank else NO_LORA
     with TemporaryDirectory() as directory:
-        settings = qwen3_config(*size.shape, width=size.width, tied=size.tied)
+        settings = size.config
         settings.dtype = half_of(machine)
         settings.save_pretrained(directory)
         config = FitConfig(directory, max_length=MAX_LENGTH, memory=(memory,), dtype=half_of(machine), lora=lora)

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.baseline import LiveReference
 from benchmarks.case import Case, Optimizer
+from benchmarks.flops import useful_flops
 from benchmarks.gpu.catalog import EXPECTED_SHARES
 from benchmarks.gpu.figures import Figure, Machine, at_least, at_most, attempt, release
 from benchmarks.gpu.material import (
@@ -25,7 +26,6 @@ from benchmarks.gpu.material import (
     size_here,
     steps_of,
     tokens_of,
-    useful_flops,
 )  # fmt: skip
 from benchmarks.gpu.memory import room_for
 from benchmarks.gpu.values import wait
