@@ -7,7 +7,6 @@ layers computed again are tensors, and they are counted.
 
 import copy
 import logging
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
@@ -16,61 +15,17 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from minicache.models import checkpoint_activations, layers_of
+from minicache.models.layers import repeats_of, stack_of
 from minicache.models.quantized import quantized_layers, stand_in
 from minicache.scoring.batch import Batch
+from minicache.scoring.counter import Counter
 from minicache.scoring.kernels import Spans, as_if_fused
 from minicache.scoring.memory import How, Line, Pass
 from minicache.scoring.probe import own_errors
 from minicache.scoring.scorer import DTYPES, Scorer
-
-# Layers at the start that may differ from those that repeat (dense layers of a mixture), and the longest cycle of kinds of layers.
-MOST_FIRST, MOST_PERIOD = 4, 8
-
-
-class Counter(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made within it and still live, and the most there were at once."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.live, self.peak = 0, 0
-        self._sizes: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = _run(func, args, kwargs or {})
-        for tensor in tree_iter(result):
-            if isinstance(tensor, torch.Tensor) and not isinstance(tensor, Spans):
-                self._add(tensor.untyped_storage())
-        self.peak = max(self.peak, self.live)
-        return result
-
-    def know(self, module: nn.Module) -> None:
-        """Take the module's tensors and their gradients as made before."""
-        for tensor in [*module.parameters(), *module.buffers()]:
-            for each in (tensor, tensor.grad):
-                if each is not None:
-                    self._sizes[each.untyped_storage()._cdata] = 0
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key not in self._sizes:
-            self._sizes[key] = storage.nbytes()
-            self.live += self._sizes[key]
-            weakref.finalize(storage, self._drop, key)
-
-    def _drop(self, key: int) -> None:
-        self.live -= self._sizes.pop(key, 0)
-
-
-def _run(func: Any, args: Any, kwargs: Any) -> Any:
-    """The result of an operation; without content, that of a grouped product (experts) in float32, which torch has for bfloat16."""
-    if func is torch.ops.aten._grouped_mm.default and args[0].dtype == torch.float32 and hasattr(args[0], "fake_mode"):
-        halves = tree_map_only(torch.Tensor, lambda each: each.bfloat16() if each.is_floating_point() else each, args)
-        return func(*halves, **kwargs).float()
-    return func(*args, **kwargs)
 
 
 def counted_pass(scorer: Scorer, one: Batch, two: Batch, how: How) -> Pass:
@@ -81,8 +36,8 @@ def counted_pass(scorer: Scorer, one: Batch, two: Batch, how: How) -> Pass:
     Raises:
         ModelError: the model's code looks at the values of tensors, which are not there.
     """
-    stack = _stack(scorer.model)
-    first, period = _repeats(scorer.model, stack)
+    stack = stack_of(scorer.model)
+    first, period = repeats_of(scorer.model, stack)
     counts = [0]
     # the layer after those has one more tensor beside it, its input, than the first layer of all
     start = first + 1
@@ -256,7 +211,7 @@ def _without_content(scorer: Scorer, mode: FakeTensorMode, how: How, keep: int) 
         if getattr(module, "rope_type", None) is not None:
             vars(module)["rope_type"] = "default"
     if keep:
-        stack = _stack(made.model)
+        stack = stack_of(made.model)
         assert stack is not None
         del stack[keep:]
     if how.training and how.checkpointing:
@@ -266,29 +221,6 @@ def _without_content(scorer: Scorer, mode: FakeTensorMode, how: How, keep: int) 
 
 def _empty(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-
-
-def _stack(model: nn.Module) -> nn.ModuleList | None:
-    """The list of all decoder layers of a model; None if they are in several, or not marked."""
-    layers = set(layers_of(model))
-    lists = [each for each in model.modules() if isinstance(each, nn.ModuleList) and layers & set(each)]
-    return lists[0] if len(lists) == 1 and set(lists[0]) == layers else None
-
-
-def _repeats(model: Any, stack: nn.ModuleList | None) -> tuple[int, int]:
-    """The number of layers before those that repeat, and after how many they do; (0, all of them) if they do not."""
-    if stack is None:
-        return 0, 0
-    kinds = getattr(model.config.get_text_config(), "layer_types", None) or [""] * len(stack)
-    signs = [
-        (type(layer), kind, tuple((name, each.shape, each.dtype) for name, each in layer.named_parameters()))
-        for layer, kind in zip(stack, kinds, strict=False)
-    ]
-    for first in range(MOST_FIRST):
-        for period in range(1, MOST_PERIOD):
-            if signs[first:-period] == signs[first + period :]:
-                return first, period
-    return 0, len(stack)
 
 
 @contextmanager

@@ -13,11 +13,10 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from minicache.errors import ConfigError
 from minicache.models.balance import Load, Routing, has_balance, over_the_step, recording
 from minicache.models.quantized import compute_in
 from minicache.pairs import PairTable
-from minicache.processes.devices import attention_kernels, has_bfloat16, pins
+from minicache.processes.devices import attention_kernels, pins
 from minicache.processes.world import World
 from minicache.scoring.attention import set_attention, use_spans
 from minicache.scoring.batch import Batch, References
@@ -241,22 +240,3 @@ def _only_positions(model: Any, positions: torch.Tensor) -> Iterator[Callable[[t
         yield lambda logits: logits[0]
     finally:
         handle.remove()
-
-
-def resolve_dtype(dtype: str, device: torch.device, note: Callable[[str], None], sharded: bool = False) -> str:
-    """The precision that `dtype` names; 'auto' is bfloat16 on GPUs, and float32 on a CPU and on mps.
-
-    On GPUs without bfloat16, 'auto' is float16, or float32 for a model in shards, which float16 does not go with; the note says so.
-
-    Raises:
-        ConfigError: bfloat16 is asked for, and the device does not have it.
-    """
-    if dtype == "auto" and device.type in ("cpu", "mps"):
-        return "float32"
-    if dtype not in ("auto", "bfloat16") or has_bfloat16(device):
-        return "bfloat16" if dtype == "auto" else dtype
-    if dtype == "bfloat16":
-        raise ConfigError("--dtype bfloat16: this device does not support it; choose float16 or float32")
-    dtype = "float32" if sharded else "float16"
-    note(f"--dtype auto is {dtype} here: {device} has no bfloat16")
-    return dtype

@@ -15,9 +15,9 @@ from minicache.options.train import LossOptions
 from minicache.options.where import Where, different, local_path
 from minicache.processes.world import World
 from minicache.scoring.budget import scoring_budget
+from minicache.scoring.dtype import agreed_dtype
 from minicache.scoring.layout import settle_layout
 from minicache.scoring.loading import load_pairs
-from minicache.scoring.scorer import resolve_dtype
 from minicache.scoring.spread import spread
 from minicache.trackers import Tracker
 from minicache.training.losses import Objective
@@ -53,7 +53,7 @@ def evaluate(config: EvaluateConfig, world: World, tracker: Tracker) -> Evaluate
         world.agree(lambda: {"the policy's weights, their digest": loaded.fingerprint})
     identity = cache.identity
     same = (loaded.fingerprint, loaded.quantization) == (identity.weights, identity.quantization)
-    dtype = world.agree(lambda: {"--dtype": resolve_dtype(config.dtype, world.device, tracker.note)})["--dtype"]
+    dtype = agreed_dtype(config.dtype, world, tracker.note)
     scorer = spread(loaded.model, dtype, "ddp", world)
     settle_layout(scorer, cached.table, "auto", world, tracker)
     pairs = EvalSet(cached, np.arange(len(cached.table)))

@@ -17,9 +17,10 @@ from minicache.options.where import Where
 from minicache.processes.world import World
 from minicache.scoring.budget import scoring_budget
 from minicache.scoring.compiled import compile_layers, require_compiler
+from minicache.scoring.dtype import agreed_dtype
 from minicache.scoring.foresight import Held, require_room
 from minicache.scoring.layout import settle_layout
-from minicache.scoring.scorer import Scorer, resolve_dtype
+from minicache.scoring.scorer import Scorer
 from minicache.scoring.spread import is_sharded, refuse_quantized_shards, shards_of, spread
 from minicache.scoring.tables import Budget
 from minicache.trackers import Tracker
@@ -53,8 +54,7 @@ def precompute(config: PrecomputeConfig, world: World, tracker: Tracker) -> Prec
             otherwise (a full disk, a model without finite logprobs) finished blocks stay.
     """
     sharded = is_sharded(config.parallel, world)
-    agreed = world.agree(lambda: {"--dtype": resolve_dtype(config.dtype, world.device, tracker.note, sharded)})
-    config = replace(config, dtype=agreed["--dtype"])
+    config = replace(config, dtype=agreed_dtype(config.dtype, world, tracker.note, sharded))
     if config.compile:
         world.each(lambda: require_compiler(world.device))
     with ExitStack() as claims:

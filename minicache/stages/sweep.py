@@ -22,9 +22,9 @@ from minicache.pictures.sweep import draw_sweep
 from minicache.processes.devices import empty_cache, forget_most_memory
 from minicache.processes.world import World
 from minicache.reports.sweep import RunResult, SweepReport
+from minicache.scoring.dtype import agreed_dtype
 from minicache.scoring.layout import settle_layout
 from minicache.scoring.loading import Sources, load_pairs
-from minicache.scoring.scorer import resolve_dtype
 from minicache.scoring.spread import is_sharded, spread
 from minicache.scoring.tables import score_table
 from minicache.stages.train import train_locked
@@ -175,7 +175,7 @@ def _forward_rate(config: TrainConfig, kept: _Kept, world: World, tracker: Track
     quantization = quantization_for(config, caches.caches[0])
     load = partial(kept.model, source, config.trust_remote_code, quantization)
     model = world.each(lambda: load().model if mine else None)
-    dtype = resolve_dtype(config.dtype, world.device, tracker.note, is_sharded(config.parallel, world))
+    dtype = agreed_dtype(config.dtype, world, tracker.note, is_sharded(config.parallel, world))
     scorer = spread(model, dtype, config.parallel, world)
     settle_layout(scorer, table, config.layout, world, tracker)
     sample = np.unique(np.linspace(0, len(table) - 1, TIMED_PAIRS).astype(np.int64))

@@ -14,10 +14,11 @@ from minicache.pairs import PairTable
 from minicache.processes.world import World
 from minicache.scoring.budget import layers_that_fit, training_budget
 from minicache.scoring.compiled import compile_layers
+from minicache.scoring.dtype import agreed_dtype
 from minicache.scoring.foresight import Held, require_room
 from minicache.scoring.layout import settle_layout
 from minicache.scoring.loading import Sources
-from minicache.scoring.scorer import Scorer, resolve_dtype
+from minicache.scoring.scorer import Scorer
 from minicache.scoring.spread import is_sharded, shards_of, spread
 from minicache.trackers import Tracker, TrackerGroup
 from minicache.training import checkpoints
@@ -74,8 +75,7 @@ def train(config: TrainConfig, world: World, tracker: Tracker, sources: Sources 
 def train_locked(config: TrainConfig, lock: RunLock, world: World, tracker: Tracker, sources: Sources) -> TrainReport:
     """As `train`, in a run directory that rank 0 holds the lock of, or that does not exist yet."""
     sharded = is_sharded(config.parallel, world)
-    agreed = world.agree(lambda: {"--dtype": resolve_dtype(config.dtype, world.device, tracker.note, sharded)})
-    config = replace(config, dtype=agreed["--dtype"])
+    config = replace(config, dtype=agreed_dtype(config.dtype, world, tracker.note, sharded))
     begun = world.first(lambda: _begun(config))
     if begun and begun.record.outcome:
         tracker.note(f"{config.out}: this run is finished; nothing to resume")

@@ -16,8 +16,9 @@ from minicache.options.train import LossOptions
 from minicache.processes import devices
 from minicache.scoring import batch as batches
 from minicache.scoring import budget, scorer
+from minicache.scoring.dtype import resolve_dtype
 from minicache.scoring.kernels import Spans
-from minicache.scoring.scorer import Scorer, resolve_dtype
+from minicache.scoring.scorer import Scorer
 from minicache.stages.evaluate import evaluate
 from minicache.stages.train import train
 from minicache.training import metrics

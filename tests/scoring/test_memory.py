@@ -16,7 +16,8 @@ from minicache.pairs import EncodedPair, PairTable
 from minicache.processes.world import World
 from minicache.scoring import budget
 from minicache.scoring.budget import layers_that_fit
-from minicache.scoring.counting import Counter, counted_pass, run_pass
+from minicache.scoring.counter import Counter
+from minicache.scoring.counting import counted_pass, run_pass
 from minicache.scoring.masks import Windows
 from minicache.scoring.memory import How, need_of
 from minicache.scoring.scorer import Scorer

@@ -9,9 +9,10 @@ import torch
 from minicache.pairs import EncodedPair, PairTable
 from minicache.scoring import head, scorer
 from minicache.scoring.batch import Batch
+from minicache.scoring.dtype import resolve_dtype
 from minicache.scoring.layouts import layout_named
 from minicache.scoring.masks import Windows, block_mask, masks_of
-from minicache.scoring.scorer import Scorer, resolve_dtype
+from minicache.scoring.scorer import Scorer
 from tests.conftest import tiny_llama
 
 
