@@ -54,7 +54,7 @@ class World:
     @property
     def local_size(self) -> int:
         """The number of processes on this machine, which share its memory."""
-        return int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+        return _number("LOCAL_WORLD_SIZE", self.size, least=1)
 
     # --- decisions ---
 
@@ -174,10 +174,14 @@ def join_world(device: str = "auto") -> World:
     device: as `devices.choose`.
 
     Raises:
-        ConfigError: there is no such device; torchrun may restart the processes, which then could not find each other.
+        ConfigError: there is no such device; a variable of the launcher is no such number; torchrun may restart the processes, which
+            then could not find each other.
     """
-    size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    rank = int(os.environ.get("RANK", 0))
+    size, rank, local_rank = _number("WORLD_SIZE", 1, least=1), _number("RANK", 0), _number("LOCAL_RANK", 0)
+    if rank >= size:
+        raise ConfigError(
+            f"RANK={rank}: expected one below WORLD_SIZE, which is {size}; unset both for a single process"
+        )
     mine, backend = devices.choose(device, local_rank, size), "none"
     compute_in_float32()
     patient, watch = None, Watch()
@@ -191,6 +195,18 @@ def join_world(device: str = "auto") -> World:
         watch.start(f"process {rank} of {size}")
     log.debug("rank %d of %d on %s, backend %s", rank, size, mine, backend)
     return World(rank, size, mine, patient, watch)
+
+
+def _number(name: str, default: int, least: int = 0) -> int:
+    """The number in a variable that torchrun or a batch system sets. Raises ConfigError: it is none, or too small."""
+    value = os.environ.get(name)
+    if value is None:
+        return default
+    if not (value.isascii() and value.isdigit() and int(value) >= least):
+        raise ConfigError(
+            f"{name}={value}: expected a number of at least {least}, as torchrun sets it; unset it for a single process"
+        )
+    return int(value)
 
 
 def patient_group() -> Any:
@@ -220,7 +236,7 @@ def _store(rank: int, size: int) -> Any:
         return c10d.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, timeout=STEP, **own)
     if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
         return None
-    if int(os.environ.get("LOCAL_WORLD_SIZE", size)) != size:
+    if _number("LOCAL_WORLD_SIZE", size, least=1) != size:
         raise ConfigError(
             "torchrun --max-restarts on several nodes: restarted processes would find the addresses of the dead ones in torchrun's "
             "store; export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every node before torchrun"

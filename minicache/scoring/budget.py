@@ -5,7 +5,7 @@ import logging
 import numpy as np
 import torch
 
-from minicache.errors import FullMemory, fits
+from minicache.errors import FullMemory, ModelError, fits
 from minicache.machine import free_bytes_here
 from minicache.models import layers_of
 from minicache.pairs import PairTable
@@ -60,8 +60,13 @@ def layers_that_fit(
     """The number of decoder layers that need not be computed again, the same on all processes, which must all call this.
 
     Their activations fit beside all else of a micro-batch of so many token slots. See `checkpoint_activations`.
+
+    Raises:
+        ModelError: the model's code does not mark its layers.
     """
     count = len(layers_of(scorer.model))
+    if not count:
+        raise ModelError("--selective-checkpointing: this model's code marks no layers for it; leave it off")
 
     def find() -> int:
         least, most = (
@@ -71,7 +76,7 @@ def layers_that_fit(
             for again in (True, False)
         )
         room = RESERVE * free_bytes(world.device, world.local_size) - least.state - least.passes.bytes(slots)
-        a_layer = (most.passes.bytes(slots) - least.passes.bytes(slots)) / max(count, 1)
+        a_layer = (most.passes.bytes(slots) - least.passes.bytes(slots)) / count
         return max(0, min(count, int(room / max(a_layer, 1))))
 
     kept: int = min(world.together(find, meets=bool(scorer.lockstep)))

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from minicache.cache.writer import CacheWriter
 from minicache.errors import CacheError, ConfigError
 from minicache.processes.world import join_world
 from minicache.training import checkpoints
-from tests.conftest import make_rows, precompute_into, write_jsonl
+from tests.conftest import make_rows, one_process, precompute_into, write_jsonl
 from tests.training.test_resume import assert_same_run
 
 TRAIN = ["--batch-size", "8", "--lr", "1e-3", "--epochs", "5", "--log-every", "1", "--save-every", "2"]
@@ -145,6 +146,33 @@ def test_torchrun_restarts_from_the_last_checkpoint(ref_cache: Path, whole: Path
     os.kill(ranks_of(process.pid)[-1], signal.SIGKILL)
     finish(process)
     assert_same_run(whole, out)
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE=x: expected a number of at least 1"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0: expected a number of at least 1"),
+        ({"RANK": "-1"}, "RANK=-1: expected a number of at least 0"),
+        ({"RANK": "1"}, "RANK=1: expected one below WORLD_SIZE, which is 1"),
+        ({"LOCAL_RANK": "²"}, "LOCAL_RANK=²: expected a number"),
+        ({"LOCAL_RANK": ""}, "LOCAL_RANK=: expected a number"),
+    ],
+)
+def test_a_launchers_variable_that_is_no_such_number_is_refused(
+    variables: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        join_world("cpu")
+
+
+@pytest.mark.parametrize("value", ["x", "0", "1.0"])
+def test_so_is_the_number_of_processes_on_a_machine(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", value)
+    with pytest.raises(ConfigError, match=f"LOCAL_WORLD_SIZE={value}: expected a number of at least 1"):
+        _ = one_process().local_size
 
 
 def test_restarts_on_several_nodes_ask_for_torchruns_other_store(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import torch
 import transformers
 from torch.profiler import ProfilerActivity, profile
 
+from minicache.errors import ModelError
 from minicache.models import checkpoint_activations
 from minicache.models.lora import add_lora
 from minicache.models.precision import hold_for
@@ -132,6 +133,13 @@ def test_so_do_adapters_half_precision_and_other_layouts(
 ) -> None:
     foreseen, real = foreseen_and_allocated(scorer_of(family, rank, dtype, layout), checkpointing)
     assert 0.9 < foreseen / real < 1.1
+
+
+def test_a_model_without_marked_layers_cannot_be_checkpointed_selectively(monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer, table = scorer_of("llama"), pairs()
+    monkeypatch.setattr(budget, "layers_of", lambda model: [])
+    with pytest.raises(ModelError, match="--selective-checkpointing: this model's code marks no layers"):
+        layers_that_fit(scorer, table, "adamw", 64, World(0, 1, torch.device("cpu")), Silent())
 
 
 @pytest.mark.parametrize("kept", [2, 4])
