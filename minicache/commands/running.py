@@ -27,6 +27,8 @@ from minicache.trackers import Silent
 # Reports go to stdout, progress and errors to stderr.
 out, err = Console(), Console(stderr=True)
 log = logging.getLogger(__name__)
+# Loggers that warn wherever torchao is installed, which transformers imports: of kernels for other machines, of its own code.
+QUIETED = ("torchao", "torch.utils._pytree")
 # Variables that torch's allocator reads, its current name first.
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
@@ -50,6 +52,8 @@ def run_stage(
 
         raise typer.Exit(launch(nproc, sys.argv[1:]))
     _let_segments_grow()
+    for each in QUIETED:
+        logging.getLogger(each).setLevel(logging.ERROR)
     # Hides the progress bars of transformers, which would disturb ours.
     os.environ.setdefault("TQDM_DISABLE", "1")
     screen_ = Screen(err)

@@ -174,8 +174,8 @@ def join_world(device: str = "auto") -> World:
     device: as `devices.choose`.
 
     Raises:
-        ConfigError: there is no such device; a variable of the launcher is no such number; torchrun may restart the processes, which
-            then could not find each other.
+        ConfigError: there is no such device; a variable of the launcher is no such number; torchrun may restart the processes, and
+            they could not find each other then.
     """
     size, rank, local_rank = _number("WORLD_SIZE", 1, least=1), _number("RANK", 0), _number("LOCAL_RANK", 0)
     if rank >= size:

@@ -1,6 +1,5 @@
 """The optimizers that options/catalog.py names."""
 
-import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,15 +70,9 @@ def rounding_adamw_on_cpu(groups: Groups, lr: float) -> torch.optim.Optimizer:
 
 def _torchao() -> Any:
     """The library's optimizers. By this import torch can also read their state."""
-    logger, before = logging.getLogger("torchao"), logging.getLogger("torchao").level
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # of kernels for other machines, which it does not find here
-        logger.setLevel(logging.ERROR)
-        try:
-            return import_module("torchao.optim")
-        finally:
-            logger.setLevel(before)
+        return import_module("torchao.optim")
 
 
 def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -1,6 +1,8 @@
 """--weights bfloat16: weights, gradients and state in six bytes a weight, which learn what float32 ones do."""
 
 import json
+import subprocess
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
@@ -345,3 +347,15 @@ def test_where_the_update_cannot_be_on_the_cpu(cache: Path, tmp_path: Path) -> N
         require(asked, torch.device("cuda"), processes=2)
     with pytest.raises(ConfigError, match="--optimizer adamw-cpu: not with --dtype float16; expected adamw"):
         require(replace(asked, dtype="float16"), torch.device("cuda"), processes=1)
+
+
+def test_commands_show_nothing_of_what_the_library_says_of_other_machines(
+    model_dir: Path, data_file: Path, tmp_path: Path
+) -> None:
+    """transformers imports it wherever it is installed, for every model."""
+    pytest.importorskip("torchao")
+    options = ["--model", str(model_dir), "--data", str(data_file), "--ref-cache", str(tmp_path / "cache")]
+    command = [sys.executable, "-m", "minicache", "precompute-ref", *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "torchao" not in done.stderr and "_pytree" not in done.stderr
