@@ -1,6 +1,7 @@
 """Where an adapter, its base and its tokenizer lie: directories, hub ids, or the directory of the run that made them."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 from minicache.data.tokenizer_files import TEMPLATE
@@ -35,8 +36,12 @@ def adapter_place(source: str) -> Path | None:
     return found
 
 
+@cache
 def _from_hub(source: str, name: str) -> Path | None:
-    """A file of a hub repository, downloaded if it is not here yet; None where there is none, or no connection."""
+    """A file of a hub repository, downloaded if it is not here yet; None where there is none, or no connection.
+
+    The hub is asked once: without a connection that alone takes half a minute.
+    """
     from transformers.utils.hub import cached_file
 
     try:

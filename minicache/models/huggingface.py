@@ -14,6 +14,9 @@ from minicache.models.file_kinds import SAVE, is_path
 from minicache.models.whole import require_language_model, require_whole
 from minicache.text import one_line
 
+# What was asked of the hub in vain, by class and id, and what was said: it is not asked once more, which may take a minute.
+IN_VAIN: dict[tuple[str, str], str] = {}
+
 
 def load(source: str, trust_remote_code: bool) -> nn.Module:
     """The causal language model at `source`, in the precision it is stored in, all of its weights from its files.
@@ -67,6 +70,8 @@ def from_pretrained(cls: Any, source: str, trust_remote_code: bool, **options: A
     elif not path.is_dir() and (path.exists() or is_path(source)):
         raise ModelError(f"{source}: expected a model directory, a .gguf or .pth file, or a hub id like org/name")
     quiet()
+    if said := IN_VAIN.get((cls.__name__, source)):
+        raise ModelError(said)
     try:
         with without_reports():
             return cls.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
@@ -79,7 +84,10 @@ def from_pretrained(cls: Any, source: str, trust_remote_code: bool, **options: A
             line = f"its weights' file holds more than tensors, which is never run; expected weights alone: {SAVE}"
         hint = " (add --trust-remote-code if you trust its authors)" if "trust_remote_code" in line else ""
         what = "transformers cannot load it" if path.exists() else "no such directory, and no hub id that can be loaded"
-        raise ModelError(f"{path}: {what}: {line[:300]}{hint}") from error
+        said = f"{path}: {what}: {line[:300]}{hint}"
+        if isinstance(error, OSError) and not path.exists():
+            IN_VAIN[cls.__name__, source] = said
+        raise ModelError(said) from error
 
 
 @contextmanager

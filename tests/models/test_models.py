@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from minicache.errors import ModelError
-from minicache.models import load_model, save_model, save_tokenizer
+from minicache.models import huggingface, load_model, save_model, save_tokenizer
 from minicache.options.train import TrainConfig
 from minicache.stages.train import train
 from minicache.trackers import Silent
@@ -233,3 +233,25 @@ def test_a_gguf_goes_all_the_way_and_opens_as_a_plain_model(gguf_file: Path, dat
     assert not original.model.is_quantized  # transformers' own trainers ask
     save_model(original.model, cache / "tokenizer", tmp_path / "again")
     assert load_model(str(tmp_path / "again")).fingerprint == original.fingerprint
+
+
+def test_a_hub_that_was_asked_in_vain_is_not_asked_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a connection each question takes half a minute; another class may be there."""
+    monkeypatch.setattr(huggingface, "IN_VAIN", {})
+    asked: list[str] = []
+
+    class Missing:
+        @classmethod
+        def from_pretrained(cls, source: str, **options: Any) -> Any:
+            asked.append(cls.__name__)
+            raise OSError("no connection")
+
+    class AlsoMissing(Missing):
+        pass
+
+    said = set()
+    for kind in (Missing, Missing, AlsoMissing):
+        with pytest.raises(ModelError, match="no hub id that can be loaded: .*no connection") as raised:
+            huggingface.from_pretrained(kind, "nobody/nothing", False)
+        said.add(str(raised.value))
+    assert asked == ["Missing", "AlsoMissing"] and len(said) == 1
