@@ -251,7 +251,7 @@ def test_a_hub_that_was_asked_in_vain_is_not_asked_once_more(monkeypatch: pytest
 
     said = set()
     for kind in (Missing, Missing, AlsoMissing):
-        with pytest.raises(ModelError, match="no hub id that can be loaded: .*no connection") as raised:
+        with pytest.raises(ModelError, match=r"no hub id that can be loaded: .*no connection") as raised:
             huggingface.from_pretrained(kind, "nobody/nothing", False)
         said.add(str(raised.value))
     assert asked == ["Missing", "AlsoMissing"] and len(said) == 1
