@@ -10,6 +10,7 @@
 # make bench     both stages beside a live-reference trainer and TRL, two models: about ten minutes on two CPU cores.
 #                BENCH="--pairs 32 --data pairs.jsonl" for other pairs; make bench-full for many, make bench-gpu on a GPU:
 #                ten minutes of checks of all that only a GPU can show (benchmarks/gpu), then the same comparison
+# make bench-outcome  held-out figures of ours and of TRL, by seed, beta and recipe
 # Each sets up .venv by itself. PYTHON names the interpreter (3.11 or newer).
 
 PYTHON ?= python3
@@ -30,7 +31,7 @@ FULL_DATA ?= ../shared/data/dpo_en_chat.jsonl
 PYTEST := $(BIN)/python -m pytest -n auto
 EMPTY := build/empty
 
-.PHONY: demo test test-all coverage torture fuzz zoo package bench bench-full bench-gpu bench-growth
+.PHONY: demo test test-all coverage torture fuzz zoo package bench bench-full bench-gpu bench-growth bench-outcome
 .PHONY: format pictures commands docs clean
 
 $(VENV)/ready: pyproject.toml
@@ -94,6 +95,10 @@ bench-gpu: $(VENV)/bench $(MODEL)
 	-$(BIN)/python -m benchmarks.gpu
 	$(BENCHMARK) --model $(MODEL) minimind-3 qwen3-0.6b qwen3-1.7b --data $(FULL_DATA) --pairs 64 --dtype bfloat16 $(BENCH)
 	$(BIN)/python -m benchmarks.noise --model $(MODEL) --data $(FULL_DATA) --pairs 256
+
+# Trains SmolLM2 some forty times: hours on two CPU cores. What is in the results already is not made again.
+bench-outcome: $(VENV)/bench $(MODEL)
+	$(BIN)/python -m benchmarks.outcome --model $(MODEL) --data $(FULL_DATA) $(OUTCOME)
 
 bench-growth: $(VENV)/bench $(MODEL)
 	$(BIN)/python -m benchmarks.growth --tokenizer $(MODEL) --out benchmarks/results/growth.json

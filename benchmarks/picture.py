@@ -33,6 +33,35 @@ def draw() -> Path | None:
     return path
 
 
+def draw_outcome(known: dict[str, dict[str, Any]]) -> Path | None:
+    """Draw held-out accuracy by run, a panel for each data set, a point for each seed. known: the runs of outcome.json."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    runs = [run for run in known.values() if run]
+    sets = list(dict.fromkeys(run["data"] for run in runs))
+    figure = Figure(figsize=(6 * len(sets), 5), layout="constrained")
+    for axis, data in zip(figure.subplots(1, len(sets), squeeze=False)[0], sets, strict=True):
+        here = [run for run in runs if run["data"] == data]
+        names = list(dict.fromkeys(run["name"] for run in here))
+        for run in here:
+            held = run["held_out"]
+            at, share = names.index(run["name"]), held["right"] / held["pairs"]
+            color = COLORS[TRL if "TRL" in run["name"] else OURS]
+            axis.plot([held["accuracy_low"], held["accuracy_high"]], [at, at], color=color, linewidth=1, alpha=0.5)
+            axis.plot([share], [at], "o", color=color, markersize=5)
+        axis.axvline(0.5, color=COLORS[LIVE], linewidth=0.8, linestyle="--")
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+        axis.set_title(f"{data}: held-out reward accuracy, 95% intervals", fontsize=9, loc="left")
+        axis.set_xlim(0, 1)
+        axis.invert_yaxis()
+        axis.spines[["top", "right"]].set_visible(False)
+    path = RESULTS / "outcome.png"
+    figure.savefig(path, dpi=110)
+    return path
+
+
 def _bars(axis: Any, values: dict[str, float]) -> None:
     bars = axis.barh(list(values), list(values.values()), color=[COLORS[name] for name in values])
     axis.bar_label(bars, fmt="%.3g", fontsize=8, padding=2)

@@ -56,6 +56,8 @@ def write_results() -> Path:
         "windowed": "Families whose attention has windows",
         "noise": "The noise floor of bfloat16",
         "weights": "Weights in bfloat16",
+        "kl": "How far a policy has moved: three measures",
+        "outcome": "What is learned: held-out pairs, by trainer, recipe and beta",
     }
     for name, title in told.items():
         file = RESULTS / f"{name}.json"

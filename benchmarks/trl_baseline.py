@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.case import BETA, LR, Case, Optimizer, micro_batches, twin
 from minicache.errors import ConfigError
+from minicache.pairs import EncodedPair, PairTable
 from minicache.scoring.batching import Indices
 
 
@@ -20,8 +21,20 @@ class Trl:
 
     def __init__(self, case: Case, optimizer: Optimizer, precompute: bool) -> None:
         self.case, self.optimizer, self.precompute = case, optimizer, precompute
-        self.rows = [_row(case, index) for index in range(len(case.table))]
-        self.trainer = _trainer(case, self.rows, precompute)
+        self.rows = rows_of(case.table)
+        self.trainer = trainer_of(
+            twin(case.model),
+            None if precompute else twin(case.model),
+            self.rows,
+            case.tokenizer,
+            beta=BETA,
+            learning_rate=LR,
+            per_device_train_batch_size=case.micro_pairs,
+            precompute_ref_log_probs=precompute,
+            bf16=case.dtype == "bfloat16",
+            fp16=case.dtype == "float16",
+            use_cpu=case.device.type == "cpu",
+        )
 
     @cached_property
     def model(self) -> Any:
@@ -64,7 +77,16 @@ def as_on_a_gpu() -> Iterator[None]:
         utils._use_triton = kept
 
 
-def _row(case: Case, index: int) -> dict[str, Any]:
+def rows_of(table: PairTable) -> list[dict[str, Any]]:
+    """The pairs in TRL's columns, each up to its last counted token.
+
+    Raises:
+        ConfigError: TRL cannot count what a pair counts.
+    """
+    return [_row(table[index], index) for index in range(len(table))]
+
+
+def _row(pair: EncodedPair, index: int) -> dict[str, Any]:
     """A pair in TRL's columns, up to its last counted token.
 
     Raises:
@@ -73,7 +95,7 @@ def _row(case: Case, index: int) -> dict[str, Any]:
     columns: dict[str, Any] = {}
     begins = []
     for side, name in enumerate(("chosen", "rejected")):
-        ids, mask = case.table[index].side(side)
+        ids, mask = pair.side(side)
         counted = np.flatnonzero(mask)
         begin, end = int(counted[0]), int(counted[-1]) + 1
         if not mask[begin:end].all():
@@ -85,8 +107,8 @@ def _row(case: Case, index: int) -> dict[str, Any]:
     return columns
 
 
-def _trainer(case: Case, rows: list[dict[str, Any]], precompute: bool) -> Any:
-    """TRL's trainer on these rows.
+def trainer_of(policy: Any, reference: Any, rows: list[dict[str, Any]], tokenizer: Any, **settings: Any) -> Any:
+    """TRL's trainer on these rows. reference: a model, or None. settings: of its DPOConfig.
 
     Raises:
         ImportError: TRL or datasets is not installed.
@@ -108,24 +130,18 @@ def _trainer(case: Case, rows: list[dict[str, Any]], precompute: bool) -> Any:
     with TemporaryDirectory() as scratch, warnings.catch_warnings():
         # TRL uses names that newer transformers deprecates
         warnings.simplefilter("ignore", FutureWarning)
-        settings = DPOConfig(
+        config = DPOConfig(
             output_dir=scratch,
-            beta=BETA,
-            learning_rate=LR,
             max_length=None,
-            per_device_train_batch_size=case.micro_pairs,
-            precompute_ref_log_probs=precompute,
-            bf16=case.dtype == "bfloat16",
-            fp16=case.dtype == "float16",
             gradient_checkpointing=False,
             dataloader_pin_memory=False,
             report_to="none",
-            use_cpu=case.device.type == "cpu",
+            **settings,
         )
         return Encoded(
-            twin(case.model),
-            None if precompute else twin(case.model),
-            settings,
+            policy,
+            reference,
+            config,
             train_dataset=Dataset.from_list(rows),
-            processing_class=AutoTokenizer.from_pretrained(case.tokenizer),
+            processing_class=AutoTokenizer.from_pretrained(tokenizer),
         )

@@ -17,6 +17,7 @@ from minicache.commands.inspect_cache import inspect_cache
 from minicache.commands.merge import merge
 from minicache.commands.plot import plot
 from minicache.commands.precompute_ref import precompute_ref
+from minicache.commands.recipes import recipes
 from minicache.commands.report import report
 from minicache.commands.running import out
 from minicache.commands.sweep import sweep
@@ -43,6 +44,7 @@ app.command("merge")(merge)
 app.command("inspect-cache")(inspect_cache)
 app.command("diff")(diff)
 app.command("fit")(fit)
+app.command("recipes")(recipes)
 app.command("env")(env)
 
 

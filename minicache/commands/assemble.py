@@ -15,12 +15,15 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import typer
 
-from minicache.commands.running import log_everything
+from minicache.commands.running import errors_as_one_line, log_everything
+from minicache.options.config_file import config_as_toml, options_in
 from minicache.options.declare import Option, flag, options_of
-from minicache.options.dictionaries import fill
+from minicache.options.dictionaries import fill, flat
 from minicache.options.recipes import RECIPES
 
 Config = TypeVar("Config")
+# Where click found a value that the user wrote: on the command line, or in the file of --config.
+WRITTEN = ("COMMANDLINE", "DEFAULT_MAP")
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,24 @@ RECIPE = Extra(
     kind=str | None,
     default=None,
     option=Option(
-        help=f"Use the defaults of MiniMind's scripts, in both stages: {', '.join(RECIPES)}. Other options override them."
+        help=f"Use the options of a published recipe, in both stages: {', '.join(RECIPES)} (minidpo recipes shows them). "
+        "Other options override them."
     ),
+)
+CONFIG = Extra(
+    name="config",
+    kind=Path | None,
+    default=None,
+    option=Option(
+        help="Options from a file: .toml, .yaml, .json, or a run.json. Those on the command line override it.",
+        metavar="FILE",
+    ),
+)
+PRINT_CONFIG = Extra(
+    name="print_config",
+    kind=bool,
+    default=False,
+    option=Option(help="Print all options as a file for --config, and do nothing else."),
 )
 
 
@@ -79,7 +98,17 @@ class Given:
         Raises:
             ConfigError: a value is not allowed.
         """
-        return fill(kind, {**(defaults or {}), **self.options})
+        made = fill(kind, {**(defaults or {}), **self.options})
+        self.print_if_asked(kind, flat(made))
+        return made
+
+    def print_if_asked(self, kind: type, values: Mapping[str, Any]) -> None:
+        """With --print-config, print the values of a kind of config as a file, and end the command."""
+        if self.extras["print_config"]:
+            usual = {NPROC.name: NPROC.default, DEVICE.name: DEVICE.default}
+            others = {name: self.extras[name] for name in usual if self.extras.get(name, usual[name]) != usual[name]}
+            typer.echo(config_as_toml(kind, {**others, **values}), nl=False)
+            raise typer.Exit
 
     @property
     def nproc(self) -> int:
@@ -118,7 +147,7 @@ def command_of(parameters: list[inspect.Parameter]) -> Callable[[Callable[[Given
             if values.pop("_verbose"):
                 log_everything()
             sources = {name: context.get_parameter_source(name) for name in values}
-            written = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+            written = {name for name, source in sources.items() if source is not None and source.name in WRITTEN}
             function(
                 Given(
                     {name: value for name, value in values.items() if name in own and name in written},
@@ -128,7 +157,8 @@ def command_of(parameters: list[inspect.Parameter]) -> Callable[[Callable[[Given
 
         run.__name__, run.__doc__ = function.__name__, function.__doc__
         context = inspect.Parameter("_context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
-        run.__signature__ = inspect.Signature([context, *parameters, extra_parameter(VERBOSE)])  # type: ignore[attr-defined]
+        added = [_config_parameter(), extra_parameter(PRINT_CONFIG), extra_parameter(VERBOSE)]
+        run.__signature__ = inspect.Signature([context, *parameters, *added])  # type: ignore[attr-defined]
         return run
 
     return decorate
@@ -162,6 +192,35 @@ def extra_parameter(extra: Extra) -> inspect.Parameter:
     info = _info(extra.name, extra.option, extra.kind is bool)
     info.min = extra.minimum
     return _parameter(f"_{extra.name}", extra.kind, extra.default, info)
+
+
+def _config_parameter() -> inspect.Parameter:
+    """The parameter of --config, which is read before all others: its file may hold options that are needed."""
+    made = extra_parameter(CONFIG)
+    _, info = get_args(made.annotation)
+    info.is_eager, info.callback = True, _read_file
+    return made
+
+
+def _read_file(context: typer.Context, file: Path | None) -> Path | None:
+    """Take the values of a file as defaults of the command that is being parsed."""
+    if file is None or context.resilient_parsing:
+        return file
+    parameters = [each for each in context.command.params if each.name not in (None, "_config", "_print_config")]
+    known = {
+        shown.lstrip("-").replace("_", "-"): str(each.name)
+        for each in parameters
+        for shown in (*each.opts, str(each.name))
+    }
+    assert context.parent
+    commands = getattr(context.parent.command, "commands", {})
+    with errors_as_one_line():
+        values = options_in(file, str(context.info_name), commands, known)
+    several = {each.name for each in parameters if getattr(each, "multiple", False) or each.nargs == -1}
+    context.default_map = {
+        name: [value] if name in several and not isinstance(value, list) else value for name, value in values.items()
+    }
+    return file
 
 
 def in_panel(extra: Extra, panel: str) -> Extra:

@@ -18,7 +18,7 @@ from minicache.commands.running import errors_as_one_line, print_json, run_stage
 from minicache.commands.train import single_cache
 from minicache.options.declare import Option, options_of
 from minicache.options.recipes import recipe
-from minicache.options.sweep import SHARD, SWEPT, sweep_config
+from minicache.options.sweep import SHARD, SWEPT, sweep_config, sweep_values
 from minicache.options.train import MEMORY, TrainConfig
 from minicache.screen.sweep import show_sweep
 
@@ -56,5 +56,7 @@ def parameters() -> list[inspect.Parameter]:
 def sweep(given: Given) -> None:
     """Stage two for every combination of some options, one run after another from one cache; compared in a table and a picture."""
     with errors_as_one_line("the same command goes on with the sweep"):
-        config = sweep_config(single_cache(given.options), recipe(given.extras["recipe"]))
+        defaults = recipe(given.extras["recipe"])
+        config = sweep_config(single_cache(given.options), defaults)
+        given.print_if_asked(TrainConfig, sweep_values(config, given.options, defaults))
         run_stage("sweep", config, given.nproc, print_json if given.json else show_sweep, given.device)

@@ -1,14 +1,14 @@
 """The load-balancing loss of a mixture of experts, from the router logits of forward passes.
 
-    with recording(model) as routing:
+    with recording(model, weight) as routing:
         model(input_ids)
     # a model that balances each sequence by itself: (sequences,) float32, to be added to the loss of each
     penalty = routing.loss(read, readers, sequences)
     # any other balances all tokens of a step: sums of which the loss follows once all passes of the step are known
     load = routing.load(tokens)
 
-MiniMind's models have MiniMind's loss. Any other family has that of transformers, and only if its config sets
-`output_router_logits`, because most mixtures are fine-tuned without one. A family whose routers transformers does not record
+MiniMind's models have MiniMind's loss. Any other family has that of transformers; without a weight by option only if its config
+sets `output_router_logits`, because most mixtures are fine-tuned without one. A family whose routers transformers does not record
 one by one has none here.
 """
 
@@ -76,13 +76,13 @@ class Load:
 class Routing:
     """The router logits of one forward pass, in the order of the layers."""
 
-    def __init__(self, config: Any) -> None:
-        self.config = config
+    def __init__(self, config: Any, weight: float) -> None:
+        self.config, self.weight = config, weight
         # router -> (rows x length, experts)
         self.logits: dict[nn.Module, torch.Tensor] = {}
 
     def loss(self, read: torch.Tensor, readers: torch.Tensor, sequences: int) -> torch.Tensor:
-        """(sequences,) float32: the balance of each sequence by itself, summed over layers, times `router_aux_loss_coef`.
+        """(sequences,) float32: the balance of each sequence by itself, summed over layers, times the weight.
 
         This is the loss of MiniMind 2504 and 2510. It is differentiable with respect to the routers.
 
@@ -93,7 +93,7 @@ class Routing:
         """
         top: int = self.config.num_experts_per_tok
         layers = [_imbalance(logits[read], top, readers, sequences) for logits in self._layers]
-        total: torch.Tensor = self.config.router_aux_loss_coef / top * torch.stack(layers).sum(0)
+        total: torch.Tensor = self.weight / top * torch.stack(layers).sum(0)
         return total
 
     def load(self, tokens: torch.Tensor) -> Load:
@@ -109,7 +109,7 @@ class Routing:
         count = len(tokens)
         if getattr(self.config, "minimind", None) is None:
             chosen, scores, count = chosen.sum(0, keepdim=True), scores.sum(0, keepdim=True), count * len(found)
-        factor = self.config.router_aux_loss_coef * chosen.shape[1]
+        factor = self.weight * chosen.shape[1]
         return Load(chosen=chosen, scores=scores, tokens=scores.new_full((), count), factor=factor)
 
     @property
@@ -118,21 +118,32 @@ class Routing:
         return list(self.logits.values())
 
 
-def over_the_step(model: nn.Module) -> bool:
-    """Whether the loss balances all tokens of a step together; else each sequence by itself, or there is none."""
-    return has_balance(model) and getattr(model.config, "minimind", None) in (None, "3")
+def balances_steps(model: nn.Module) -> bool:
+    """Whether the loss balances all tokens of a step together; else each sequence by itself."""
+    return getattr(model.config, "minimind", None) in (None, "3")
 
 
-def has_balance(model: nn.Module) -> bool:
-    """Whether the model was trained with a load-balancing loss that `recording` can compute."""
+def has_routers(model: nn.Module) -> bool:
+    """Whether the model is a mixture whose routers `recording` finds."""
+    return bool(_routers(model))
+
+
+def own_weight(model: nn.Module) -> float:
+    """The weight of the loss in the model's own configuration; 0 where it asks for none, or `recording` cannot compute it."""
     config: Any = model.config
     asked = getattr(config, "minimind", None) is not None or getattr(config, "output_router_logits", False)
-    return bool(asked) and bool(getattr(config, "router_aux_loss_coef", None)) and bool(_routers(model))
+    return float(getattr(config, "router_aux_loss_coef", None) or 0) if asked and has_routers(model) else 0.0
+
+
+def weight_before(model: nn.Module) -> float:
+    """The weight that runs had before they recorded one."""
+    early = has_routers(model) and getattr(model.config, "minimind", None) in ("2504", "2510")
+    return 0.1 if early else own_weight(model)
 
 
 @contextmanager
-def recording(model: nn.Module) -> Iterator[Routing]:
-    """Record the router logits of the one forward pass that runs in this context.
+def recording(model: nn.Module, weight: float) -> Iterator[Routing]:
+    """Record the router logits of the one forward pass that runs in this context. weight: of the loss.
 
     The hooks keep references and compute nothing, so that a checkpointed layer does the same with and without them. When such
     a layer runs again in backward, the logits of its first run are kept.
@@ -140,10 +151,9 @@ def recording(model: nn.Module) -> Iterator[Routing]:
     Raises:
         ModelError: transformers is too old to give the logits of MiniMind's routers.
     """
-    assert has_balance(model), f"{type(model).__name__} has no load-balancing loss"
     if getattr(model.config, "minimind", None):
         require_mixtures()
-    routing = Routing(model.config)
+    routing = Routing(model.config, weight)
 
     def keep(router: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         parts = output if isinstance(output, tuple) else (output,)

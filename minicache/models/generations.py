@@ -34,7 +34,7 @@ class Generation:
     """The settings that a file of this generation lacks, and the form of its keys.
 
     marker: a key that only this generation has. dense: the transformers family of its dense models.
-    heads, kv_heads, rms_eps, experts_per_token: defaults. balance: coefficient of the load-balancing loss.
+    heads, kv_heads, rms_eps, experts_per_token: defaults. balance: weight of the load-balancing loss in the newest train_dpo.py.
     words: (part of a name in transformers' dense models, the same part in the file), replaced in order.
     interleaved: rotary positions rotate neighbouring dimensions, not the two halves. head_norms: q and k are normalised.
     """
@@ -89,9 +89,12 @@ MID = Generation(
     kv_heads=2,
     rms_eps=1e-5,
     experts_per_token=2,
-    balance=0.1,
+    balance=0.01,
 )
-FIRST = replace(MID, name="2504", marker="layers.0.attention.wq.weight", words=WORDS_2504, interleaved=True)
+# Its train_dpo.py adds no such loss.
+FIRST = replace(
+    MID, name="2504", marker="layers.0.attention.wq.weight", words=WORDS_2504, interleaved=True, balance=0.0
+)
 # The newest first: files of generation 3 also have the marker of 2510.
 GENERATIONS = {generation.name: generation for generation in (THREE, MID, FIRST)}
 

@@ -11,7 +11,7 @@ from typing import Any
 from minicache.errors import ConfigError
 from minicache.options.checks import split_share
 from minicache.options.declare import Option, flag, options_of
-from minicache.options.dictionaries import fill
+from minicache.options.dictionaries import fill, flat
 from minicache.options.train import TrainConfig
 from minicache.options.unused import require_read, why_unread
 
@@ -95,6 +95,14 @@ def sweep_config(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Sweep
     if not out.is_dir():
         _require_read(runs, given, {name for name, values in swept.items() if len(values) > 1})
     return SweepConfig(out, tuple(runs), given.get("shard"))
+
+
+def sweep_values(config: SweepConfig, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a sweep's options by name, texts for those in SWEPT. given, defaults: as for `sweep_config`."""
+    shared = {name: value for name, value in flat(config.runs[0].config).items() if name not in ("resume", *SWEPT)}
+    of_recipe = {name: [str(value)] for name, value in defaults.items()}
+    swept = {name: given.get(name) or of_recipe.get(name) for name in SWEPT}
+    return {**shared, **swept, "out": str(config.out), "shard": config.shard}
 
 
 def _require_read(runs: Sequence[SweepRun], given: Mapping[str, Any], varied: Collection[str]) -> None:

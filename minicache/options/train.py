@@ -7,92 +7,20 @@ from minicache.data.columns import Reading
 from minicache.errors import ConfigError
 from minicache.options import texts
 from minicache.options.base import AS_STORED, BaseOptions, flag_of
-from minicache.options.catalog import DIVERGENCES, OPTIMIZERS, SCHEDULES, WEIGHTS, names_of
+from minicache.options.catalog import OPTIMIZERS, SCHEDULES, WEIGHTS, names_of
 from minicache.options.checks import check_caches, check_weights
 from minicache.options.choices import DTYPES, LOGPS, ON_MAX_KL, PAIRS, PARALLEL, layout_help, layouts
 from minicache.options.declare import check_options, needed, option, options_of
 from minicache.options.lora import NO_LORA
 from minicache.options.lora import LoraOptions as LoraOptions
+from minicache.options.loss import BETAS, LOSS, PLAIN_LOSS
+from minicache.options.loss import LossOptions as LossOptions
+from minicache.options.validation import NO_VALIDATION, VALIDATION
+from minicache.options.validation import ValidationOptions as ValidationOptions
 from minicache.options.where import Where, split_weight
 from minicache.trackers import TRACKERS
 
-LOSS, OPTIMIZER = "Loss", "Optimizer"
-MEMORY, VALIDATION, LOGS = "Memory and speed", "Validation", "Checkpoints and logs"
-
-
-@dataclass(frozen=True)
-class LossOptions:
-    """Options that some losses read beside beta; options/catalog.py says which loss reads which.
-
-    f_divergence, f_alpha: the function that replaces the log ratio in losses on the difference of the sides.
-    ld_alpha: None is 1, equal weights of all tokens.
-    """
-
-    label_smoothing: float = option(0.0, "Assumed share of flipped labels.", panel=LOSS, least=0, below=0.5)
-    f_divergence: str = option("reverse_kl", "f-divergence: {names}.", panel=LOSS, choices=names_of(DIVERGENCES))
-    f_alpha: float = option(0.5, "Alpha of --f-divergence alpha.", panel=LOSS)
-    discopop_tau: float = option(0.05, "Temperature of the discopop loss.", panel=LOSS, above=0)
-    simpo_gamma: float = option(0.5, "Target margin of the simpo loss.", panel=LOSS)
-    sft_weight: float = option(0.0, "Weight of an added SFT loss on the chosen answers (RPO).", panel=LOSS, least=0)
-    wpo: bool = option(False, "Weight each pair by its likelihood under the policy (WPO).", panel=LOSS)
-    ld_alpha: float | None = option(
-        None,
-        "Weight of tokens beyond the other answer's length (LD-DPO). Needs a cache made with --per-token.",
-        panel=LOSS,
-        what="a share",
-        least=0,
-        most=1,
-    )
-
-    def __post_init__(self) -> None:
-        check_options(self)
-
-
-@dataclass(frozen=True)
-class ValidationOptions:
-    """Options of validation on pairs that are not trained on.
-
-    holdout: pairs are held out by their digests, so that a pair is on the same side in every run.
-    """
-
-    holdout: float = option(
-        0.0,
-        "Share of the pairs that is held out for validation; the model that is best on it is saved.",
-        panel=VALIDATION,
-        what="a share of the pairs",
-        least=0,
-        below=1,
-    )
-    eval_cache: Where | None = option(
-        None,
-        "Validate on this reference cache of the same model instead.",
-        panel=VALIDATION,
-        metavar="PATH",
-        movable=True,
-    )
-    eval_every: int | None = option(
-        None, "Steps between validations. (Default: ten validations in a run.)", panel=VALIDATION, least=1
-    )
-    patience: int | None = option(
-        None, "Stop after this many validations without a lower loss.", panel=VALIDATION, least=1
-    )
-    min_gain: float = option(0.0, "By how much the loss must be lower, for --patience.", panel=VALIDATION, least=0)
-
-    def __post_init__(self) -> None:
-        check_options(self)
-        if self.holdout and self.eval_cache:
-            raise ConfigError("--holdout, --eval-cache: expected one of them, got both")
-        if not self.wanted and (self.patience or self.eval_every):
-            raise ConfigError(
-                "--patience and --eval-every need pairs to validate on: add --holdout 0.05 or --eval-cache"
-            )
-        if self.min_gain and not self.patience:
-            raise ConfigError("--min-gain: is used with --patience only; expected both, got --min-gain alone")
-
-    @property
-    def wanted(self) -> bool:
-        """Whether there are pairs to validate on."""
-        return bool(self.holdout or self.eval_cache)
+OPTIMIZER, MEMORY, LOGS = "Optimizer", "Memory and speed", "Checkpoints and logs"
 
 
 @dataclass(frozen=True)
@@ -101,6 +29,7 @@ class TrainConfig:
 
     ref_cache: one or several; either all have a weight behind a colon, the share of an epoch's pairs, or none has.
     batch_size: pairs per optimizer step, over all processes.
+    beta: None becomes the default for `logps`. balance: None is the weight in the model's configuration.
     save_dtype: half precision loses small updates; auto is the precision of the weights that the run started from.
     """
 
@@ -143,15 +72,22 @@ class TrainConfig:
         choices=lambda: LOGPS,
     )
     beta: float = option(
-        0.1,
-        "The higher, the closer the policy stays to the reference. A good value depends on --logps.",
+        None,
+        f"The higher, the closer the policy stays to the reference. (Default: {BETAS['mean']:g} with --logps mean, "
+        f"{BETAS['sum']:g} with sum.)",
         panel=LOSS,
         above=0,
     )
     beta_end: float | None = option(
         None, "Beta at the last step; it changes linearly from --beta.", panel=LOSS, above=0
     )
-    loss_options: LossOptions = LossOptions()
+    balance: float | None = option(
+        None,
+        "Weight of the loss that balances the load of a mixture's experts; 0: none. (Default: the model's own.)",
+        panel=LOSS,
+        least=0,
+    )
+    loss_options: LossOptions = PLAIN_LOSS
     lr: float = option(1e-6, "Peak learning rate.", panel=OPTIMIZER, above=0)
     schedule: str = option("cosine", "Learning-rate schedule: {names}.", panel=OPTIMIZER, choices=names_of(SCHEDULES))
     min_lr: float = option(
@@ -175,6 +111,7 @@ class TrainConfig:
         choices=names_of(OPTIMIZERS),
     )
     weight_decay: float = option(0.0, "Weight decay of AdamW, on matrices only.", panel=OPTIMIZER, least=0)
+    decay_norms: bool = option(False, "Weight decay of norms and biases too.", panel=OPTIMIZER)
     max_grad_norm: float = option(1.0, "Gradients are clipped to this norm; 0: no clipping.", panel=OPTIMIZER, least=0)
     lora: LoraOptions = NO_LORA
     base: BaseOptions = AS_STORED
@@ -197,7 +134,7 @@ class TrainConfig:
         False, "The same, but only of the layers whose activations do not fit in memory.", panel=MEMORY
     )
     compile: bool = option(False, texts.COMPILE, panel=MEMORY)
-    validation: ValidationOptions = ValidationOptions()
+    validation: ValidationOptions = NO_VALIDATION
     max_kl: float | None = option(
         None,
         "Largest distance of the policy from the reference (kl in the log), nats per token.",
@@ -235,6 +172,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_caches(self.caches)
         check_options(self)
+        if self.beta is None:
+            object.__setattr__(self, "beta", BETAS[self.logps])
         self.reading.require_sound()
         if (quantization := self.base.quantization) and not self.lora.wanted:
             raise ConfigError(

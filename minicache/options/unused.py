@@ -44,10 +44,15 @@ def _read_without_init_from(config: TrainConfig, name: str) -> str | None:
     return "the run starts from --init-from; expected one of the two" if config.init_from else None
 
 
+def _read_with_decay(config: TrainConfig, name: str) -> str | None:
+    return None if config.weight_decay else "is about --weight-decay; expected both, got it alone"
+
+
 # Option -> a function that returns why a run would not read it, or None.
 RULES: Mapping[str, Callable[[TrainConfig, str], str | None]] = {
     **dict.fromkeys((item.name for item, _ in options_of(LossOptions) if item.name in OF_SOME_LOSSES), _read_by_loss),
     "min_lr": _read_by_schedule,
+    "decay_norms": _read_with_decay,
     **dict.fromkeys(("format", "columns", "ignore_fields", "row_pairs"), _read_with_data),
     "save_dtype": _read_without_lora,
     "model": _read_without_init_from,

@@ -1,7 +1,6 @@
 """A reference cache as one self-contained page: what is in it, what the reference prefers, which rows to look at."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 from minicache.pages.cache_report import MOST_FILES, CacheReport, Group
@@ -9,7 +8,7 @@ from minicache.pages.cache_rows import extremes, rows_to_look_at, texts
 from minicache.pages.charts import Bars, Chart, histogram
 from minicache.pages.markup import Table, report
 from minicache.reports.inspection import Inspection
-from minicache.reports.names import LENGTHS, SHOWN_PROBLEMS, STATISTICS, template_values
+from minicache.reports.names import LENGTHS, SHOWN_PROBLEMS, STATISTICS, model_name, template_values
 from minicache.reports.notes import notes_on
 
 
@@ -26,7 +25,8 @@ def cache_page(found: CacheReport) -> str:
         ("sources", "Files read", _sources(found)),
         ("manifest", "Manifest", _manifest(it)),
     ]
-    return report("cache.html", f"Reference cache {Path(it.path).name}", it.path, parts, {"pairs": found.texts})
+    title = f"{it.pairs:,} pairs scored by {model_name(it.log['model'])}"
+    return report("cache.html", title, it.path, parts, {"pairs": found.texts})
 
 
 def _summary(found: CacheReport) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from minicache.pages.charts import Line, curves
 from minicache.pages.markup import Table, report
 from minicache.pages.run_answers import Answer, answers_part
 from minicache.reports.curves import Curve
-from minicache.reports.names import EVAL, METRICS, PANELS, SUMMARY, Metric
+from minicache.reports.held_out import figures_of_run, words_on_run
+from minicache.reports.names import EVAL, METRICS, PANELS, SUMMARY, Metric, model_name
 
 PAGE = "report.html"
 ANSWERS = ("answers.jsonl", "compare.jsonl")  # looked for in the run
@@ -39,7 +40,9 @@ def run_page(run: Path, known: dict[str, Any], logged: dict[str, Curve], answers
         ("answers", "Answers before and after", answers_part(run, answers)),
         ("options", "Options", _options(known)),
     ]
-    return report("run.html", f"Training run {run.resolve().name}", str(run), parts)
+    begun = model_name(known.get("started_from", "")) or "A policy"
+    on = f"trained on {known['pairs']:,} pairs" if "pairs" in known else "in training"
+    return report("run.html", f"{begun} {on}", str(run), parts)
 
 
 # --- how it went ---
@@ -60,9 +63,10 @@ def _summary(known: dict[str, Any], logged: dict[str, Curve], beside: Path) -> d
         rows.append(("handshake", _handshake(known)))
     rows.append(("before the first step", _first(known, logged)))
     rows += [(METRICS[name].name, _change(logged[name], METRICS[name])) for name in SUMMARY if name in logged]
+    rows += [(f"held out, saved policy: {name}", line) for name, line in figures_of_run(known)]
     last = max(steps[-1] for steps, _ in logged.values())
     good, state = _state(known, last)
-    return {"good": good, "state": state, "facts": rows}
+    return {"good": good, "state": state, "facts": rows, "words": words_on_run(known) if known.get("outcome") else []}
 
 
 def _state(known: dict[str, Any], last: int) -> tuple[bool, str]:
@@ -77,7 +81,8 @@ def _state(known: dict[str, Any], last: int) -> tuple[bool, str]:
     best = f" The saved model is the best one, after step {kept:,}." if kept != done else ""
     if outcome.get("stopped"):
         return False, f"Stopped after step {done:,}{steps}: {outcome['stopped']}.{best}"
-    return True, f"Finished after step {done:,}{steps}.{best}"
+    # a policy that is the model it started from is no success
+    return kept > 0, f"Finished after step {done:,}{steps}.{best}"
 
 
 def _objective(known: dict[str, Any]) -> str:

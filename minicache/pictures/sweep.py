@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minicache.pictures.frame import INK, RUNS, frame, picture
-from minicache.reports.names import METRICS
+from minicache.reports.names import METRICS, moved
 from minicache.reports.sweep import RunResult, SweepReport
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ def draw_sweep(report: SweepReport, file: Path) -> None:
         axes = figure.subplots(len(MEASURES), len(below), squeeze=False, sharey="row")
         for row, (metric, unit) in zip(axes, MEASURES.items(), strict=True):
             for axis, name in zip(row, below, strict=True):
-                label = METRICS["kl"].name if name == "kl" else f"--{name.replace('_', '-')}"
+                found = done[0].held_out or {}
+                label = METRICS[moved(found)].name if name == "kl" else f"--{name.replace('_', '-')}"
                 frame(axis, f"held-out {METRICS[metric].name}", label, unit)
                 _draw(axis, done, name, metric, kind)
         handles, labels = axes[0][0].get_legend_handles_labels()
@@ -45,7 +46,7 @@ def _draw(axis: "Axes", done: list[RunResult], below: str, metric: str, kind: st
     groups: dict[Any, list[tuple[float, float]]] = {}
     for result in done:
         assert result.held_out
-        x = result.held_out["kl"] if below == "kl" else float(result.options[below])
+        x = result.held_out[moved(result.held_out)] if below == "kl" else float(result.options[below])
         groups.setdefault(result.options[kind] if kind else "", []).append((x, result.held_out[metric]))
     for number, (value, points) in enumerate(sorted(groups.items())):
         xs, ys = zip(*sorted(points), strict=True)

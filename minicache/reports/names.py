@@ -26,6 +26,12 @@ def template_values(identity: Mapping[str, Any]) -> dict[str, str]:
     return {name: identity[field] for field, name in TEMPLATE_VALUES.items() if identity.get(field)}
 
 
+def model_name(source: str) -> str:
+    """The end of a model's place that names it: `Qwen3-0.6B` of `org/Qwen3-0.6B`, `sft/model` of `runs/sft/model`."""
+    parts = [part for part in source.replace("\\", "/").split("/") if part]
+    return "/".join(parts[-2:] if parts[-1:] == ["model"] else parts[-1:])
+
+
 @dataclass(frozen=True)
 class Metric:
     """The display of a metric. heading: of a narrow column. form: format of its values."""
@@ -40,10 +46,16 @@ METRICS = {
     "accuracy/policy": Metric("likelier", "chosen is likelier", ".1%"),
     "rewards/accuracy": Metric("accuracy", "reward accuracy", ".1%"),
     "rewards/margin": Metric("margin", "reward margin", "+.4f"),
-    "kl": Metric("kl", "moved from the reference (KL), nats per token", ".3g"),
+    "kl": Metric("kl", "moved from the reference (KL of means, a lower bound), nats per token", ".3g"),
+    "kl_tokens": Metric("kl", "moved from the reference (KL over tokens), nats per token", ".3g"),
 }
 # The metrics that summarise a training.
-SUMMARY = ("loss", "rewards/accuracy", "rewards/margin", "kl")
+SUMMARY = ("loss", "rewards/accuracy", "rewards/margin", "kl", "kl_tokens")
+
+
+def moved(metrics: Mapping[str, Any]) -> str:
+    """The metric that says how far a policy has moved: over tokens where each token's reference logprob is known."""
+    return "kl_tokens" if "kl_tokens" in metrics else "kl"
 
 
 @dataclass(frozen=True)
@@ -73,7 +85,8 @@ PANELS = (
     Panel("reward accuracy", "share of pairs", ("rewards/accuracy",), 0.5),
     Panel("rewards", "", ("rewards/chosen", "rewards/rejected"), 0.0),
     Panel("policy's logprobs", "{logps}", ("logps/chosen", "logps/rejected")),
-    Panel("moved from the reference (KL)", "nats per token", ("kl",)),
+    Panel("moved from the reference (KL over tokens)", "nats per token", ("kl_tokens",)),
+    Panel("moved from the reference (KL of means)", "nats per token", ("kl",)),
     Panel("learning rate", "", ("lr",)),
     Panel("gradient norm, before clipping", "", ("grad_norm",)),
 )

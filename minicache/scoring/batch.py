@@ -40,8 +40,8 @@ class Movable:
 class References(Movable):
     """What the losses read of the cache for B pairs with K predictions and M members.
 
-    means: (B, 2) float32, the reference's mean logprob of chosen and rejected, nats per token. With a loss that weights tokens:
-    token_logps: (K,) float32, the reference's logprob of each prediction, nats. weights: (M,) float32.
+    means: (B, 2) float32, the reference's mean logprob of chosen and rejected, nats per token. token_logps: (K,) float32, the
+    reference's logprob of each prediction, nats, if the cache has them. weights: (M,) float32, with a loss that weights tokens.
     """
 
     means: torch.Tensor

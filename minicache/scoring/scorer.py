@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from minicache.models.balance import Load, Routing, has_balance, over_the_step, recording
+from minicache.models.balance import Load, Routing, balances_steps, has_routers, own_weight, recording
 from minicache.models.quantized import compute_in
 from minicache.pairs import PairTable
 from minicache.processes.devices import attention_kernels, pins
@@ -85,7 +85,8 @@ class Scorer(nn.Module):
         compute_in(model, DTYPES[dtype])
         self.attention = model.config.get_text_config()._attn_implementation
         self.dtype = dtype
-        self.has_balance, self.balances_steps = has_balance(model), over_the_step(model)
+        # Of the loss that balances a mixture's experts; 0: there is none.
+        self.balance_weight = own_weight(model)
         self.head = probed(model) if head_is_own is None else Head.of(model) if head_is_own else None
         # The processes that must run each forward together, if the model is sharded.
         self.lockstep: World | None = None
@@ -102,7 +103,7 @@ class Scorer(nn.Module):
         distribution: with entropy and alignment, of the whole distribution over the vocabulary, at the price of a copy of each
         chunk's logits. balance: with the load-balancing loss, if the model has one.
         """
-        with self._passing(batch, balance and self.has_balance) as routing:
+        with self._passing(batch, balance) as routing:
             token_logps, *of_distribution = self._token_logps(batch, distribution)
         counts = batch.token_count
         scores = PairScores(logp_sum=batch.sum_by_side(token_logps), token_count=counts, token_logps=token_logps)
@@ -148,12 +149,24 @@ class Scorer(nn.Module):
             use_spans(self.model)
 
     @property
+    def balances_steps(self) -> bool:
+        """Whether there is a loss that balances all tokens of a step together."""
+        return bool(self.balance_weight) and balances_steps(self.model)
+
+    def weigh_balance(self, weight: float) -> bool:
+        """Give the loss that balances experts another weight than the model's own; returns whether the model has experts."""
+        found = has_routers(self.model)
+        self.balance_weight = weight if found else 0.0
+        return found
+
+    @property
     def outline(self) -> "Scorer":
         """This scorer, or for a model in shards one of the whole model without weights, on the device `meta`."""
         if self.whole is None:
             return self
         made = self.whole()
         made.use_layout(self.layout_name, self.windows, self.own_positions, self.kernel)
+        made.balance_weight = self.balance_weight
         return made
 
     @property
@@ -206,7 +219,8 @@ class Scorer(nn.Module):
     @contextmanager
     def _passing(self, batch: Batch, balance: bool) -> Iterator[Routing | None]:
         """The circumstances of a forward pass; gives what the routers say if there is a balance to compute."""
-        record = recording(self.model) if balance else nullcontext()
+        weight = self.balance_weight
+        record = recording(self.model, weight) if balance and weight else nullcontext()
         with self._precision(batch.input_ids.device), record as routing, own_errors(self.model), one_sequence_a_row():
             yield routing
 

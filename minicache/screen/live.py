@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.table import Table
 from rich.text import Text
 
-from minicache.reports.names import EVAL, METRICS, SUMMARY
+from minicache.reports.names import EVAL, METRICS, SUMMARY, moved
 from minicache.text import visible
 from minicache.trackers import Silent
 
@@ -95,7 +95,9 @@ class Screen(Silent):
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         if EVAL + "loss" in metrics:
-            numbers = "  ".join(f"{name} {metrics[EVAL + name]:{METRICS[name].form}}" for name in SUMMARY)
+            numbers = "  ".join(
+                f"{name} {metrics[EVAL + name]:{METRICS[name].form}}" for name in SUMMARY if EVAL + name in metrics
+            )
             self.console.print(Text(f"after {step} steps, held-out pairs:  {numbers}"), soft_wrap=True)
         if "loss" not in metrics:
             return
@@ -136,7 +138,8 @@ def metrics_table(rows: Iterable[tuple[int, Mapping[str, float]]]) -> Table:
 
 
 def _number(metrics: Mapping[str, float], name: str) -> str:
-    return format(metrics[name], COLUMNS[name][1]) if name in metrics else ""
+    shown = moved(metrics) if name == "kl" else name
+    return format(metrics[shown], COLUMNS[name][1]) if shown in metrics else ""
 
 
 def duration(seconds: float) -> str:

@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from minicache.options.objective import starts_at_ln_2
-from minicache.reports.names import METRICS
+from minicache.reports.held_out import HeldOut, figures
+from minicache.reports.names import METRICS, moved
 from minicache.reports.notes import notes_on, together
 from minicache.screen.live import duration, metrics_table
 from minicache.text import ranges, visible
@@ -108,11 +109,16 @@ def show_train(console: Console, report: "TrainReport") -> None:
         held = progress.validation
         console.print(
             f"  best validation after {report.model_step:,} steps: loss {held['loss']:.4f}, "
-            f"accuracy {held['rewards/accuracy']:.1%}, kl {held['kl']:.3g}",
+            f"accuracy {held['rewards/accuracy']:.1%}, kl {held[moved(held)]:.3g}",
             highlight=False,
         )
+    if progress.held_out:
+        _show_held_out(console, progress.held_out)
+    _show_words(console, report.words)
+    # a policy that is the model it started from is no success
+    mark = "[bold green]✓[/]" if report.model_step else "[yellow]–[/]"
     console.print(
-        f"[bold green]✓[/] {progress.step:,} steps in {duration(progress.total_seconds)}: loss {first['loss']:.4f} → "
+        f"{mark} {progress.step:,} steps in {duration(progress.total_seconds)}: loss {first['loss']:.4f} → "
         f"{last['loss']:.4f}{start}; policy in [bold]{escape(str(report.model_dir))}[/]",
         highlight=False,
     )
@@ -136,13 +142,23 @@ def show_evaluate(console: Console, report: "EvaluateReport") -> None:
         ("implicit reward prefers chosen", "–", f"{metrics['rewards/accuracy']:.1%}"),
         ("reward margin", "0", f"{metrics['rewards/margin']:+.4f}"),
         ("loss", f"{math.log(2):.4f}" if starts_at_ln_2(asked) else "–", f"{metrics['loss']:.4f}"),
-        (METRICS["kl"].name, "0", f"{metrics['kl']:.3g}"),
+        *((METRICS[name].name, "0", f"{metrics[name]:.3g}") for name in ("kl_tokens", "kl") if name in metrics),
     ]
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    if report.same_weights:
-        console.print("The policy has the reference's own weights.", style="dim")
+    _show_held_out(console, report.held_out)
+    _show_words(console, report.words)
+
+
+def _show_held_out(console: Console, found: HeldOut) -> None:
+    for name, line in figures(found):
+        console.print(f"  {name} {line}", highlight=False, soft_wrap=True)
+
+
+def _show_words(console: Console, words: Iterable[str]) -> None:
+    for line in words:
+        console.print(Text(f"  {visible(line)}", style="yellow"), soft_wrap=True)
 
 
 def show_answers(console: Console, answers: Sequence["Answers"]) -> None:

@@ -6,7 +6,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from minicache.reports.names import METRICS
+from minicache.reports.names import METRICS, moved
 from minicache.reports.sweep import RunResult, SweepReport
 from minicache.text import visible
 
@@ -47,7 +47,8 @@ def _table(report: SweepReport) -> Table:
 def _numbers(result: RunResult) -> list[str]:
     if result.held_out is None:
         return [result.state, *[""] * len(MEASURED)]
-    measured = [format(result.held_out[name], METRICS[name].form) for name in MEASURED]
+    found = result.held_out
+    measured = [format(found[moved(found) if name == "kl" else name], METRICS[name].form) for name in MEASURED]
     return [*measured, f"{result.model_step:,} of {result.steps:,}"]
 
 

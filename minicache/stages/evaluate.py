@@ -10,10 +10,11 @@ from minicache.cache.reader import ReferenceCache
 from minicache.errors import CacheMismatch, MinicacheError
 from minicache.models import LoadedModel, load_model
 from minicache.options.dictionaries import fill, flat
+from minicache.options.loss import BETAS, LossOptions
 from minicache.options.others import EvaluateConfig
-from minicache.options.train import LossOptions
 from minicache.options.where import Where, different, local_path
 from minicache.processes.world import World
+from minicache.reports.held_out import HeldOut, words_on_policy
 from minicache.scoring.budget import scoring_budget
 from minicache.scoring.dtype import agreed_dtype
 from minicache.scoring.layout import settle_layout
@@ -30,7 +31,7 @@ class EvaluateReport:
     """The result of an evaluation.
 
     metrics: means over the cache's pairs, by the names of metrics.py. settings: loss and its options, logps, beta.
-    same_weights: whether the policy has the weights of the reference.
+    same_weights: whether the policy has the weights of the reference. held_out: figures with intervals. words: what they mean.
     """
 
     policy: str
@@ -39,6 +40,8 @@ class EvaluateReport:
     same_weights: bool
     settings: dict[str, Any]
     metrics: dict[str, float]
+    held_out: HeldOut
+    words: list[str]
 
 
 def evaluate(config: EvaluateConfig, world: World, tracker: Tracker) -> EvaluateReport:
@@ -55,18 +58,23 @@ def evaluate(config: EvaluateConfig, world: World, tracker: Tracker) -> Evaluate
     same = (loaded.fingerprint, loaded.quantization) == (identity.weights, identity.quantization)
     dtype = agreed_dtype(config.dtype, world, tracker.note)
     scorer = spread(loaded.model, dtype, "ddp", world)
+    if (run := run_behind(config.policy)) and run.options["balance"] is not None:
+        scorer.weigh_balance(run.options["balance"])
     settle_layout(scorer, cached.table, "auto", world, tracker)
     pairs = EvalSet(cached, np.arange(len(cached.table)))
     _note_other_reference(config, cache, tracker)
     budget = config.tokens_per_batch or scoring_budget(scorer, cached.table, world, tracker)
     tracker.begin("evaluating", len(cached.table))
+    found = evaluate_policy(scorer, pairs, objective, budget, world, tracker)
     return EvaluateReport(
         policy=config.policy,
         ref_cache=cache.path,
         pairs=len(cached.table),
         same_weights=same,
         settings={**settings, **flat(options)},
-        metrics=evaluate_policy(scorer, pairs, objective, budget, world, tracker),
+        metrics=found.metrics,
+        held_out=found.held_out,
+        words=words_on_policy(found.metrics, found.held_out, same),
     )
 
 
@@ -74,11 +82,9 @@ def _settings(config: EvaluateConfig) -> tuple[dict[str, Any], LossOptions]:
     """Loss, logps and beta, and the options of the loss: as asked for, else as in the run's validation, else the defaults."""
     run = run_behind(config.policy)
     used = run.options if run else DEFAULTS
-    settings = {
-        "loss": config.loss or used["loss"],
-        "logps": config.logps or used["logps"],
-        "beta": config.beta or final_beta(used["beta"], used["beta_end"]),
-    }
+    logps = config.logps or used["logps"]
+    kept = final_beta(used["beta"], used["beta_end"]) if run else BETAS[logps]
+    settings = {"loss": config.loss or used["loss"], "logps": logps, "beta": config.beta or kept}
     return settings, fill(LossOptions, used)
 
 

@@ -21,6 +21,7 @@ from minicache.options.train import TrainConfig
 from minicache.pictures.sweep import draw_sweep
 from minicache.processes.devices import empty_cache, forget_most_memory
 from minicache.processes.world import World
+from minicache.reports.names import moved
 from minicache.reports.sweep import RunResult, SweepReport
 from minicache.scoring.dtype import agreed_dtype
 from minicache.scoring.layout import settle_layout
@@ -237,7 +238,7 @@ def _rank(result: RunResult) -> tuple[Any, ...]:
     """The key that sorts runs: highest accuracy first, among equals the lowest KL; runs without a result last."""
     if result.held_out is None:
         return (1, ("failed", "unfinished", "not begun", "done").index(result.state), result.name)
-    return (0, -result.held_out["rewards/accuracy"], result.held_out["kl"], result.name)
+    return (0, -result.held_out["rewards/accuracy"], result.held_out[moved(result.held_out)], result.name)
 
 
 def _draw(report: SweepReport, tracker: Tracker) -> None:

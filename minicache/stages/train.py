@@ -7,11 +7,13 @@ from pathlib import Path
 from minicache.cache.reader import JoinedCaches, ReferenceCache
 from minicache.errors import OutputError
 from minicache.models import checkpoint_activations
+from minicache.models.balance import has_routers, weight_before
 from minicache.options.dictionaries import flat
 from minicache.options.objective import starts_at_ln_2
 from minicache.options.train import TrainConfig
 from minicache.pairs import PairTable
 from minicache.processes.world import World
+from minicache.reports.held_out import words_on_run
 from minicache.scoring.budget import layers_that_fit, training_budget
 from minicache.scoring.compiled import compile_layers
 from minicache.scoring.dtype import agreed_dtype
@@ -46,7 +48,7 @@ class TrainReport:
 
     model_step: optimizer steps behind the saved model. noise: the largest difference that the handshake found, nats per token;
     None for a run that began from other weights on purpose. stopped: the reason for an early end, or None. from_ln_2: whether
-    the loss is ln 2 where policy and reference agree.
+    the loss is ln 2 where policy and reference agree. words: what the run came to, where there is something to say.
     """
 
     out: Path
@@ -56,6 +58,7 @@ class TrainReport:
     stopped: str | None
     progress: Progress
     from_ln_2: bool
+    words: list[str]
 
 
 def train(config: TrainConfig, world: World, tracker: Tracker, sources: Sources = FROM_DISK) -> TrainReport:
@@ -127,6 +130,7 @@ def _prepare(
     if sources is FROM_DISK and not begun:
         _require_room(config, caches.caches[0], cached.table, world)
     scorer, policy = _load(config, caches.caches[0], begun, world, tracker, sources)
+    _weigh_balance(scorer, config, begun, tracker)
     settle_layout(scorer, cached.table, config.layout, world, tracker)
     kept = begun.record.token_budget if begun else None
     budget = (
@@ -161,6 +165,17 @@ def _prepare(
     return run, policy
 
 
+def _weigh_balance(scorer: Scorer, config: TrainConfig, begun: Begun | None, tracker: Tracker) -> None:
+    """Apply --balance. A run that records no weight is one without experts, or of before there was the option."""
+    if config.balance is None:
+        if begun:
+            scorer.weigh_balance(weight_before(scorer.model))
+    elif not scorer.weigh_balance(config.balance) and config.balance:
+        tracker.note(
+            f"--balance {config.balance:g}: not used, the model has no experts whose routers transformers records"
+        )
+
+
 def _require_room(config: TrainConfig, cache: ReferenceCache, table: PairTable, world: World) -> None:
     """Raises FullMemory: the policy, or one pass over the longest pair, clearly does not fit."""
     if config.lora.continue_adapter:
@@ -193,8 +208,9 @@ def _load(
 
 def _record(run: Run, policy: Policy, worst: float) -> RunRecord:
     """The record of a new run. worst: the largest difference of the handshake, nats per token."""
+    weight = {"balance": run.scorer.balance_weight} if has_routers(run.scorer.model) else {}
     return RunRecord(
-        options=flat(run.config),
+        options={**flat(run.config), **weight},
         started_from=policy.started_from,
         stored_dtype=policy.stored_dtype,
         handshake=worst,
@@ -229,4 +245,5 @@ def _report(out: Path, record: RunRecord) -> TrainReport:
         stopped=record.outcome.stopped,
         progress=record.outcome.progress,
         from_ln_2=starts_at_ln_2(record.options),
+        words=words_on_run(record.flat),
     )

@@ -30,7 +30,7 @@ def log_step(run: Run, training: Training, norm: torch.Tensor, tracker: Tracker)
     progress.last_step = step
     tracker.log(step, metrics | progress.pending)
     progress.pending = {}
-    return _check_kl(run, training, metrics["kl"], tracker)
+    return _check_kl(run, training, metrics.get("kl_tokens", metrics["kl"]), tracker)
 
 
 def log_pending(training: Training, step: int, tracker: Tracker) -> None:

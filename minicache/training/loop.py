@@ -147,8 +147,9 @@ def _validate(run: Run, training: Training) -> None:
     started = time.monotonic()
     progress, options = training.progress, run.config.validation
     objective = replace(run.objective, beta=final_beta(run.config.beta, run.config.beta_end))
-    metrics = evaluate_policy(run.scorer, run.held_out, objective, run.budget, run.world, Silent())
-    progress.validated, loss = progress.step, metrics["loss"]
+    found = evaluate_policy(run.scorer, run.held_out, objective, run.budget, run.world, Silent())
+    metrics, loss = found.metrics, found.metrics["loss"]
+    progress.validated = progress.step
     log.debug("validation at step %d: loss %.6g, %.1f s", progress.step, loss, time.monotonic() - started)
     progress.pending = {f"eval/{name}": value for name, value in metrics.items()} | {"eval/beta": objective.beta}
     progress.waited += 1
@@ -156,4 +157,5 @@ def _validate(run: Run, training: Training) -> None:
         progress.anchor, progress.waited = loss, 0
     if progress.best is None or loss < progress.best:
         progress.best, progress.best_step, progress.validation = loss, progress.step, metrics
+        progress.held_out = found.held_out
         save(run, training)

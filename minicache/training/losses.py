@@ -25,6 +25,8 @@ class Logps:
     token_count: (B, 2) float32.
     alignment: (B, 2) float32, nats per token; see `PairScores`. Only WPO needs it.
     chosen_sum: (B,) as these, nats: the unweighted sum over the chosen answer, where the two above weight tokens (LD-DPO).
+    token_kl: (B, 2) float32, nats: `k3` of each counted token's log ratio, mean over a side's tokens. No loss reads it. None
+    where the reference's logprobs of single tokens are not known.
     """
 
     policy: torch.Tensor
@@ -33,6 +35,7 @@ class Logps:
     averaged: bool
     alignment: torch.Tensor | None = None
     chosen_sum: torch.Tensor | None = None
+    token_kl: torch.Tensor | None = None
 
     @property
     def ratios(self) -> torch.Tensor:

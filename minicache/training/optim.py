@@ -143,17 +143,20 @@ def require_optimizer(name: str, weights: str, device: torch.device) -> None:
 
 
 def make_optimizer(
-    model: nn.Module, name: str, lr: float, weight_decay: float, weights: str = "float32"
+    model: nn.Module, name: str, lr: float, weight_decay: float, weights: str = "float32", decay_norms: bool = False
 ) -> torch.optim.Optimizer:
     """The optimizer of this name for the trainable parameters, with betas 0.9 and 0.999.
 
-    weights: their precision, a name in WEIGHTS. Weight decay acts on matrices only, not on norms and biases. `require_optimizer`
-    checks what the optimizer needs.
+    weights: their precision, a name in WEIGHTS. decay_norms: weight decay acts on norms and biases too, not on matrices only.
+    `require_optimizer` checks what the optimizer needs.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [parameter for parameter in parameters if parameter.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
+        {
+            "params": [parameter for parameter in parameters if parameter.ndim < 2],
+            "weight_decay": weight_decay if decay_norms else 0.0,
+        },
     ]
     made: torch.optim.Optimizer = code_of(WEIGHTS[weights][name])([group for group in groups if group["params"]], lr)
     return made

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from minicache.reports.held_out import HeldOut
+
 
 @dataclass
 class Progress:
@@ -10,9 +12,10 @@ class Progress:
 
     step: optimizer steps done. seconds, tokens, flops: since the last log line; total_seconds, total_tokens: of the run.
     validated, saved: the steps of the last validation and of the last checkpoint; -1: none yet. best, best_step, validation:
-    loss, step and metrics of the best validation. anchor: the loss to improve on by --min-gain; waited: validations since the
-    last that did. pending: validation metrics for the next log line. first, last: metrics of the first and the last log line;
-    last_step: the step of the last. warned: whether the warning of --max-kl was given.
+    loss, step and metrics of the best validation; held_out: its figures with intervals. anchor: the loss to improve on by
+    --min-gain; waited: validations since the last that did. pending: validation metrics for the next log line. first, last:
+    metrics of the first and the last log line; last_step: the step of the last. warned: whether the warning of --max-kl was
+    given.
     """
 
     step: int = 0
@@ -33,6 +36,7 @@ class Progress:
     first: dict[str, float] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
     last_step: int = 0
+    held_out: HeldOut | None = None
 
     @property
     def model_step(self) -> int:

@@ -18,6 +18,7 @@ NEEDED = ("ref_cache", "out")
 LATER = (
     *("columns", "ignore_fields", "row_pairs", "base_4bit", "base_8bit"),
     *("lora_rslora", "lora_dora", "lora_dropout", "continue_adapter", "weights", "selective_checkpointing"),
+    *("balance", "decay_norms"),
 )
 # The defaults of the options. A record that lacks an option is of an earlier version, which behaved as by the default.
 DEFAULTS = {
@@ -65,6 +66,10 @@ class RunRecord:
     def flat(self) -> dict[str, Any]:
         """The record as the file holds it."""
         found = {name: value for name, value in asdict(self).items() if name != "options" and value is not None}
+        # 0.1.0 did not have it
+        progress = (found.get("outcome") or {}).get("progress", {})
+        if progress.get("held_out") is None:
+            progress.pop("held_out", None)
         options = {name: value for name, value in self.options.items() if name not in LATER or value != DEFAULTS[name]}
         return {**options, **found}
 

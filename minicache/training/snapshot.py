@@ -27,7 +27,8 @@ def begin(run: Run, resumed: dict[str, Any] | None) -> Training:
         OutputError: the checkpoint cannot be read.
     """
     config, device = run.config, run.world.device
-    optimizer = make_optimizer(run.scorer.model, config.optimizer, config.lr, config.weight_decay, config.weights)
+    decay = (config.weight_decay, config.weights, config.decay_norms)
+    optimizer = make_optimizer(run.scorer.model, config.optimizer, config.lr, *decay)
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
     means, progress = Means(device), Progress()
     if resumed:

@@ -14,13 +14,14 @@ from minicache.errors import CacheMismatch, ConfigError
 from minicache.options.train import LossOptions
 from minicache.processes.devices import CPU, widest
 from minicache.processes.world import World
+from minicache.reports.held_out import HeldOut, held_out
 from minicache.scoring.batch import Batch, References
 from minicache.scoring.batching import Indices
 from minicache.scoring.scorer import PairScores, Scorer
 from minicache.scoring.tables import score_table
 from minicache.trackers import Tracker
 from minicache.training.losses import Logps, Objective
-from minicache.training.metrics import Means
+from minicache.training.metrics import Means, k3
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,18 @@ def require_per_token(cache: ReferenceCache, options: LossOptions) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """How a policy does on held-out pairs. metrics: means over them; see metrics.py. held_out: figures with intervals."""
+
+    metrics: dict[str, float]
+    held_out: HeldOut
+
+
 def evaluate_policy(
     scorer: Scorer, pairs: EvalSet, objective: Objective, budget: int | None, world: World, tracker: Tracker
-) -> dict[str, float]:
-    """The mean metrics (see metrics.py) of a policy over these pairs, which the processes share out. budget: see `score_table`.
+) -> Evaluation:
+    """How a policy does on these pairs, which the processes share out. budget: see `score_table`.
 
     Raises:
         ConfigError: the loss sorts over a batch, so it is not defined for a data set.
@@ -62,12 +71,13 @@ def evaluate_policy(
     means, chosen_tokens = Means(world.device), float(table.token_counts[pairs.indices, 0].mean())
     mine = pairs.indices[world.rank :: world.size]
     references = partial(references_of, pairs.cached, objective.options)
-    load = None
+    load, preferences = None, []
     for indices, batch, scores in score_table(
         scorer, table, mine, budget, world.device, distribution=True, references=references
     ):
         logps = pair_logps(scores, batch, objective)
         means.add(objective(logps, chosen_tokens), logps, objective.beta, scores)
+        preferences.append((indices, _preferences(logps, objective.beta)))
         if scores.load:
             load = scores.load + load if load else scores.load
         tracker.advance(len(indices) * world.size, int(table.side_lengths[indices].sum()) * world.size)
@@ -77,23 +87,45 @@ def evaluate_policy(
     if loads := [each for each in world.gather(load and load.to(CPU)) if each]:
         whole = reduce(operator.add, loads)
         metrics["aux_loss"] = float(whole.loss(whole))
-    return metrics
+    return Evaluation(metrics, _held_out(world, preferences))
+
+
+def _preferences(logps: Logps, beta: float) -> torch.Tensor:
+    """(B, 3): reward margin, and the differences of chosen and rejected by policy and reference."""
+    rewards = beta * logps.ratios
+    return torch.stack([values[:, 0] - values[:, 1] for values in (rewards, logps.policy, logps.reference)], 1).detach()
+
+
+def _held_out(world: World, preferences: list[tuple[Indices, torch.Tensor]]) -> HeldOut:
+    """The figures over the pairs of all processes, in the order of their indices: whatever the batches and the processes."""
+    # a process may have no pairs
+    mine = preferences and (
+        np.concatenate([indices for indices, _ in preferences]),
+        torch.cat([values for _, values in preferences]).cpu().double().numpy(),
+    )
+    every = [each for each in world.gather(mine) if each]
+    order = np.concatenate([indices for indices, _ in every]).argsort()
+    margins, policy, reference = np.concatenate([values for _, values in every])[order].T
+    return held_out(margins, policy > 0, reference > 0)
 
 
 def references_of(cached: CachedPairs, options: LossOptions, indices: Indices, batch: Batch) -> References:
     """What the losses read of the cache for a batch, which is still on the CPU. indices: (B,) of its pairs."""
     means = torch.from_numpy(cached.reference.logp_mean[indices])
-    if options.ld_alpha is None:
+    if cached.reference.token_logps is None:
         return References(means)
-    tokens = torch.from_numpy(cached.token_logps(indices))
-    return References(means, tokens[batch.places], _ld_weights(batch, options.ld_alpha))
+    tokens = torch.from_numpy(cached.token_logps(indices))[batch.places]
+    return References(means, tokens, None if options.ld_alpha is None else _ld_weights(batch, options.ld_alpha))
 
 
 def pair_logps(scores: PairScores, batch: Batch, objective: Objective) -> Logps:
     """The logprobs of policy and reference for a batch, both as means or both as sums (mean x tokens)."""
     counts, averaged, known = scores.token_count, objective.kind == "mean", batch.references
     assert known is not None
-    chosen_sum = None
+    chosen_sum = token_kl = None
+    if known.token_logps is not None:
+        ratios = (scores.token_logps.detach() - known.token_logps)[batch.members]
+        token_kl = batch.sum_members(k3(ratios)) / counts
     if known.token_logps is not None and known.weights is not None:
         policy, reference = (
             batch.sum_members(values[batch.members] * known.weights)
@@ -114,6 +146,7 @@ def pair_logps(scores: PairScores, batch: Batch, objective: Objective) -> Logps:
         averaged=averaged,
         alignment=scores.alignment,
         chosen_sum=chosen_sum,
+        token_kl=token_kl,
     )
 
 

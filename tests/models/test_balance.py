@@ -14,6 +14,7 @@ from tests.references.checkpoints import MIXTURES, draw, reference_of
 from tests.references.formulas import State
 
 ROUTERS = ("router.weight", "mlp.gate.weight")
+WEIGHT = 0.03
 
 
 def mixture(checkpoints: Path, name: str) -> torch.nn.Module:
@@ -34,14 +35,14 @@ def sequences(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
 def loss_of(model: torch.nn.Module, routing: balance.Routing, mask: torch.Tensor) -> torch.Tensor:
     """(R,): the loss of rows that are a step of their own."""
     read, readers, count = sequences(mask)
-    if not balance.over_the_step(model):
+    if not balance.balances_steps(model):
         return routing.loss(read, readers, count)
     load = routing.load(read)
     return load.loss(load).expand(count)
 
 
 def balance_of(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    with balance.recording(model) as routing:
+    with balance.recording(model, WEIGHT) as routing:
         model(ids)
     return loss_of(model, routing, mask)
 
@@ -52,7 +53,8 @@ def reference_balance(name: str, state: State, ids: torch.Tensor, lengths: tuple
     computed = [reference.compute(state, ids[row : row + 1, :length]).scores for row, length in enumerate(lengths)]
     if name.startswith("minimind3"):  # all tokens in one
         computed = [[torch.cat(layer, 1) for layer in zip(*computed, strict=True)]] * len(lengths)
-    return torch.cat([reference.balance_loss(scores, reference.DEFAULTS.experts_per_token) for scores in computed])
+    losses = [reference.balance_loss(scores, reference.DEFAULTS.experts_per_token, WEIGHT) for scores in computed]
+    return torch.cat(losses)
 
 
 @pytest.mark.parametrize("name", MIXTURES)
@@ -89,7 +91,7 @@ def test_gradients_are_the_same_under_checkpointing(checkpoints: Path, name: str
         if checkpointed:
             for layer in model.get_submodule("model.layers").children():
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-        with balance.recording(model) as routing:
+        with balance.recording(model, WEIGHT) as routing:
             logits = model(ids, use_cache=False).logits
             if within:
                 (loss_of(model, routing, mask).sum() + logits.mean()).backward()
@@ -129,7 +131,7 @@ def tiny_mixtral(output_router_logits: bool) -> torch.nn.Module:
 
 def test_another_family_has_transformers_own_loss_if_it_asks() -> None:
     model, (ids, mask) = tiny_mixtral(True), rows((13, 29))
-    expected = 0.02 * model(ids, attention_mask=mask.long()).aux_loss
+    expected = WEIGHT * model(ids, attention_mask=mask.long()).aux_loss
     assert balance_of(model, ids, mask).tolist() == pytest.approx([expected.item()] * 2, rel=1e-4)
 
 
@@ -140,7 +142,7 @@ def test_parts_of_a_step_have_the_loss_and_the_gradient_of_the_whole(checkpoints
     ids, mask = rows((13, 29, 7))
 
     def load(some: slice) -> balance.Load:
-        with balance.recording(model) as routing:
+        with balance.recording(model, WEIGHT) as routing:
             model(ids[some])
         return routing.load(mask[some].flatten().nonzero()[:, 0])
 
@@ -166,15 +168,18 @@ def test_parts_of_a_step_have_the_loss_and_the_gradient_of_the_whole(checkpoints
 
 
 def test_who_has_a_balance_loss(checkpoints: Path) -> None:
-    assert all(balance.has_balance(mixture(checkpoints, name)) for name in MIXTURES)
-    assert not balance.has_balance(mixture(checkpoints, "minimind3-dense"))
-    assert not balance.has_balance(tiny_mixtral(False))
-    assert not balance.has_balance(tiny_llama())
+    own = {name: balance.own_weight(mixture(checkpoints, name)) for name in MIXTURES}
+    assert own == {"minimind2-2504-moe": 0.0, "minimind2-2510-moe": 0.01, "minimind3-moe": 5e-4}
+    assert balance.own_weight(tiny_mixtral(True)) == 0.02 and balance.own_weight(tiny_mixtral(False)) == 0
+    assert balance.own_weight(tiny_llama()) == balance.own_weight(mixture(checkpoints, "minimind3-dense")) == 0
+    mixtures = [mixture(checkpoints, name) for name in MIXTURES] + [tiny_mixtral(False)]
+    assert all(map(balance.has_routers, mixtures))
+    assert not balance.has_routers(tiny_llama()) and not balance.has_routers(mixture(checkpoints, "minimind3-dense"))
 
 
 def test_tokens_that_go_to_all_experts_are_balanced(checkpoints: Path) -> None:
     model, (ids, mask) = load_model(f"{checkpoints / 'minimind2-2510-moe.pth'}:experts_per_token=4").model, rows((5, 9))
-    assert balance_of(model, ids, mask).tolist() == pytest.approx([0.1 * 2] * 2)
+    assert balance_of(model, ids, mask).tolist() == pytest.approx([WEIGHT * 2] * 2)
 
 
 def test_nothing_of_the_recording_stays(checkpoints: Path) -> None:

@@ -104,6 +104,7 @@ UNREAD: dict[str, tuple[dict[str, Any], str]] = {
         {"schedule": "constant", "min_lr": 0.1},
         "--schedule constant does not read it; expected cosine, linear",
     ),
+    "decay_norms": ({"decay_norms": True}, "is about --weight-decay; expected both"),
     "format": ({"format": "hh"}, "expected both, got it alone"),
     "columns": ({"columns": "prompt=question"}, "expected both, got it alone"),
     "ignore_fields": ({"ignore_fields": "images"}, "expected both, got it alone"),

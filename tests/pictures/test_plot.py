@@ -142,7 +142,12 @@ def test_only_what_was_logged_is_drawn(tmp_path: Path) -> None:
     draw = {"loss": ([0], [0.7]), "eval/kl": ([0, 5], [0.0, 1.0])}
     draw_runs([RunCurves("x", draw, {})], tmp_path / "x.svg")
     picture = texts(tmp_path / "x.svg")
-    assert "<!-- loss -->" in picture and "(KL)" in picture and "reward margin" not in picture
+    assert (
+        "<!-- loss -->" in picture
+        and "(KL of means)" in picture
+        and "over tokens" not in picture
+        and "reward margin" not in picture
+    )
     with pytest.raises(DataError, match="none of the metrics"):
         draw_runs([RunCurves("x", {"epoch": ([0], [1.0])}, {})], tmp_path / "y.svg")
 

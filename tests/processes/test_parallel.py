@@ -35,6 +35,7 @@ SETTINGS: dict[str, Any] = {
     "tokens_per_micro_batch": 150,
     "save_every": 3,
     "keep_last": 10,
+    "beta": 0.1,
 }
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -46,7 +47,7 @@ KINDS: dict[str, dict[str, Any]] = {
     # balances each step; another balances each sequence
     "mixture": {"holdout": 0.3, "eval_every": 2},
     "mixture lora": {"lora_rank": 4},
-    "mixture sequences": {},
+    "mixture sequences": {"balance": 0.1},
 }
 # world size -> runs: kind, parallel
 RUNS = {

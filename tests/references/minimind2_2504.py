@@ -22,7 +22,6 @@ from tests.references.formulas import (
 )
 
 DEFAULTS = Settings(heads=8, kv_heads=2, experts_per_token=2, rms_eps=1e-5)
-BALANCE = 0.1  # what the load-balancing loss is multiplied by
 
 
 def shapes(experts: int, shared: int = 1, vocabulary: int = 400, width: int = 64) -> dict[str, tuple[int, ...]]:
@@ -84,6 +83,6 @@ def feed_forward(x: Tensor, weights: State, block: str) -> Tensor:
     return swiglu(x, gate, up, down)
 
 
-def balance_loss(scores: list[Tensor], top: int) -> Tensor:
+def balance_loss(scores: list[Tensor], top: int, weight: float) -> Tensor:
     """(R,): every sequence is balanced for itself; a batch's loss is their mean. scores: as `Computed`'s."""
-    return BALANCE * balance_by_sequence(scores, top)
+    return weight * balance_by_sequence(scores, top)

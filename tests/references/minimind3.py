@@ -25,7 +25,6 @@ from tests.references.formulas import (
 )
 
 DEFAULTS = Settings(heads=8, kv_heads=4, experts_per_token=1, rms_eps=1e-6)
-BALANCE = 5e-4  # what the load-balancing loss is multiplied by
 
 
 def shapes(experts: int, shared: int = 0, vocabulary: int = 400, width: int = 64) -> dict[str, tuple[int, ...]]:
@@ -82,11 +81,11 @@ def feed_forward(x: Tensor, weights: State, block: str) -> Tensor:
     return swiglu(x, gate, up, down)
 
 
-def balance_loss(scores: list[Tensor], top: int) -> Tensor:
+def balance_loss(scores: list[Tensor], top: int, weight: float) -> Tensor:
     """(R,): all tokens of the batch are balanced together, so that every sequence has the same. scores: as `Computed`'s.
 
     Of each layer: experts x sum over experts of (picks a token) x (its mean score). Unlike in the earlier generations the picks
     are not divided by `top`, so that even routing gives `top` a layer.
     """
     layers = [layer.shape[-1] * (picks(layer, top).mean((0, 1)) * layer.mean((0, 1))).sum() for layer in scores]
-    return BALANCE * torch.stack(layers).sum().expand(len(scores[0]))
+    return weight * torch.stack(layers).sum().expand(len(scores[0]))

@@ -4,9 +4,11 @@ import io
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
+from minicache.reports.held_out import held_out
 from minicache.screen.results import show_evaluate
 
 
@@ -17,7 +19,12 @@ def test_the_references_loss_is_ln_2_only_for_losses_that_begin_there(option: di
     settings = {"loss": "sigmoid", "logps": "mean", "beta": 0.1, "sft_weight": 0.0, "wpo": False, **option}
     names = ("accuracy/reference", "accuracy/policy", "rewards/accuracy", "rewards/margin", "loss", "kl")
     report = SimpleNamespace(
-        metrics=dict.fromkeys(names, 0.25), settings=settings, pairs=3, ref_cache="cache", same_weights=False
+        metrics=dict.fromkeys(names, 0.25),
+        settings=settings,
+        pairs=3,
+        ref_cache="cache",
+        held_out=held_out(np.ones(3), np.ones(3, bool), np.zeros(3, bool)),
+        words=[],
     )
     output = io.StringIO()
     console = Console(file=output, width=120)

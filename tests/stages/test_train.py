@@ -29,7 +29,7 @@ from tests.conftest import Cli, make_rows, one_process, precompute_into, tiny_ll
 
 
 def run(ref_cache: Path, out: Path, **options: Any) -> TrainReport:
-    settings = {"batch_size": 8, "epochs": 2, "lr": 1e-3, "log_every": 1, **options}
+    settings = {"batch_size": 8, "epochs": 2, "lr": 1e-3, "log_every": 1, "beta": 0.1, **options}
     return train(TrainConfig(ref_cache, out, **settings), one_process(), Silent())
 
 
@@ -122,7 +122,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(ref_cache: Pa
 @pytest.mark.parametrize("launcher", ["--nproc", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_two_ranks_give_the_curve_of_one(ref_cache: Path, tmp_path: Path, launcher: str) -> None:
     """40 pairs in batches of 13: the last of an epoch has one pair, so a rank has none."""
-    options = ["--batch-size", "13", "--lr", "1e-3", "--epochs", "2", "--log-every", "1"]
+    options = ["--batch-size", "13", "--lr", "1e-3", "--epochs", "2", "--log-every", "1", "--beta", "0.1"]
     arguments = ["train", "--ref-cache", str(ref_cache), "--out", str(tmp_path / "two"), *options]
     command = [sys.executable, "-m", "minicache", *arguments, "--nproc", "2"]
     if launcher == "torchrun":

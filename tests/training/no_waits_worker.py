@@ -25,6 +25,7 @@ from minicache.scoring.batching import ahead
 from minicache.stages.train import FROM_DISK, _prepare, _save_memory_and_time
 from minicache.trackers import Silent
 from minicache.training import step as steps
+from minicache.training import validation
 from minicache.training.log_lines import log_step
 from minicache.training.metrics import Means
 from minicache.training.snapshot import begin
@@ -74,12 +75,13 @@ def weights_after(options: dict[str, Any], device: torch.device) -> list[torch.T
 
 
 def _validate(run: Run, guard: Callable[[], Any]) -> None:
-    """A validation, in which nothing but the last sum may wait."""
+    """A validation, in which nothing but its end may wait: the sum, and the figures of all pairs."""
     if run.objective.over_the_batch:
         return
 
     with pytest.MonkeyPatch.context() as patch, guard():
         patch.setattr(Means, "reduce", lambda means, world, patient: {})
+        patch.setattr(validation, "_held_out", lambda world, preferences: None)
         held_out = EvalSet(run.cached, np.arange(4))
         evaluate_policy(run.scorer, held_out, run.objective, run.budget, run.world, Silent())
 

@@ -53,6 +53,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trained]:
 
         monkeypatch.setattr(stage, "optimize", keeping)
         settings = {"batch_size": 8, "max_steps": 3, "lr": 3e-2, "log_every": 1, "lora": LoraOptions(lora_rank=3)}
+        settings["beta"] = 0.1
         train(TrainConfig(cache, out, **{**settings, **options}), one_process(), Silent())
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         return Trained(out, kept[-1], [line["loss"] for line in lines if "loss" in line])

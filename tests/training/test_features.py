@@ -182,9 +182,29 @@ def test_metrics_of_the_first_step_are_plain_means(alike: Path, model_dir: Path,
         assert curve(tmp_path / "run", f"tokens/{name}") == np.mean([len(pair[column]["logp"]) for pair in sides])
         means = [pair[column]["logp"].mean().item() for pair in sides]
         assert curve(tmp_path / "run", f"logps/{name}") == pytest.approx(np.mean(means), rel=1e-5)
-    entropy = np.mean([side["entropy"].mean().item() for pair in sides for side in pair])
+    entropy = torch.cat([side["entropy"] for pair in sides for side in pair]).mean().item()
     assert curve(tmp_path / "run", "entropy") == pytest.approx(entropy, rel=1e-5)
     assert curve(tmp_path / "run", "memory_gb") > 0.05
+
+
+def test_how_far_the_policy_has_moved_is_a_mean_over_tokens(alike: Path, model_dir: Path, tmp_path: Path) -> None:
+    """kl_tokens and kl of a trained policy against float64 logits of both models; k3 of the means is the lower one."""
+    run(alike, tmp_path / "run")
+    found = evaluate(EvaluateConfig(str(tmp_path / "run"), alike), one_process(), Silent()).metrics
+    table = ReferenceCache(alike).load().table
+    models = [load_model(str(each)).model.double() for each in (tmp_path / "run" / "model", model_dir)]
+    by_tokens, of_means = [], []
+    with torch.no_grad():
+        for index in range(len(table)):
+            policy, reference = (plain_sides(model, table[index]) for model in models)
+            for mine, theirs in zip(policy, reference, strict=True):
+                d = mine["logp"] - theirs["logp"]
+                by_tokens.append((d.neg().exp() - 1 + d).mean().item())
+                of_means.append((d.mean().neg().exp() - 1 + d.mean()).item())
+    assert found["kl_tokens"] == pytest.approx(np.mean(by_tokens), rel=1e-3)
+    assert found["kl"] == pytest.approx(np.mean(of_means), rel=1e-3)
+    assert 0 < found["kl"] < found["kl_tokens"]
+    assert "kl_tokens" in json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
 
 
 # --- what a step costs ---

@@ -203,7 +203,7 @@ def test_adapters_of_a_minimind_file(
     file = checkpoints / f"{name}.pth"
     data = write_jsonl(tmp_path / "pairs.jsonl", make_rows(8))
     cache = precompute_into(tmp_path / "cache", file, data, tokenizer=str(tokenizer_dir))
-    report = run(cache, tmp_path / "run", validation=ValidationOptions(eval_cache=cache))
+    report = run(cache, tmp_path / "run", validation=ValidationOptions(eval_cache=cache), balance=0.1)
     lines = metrics(tmp_path / "run")
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and report.model_step > 0
     assert ("aux_loss" in lines[0]) == name.endswith("moe")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -14,9 +15,10 @@ from minicache.options.catalog import LOSSES, SCHEDULES
 from minicache.options.train import LossOptions
 from minicache.scoring.scorer import PairScores
 from minicache.training.losses import Logps, Objective, loss_named
-from minicache.training.metrics import NAMES, pair_metrics
+from minicache.training.metrics import COUNTS, NAMES, Means, pair_metrics
 from minicache.training.optim import make_optimizer
 from minicache.training.schedules import beta_at, learning_rate, warmup_steps
+from tests.conftest import one_process
 
 
 def random_logps(averaged: bool, count: int = 50) -> Logps:
@@ -155,7 +157,9 @@ def test_metrics_are_their_definitions(averaged: bool) -> None:
     losses = loss_named("sigmoid")(logps, 0.2, LossOptions())
     entropy = torch.rand(len(losses), 2)
     scores = PairScores(logps.policy, logps.token_count, torch.zeros(0), entropy)
-    values = dict(zip(NAMES, pair_metrics(losses, logps, 0.2, scores).numpy(), strict=True))
+    found = pair_metrics(losses, logps, 0.2, scores).numpy()
+    values = dict(zip(NAMES, found, strict=False))
+    assert len(found) == len(NAMES) + COUNTS
     p, r, n = (column.double().numpy() for column in (logps.policy, logps.reference, logps.token_count))
     assert np.allclose(values["rewards/margin"], 0.2 * ((p - r)[:, 0] - (p - r)[:, 1]), atol=1e-5)
     assert np.array_equal(values["rewards/accuracy"], (p - r)[:, 0] > (p - r)[:, 1])
@@ -164,9 +168,42 @@ def test_metrics_are_their_definitions(averaged: bool) -> None:
     d = (p - r) if averaged else (p - r) / n
     assert np.allclose(values["kl"], (np.exp(-d) - 1 + d).mean(1), rtol=1e-3, atol=1e-5)
     assert (values["kl"] >= 0).all()
-    assert np.allclose(values["entropy"], entropy.numpy().mean(1)) and np.array_equal(
-        values["tokens/rejected"], n[:, 1]
-    )
+    assert np.array_equal(values["tokens/rejected"], n[:, 1])
+    # sums over tokens, beside their number
+    assert np.allclose(values["entropy"], (entropy.numpy() * n).sum(1), rtol=1e-6)
+    assert np.array_equal(found[-2], n.sum(1)) and (found[-3] == 1).all() and (found[-1] == 0).all()
+
+
+def test_means_are_over_pairs_and_over_tokens() -> None:
+    """Of two batches, of which one has no entropy, and after a checkpoint in between."""
+    logps, world = random_logps(True), one_process()
+    token_kl = torch.rand(len(logps.policy), 2)
+    known, losses = replace(logps, token_kl=token_kl), torch.rand(len(logps.policy))
+    entropy = torch.rand(len(losses), 2)
+    with_entropy = PairScores(logps.policy, logps.token_count, torch.zeros(0), entropy)
+    means = Means(torch.device("cpu"))
+    means.add(losses, known, 0.2, with_entropy)
+    kept, means = means.sums.clone(), Means(torch.device("cpu"))
+    means.load(kept)
+    means.add(losses + 1, logps, 0.2, replace(with_entropy, entropy=None))
+    found = means.reduce(world)
+    counts = logps.token_count
+    assert found["loss"] == pytest.approx(losses.mean().item() + 0.5, rel=1e-6)
+    assert found["entropy"] == pytest.approx(((entropy * counts).sum() / counts.sum()).item(), rel=1e-6)
+    assert found["kl_tokens"] == pytest.approx(token_kl.mean().item(), rel=1e-6)
+    assert "kl_tokens" not in means.reduce(world)
+
+
+@pytest.mark.parametrize("counts", [1, 2])
+def test_sums_of_earlier_checkpoints_go_on_without_their_entropy(counts: int) -> None:
+    """0.1.0 counted the pairs; then came the pairs that had an entropy, of which the mean was taken."""
+    means, pairs = Means(torch.device("cpu")), 5.0
+    earlier = torch.arange(14.0, dtype=torch.float64)
+    means.load(torch.cat([earlier, torch.full((counts,), pairs, dtype=torch.float64)]))
+    found = means.reduce(one_process())
+    for name, total in zip(NAMES[:14], earlier.tolist(), strict=True):
+        assert found[name] == pytest.approx(0.0 if name == "entropy" else total / pairs)
+    assert "kl_tokens" not in found
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

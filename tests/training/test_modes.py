@@ -19,10 +19,20 @@ from minicache.options.train import LoraOptions, TrainConfig
 from minicache.stages.train import TrainReport, train
 from minicache.trackers import Silent
 from minicache.training.order import Mixture, global_batches
+from minicache.training.snapshot import save
 from tests.conftest import make_rows, one_process, precompute_into, write_jsonl
 
 MIXTURES = ["minimind2-2504-moe", "minimind3-moe"]
-SETTINGS = {"batch_size": 4, "max_steps": 4, "lr": 1e-3, "log_every": 1, "save_every": 0, "tokens_per_micro_batch": 200}
+BALANCE = 0.1
+SETTINGS: dict[str, Any] = {
+    "batch_size": 4,
+    "max_steps": 4,
+    "lr": 1e-3,
+    "log_every": 1,
+    "save_every": 0,
+    "tokens_per_micro_batch": 200,
+}
+SETTINGS |= {"beta": 0.1, "balance": BALANCE}
 
 
 def run(ref_cache: Path, out: Path, **options: Any) -> TrainReport:
@@ -50,11 +60,8 @@ def mixtures(tmp_path_factory: pytest.TempPathFactory, checkpoints: Path, tokeni
 def test_the_balance_loss_is_logged_and_stays_sane(mixtures: dict[str, Path], tmp_path: Path, name: str) -> None:
     run(mixtures[name], tmp_path / "run", max_steps=12, lr=3e-3)
     aux, loss = curve(tmp_path / "run", "aux_loss"), curve(tmp_path / "run")
-    settings: Any = load_model(ReferenceCache(mixtures[name]).log.model).model.config
-    coefficient = settings.router_aux_loss_coef
-    even = (
-        2 * coefficient
-    )  # of two layers, every expert chosen as often; picks are counted apart where a token has several
+    # of two layers, every expert chosen as often; picks are counted apart where a token has several
+    even = 2 * BALANCE
     assert (aux > 0.5 * even).all() and (aux < 8 * even).all() and aux[-4:].mean() < aux[:4].mean() * 1.1
     assert loss[0] == pytest.approx(math.log(2), abs=1e-6)  # the metric is the preference loss alone
 
@@ -87,7 +94,7 @@ def test_the_balance_loss_is_part_of_the_gradient(mixtures: dict[str, Path], tmp
             means, penalties = [], []
             for side in (0, 1):
                 ids, mask = (torch.from_numpy(values.astype(np.int64)) for values in table[int(index)].side(side))
-                with balance.recording(model) as routing:
+                with balance.recording(model, BALANCE) as routing:
                     logits = model(ids[None]).logits[0, :-1]
                 logps = logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
                 means.append(logps[mask[1:].bool()].mean())
@@ -219,3 +226,72 @@ def test_no_clipping_is_a_norm_of_0(ref_cache: Path, tmp_path: Path) -> None:
     for name in ("loss", "grad_norm", "logps/chosen"):
         assert np.array_equal(curve(tmp_path / "none", name), curve(tmp_path / "far", name))
         assert not np.array_equal(curve(tmp_path / "none", name), curve(tmp_path / "near", name))
+
+
+# --- the weight of the balance loss ---
+
+
+def first_aux(out: Path) -> float | None:
+    line: dict[str, float] = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
+    return line.get("aux_loss")
+
+
+def test_the_weight_is_the_options_and_the_run_records_it(mixtures: dict[str, Path], tmp_path: Path) -> None:
+    cache = mixtures["minimind3-moe"]
+    for weight in (None, 0.0, 0.02, 0.04):
+        run(cache, tmp_path / str(weight), max_steps=1, balance=weight)
+    assert first_aux(tmp_path / "0.0") is None
+    doubled, single = first_aux(tmp_path / "0.04"), first_aux(tmp_path / "0.02")
+    assert doubled and single and doubled == pytest.approx(2 * single, rel=1e-5)
+    own = first_aux(tmp_path / "None")
+    assert own and own == pytest.approx(single * 5e-4 / 0.02, rel=1e-5)
+    recorded = {
+        name: json.loads((tmp_path / name / "run.json").read_text())["balance"] for name in ("None", "0.0", "0.02")
+    }
+    assert recorded == {"None": 5e-4, "0.0": 0.0, "0.02": 0.02}
+
+
+def test_a_weight_for_a_model_without_experts_is_noted(ref_cache: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+
+    class Listener(Silent):
+        def note(self, text: str) -> None:
+            said.append(text)
+
+    for weight in (0.0, 0.5):
+        options: dict[str, Any] = {**SETTINGS, "balance": weight, "max_steps": 1}
+        config = TrainConfig(ref_cache, tmp_path / str(weight), **options)
+        train(config, one_process(), Listener())
+    assert [text for text in said if "--balance" in text] == [
+        "--balance 0.5: not used, the model has no experts whose routers transformers records"
+    ]
+
+
+def test_a_run_of_before_goes_on_with_the_weight_that_it_had(
+    checkpoints: Path, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0.1.0 added 0.1 times the balance to 2504's and 2510's mixtures, and recorded no weight."""
+    data = write_jsonl(tmp_path / "pairs.jsonl", make_rows(8))
+    cache = precompute_into(
+        tmp_path / "cache", checkpoints / "minimind2-2510-moe.pth", data, tokenizer=str(tokenizer_dir)
+    )
+    options: dict[str, Any] = {"lora": LoraOptions(lora_rank=2), "save_every": 2}
+    run(cache, tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+        patch.setattr("minicache.training.loop._save_if_asked_to_stop", stop_after_two)
+        run(cache, tmp_path / "run", **options)
+    file = tmp_path / "run" / "run.json"
+    facts = json.loads(file.read_text())
+    assert facts.pop("balance") == BALANCE
+    file.write_text(json.dumps(facts))
+    run(cache, tmp_path / "run", resume=True, **{**options, "balance": None})
+    for metric in ("loss", "aux_loss"):
+        assert np.array_equal(curve(tmp_path / "run", metric), curve(tmp_path / "whole", metric))
+
+
+def stop_after_two(run: Any, training: Any, stop: Any) -> None:
+    """Ends a run after its second step, which is saved."""
+    if training.progress.step == 2:
+        save(run, training)
+        training.saver.wait()
+        raise KeyboardInterrupt

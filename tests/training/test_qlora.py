@@ -50,7 +50,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, caches: dict[str, Path]) -> d
     """A run on each of the caches, which were not told again what their base is."""
     directory = tmp_path_factory.mktemp("runs")
     for kind in QUANTIZATIONS:
-        run(caches[kind], directory / kind, lr=0.1)
+        run(caches[kind], directory / kind, lr=0.1, beta=0.1)
     return {kind: directory / kind for kind in QUANTIZATIONS}
 
 
@@ -108,7 +108,7 @@ def test_all_weights_of_a_quantized_model_cannot_be_trained(
 def test_the_option_may_be_given_again_and_chooses_for_other_weights(
     caches: dict[str, Path], half_dir: Path, runs: dict[str, Path], tmp_path: Path, kind: str
 ) -> None:
-    run(caches[kind], tmp_path / "same", lr=0.1, base=base(kind))
+    run(caches[kind], tmp_path / "same", lr=0.1, beta=0.1, base=base(kind))
     (first, second) = (
         load_file(out / "model" / "adapter_model.safetensors") for out in (runs[kind], tmp_path / "same")
     )
@@ -246,8 +246,9 @@ def test_a_resumed_run_is_the_same_run(
 ) -> None:
     options = {"lora": LoraOptions(lora_rank=2), "lr": 1e-2, "async_save": True}
     resuming.run(caches[kind], tmp_path / "whole", **options)
-    resuming.killed_at(monkeypatch, 41, caches[kind], tmp_path / "run", **options)
-    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+    # after the second checkpoint began, which waits for the first
+    resuming.killed_at(monkeypatch, 80, caches[kind], tmp_path / "run", **options)
+    checkpoint = max((tmp_path / "run" / "checkpoints").glob("step-*"))
     assert json.loads((checkpoint / "model" / "base.json").read_text())["quantization"] == kind
     resuming.run(caches[kind], tmp_path / "run", resume=True, **options)
     resuming.assert_same_run(tmp_path / "whole", tmp_path / "run")
@@ -301,6 +302,7 @@ def test_a_sweep_holds_its_base_as_the_cache_does(
     caches: dict[str, Path], runs: dict[str, Path], tmp_path: Path, cli: Cli
 ) -> None:
     given = ["--lora-rank", 2, "--batch-size", 8, "--max-steps", 6, "--log-every", 1, "--eval-cache", caches["int8"]]
+    given += ["--beta", 0.1]
     code, _, stderr = cli(
         "sweep", "--ref-cache", caches["int8"], "--out", tmp_path / "sweep", "--lr", "0.1,1e-3", *given
     )

@@ -29,6 +29,7 @@ SETTINGS: dict[str, Any] = {
     "log_every": 2,
     "tokens_per_micro_batch": 70,
     "save_every": 4,
+    "beta": 0.1,
 }
 
 

@@ -28,7 +28,7 @@ from minicache.training.validation import references_of
 from tests.conftest import Cli, Row, make_rows, one_process, precompute_into, tiny_llama, write_jsonl
 
 SFT = LossOptions(sft_weight=1.0)  # so that random answers have something to teach
-SETTINGS = {"batch_size": 8, "max_steps": 8, "lr": 1e-3, "log_every": 3, "save_every": 0}
+SETTINGS = {"batch_size": 8, "max_steps": 8, "lr": 1e-3, "log_every": 3, "save_every": 0, "beta": 0.1}
 TIMES = ("tokens_per_second", "memory_gb")
 
 
@@ -177,7 +177,14 @@ def test_validation_lines_come_at_their_steps_and_one_line_a_step(ref_cache: Pat
     assert default == [0, 3, 6, 9, 12, 15, 18, 21, 24, 25]
 
 
-OVERFITS = {"lr": 2e-2, "max_steps": 60, "beta": 1.0, "schedule": "constant", "warmup": 0.0, "loss_options": SFT}
+OVERFITS: dict[str, Any] = {
+    "lr": 2e-2,
+    "max_steps": 60,
+    "beta": 1.0,
+    "schedule": "constant",
+    "warmup": 0.0,
+    "loss_options": SFT,
+}
 
 
 def test_the_best_policy_stays_and_patience_ends_the_run(ref_cache: Path, tmp_path: Path, cli: Cli) -> None:
@@ -306,6 +313,16 @@ def test_pairs_of_another_tokenizer_or_template_are_refused(
 
 def identity(cache: Path, name: str) -> object:
     return getattr(ReferenceCache(cache).identity, name)
+
+
+def test_the_bound_holds_for_tokens_where_they_are_known(model_dir: Path, data_file: Path, tmp_path: Path) -> None:
+    cache = precompute_into(tmp_path / "cache", model_dir, data_file, per_token=True)
+    run(cache, tmp_path / "free", **OVERFITS, log_every=1)
+    first = next(line for line in lines(tmp_path / "free") if line["kl_tokens"] > 0.2)
+    assert first["kl"] < 0.2
+    report = run(cache, tmp_path / "run", **OVERFITS, log_every=1, max_kl=0.2, on_max_kl="stop")
+    assert report.progress.step == first["step"] + 1 and report.stopped is not None
+    assert f"moved {first['kl_tokens']:.3g} nats per token" in report.stopped
 
 
 @pytest.mark.parametrize("on_max_kl", ["warn", "stop"])

@@ -1,0 +1,173 @@
+"""How a policy does on pairs that it was not trained on, with intervals, and what that means in words. No torch."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minicache.reports.intervals import interval_of_mean, mcnemar, wilson
+from minicache.reports.names import moved
+
+# Nats per token from the reference above which a policy has moved far, and below which hardly: of means, a lower bound; of tokens.
+FAR = {"kl": 0.1, "kl_tokens": 0.5}
+HARDLY = {"kl": 1e-6, "kl_tokens": 1e-5}
+# What a higher rate should reach: a hundred times that. The KL grows with the square of the rate, while it is small.
+MOVED_BY = 100
+# By how much the accuracy on training pairs is above the interval of that on held-out pairs where it is remarkable.
+MEMORISED = 0.1
+SURE = 0.05
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Figures over held-out pairs. Intervals are 95%.
+
+    right: pairs whose implicit reward margin is above 0. accuracy_low, accuracy_high: of their share (Wilson).
+    margin: mean reward margin; margin_low, margin_high: of it (bootstrap).
+    policy_right, reference_right: pairs to whose chosen answer the model itself gives the higher logprob.
+    gained, lost: of these, pairs that the policy alone gets right, and the reference alone. p_value: of the two (McNemar, exact).
+    """
+
+    pairs: int
+    right: int
+    accuracy_low: float
+    accuracy_high: float
+    margin: float
+    margin_low: float
+    margin_high: float
+    policy_right: int
+    reference_right: int
+    gained: int
+    lost: int
+    p_value: float
+
+    @property
+    def accuracy(self) -> float:
+        """The share of pairs whose implicit reward margin is above 0."""
+        return self.right / self.pairs
+
+
+def held_out(margins: NDArray[np.float64], policy: NDArray[np.bool_], reference: NDArray[np.bool_]) -> HeldOut:
+    """The figures of n pairs.
+
+    margins: (n,) implicit reward margins. policy, reference: (n,), whether the model's own logprob of chosen is the higher one.
+    """
+    right = int((margins > 0).sum())
+    accuracy_low, accuracy_high = wilson(right, len(margins))
+    margin_low, margin_high = interval_of_mean(margins)
+    gained, lost = int((policy & ~reference).sum()), int((reference & ~policy).sum())
+    return HeldOut(
+        pairs=len(margins),
+        right=right,
+        accuracy_low=accuracy_low,
+        accuracy_high=accuracy_high,
+        margin=float(margins.mean()),
+        margin_low=margin_low,
+        margin_high=margin_high,
+        policy_right=int(policy.sum()),
+        reference_right=int(reference.sum()),
+        gained=gained,
+        lost=lost,
+        p_value=mcnemar(gained, lost),
+    )
+
+
+def figures(found: HeldOut) -> list[tuple[str, str]]:
+    """A name and a line for each of the figures."""
+    by_itself = f"{found.policy_right / found.pairs:.1%}, the reference {found.reference_right / found.pairs:.1%}"
+    change = f"{found.gained:,} pairs gained, {found.lost:,} lost, p = {_p(found.p_value)}"
+    if not (found.right or found.margin_low or found.margin_high):
+        return [
+            (
+                "chosen is likelier",
+                f"{found.reference_right / found.pairs:.1%} of {found.pairs:,} pairs, as by the reference",
+            )
+        ]
+    return [
+        (
+            "reward accuracy",
+            f"{found.accuracy:.1%} of {found.pairs:,} pairs (95%: {found.accuracy_low:.1%} to {found.accuracy_high:.1%})",
+        ),
+        ("reward margin", f"{found.margin:+.4f} (95%: {found.margin_low:+.4f} to {found.margin_high:+.4f})"),
+        ("chosen is likelier", f"{by_itself}: {change}"),
+    ]
+
+
+def _p(value: float) -> str:
+    return format(value, ".2g") if value >= 1e-4 else "below 0.0001"
+
+
+def words_on_run(known: Mapping[str, Any]) -> list[str]:
+    """What a finished run came to, in plain words, where there is something to say. known: run.json with an outcome."""
+    outcome = known["outcome"]
+    progress = outcome["progress"]
+    best, last = progress.get("validation"), progress.get("last")
+    if not last:
+        return []
+    if best is not None and outcome["model_step"] == 0:
+        start = "the model of --init-from" if known.get("init_from") else "the reference"
+        rate = " and it hardly moved" if _moves_hardly(last) else ""
+        lower = "a higher --lr, more --epochs" if rate else "a lower --lr, a higher --beta, other pairs"
+        return [f"no step was better than the start{rate}: the saved policy is {start}; try {lower}"]
+    said = _on_distance(best or last, known.get("lr"))
+    found = progress.get("held_out")
+    if found:
+        said += _on_sureness(HeldOut(**found))
+        trained = last["rewards/accuracy"]
+        if trained > found["accuracy_high"] + MEMORISED:
+            said.append(
+                f"reward accuracy in training, {trained:.0%}, is far above {found['right'] / found['pairs']:.0%} on held-out "
+                "pairs: it learned these pairs by heart; fewer --epochs, a lower --lr or more pairs"
+            )
+    return said
+
+
+def figures_of_run(known: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """As `figures`, of the saved policy of a run; none of a run without validation, or of before. known: run.json."""
+    found = ((known.get("outcome") or {}).get("progress") or {}).get("held_out")
+    return figures(HeldOut(**found)) if found else []
+
+
+def words_on_policy(metrics: Mapping[str, float], found: HeldOut, is_reference: bool) -> list[str]:
+    """What an evaluation came to, in plain words, where there is something to say. metrics: see training/metrics.py."""
+    if is_reference:
+        return ["the policy has the reference's own weights: nothing was learned"]
+    return [*_on_distance(metrics, None), *_on_sureness(found)]
+
+
+def _moves_hardly(metrics: Mapping[str, float]) -> bool:
+    return metrics[moved(metrics)] < HARDLY[moved(metrics)]
+
+
+def _on_distance(metrics: Mapping[str, float], lr: float | None) -> list[str]:
+    """On a policy that hardly moved, or moved far. lr: the rate that it was trained at."""
+    name = moved(metrics)
+    distance = metrics[name]
+    text = f"{distance:.1g} nats per token from the reference"
+    if distance > FAR[name]:
+        return [
+            f"the policy has moved far, {text}: read its answers (minidpo compare) before you use it; a lower --lr or a "
+            "higher --beta keeps it closer"
+        ]
+    if not _moves_hardly(metrics):
+        return []
+    advice = "try a higher --lr"
+    if lr and distance > 0:
+        better = lr * math.sqrt(MOVED_BY * HARDLY[name] / distance)
+        advice = f"about --lr {better:.0e} would move it visibly" if better < 1e-3 else advice
+    return [f"the policy hardly moved, {text}: {advice}"]
+
+
+def _on_sureness(found: HeldOut) -> list[str]:
+    """On pairs that are too few to tell, and on an accuracy that is below chance."""
+    if found.accuracy_low <= 0.5 <= found.accuracy_high and found.p_value > SURE:
+        return [
+            f"{found.pairs:,} held-out pairs are too few to tell whether the policy got better: its accuracy may be "
+            f"{found.accuracy_low:.0%} or {found.accuracy_high:.0%}"
+        ]
+    if found.accuracy_high < 0.5:
+        return ["the policy prefers the rejected answers: it got worse on held-out pairs; look at the data and at --lr"]
+    return []
