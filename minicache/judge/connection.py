@@ -108,7 +108,8 @@ class Connection:
             wait = _seconds(error.headers.get("Retry-After"))
             if wait is not None and wait > LONGEST_WAIT:
                 return Refused(
-                    f"{self.base}: the judge's server asks to wait {wait:,.0f} s ({code}); run the same command then", code
+                    f"{self.base}: the judge's server asks to wait {wait:,.0f} s ({code}); run the same command then",
+                    code,
                 )
             return Again(f"the judge's server answers {code} ({said})", wait=wait)
         return Refused(f"{self.base}: {self._advice(code, said, address, error.headers.get('Location'))}", code, said)
@@ -136,7 +137,9 @@ class Connection:
             return self._broken(reason)
         what = one_line(reason, MOST_SHOWN) if isinstance(reason, Exception) else str(reason)
         if isinstance(reason, ssl.SSLError):
-            return Refused(f"{self.base}: no secure connection to the judge's server: {what}; check the URL and its https")
+            return Refused(
+                f"{self.base}: no secure connection to the judge's server: {what}; check the URL and its https"
+            )
         return Refused(
             f"{self.base}: the judge's server cannot be reached: {what}; start it, or check --judge: {EXAMPLES}"
         )
@@ -151,7 +154,9 @@ class Connection:
         text = content.decode(errors="replace")
         try:
             found = json.loads(text)
-            while isinstance(found, dict) and (inner := next(filter(None, map(found.get, ("error", "message", "detail"))), None)):
+            while isinstance(found, dict) and (
+                inner := next(filter(None, map(found.get, ("error", "message", "detail"))), None)
+            ):
                 found = inner
             text = found if isinstance(found, str) else text
         except (ValueError, RecursionError):

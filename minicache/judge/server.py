@@ -22,7 +22,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model said. is_cut: it reached its limit of tokens. read, written: tokens as the server counts them, 0 if it does not."""
+    """What a model said. is_cut: it reached its limit of tokens. read, written: tokens as the server counts."""
 
     text: str
     is_cut: bool
