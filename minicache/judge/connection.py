@@ -72,7 +72,7 @@ class Connection:
             with self._opener.open(Request(self.base + path, data, headers), timeout=PATIENCE) as answer:
                 content = _whole(answer)
         except HTTPError as error:
-            raise self._of_code(error, self.base + path) from None
+            raise self._of_code(error, path) from None
         except URLError as error:
             raise self._unreachable(error.reason) from None
         except (OSError, HTTPException) as error:
@@ -95,7 +95,7 @@ class Connection:
             raise Refused(f"{self.base}: the judge's server says: {said}", code if isinstance(code, int) else 0, said)
         return found
 
-    def _of_code(self, error: HTTPError, address: str) -> Again | Refused:
+    def _of_code(self, error: HTTPError, path: str) -> Again | Refused:
         """What an answer with a code of HTTP other than 200 means."""
         code = error.code
         try:
@@ -112,9 +112,9 @@ class Connection:
                     code,
                 )
             return Again(f"the judge's server answers {code} ({said})", wait=wait)
-        return Refused(f"{self.base}: {self._advice(code, said, address, error.headers.get('Location'))}", code, said)
+        return Refused(f"{self.base}: {self._advice(code, said, path, error.headers.get('Location'))}", code, said)
 
-    def _advice(self, code: int, said: str, address: str, location: str | None) -> str:
+    def _advice(self, code: int, said: str, path: str, location: str | None) -> str:
         variable = self.key.variable
         if code == 401 and self.key.value:
             return f"the judge's server does not accept the key in {variable} (401); check it"
@@ -126,7 +126,9 @@ class Connection:
         if code == 403:
             return f"the judge's server refuses (403: {said}); check what the key in {variable} allows"
         if code == 404:
-            return f"{address} is not there (404: {said}); expected --judge as {EXAMPLES}, and a --judge-model of that server"
+            return (
+                f"{path} is not there (404: {said}); expected --judge as {EXAMPLES}, and a --judge-model of that server"
+            )
         if 300 <= code < 400:
             to = self.key.hide(location or "another address")[:MOST_SHOWN]
             return f"the judge's server redirects to {to!r} ({code}); name that address, if it is the right one"

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from minicache.errors import JudgeError
 from minicache.judge.asking import ask_all
 from minicache.judge.connection import Connection
 from minicache.judge.key import read_key
@@ -42,7 +43,8 @@ class Judge:
         if line:
             note(line)
         self.server = ChatServer(Connection(self.base, key), self.model, options.max_tokens)
-        self.server.require()
+        if line := self.server.look():
+            note(line)
 
     def judge(self, answers: Sequence[Answered], count: Callable[[list[str]], int], tracker: Tracker) -> WinRate | None:
         """The policy's win rate; None where `--judge-dry-run` only asks for the cost. count: tokens of texts, for the estimate.
@@ -74,10 +76,12 @@ class Judge:
         total, alike = len({each.digest for both in asked for each in both}), sum(not both for both in asked)
         known = f", {total - len(missing):,} of them already in {self.verdicts.file}" if total > len(missing) else ""
         same = f"; {alike:,} prompts have the same answer twice, a tie" if alike else ""
-        most = len(missing) * self.options.max_tokens
+        most, judges = len(missing) * self.options.max_tokens, f"{self.model} at {self.base} judges in"
+        if not missing:
+            return f"{judges} {total:,} requests, two a prompt{known}{same}. None is to be sent"
         return (
-            f"{self.model} at {self.base} judges in {total:,} requests, two a prompt{known}{same}. To send: {len(missing):,} "
-            f"requests, about {tokens:,} tokens in (counted with the policy's tokenizer), at most {most:,} out"
+            f"{judges} {total:,} requests, two a prompt{known}{same}. To send: {len(missing):,} requests, about {tokens:,} "
+            f"tokens in (counted with the policy's tokenizer), at most {most:,} out"
         )
 
     def _ask(self, missing: list[Question], tracker: Tracker) -> None:
@@ -97,12 +101,14 @@ class Judge:
             left[question.number] += 1
         tracker.begin(f"judging by {self.model}", len(left))
         try:
-            with self.verdicts.open():
+            with self.verdicts.alone():
                 ask_all(self.server, [each.text for each in missing], self.options.concurrency, heard)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"{came:,} of {len(missing):,} verdicts came and are kept in {self.verdicts.file}; the same command goes on"
-            ) from None
+        except (KeyboardInterrupt, JudgeError) as error:
+            kept = f"{came:,} of {len(missing):,} verdicts came and are kept in {self.verdicts.file}; the same command goes on"
+            if isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(kept) from None
+            tracker.note(kept)
+            raise
         if self.server.repeated:
             tracker.note(f"{self.server.repeated:,} requests were sent again: the server was busy or the network broke")
 

@@ -24,8 +24,11 @@ NO_ANSWER = "(no answer)"
 CUT = "\n(cut off here at the longest length allowed)"
 THOUGHTS = re.compile(r"<(think|thinking|thought)>.*?(</\1>|\Z)", re.DOTALL | re.IGNORECASE)
 MARKED = re.compile(r"\[\[(A|B|C)\]\]")
-# A letter alone on a line, perhaps with signs of markup around it, and perhaps named.
-ALONE = re.compile(r"[\s\"'`*_(\[{]*(?:(?:answer|verdict):?\s+)?(A|B|C|tie)[\s\"'`*_)\]}.!]*", re.IGNORECASE)
+# A letter alone on a line, perhaps with signs of markup around it, or in the words of the question.
+ALONE = re.compile(
+    r"[\s\"'`*_(\[{]*(?:(?:answer|verdict):?\s+)?(A|B|C|tie)[\s\"'`*_)\]}]*(?:is (?:the )?better(?: answer)?)?[\s\"'`*_)\]}.!]*",
+    re.IGNORECASE,
+)
 VERDICTS: dict[str, Verdict] = {"A": "A", "B": "B", "C": "tie", "TIE": "tie"}
 
 
@@ -61,7 +64,7 @@ def digest_of(model: str, question: str) -> str:
 def verdict_of(reply: str) -> Verdict | None:
     """The verdict of a reply; None where it gives none, or more than one.
 
-    Read are a single letter, its first or last line if that is a letter alone, and `[[A]]`. Thoughts in tags are passed over.
+    Read are its first or last line if that is a letter alone, or "A is better", and `[[A]]`. Thoughts in tags are passed over.
     """
     said = THOUGHTS.sub("", reply)
     marked = set(MARKED.findall(said))

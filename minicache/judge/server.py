@@ -62,16 +62,33 @@ class ChatServer:
                 self._wait(again, failures)
         raise Stopped
 
-    def require(self) -> None:
-        """Raises JudgeError: the server cannot be reached, or does not accept the key. Nothing that costs is asked."""
+    def look(self) -> str:
+        """A line for the user where the server lists other models than this one, "" otherwise. Nothing that costs is asked.
+
+        Some servers take names that they do not list, or any name.
+
+        Raises:
+            JudgeError: the server cannot be reached, or does not accept the key.
+        """
         try:
-            self.connection.send("/models")
+            names = self._models()
         except Again:
-            pass
+            return ""
         except Refused as refused:
             # a server need not list its models, and a key need not be allowed to see the list
             if refused.code in (0, 401):
                 raise
+            return ""
+        if not names or self.model in names or f"{self.model}:latest" in names:
+            return ""
+        return f"{self.connection.base} does not list {self.model}, but {self._shown(names)}"
+
+    def _models(self) -> list[str]:
+        listing = self.connection.send("/models").get("data")
+        return [str(each.get("id")) for each in listing if isinstance(each, dict)] if isinstance(listing, list) else []
+
+    def _shown(self, names: list[str]) -> str:
+        return self.connection.key.hide(listed(names, 8))[:MOST_SHOWN]
 
     def _body(self, text: str) -> dict[str, Any]:
         body = {"model": self.model, "messages": [{"role": "user", "content": text}], "stream": False}
@@ -93,16 +110,14 @@ class ChatServer:
         if refused.code not in (400, 404):
             return refused
         try:
-            found = self.connection.send("/models").get("data")
+            names = self._models()
         except (Again, Refused):
             return refused
-        names = [str(each.get("id")) for each in found or () if isinstance(each, dict)]
         if not names or self.model in names:
             return refused
-        shown = self.connection.key.hide(listed(names, 8))[:MOST_SHOWN]
         said = refused.said or refused.code
         return JudgeError(
-            f"{self.connection.base}: the judge's server has no model {self.model!r} ({said}); it has {shown}"
+            f"{self.connection.base}: the judge's server has no model {self.model!r} ({said}); it has {self._shown(names)}"
         )
 
     def _reply(self, answer: dict[str, Any]) -> Reply:

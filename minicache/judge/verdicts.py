@@ -61,14 +61,15 @@ class Verdicts:
     def add(self, ruling: Ruling) -> None:
         """Write a verdict, at once. Raises OutputError: the disk is full or refuses."""
         self._found[ruling.digest] = ruling
-        assert self._stream is not None
         with writing(self.file):
+            if self._stream is None:
+                self._stream = self.file.open("a", encoding="utf-8", newline="\n")
             self._stream.write(to_json_lines([asdict(ruling)]))
             self._stream.flush()
 
     @contextmanager
-    def open(self) -> Iterator[None]:
-        """Verdicts can be added within the block, and only by this process.
+    def alone(self) -> Iterator[None]:
+        """Only this process adds verdicts within the block.
 
         Raises:
             OutputError: another process adds some, or the file cannot be written.
@@ -80,18 +81,23 @@ class Verdicts:
                 f"{self.file}: another process adds verdicts; wait for its end, or name another --verdicts"
             )
         try:
-            # what another process has added since, without a line that a kill broke off
-            self._found |= {each.digest: each for each in read_verdicts(self.file)}
+            found = read_verdicts(self.file)
+            self._found |= {each.digest: each for each in found}
             if self.file.exists() and not self.file.read_bytes().endswith(b"\n"):
+                # a kill broke the last line off
                 with written_whole(self.file) as draft:
-                    draft.write_text(
-                        to_json_lines(map(asdict, read_verdicts(self.file))), encoding="utf-8", newline="\n"
-                    )
-            with writing(self.file), self.file.open("a", encoding="utf-8", newline="\n") as self._stream:
-                yield
-                flush_to_disk([self.file])
+                    draft.write_text(to_json_lines(map(asdict, found)), encoding="utf-8", newline="\n")
+            yield
         finally:
+            self._close()
             claim.remove()
+
+    def _close(self) -> None:
+        if self._stream is not None:
+            with writing(self.file):
+                self._stream.close()
+                flush_to_disk([self.file])
+            self._stream = None
 
 
 def read_verdicts(file: Path) -> list[Ruling]:
