@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock, Thread
@@ -67,14 +67,11 @@ class _Handler(BaseHTTPRequestHandler):
             fault = judge.faults.pop(0) if judge.faults else Fault()
             judge.at_once += 1
             judge.most_at_once = max(judge.most_at_once, judge.at_once)
-        try:
-            time.sleep(fault.wait + judge.slow)
+        time.sleep(fault.wait + judge.slow)
+        with judge.lock:
+            judge.at_once -= 1
+        with suppress(BrokenPipeError, ConnectionResetError):
             self._answer(judge, body, fault)
-        except (BrokenPipeError, ConnectionResetError):
-            pass
-        finally:
-            with judge.lock:
-                judge.at_once -= 1
 
     def _answer(self, judge: JudgeServer, body: dict[str, Any], fault: Fault) -> None:
         unknown = next((name for name in judge.refused if name in body), None)

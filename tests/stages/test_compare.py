@@ -47,7 +47,7 @@ def policy_dir(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Pat
 
 def ask(policy: Path, reference: Path, **options: Any) -> list[Answers]:
     settings = {"prompt": PROMPTS, "max_new_tokens": 12, **options}
-    return compare(CompareConfig(str(policy), str(reference), **settings), one_process(), Silent())
+    return compare(CompareConfig(str(policy), str(reference), **settings), one_process(), Silent()).answers
 
 
 # --- answering ---
