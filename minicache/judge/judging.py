@@ -75,7 +75,7 @@ class Judge:
         """The line that says what the requests cost."""
         total, alike = len({each.digest for both in asked for each in both}), sum(not both for both in asked)
         known = f", {total - len(missing):,} of them already in {self.verdicts.file}" if total > len(missing) else ""
-        same = f"; {alike:,} prompts have the same answer twice, a tie" if alike else ""
+        same = f"; prompts with the same answer twice, a tie: {alike:,}" if alike else ""
         most, judges = len(missing) * self.options.max_tokens, f"{self.model} at {self.base} judges in"
         if not missing:
             return f"{judges} {total:,} requests, two a prompt{known}{same}. None is to be sent"
@@ -110,7 +110,7 @@ class Judge:
             tracker.note(kept)
             raise
         if self.server.repeated:
-            tracker.note(f"{self.server.repeated:,} requests were sent again: the server was busy or the network broke")
+            tracker.note(f"requests sent again, as the server was busy or the network broke: {self.server.repeated:,}")
 
     def _ruling(self, question: Question, reply: Reply) -> Ruling:
         return Ruling(

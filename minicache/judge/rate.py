@@ -23,11 +23,11 @@ class Judged:
 class WinRate:
     """What a judge says of all prompts.
 
-    url, model, file: the judge, and where its verdicts are kept. judged: wins, ties and losses. same_answers: ties that nobody was
-    asked about. rate: (wins + ties / 2) / judged, None without any; low, high: its 95% interval (Wilson). asked_twice: prompts with
-    a verdict in both orders; changed: those with two different choices; order_decides: those of them that went with the place of
-    an answer. verdicts: those that could be read; chose_a: of these for A. read, written: tokens, as the server counts them.
-    prompts: in the order of the answers.
+    url, model, file: the judge, and where its verdicts are kept. cut: unreadable prompts with a reply that the limit of tokens
+    ended. judged: wins, ties and losses. same_answers: ties that nobody was asked about. rate: (wins + ties / 2) / judged, None
+    without any; low, high: its 95% interval (Wilson). asked_twice: prompts with a verdict in both orders; changed: those with two
+    different choices; order_decides: those of them that went with the place of an answer. verdicts: those that could be read;
+    chose_a: of these for A. read, written: tokens, as the server counts them. prompts: in the order of the answers.
     """
 
     url: str
@@ -37,6 +37,7 @@ class WinRate:
     ties: int
     losses: int
     unreadable: int
+    cut: int
     judged: int
     same_answers: int
     rate: float | None
@@ -79,6 +80,7 @@ def win_rate(url: str, model: str, file: str, rulings: Sequence[Sequence[Ruling]
         ties=counts["tie"],
         losses=counts["loss"],
         unreadable=counts["unreadable"],
+        cut=sum(any(ruling.verdict is None and ruling.is_cut for ruling in both) for both in rulings),
         judged=judged,
         same_answers=sum(not both for both in rulings),
         rate=score / judged if judged else None,
@@ -99,9 +101,9 @@ def remarks(rate: WinRate) -> list[str]:
     """What a person should know before believing the rate, one line each."""
     found = []
     if rate.unreadable:
+        more = f"; cut: {rate.cut}, which a higher --judge-max-tokens asks again" if rate.cut else ""
         found.append(
-            f"{rate.unreadable} of {len(rate.prompts)} prompts do not count: a reply was no A, B or C (see {rate.file}); "
-            "a judge that thinks aloud needs a higher --judge-max-tokens"
+            f"{rate.unreadable} of {len(rate.prompts)} prompts do not count: a reply was no A, B or C (see {rate.file}){more}"
         )
     if rate.order_decides * 2 > rate.asked_twice:
         found.append(

@@ -27,8 +27,8 @@ def show_win_rate(console: Console, rate: WinRate) -> None:
     else:
         shares = f"{rate.rate:.1%} (95% interval {rate.low:.1%} to {rate.high:.1%}, Wilson; a tie is half a win)"
         console.print(Text(f"{judge}: the policy's win rate is {shares}", style="bold"), soft_wrap=True)
-    alike = f" ({rate.same_answers:,} of them the same answer twice)" if rate.same_answers else ""
-    counts = f"{rate.wins:,} wins, {rate.ties:,} ties{alike}, {rate.losses:,} losses, {rate.unreadable:,} unreadable"
+    alike = f" (the same answer twice: {rate.same_answers:,})" if rate.same_answers else ""
+    counts = f"wins {rate.wins:,}, ties {rate.ties:,}{alike}, losses {rate.losses:,}, unreadable {rate.unreadable:,}"
     sure = f"the same choice in both orders in {rate.asked_twice - rate.changed:,} of {rate.asked_twice:,} prompts"
     lines = [counts, *([sure] if rate.asked_twice else [])]
     if rate.read or rate.written:

@@ -102,7 +102,7 @@ def test_the_cost_is_known_before_the_first_request(judge: JudgeServer, tmp_path
     assert run(judge, FOUR, tmp_path / "v.jsonl", heard, judge_dry_run=True) is None
     words = sum(len(each.question(order).split()) for each in FOUR[:3] for order in (False, True))
     assert heard.notes == [
-        f"judge at {judge.base} judges in 6 requests, two a prompt; 1 prompts have the same answer twice, a tie. To send: "
+        f"judge at {judge.base} judges in 6 requests, two a prompt; prompts with the same answer twice, a tie: 1. To send: "
         f"6 requests, about {words:,} tokens in (counted with the policy's tokenizer), at most 96 out"
     ]
     assert not judge.asked and not judge.headers and not list(tmp_path.iterdir())
@@ -136,6 +136,7 @@ def test_what_cannot_be_read_is_counted_and_never_invented(judge: JudgeServer, t
     assert (rate.judged, rate.unreadable, rate.rate, rate.verdicts) == (3, 1, 2 / 3, 5)
     assert "hm, let me think" in rate.prompts[1].replies
     assert any(line.startswith("1 of 4 prompts do not count") for line in remarks(rate))
+    assert rate.cut == 0 and not any("--judge-max-tokens" in line for line in remarks(rate))
     judge.reply = lambda _: "no"
     nothing = run(judge, FOUR[:2], tmp_path / "other.jsonl")
     assert nothing and (nothing.judged, nothing.rate, nothing.low, nothing.high) == (0, None, None, None)
@@ -189,7 +190,8 @@ def test_other_answers_another_judge_and_another_limit_are_asked_anew(judge: Jud
     run(judge, FOUR[:1], file, judge_max_tokens=500)
     assert len(judge.asked) == 6, "a verdict that was read stays"
     judge.reply, judge.finish = lambda _: "<think>well", "length"
-    run(judge, FOUR[1:2], file)
+    cut = run(judge, FOUR[1:2], file)
+    assert cut and cut.cut == 1 and any("cut: 1, which a higher --judge-max-tokens" in line for line in remarks(cut))
     run(judge, FOUR[1:2], file)
     assert len(judge.asked) == 8, "the same limit would cut it again"
     judge.reply, judge.finish = fair, "stop"
@@ -215,7 +217,7 @@ def test_an_error_keeps_what_came(judge: JudgeServer, tmp_path: Path, monkeypatc
     assert rate and rate.judged == 4 and "3 of them already in" in again.notes[0]
     judge.faults = [Fault(429, headers={"Retry-After": "0"})]
     run(judge, [answer(7, "r", "p")], file, again)
-    assert again.notes[-1] == "1 requests were sent again: the server was busy or the network broke"
+    assert again.notes[-1] == "requests sent again, as the server was busy or the network broke: 1"
 
 
 def test_an_interruption_takes_seconds_and_loses_nothing_that_came(

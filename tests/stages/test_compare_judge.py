@@ -69,7 +69,7 @@ def test_the_command_judges_and_writes(
     assert code == 0, stderr
     said = " ".join(stdout.split())
     assert "judge: the policy's win rate is 100.0% (95% interval 43.8% to 100.0%, Wilson; a tie is half a win)" in said
-    assert "3 wins, 0 ties, 0 losses, 0 unreadable" in said and "verdicts in" in said
+    assert "wins 3, ties 0, losses 0, unreadable 0" in said and "verdicts in" in said
     assert "judges in 6 requests" in " ".join(stderr.split())
     rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["judge"] for row in rows] == [{"model": "judge", "outcome": "win", "replies": ["B", "A"]}] * 3
