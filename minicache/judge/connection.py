@@ -17,8 +17,8 @@ from minicache.errors import JudgeError
 from minicache.judge.key import Key, is_loopback
 from minicache.text import one_line
 
-# Seconds without a byte. A judge on a CPU reads two long answers in minutes.
-PATIENCE = 300.0
+# Seconds without a byte: of a verdict, for which a judge on a CPU reads two long answers in minutes, and of a list of models.
+PATIENCE, PATIENCE_OF_LIST = 300.0, 30.0
 # Times that a request is sent where the server is busy or the network breaks, and where it is silent or answers no JSON.
 TRIES, FEW_TRIES = 7, 3
 # Seconds that a server may ask to wait.
@@ -67,16 +67,20 @@ class Connection:
             Again: the server is busy, or the network broke. Refused: anything else.
         """
         data = None if body is None else json.dumps(body).encode()
+        patience = PATIENCE_OF_LIST if body is None else PATIENCE
         headers = {"Content-Type": "application/json", "User-Agent": "minidpo", **self.key.headers}
         try:
-            with self._opener.open(Request(self.base + path, data, headers), timeout=PATIENCE) as answer:
+            with self._opener.open(Request(self.base + path, data, headers), timeout=patience) as answer:
                 content = _whole(answer)
         except HTTPError as error:
             raise self._of_code(error, path) from None
         except URLError as error:
             raise self._unreachable(error.reason) from None
         except (OSError, HTTPException) as error:
-            raise self._broken(error) from None
+            raise self._broken(error, patience) from None
+        except ValueError as error:
+            # a host or path that no request can hold
+            raise self._unreachable(error) from None
         return self._object(content)
 
     def _object(self, content: bytes) -> dict[str, Any]:
@@ -135,8 +139,8 @@ class Connection:
         return f"the judge's server refuses the request ({code}: {said})"
 
     def _unreachable(self, reason: object) -> Again | Refused:
-        if isinstance(reason, TimeoutError | ConnectionResetError | BrokenPipeError):
-            return self._broken(reason)
+        if isinstance(reason, ConnectionResetError | BrokenPipeError):
+            return self._broken(reason, 0)
         what = one_line(reason, MOST_SHOWN) if isinstance(reason, Exception) else str(reason)
         if isinstance(reason, ssl.SSLError):
             return Refused(
@@ -146,9 +150,9 @@ class Connection:
             f"{self.base}: the judge's server cannot be reached: {what}; start it, or check --judge: {EXAMPLES}"
         )
 
-    def _broken(self, error: Exception) -> Again:
+    def _broken(self, error: Exception, patience: float) -> Again:
         if isinstance(error, TimeoutError):
-            return Again(f"the judge's server sent nothing for {PATIENCE:g} s", FEW_TRIES)
+            return Again(f"the judge's server sent nothing for {patience:g} s", FEW_TRIES)
         return Again(f"the connection to the judge's server broke ({one_line(error, MOST_SHOWN)})")
 
     def _shown(self, content: bytes) -> str:

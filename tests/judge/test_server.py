@@ -6,6 +6,7 @@ import socket
 import time
 import traceback
 from collections.abc import Iterator
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from functools import partial
@@ -209,6 +210,29 @@ def test_no_server_no_name_and_no_tls_are_known_before_anything_is_asked(judge: 
         for call in (ChatServer.look, partial(ChatServer.ask, text="x")):
             with pytest.raises(JudgeError, match=said):
                 call(asking(judge, base=base))
+
+
+def test_a_host_that_does_not_answer_is_told_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A listener whose queue is full drops what comes, as a firewall does."""
+    monkeypatch.setattr(connection, "PATIENCE", 0.3)
+    monkeypatch.setattr(connection, "PATIENCE_OF_LIST", 0.3)
+    with ExitStack() as held:
+        listening = held.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        base = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+        for _ in range(4):
+            waiting = held.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(listening.getsockname())
+        one = ChatServer(Connection(base, Key("K")), "judge", 16)
+        for call in (ChatServer.look, partial(ChatServer.ask, text="x")):
+            with pytest.raises(JudgeError, match="cannot be reached: timed out"):
+                call(one)
+
+
+@pytest.mark.parametrize("base", [f"http://{'a' * 70}.test/v1", "http://localhost/vé"])
+def test_a_url_that_no_request_can_hold_is_one_line(base: str) -> None:
+    with pytest.raises(JudgeError, match="cannot be reached"):
+        ChatServer(Connection(base_url(base), Key("K")), "judge", 16).look()
 
 
 # --- the key ---
