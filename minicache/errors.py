@@ -15,6 +15,7 @@
     ├── HandshakeError          the model does not reproduce the cached logprobs
     ├── ProcessLost             another process of the run has died
     ├── StoreError              an object store cannot be reached, or refuses
+    ├── JudgeError              the server of a judge cannot be reached, or refuses
     └── OutputError             a result cannot be written
         └── RunBusy             another process is at work on this run
 
@@ -122,6 +123,10 @@ class ProcessLost(MinicacheError):
 
 class StoreError(MinicacheError):
     """An object store cannot be reached, or refuses. What was finished stays; the same command resumes."""
+
+
+class JudgeError(MinicacheError):
+    """The server of a judge cannot be reached, or refuses. Verdicts that came stay; the same command goes on."""
 
 
 class OutputError(MinicacheError):

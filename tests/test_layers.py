@@ -18,7 +18,7 @@ LAYERS = [
     {"options"},
     {"cache", "models"},
     {"scoring", "reports"},
-    {"intake"},
+    {"intake", "judge"},
     {"training", "exchange"},
     {"pictures"},
     {"pages"},
@@ -30,7 +30,7 @@ LAYERS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 VOCABULARY = LAYERS[0]  # files that may know each other; all other rooms of a layer do not
-LIGHT_ROOMS = ("data", "options", "cache", "reports", "pictures", "pages", "screen", "commands")
+LIGHT_ROOMS = ("data", "options", "cache", "judge", "reports", "pictures", "pages", "screen", "commands")
 LIGHT_FILES = (
     "cli",
     "disk",

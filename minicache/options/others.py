@@ -9,6 +9,7 @@ from minicache.errors import ConfigError
 from minicache.options import texts
 from minicache.options.choices import DTYPES, LOGPS
 from minicache.options.declare import check_options, flag, needed, option
+from minicache.options.judge import NO_JUDGE, JudgeOptions
 from minicache.options.where import Where, different
 
 CACHE_ARGUMENT = "A reference cache: a directory or a URL."
@@ -113,6 +114,7 @@ class CompareConfig:
     jsonl: Path | None = option(None, "Write one object per prompt to this file, replacing it.")
     html: Path | None = option(None, "Write an HTML page for blind votes to this file, replacing it.")
     trust_remote_code: bool = option(False, texts.TRUST)
+    judging: JudgeOptions = NO_JUDGE
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -136,9 +138,10 @@ class CompareConfig:
             )
         if self.top_p < 1 and not self.temperature:
             raise ConfigError("--top-p: does nothing to greedy answers; expected --temperature above 0 with it")
-        named = [Path(file).absolute() for file in (self.prompts, self.jsonl, self.html) if file]
+        files = (self.prompts, self.jsonl, self.html, self.judging.verdicts)
+        named = [Path(file).absolute() for file in files if file]
         if len(set(named)) < len(named):
-            raise ConfigError("--prompts, --jsonl, --html: expected different files, got one twice")
+            raise ConfigError("--prompts, --jsonl, --html, --verdicts: expected different files, got one twice")
 
     @property
     def reading(self) -> Reading:

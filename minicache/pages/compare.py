@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
+from minicache.judge.rate import WinRate
 from minicache.pages.markup import render
 from minicache.text import visible
 
@@ -23,24 +24,39 @@ class Answers:
     policy_cut: bool
 
 
-def page(answers: list[Answers], names: dict[str, str], settings: dict[str, Any], seed: int) -> str:
-    """The page's HTML. names: of `reference` and `policy`, shown once revealed. seed: decides which answer is A."""
-    return render("compare.html", title="minidpo compare", data=page_data(answers, names, settings, seed))
+def page(
+    answers: list[Answers], names: dict[str, str], settings: dict[str, Any], seed: int, judge: WinRate | None = None
+) -> str:
+    """The page's HTML. names: of `reference` and `policy`, shown once revealed, as what a judge says. seed: decides who is A."""
+    return render("compare.html", title="minidpo compare", data=page_data(answers, names, settings, seed, judge))
 
 
-def page_data(answers: list[Answers], names: dict[str, str], settings: dict[str, Any], seed: int) -> dict[str, Any]:
+def page_data(
+    answers: list[Answers], names: dict[str, str], settings: dict[str, Any], seed: int, judge: WinRate | None = None
+) -> dict[str, Any]:
     """What the page's script reads.
 
     items: prompt, a, b, and whether each was cut. key: base64 of JSON with the names and, for each item, the policy's letter:
-    hidden from a glance at the source, no secret. digest: the browser stores votes under it.
+    hidden from a glance at the source, no secret. judge: what a judge says, likewise, on pages of one that was judged.
+    digest: the browser stores votes under it. It leaves the judge out: a page that was voted on may be judged later.
     """
     sides = policy_sides(len(answers), seed)
     items = [_item(answer, side) for answer, side in zip(answers, sides, strict=True)]
     sealed = {**{name: visible(text) for name, text in names.items()}, "sides": sides}
-    key = base64.b64encode(json.dumps(sealed, ensure_ascii=False).encode()).decode()
-    data = {"items": items, "settings": settings, "key": key}
+    data = {"items": items, "settings": settings, "key": _sealed(sealed)}
     content = json.dumps(data, sort_keys=True).encode()
-    return {**data, "digest": blake2b(content, digest_size=16).hexdigest()}
+    verdicts = {"judge": _sealed(_judge_data(judge))} if judge else {}
+    return {**data, "digest": blake2b(content, digest_size=16).hexdigest(), **verdicts}
+
+
+def _sealed(value: object) -> str:
+    return base64.b64encode(json.dumps(value, ensure_ascii=False).encode()).decode()
+
+
+def _judge_data(judge: WinRate) -> dict[str, Any]:
+    """The judge's name and, for each item, the outcome for the policy and both replies; none where nobody was asked."""
+    prompts = [{"outcome": each.outcome, "replies": [_shown(text) for text in each.replies]} for each in judge.prompts]
+    return {"model": visible(judge.model), "prompts": prompts}
 
 
 def policy_sides(count: int, seed: int) -> str:

@@ -17,6 +17,7 @@ from tests.conftest import make_rows, precompute_into, write_jsonl
 from tests.helpers.browser import CHROMIUM, Browser
 from tests.pages.test_report import LONG, NASTY, row
 from tests.pictures.test_plot import make_run
+from tests.stages.test_compare_judge import judged
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium to look at the pages with")
 OPEN_ALL = "for (const one of document.querySelectorAll('details')) one.open = true; new Promise(requestAnimationFrame)"
@@ -177,6 +178,31 @@ def test_a_vote_is_counted_and_shown_where_only_the_pages_own_script_and_style_a
     whole, filled = browser.run(widths)
     assert filled in (0, whole) and whole > 200
     assert browser.run("document.getElementById('done').style.width") == "100%"
+    assert not [one for one in browser.heard if one.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded")]
+
+
+@pytest.mark.parametrize("width", [320, 1000])
+def test_what_a_judge_says_shows_once_votes_are_revealed_and_is_text(
+    width: int, browser: Browser, tmp_path: Path
+) -> None:
+    rate = judged(["loss", "win", "tie", "win"], said=f"B {NASTY} {'x' * 400}", model=NASTY)
+    file = tmp_path / "judged.html"
+    answers = [Answers(f"question {number} at {width}", [], "r", "p", False, False) for number in range(4)]
+    file.write_text(compare_page(answers, {"reference": "r", "policy": "p"}, {}, 0, rate), encoding="utf-8")
+    browser.open(file, width)
+    for _ in answers:
+        browser.press("1", 49, "1")
+    text = "document.body.innerText"
+    assert not browser.run(f"{text}.includes('Judge') || {text}.includes('onerror')")
+    browser.run("document.getElementById('reveal').click()")
+    result, said = (browser.run(f"document.getElementById('{name}').innerText") for name in ("result", "judged"))
+    assert re.search(r"Votes and judge agree on \d of 4 prompts with both \(\d+%\)", result)
+    assert "63% (22% to 91%)" in result and "policy is better" in said and said.count("onerror=alert(1)>") == 3
+    rows = browser.run("[...document.querySelectorAll('#result tr')].map((one) => one.children.length)")
+    assert rows == [5, 5, 5]
+    assert browser.run("document.documentElement.scrollWidth") == width
+    assert browser.run("document.images.length + document.scripts.length") == 2
+    assert browser.run(CONTRAST)[0] >= 4.5
     assert not [one for one in browser.heard if one.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded")]
 
 

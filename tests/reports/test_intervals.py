@@ -19,6 +19,15 @@ def test_wilsons_interval_is_that_of_the_literature(successes: int, n: int, low:
     assert wilson(n - successes, n, z=1.959964) == pytest.approx((1 - high, 1 - low), abs=6e-5)
 
 
+@pytest.mark.parametrize("n", [1, 7, 100, 5000])
+def test_wilson_is_where_the_score_test_turns(n: int) -> None:
+    """By its definition: the bounds p solve (share - p)² = z² p (1 - p) / n."""
+    for successes in {0, 1, n / 2, n - 0.5, n}:
+        share, z2 = successes / n, 1.96**2 / n
+        roots = np.clip(np.sort(np.roots([1 + z2, -2 * share - z2, share**2]).real), 0, 1)
+        assert wilson(successes, n) == pytest.approx(tuple(roots), abs=1e-7)
+
+
 def test_nothing_counted_says_nothing() -> None:
     assert wilson(0, 0) == (0.0, 1.0) and mcnemar(0, 0) == 1.0
 

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ from minicache.data.records import Turn
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import CacheMismatch, ConfigError, DataError, MinicacheError, ModelError, OutputError, RowRefused
 from minicache.intake.prompts import prompt_ids, read_prompts
-from minicache.models import load_model
+from minicache.models import answering, load_model
 from minicache.options.others import CompareConfig
 from minicache.options.train import TrainConfig
 from minicache.pages.compare import Answers, page, page_data, policy_sides
@@ -47,7 +47,7 @@ def policy_dir(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Pat
 
 def ask(policy: Path, reference: Path, **options: Any) -> list[Answers]:
     settings = {"prompt": PROMPTS, "max_new_tokens": 12, **options}
-    return compare(CompareConfig(str(policy), str(reference), **settings), one_process(), Silent())
+    return compare(CompareConfig(str(policy), str(reference), **settings), one_process(), Silent()).answers
 
 
 # --- answering ---
@@ -70,6 +70,34 @@ def test_a_batch_answers_as_a_plain_greedy_loop_does(policy_dir: Path, model_dir
             text = tokenizer.backend.decode(said, skip_special_tokens=True).strip()
             assert getattr(answer, name) == (text if end in said else text.rstrip("\ufffd"))
             assert getattr(answer, f"{name}_cut") == (end not in said)
+
+
+def test_prompts_of_similar_length_share_a_batch_and_each_batch_is_told(
+    policy_dir: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths: list[tuple[int, ...]] = []
+    plain = answering._generate
+
+    def generate(model: Any, prompts: list[Any], ends: list[int]) -> list[list[int]]:
+        widths.append(tuple(map(len, prompts)))
+        return plain(model, prompts, ends)
+
+    class Heard(Silent):
+        told: ClassVar[list[int | str]] = []
+
+        def begin(self, phase: str, pairs: int | None) -> None:
+            self.told.append(phase.split()[0])
+
+        def advance(self, pairs: int, tokens: int) -> None:
+            self.told.append(pairs)
+
+    monkeypatch.setattr(answering, "_generate", generate)
+    config = CompareConfig(str(policy_dir), str(model_dir), prompt=PROMPTS, max_new_tokens=2, batch_size=3)
+    compare(config, one_process(), Heard())
+    assert [len(batch) for batch in widths] == [3, 1] * 2
+    lengths = [length for batch in widths[:2] for length in batch]
+    assert lengths == sorted(lengths) and len(set(lengths)) > 1
+    assert Heard.told == ["loading", "answering", 3, 1] * 2
 
 
 def test_sampling_follows_the_seed_and_leaves_the_generator_alone(policy_dir: Path, model_dir: Path) -> None:
