@@ -71,7 +71,7 @@ def measure(options: argparse.Namespace, place: Path) -> list[list[str]]:
     shortest = sorted(Path(options.data).read_text(encoding="utf-8").splitlines(), key=len)[: options.pairs]
     rows_file.write_text("\n".join(shortest) + "\n", encoding="utf-8")
     random_model(qwen3_config(256, 4, 8, 4, 768, load_model(options.model).vocabulary)).save_pretrained(small)
-    save_tokenizer(options.model, small)
+    save_tokenizer(options.model, small, None)
     rows = []
     for model in (options.model, str(small)):
         cache = place / f"cache-{len(rows)}"

@@ -49,7 +49,7 @@ def layouts_tried(into: dict[str, str]) -> Iterator[None]:
     class Keep(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             if record.msg.startswith("layout ") and isinstance(record.args, tuple):
-                into[str(record.args[0])] = str(record.args[1])
+                into[str(record.args[0])] = str(record.args[-1])
 
     logger, handler = logging.getLogger("minicache.scoring.layout"), Keep()
     level = logger.level
