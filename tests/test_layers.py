@@ -13,7 +13,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "minicache"
 LAYERS = [
-    {"errors", "pairs", "disk", "json_lines", "machine", "objects", "strict", "text"},
+    {"errors", "pairs", "disk", "hub", "json_lines", "machine", "objects", "strict", "text"},
     {"data", "trackers", "processes"},
     {"options"},
     {"cache", "models"},
@@ -53,6 +53,7 @@ LIGHT_FILES = (
     "trackers",
     "training.lock",
     "training.order",
+    "training.pinned",
     "training.progress",
     "training.run_directory",
 )

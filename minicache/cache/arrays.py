@@ -51,8 +51,9 @@ class Arrays:
             CacheNotFound, CacheMismatch (another format version), CacheDamaged, StoreError.
         """
         self.place = place_at(where)
-        self.path = self.place.where
         self.group, self.manifest = _open_group(self.place, writable)
+        # Opening a place of the Hub settles its commit.
+        self.path = self.place.where
         self.specs = array_specs(self.manifest.identity)
         self.by_name = _open_arrays(self.group, self.specs, self.path)
         self._held: dict[str, np.ndarray] = {}

@@ -4,7 +4,6 @@ Only files with rows are downloaded, into the library's own cache, where a kille
 runs. The revision becomes a commit, which stands in the name of each file: `org/name@COMMIT:data/train.parquet`.
 """
 
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,9 +13,9 @@ from pathlib import Path
 from minicache.data.files import DataFile
 from minicache.data.folders import Folder, Note
 from minicache.errors import DataError, MinicacheError, StoreError
+from minicache.hub import PART, endpoint
 from minicache.text import one_line
 
-PART = r"[A-Za-z0-9][\w.-]*"
 REVISION = "?revision="
 NAME = re.compile(
     rf"(?P<id>{PART}/{PART})(?::(?P<config>[^@?]+))?(?:@(?P<split>[^@:?]+))?(?:{re.escape(REVISION)}(?P<revision>.+))?"
@@ -62,11 +61,6 @@ def fetch(value: str, note: Note) -> list[DataFile] | None:
 
         chosen = Folder(asked.id, names, read).select(asked.config, asked.split, note)
         return [_download(asked, commit, name) for name in chosen]
-
-
-def endpoint() -> str:
-    """The address of the Hub."""
-    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
 
 
 def _listing(asked: DataSet) -> tuple[str, list[str]]:

@@ -17,7 +17,7 @@ from minicache.options.choices import (
     TRUNCATE,
 )
 from minicache.options.declare import check_options, flag, needed, option
-from minicache.options.where import Where
+from minicache.options.where import Where, require_writable
 
 FILES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 OTHER_FILES = (*NO_DIRECTORIES, ".pth", ".json", ".csv", ".tsv", ".txt", ".arrow", ".zst", ".feather")
@@ -108,6 +108,7 @@ class ImportConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+        require_writable(self.ref_cache)
 
     @property
     def of_encoding(self) -> dict[str, str | int | Path]:

@@ -10,7 +10,7 @@ from minicache.options import texts
 from minicache.options.choices import DTYPES, LOGPS
 from minicache.options.declare import check_options, flag, needed, option
 from minicache.options.judge import NO_JUDGE, JudgeOptions
-from minicache.options.where import Where, different
+from minicache.options.where import Where, different, require_writable
 
 CACHE_ARGUMENT = "A reference cache: a directory or a URL."
 
@@ -20,7 +20,7 @@ class EvaluateConfig:
     """Options of `evaluate`. loss, logps, beta: None is the value of the policy's run, or train's default without a run."""
 
     policy: str = needed("A run directory, model directory, hub id or file.")
-    ref_cache: Where = needed(texts.REF_CACHE, metavar="PATH")
+    ref_cache: Where = needed(texts.READ_CACHE, metavar="PATH")
     loss: str | None = option(None, "As for train. (Default: the run's.)")
     logps: str | None = option(None, "{names}. (Default: the run's.)", choices=lambda: LOGPS)
     beta: float | None = option(None, "As for train. (Default: the run's.)", above=0)
@@ -68,6 +68,7 @@ class MergeConfig:
     ref_cache: Where = needed("The reference cache to create: a directory or a URL.", metavar="PATH")
 
     def __post_init__(self) -> None:
+        require_writable(self.ref_cache)
         if len(self.caches) < 2 or not different(self.caches):
             raise ConfigError(
                 f"merge: expected two different caches or more, got {', '.join(map(str, self.caches)) or 'none'}"

@@ -24,7 +24,7 @@ from minicache.options.choices import (
     layouts,
 )
 from minicache.options.declare import check_options, needed, option
-from minicache.options.where import Where
+from minicache.options.where import Where, require_writable
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,7 @@ class PrecomputeConfig:
         if not self.data:
             raise ConfigError("--data: expected at least one preference file, got none")
         check_options(self)
+        require_writable(self.ref_cache)
         split_share(self.shard)
         require_date(self.date)
         parse_arguments(self.template_arg)

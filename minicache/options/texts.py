@@ -3,6 +3,7 @@
 from minicache.data.formats import FORMATS
 
 REF_CACHE = "The reference cache: a directory, or s3://bucket/name, gs://…, az://…"
+READ_CACHE = f"{REF_CACHE}, or a data set of the Hub: hf://datasets/org/name[@revision]."
 DTYPE = "auto (bfloat16 on a GPU, float16 if it has none; else float32), bfloat16, float16 or float32."
 TRUST = "Run code that comes with the model."
 SCRATCH = (

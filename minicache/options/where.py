@@ -8,8 +8,10 @@ from urllib.request import url2pathname
 
 from minicache.errors import ConfigError
 
-# The place of a reference cache: a directory, or a URL in an object store.
+# The place of a reference cache: a directory, or a URL in an object store or of the Hub.
 Where = Path | str
+# The beginning of the URLs of the Hugging Face Hub, at which caches are only read.
+HUB = "hf://"
 
 
 def local_path(where: Where) -> Path | None:
@@ -27,6 +29,15 @@ def local_path(where: Where) -> Path | None:
         raise ConfigError(f"{where}: expected file:///a/path with three slashes, or just the path")
     # with C:/a for /C:/a on Windows
     return Path(url2pathname(parts.path))
+
+
+def require_writable(where: Where) -> None:
+    """Raises ConfigError: nothing can be written to this place."""
+    if str(where).startswith(HUB):
+        raise ConfigError(
+            f"--ref-cache {where}: is read only; expected a directory or an object store to write to: make the cache there, then "
+            "`minidpo push CACHE org/name`"
+        )
 
 
 def different(places: Iterable[Where]) -> bool:

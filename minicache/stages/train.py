@@ -29,6 +29,7 @@ from minicache.training.lock import RunLock
 from minicache.training.loop import optimize
 from minicache.training.losses import Objective
 from minicache.training.order import training_steps
+from minicache.training.pinned import pins, with_pins
 from minicache.training.policy import Policy, load_policy, quantization_for
 from minicache.training.pool import choose_pairs
 from minicache.training.progress import Progress
@@ -84,6 +85,8 @@ def train_locked(config: TrainConfig, lock: RunLock, world: World, tracker: Trac
         tracker.note(f"{config.out}: this run is finished; nothing to resume")
         return _report(config.out, begun.record)
     world.each(lambda: require(config, world.device, world.size))
+    commits = world.first(lambda: pins(config))
+    config = with_pins(config, commits)
     step = begun.step if begun else None
     run, policy = _prepare(config, begun, world, tracker, sources)
     state = None if step is None else world.each(lambda: checkpoints.load(config.out, step))

@@ -6,9 +6,10 @@ from contextlib import contextmanager
 
 from minicache.cache.places.claims import CLAIM_FILE, Claim
 from minicache.cache.places.directory import Directory
+from minicache.cache.places.hub import snapshot_at
 from minicache.cache.places.place import POLL_SECONDS, Place
 from minicache.errors import ConfigError, OutputError
-from minicache.options.where import Where, local_path
+from minicache.options.where import HUB, Where, local_path
 
 
 def place_at(where: Where) -> Place:
@@ -22,6 +23,8 @@ def place_at(where: Where) -> Place:
     path = local_path(where)
     if path is not None:
         return Directory(path)
+    if str(where).startswith(HUB):
+        return snapshot_at(str(where).rstrip("/"))
     try:
         from minicache.cache.places.bucket import bucket_at
     except ModuleNotFoundError as error:

@@ -1,0 +1,152 @@
+"""A cache in a data set of the Hugging Face Hub, `hf://datasets/org/name@revision`: read only, at one commit.
+
+Its files are downloaded into the library's own directory (HF_HOME), where a killed call finds them again, and other calls find
+them without a network. A repository may hold other files; those are left.
+"""
+
+import atexit
+import re
+import shutil
+from collections.abc import Iterable
+from functools import cache, cached_property
+from pathlib import Path
+from tempfile import mkdtemp
+
+from zarr.abc.store import Store
+
+from minicache.cache.places.claims import Claim
+from minicache.cache.places.directory import Directory
+from minicache.cache.places.place import ROOT
+from minicache.errors import CacheNotFound, ConfigError, OutputError
+from minicache.hub import ID, endpoint, in_one_line
+from minicache.options.where import HUB, Where
+
+# A revision with a slash is a pull request or a conversion; another slash begins a folder of the repository.
+URL = re.compile(
+    rf"{re.escape(HUB)}datasets/(?P<id>{ID.pattern})(?:@(?P<revision>refs/(?:pr|convert)/[^/]+|[^/]+))?(?:/(?P<folder>.*))?"
+)
+# The files of a cache.
+PATTERNS = (ROOT, "pairs/**", "ref/**", "ledger/**", "tokenizer/**", "refused.jsonl")
+COMMIT = re.compile("[0-9a-f]{40}")
+
+
+class Snapshot(Directory):
+    """The cache at one commit of a data set. Nothing is asked of the network before the first file is needed.
+
+    where: the URL as it was given; from the first look at it on, that of the commit.
+    """
+
+    def __init__(self, url: str, id: str, revision: str, folder: str) -> None:
+        self.where = self.url = url
+        self.id, self.revision, self.below = id, revision, folder.strip("/")
+
+    @cached_property
+    def commit(self) -> str:
+        """The commit of the revision, or of the default branch."""
+        if COMMIT.fullmatch(self.revision):
+            return self.revision
+        from huggingface_hub import HfApi, constants
+
+        if constants.HF_HUB_OFFLINE:
+            # It is the name of the folder.
+            return self._download(self.revision).name
+        with in_one_line(self.url, "dataset", self.id):
+            info = HfApi(endpoint()).dataset_info(self.id, revision=self.revision or None, timeout=60)
+        if not info.sha:
+            raise CacheNotFound(f"{self.url}: {endpoint()} names no commit of it")
+        return info.sha
+
+    @property
+    def pinned(self) -> str:
+        """The URL of this commit."""
+        return f"{HUB}datasets/{self.id}@{self.commit}" + (f"/{self.below}" if self.below else "")
+
+    @cached_property
+    def path(self) -> Path:  # type: ignore[override]
+        """The directory with the files, which are downloaded as far as they are not there."""
+        return self._download(self.commit) / self.below
+
+    def _download(self, revision: str) -> Path:
+        from huggingface_hub import constants, snapshot_download
+
+        patterns = [f"{self.below}/{pattern}".lstrip("/") for pattern in PATTERNS]
+        with in_one_line(self.url, "dataset", self.id):
+            folder = snapshot_download(
+                self.id,
+                repo_type="dataset",
+                revision=revision or None,
+                allow_patterns=patterns,
+                endpoint=endpoint(),
+                local_files_only=constants.HF_HUB_OFFLINE,
+            )
+        return Path(folder)
+
+    def require_cache(self) -> None:
+        if not self.has(ROOT):
+            place = f"in its folder {self.below}" if self.below else "at its top"
+            raise CacheNotFound(
+                f"{self.pinned}: no reference cache {place} (there is no {ROOT}); `minidpo push` puts one there"
+            )
+        self.where = self.pinned
+
+    def locate(self, name: str) -> Where:  # type: ignore[override]
+        return f"{self.where}/{name}"
+
+    def folder(self, name: str) -> Path:
+        # A copy: the library's directory holds links.
+        copy = Path(mkdtemp(prefix="minidpo-"))
+        atexit.register(shutil.rmtree, copy, ignore_errors=True)
+        if (self.path / name).is_dir():
+            shutil.copytree(self.path / name, copy / name)
+        return copy / name
+
+    # --- what writes ---
+
+    def require_free(self, is_new: bool = False) -> None:
+        raise self._refusal()
+
+    def publish(self, draft: Path) -> None:
+        raise self._refusal()
+
+    def remove(self) -> None:
+        raise self._refusal()
+
+    def store(self, read_only: bool) -> Store:
+        if not read_only:
+            raise self._refusal()
+        return super().store(read_only)
+
+    def claim(self, name: str) -> Claim:
+        raise self._refusal()
+
+    def remove_leftovers(self) -> None:
+        raise self._refusal()
+
+    def remove_partial(self, folders: Iterable[str]) -> None:
+        raise self._refusal()
+
+    def write(self, name: str, content: bytes) -> None:
+        raise self._refusal()
+
+    def put_folder(self, name: str, content: Path) -> None:
+        raise self._refusal()
+
+    def _refusal(self) -> OutputError:
+        return OutputError(f"{self.url}: is read only; make the cache elsewhere, then `minidpo push CACHE org/name`")
+
+
+# One for each URL: all its users see one commit.
+@cache
+def snapshot_at(url: str) -> Snapshot:
+    """The place at a URL. Raises ConfigError: it has another form."""
+    found = URL.fullmatch(url)
+    if not found:
+        raise ConfigError(
+            f"{url}: expected {HUB}datasets/org/name, with @revision behind it for a branch, a tag or a commit"
+        )
+    return Snapshot(url, found["id"], found["revision"] or "", found["folder"] or "")
+
+
+def pinned(where: Where) -> Where:
+    """A place of the Hub at the commit that it has now; any other place as it is."""
+    return snapshot_at(str(where).rstrip("/")).pinned if str(where).startswith(HUB) else where

@@ -1,0 +1,88 @@
+"""The Hugging Face Hub, by its library huggingface_hub: its address, the names of repositories, its errors as one line.
+
+Address and token come from where that library looks for them (HF_ENDPOINT; HF_TOKEN, or `hf auth login`).
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from minicache.errors import ConfigError, DataError, MinicacheError, OutputError, StoreError
+from minicache.text import one_line
+
+PART = r"[A-Za-z0-9][\w.-]*"
+# The name of a repository.
+ID = re.compile(rf"{PART}/{PART}")
+LOGIN = "expected one in HF_TOKEN, or from `hf auth login`"
+
+
+def endpoint() -> str:
+    """The address of the Hub."""
+    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
+
+
+def page_of(kind: str, id: str) -> str:
+    """The address of a repository's page. kind: "model" or "dataset"."""
+    return f"{endpoint()}/{'datasets/' if kind == 'dataset' else ''}{id}"
+
+
+@contextmanager
+def in_one_line(what: str, kind: str, id: str) -> Iterator[None]:
+    """Turn the library's errors, and those of the libraries below it, into one line.
+
+    what: the beginning of the line. kind: of the repository, "model" or "dataset".
+    """
+    try:
+        yield
+    except MinicacheError:
+        raise
+    # Of HTTP libraries that change with the version.
+    except Exception as error:
+        raise _line(error, what, f"{'data set' if kind == 'dataset' else kind} {id}", id) from error
+
+
+def _line(error: Exception, what: str, repository: str, id: str) -> MinicacheError:
+    from huggingface_hub import errors
+
+    hub = endpoint()
+    if isinstance(error, errors.GatedRepoError):
+        return DataError(
+            f"{what}: the owners of the {repository} ask for consent first: accept their terms at {hub}, then `hf auth login`"
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return DataError(
+            f"{what}: {hub} has no {repository} that you may see; check the name; a private one needs a token (HF_TOKEN, or "
+            "`hf auth login`)"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return DataError(f"{what}: the {repository} has no such revision; expected a branch, a tag or a commit of it")
+    if isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError):
+        return StoreError(
+            f"{what}: the Hub cannot be asked, and the {repository} is not, or not whole, among what was downloaded; check the "
+            "network, HF_HUB_OFFLINE and HF_ENDPOINT, then run the same command again"
+        )
+    if isinstance(error, errors.HFValidationError):
+        return ConfigError(f"{what}: expected org/name as the Hub allows it: {one_line(error, 200)}")
+    if isinstance(error, errors.HfHubHTTPError):
+        return _refusal(error, what, id)
+    if isinstance(error, OSError) and error.errno and error.filename:
+        return OutputError(f"{error.filename}: {error.strerror}; HF_HOME names another place for what is downloaded")
+    return StoreError(
+        f"{what}: {hub} cannot be reached, or its answer not read; check the network and HF_ENDPOINT, then run the same command "
+        f"again: {one_line(error, 300)}"
+    )
+
+
+def _refusal(error: "Exception", what: str, id: str) -> MinicacheError:
+    """The line for an HTTP status."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    said = one_line(error, 300)
+    if status == 401:
+        return ConfigError(f"{what}: {endpoint()} does not know the token, or there is none; {LOGIN}")
+    if status == 403:
+        return ConfigError(
+            f"{what}: the token may not do this; expected one with the right to write to {id.partition('/')[0]}/…, and a name "
+            f"that is yours: {said}"
+        )
+    return StoreError(f"{what}: {endpoint()} refuses ({status}); run the same command again later: {said}")
