@@ -17,6 +17,7 @@ from minicache.commands.inspect_cache import inspect_cache
 from minicache.commands.merge import merge
 from minicache.commands.plot import plot
 from minicache.commands.precompute_ref import precompute_ref
+from minicache.commands.push import push
 from minicache.commands.recipes import recipes
 from minicache.commands.report import report
 from minicache.commands.running import out
@@ -39,6 +40,7 @@ app.command("evaluate")(evaluate)
 app.command("compare")(compare)
 app.command("export")(export)
 app.command("import-cache")(import_cache)
+app.command("push")(push)
 app.command("plot")(plot)
 app.command("merge")(merge)
 app.command("inspect-cache")(inspect_cache)

@@ -46,6 +46,9 @@ def _line(error: Exception, what: str, repository: str, id: str) -> MinicacheErr
     from huggingface_hub import errors
 
     hub = endpoint()
+    # An upload's error is about the file; what went wrong is behind it.
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
     if isinstance(error, errors.GatedRepoError):
         return DataError(
             f"{what}: the owners of the {repository} ask for consent first: accept their terms at {hub}, then `hf auth login`"

@@ -3,7 +3,7 @@
 import json
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
     from minicache.processes.world import World
+    from tests.helpers.hub_repos import Hub
 
 SHARED = Path(__file__).parents[2] / "shared"
 Original = Callable[[str], Path]
@@ -196,6 +197,35 @@ def one_process() -> "World":
     from minicache.processes.world import World
 
     return World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture
+def repos(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator["Hub"]:
+    """A Hub on loopback whose repositories this process reads and writes, and processes that it starts."""
+    from huggingface_hub import constants
+
+    from minicache.cache.places.hub import snapshot_at
+    from tests.helpers.hub_repos import TOKEN, serving
+
+    with serving() as hub:
+        # the real library's protocol for objects; xet's own servers have no stand-in here
+        for name, value in {
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_CACHE": str(tmp_path / "hf"),
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+        variables = {
+            "HF_ENDPOINT": hub.address,
+            "HF_TOKEN": TOKEN,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(tmp_path / "hf-home"),
+        }
+        for name, text in {**variables, "HF_HUB_DISABLE_XET": "1"}.items():
+            monkeypatch.setenv(name, text)
+        snapshot_at.cache_clear()
+        yield hub
+        snapshot_at.cache_clear()
 
 
 @pytest.fixture

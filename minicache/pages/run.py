@@ -16,6 +16,7 @@ from minicache.pages.charts import Line, curves
 from minicache.pages.markup import Table, report
 from minicache.pages.run_answers import Answer, answers_part
 from minicache.reports.curves import Curve
+from minicache.reports.figures import end_of, held_out_figures, objective_of
 from minicache.reports.held_out import figures_of_run, words_on_run
 from minicache.reports.names import EVAL, METRICS, PANELS, SUMMARY, Metric, model_name
 
@@ -58,37 +59,15 @@ def _summary(known: dict[str, Any], logged: dict[str, Curve], beside: Path) -> d
         held_out = f", {known['held_out']:,} held out" if known.get("held_out") else ""
         rows.append(("pairs", f"{known['pairs']:,} trained on{held_out}"))
     if "loss" in known:
-        rows.append(("objective", _objective(known)))
+        rows.append(("objective", objective_of(known)))
     if "handshake" in known:
         rows.append(("handshake", _handshake(known)))
     rows.append(("before the first step", _first(known, logged)))
     rows += [(METRICS[name].name, _change(logged[name], METRICS[name])) for name in SUMMARY if name in logged]
     rows += [(f"held out, saved policy: {name}", line) for name, line in figures_of_run(known)]
     last = max(steps[-1] for steps, _ in logged.values())
-    good, state = _state(known, last)
+    good, state = end_of(known, last)
     return {"good": good, "state": state, "facts": rows, "words": words_on_run(known) if known.get("outcome") else []}
-
-
-def _state(known: dict[str, Any], last: int) -> tuple[bool, str]:
-    """Whether the run is finished, and how it ended. last: the last step logged."""
-    steps = f" of {known['steps']:,}" if "steps" in known else ""
-    outcome = known.get("outcome")
-    if not known:
-        return False, "run.json is missing: the run's options are not known."
-    if not outcome:
-        return False, f"Not finished: last logged after step {last:,}{steps}. train --resume continues it."
-    done, kept = outcome["progress"]["step"], outcome["model_step"]
-    best = f" The saved model is the best one, after step {kept:,}." if kept != done else ""
-    if outcome.get("stopped"):
-        return False, f"Stopped after step {done:,}{steps}: {outcome['stopped']}.{best}"
-    # a policy that is the model it started from is no success
-    return kept > 0, f"Finished after step {done:,}{steps}.{best}"
-
-
-def _objective(known: dict[str, Any]) -> str:
-    return (
-        f"{known['loss']} loss on {known.get('logps', 'mean')} logprobs, beta {known.get('beta')}, lr {known.get('lr')}"
-    )
 
 
 def _handshake(known: dict[str, Any]) -> str:
@@ -163,19 +142,8 @@ def _kind(metric: str, prefix: str) -> str:
 
 def _held_out(known: dict[str, Any], logged: dict[str, Curve]) -> Table | None:
     """The first validation, that of the saved model and the last."""
-    if EVAL + "loss" not in logged:
-        return None
-    steps = logged[EVAL + "loss"][0]
-    kept = (known.get("outcome") or {}).get("model_step")
-    columns = [step for step in steps if step in (steps[0], kept, steps[-1])]
-    notes = {0: " (before)", kept: " (saved)"}
-    names = [f"step {step:,}{notes.get(step, '')}" for step in columns]
-    rows: list[list[Any]] = []
-    for name, metric in METRICS.items():
-        if EVAL + name in logged:
-            at = dict(zip(*logged[EVAL + name], strict=True))
-            rows.append([metric.name, *(f"{at[step]:{metric.form}}" if step in at else "–" for step in columns)])
-    return Table("Held-out pairs, before and after", ["metric", *names], rows, captioned=False)
+    found = held_out_figures(known, logged)
+    return Table("Held-out pairs, before and after", found.head, found.rows, captioned=False) if found else None
 
 
 # --- options ---

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from minicache.options.train import TrainConfig, ValidationOptions
 from minicache.training.pinned import pins, with_pins
 from minicache.training.run_directory import read_record
 from tests.conftest import Cli
-from tests.helpers.hub_repos import TOKEN, Files, Hub, serving
+from tests.helpers.hub_repos import Files, Hub
 
 URL = "hf://datasets/org/name"
 
@@ -29,54 +28,39 @@ def files_of(cache: Path) -> Files:
     }
 
 
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    from huggingface_hub import constants
-
-    with serving() as hub:
-        monkeypatch.setenv("HF_ENDPOINT", hub.address)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
-        snapshot_at.cache_clear()
-        yield hub
-        snapshot_at.cache_clear()
-
-
-def test_a_cache_is_read_at_one_commit(hub: Hub, ref_cache: Path) -> None:
-    made = hub.add("dataset", "org/name", {**files_of(ref_cache), "other.txt": b"x"})
+def test_a_cache_is_read_at_one_commit(repos: Hub, ref_cache: Path) -> None:
+    made = repos.add("dataset", "org/name", {**files_of(ref_cache), "other.txt": b"x"})
     here, there = ReferenceCache(ref_cache), ReferenceCache(URL)
     assert there.path == f"{URL}@{made.commits[0][0]}"
     assert there.identity == here.identity and list(there.verify()) == []
     for name, column in here.to_numpy().items():
         assert np.array_equal(column, there.to_numpy()[name], equal_nan=True), name
     assert (there.tokenizer_dir / "tokenizer.json").read_bytes() == (here.tokenizer_dir / "tokenizer.json").read_bytes()
-    assert not any("other.txt" in each for each in hub.asked)
+    assert not any("other.txt" in each for each in repos.asked)
     # another commit later: this process keeps the one it has begun with
     made.commit({"README.md": b""})
     assert ReferenceCache(URL).path == there.path
 
 
 def test_a_revision_a_folder_and_what_was_downloaded(
-    hub: Hub, ref_cache: Path, monkeypatch: pytest.MonkeyPatch
+    repos: Hub, ref_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from huggingface_hub import constants
 
     below = {f"a/b/{name}": content for name, content in files_of(ref_cache).items()}
-    made = hub.add("dataset", "org/name", below)
+    made = repos.add("dataset", "org/name", below)
     made.commit({"README.md": b""})
     cache = ReferenceCache(f"{URL}@v1/a/b/")
     pinned = f"{URL}@{made.commits[0][0]}/a/b"
     assert cache.path == pinned and cache.complete
     snapshot_at.cache_clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    asked = len(hub.asked)
-    assert ReferenceCache(pinned).complete and len(hub.asked) == asked
+    asked = len(repos.asked)
+    assert ReferenceCache(pinned).complete and len(repos.asked) == asked
 
 
-def test_what_is_not_there_is_one_line(hub: Hub, ref_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub.add("dataset", "org/name", {"README.md": b""})
+def test_what_is_not_there_is_one_line(repos: Hub, ref_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repos.add("dataset", "org/name", {"README.md": b""})
     for url, kind, said in [
         (URL, Exception, "no reference cache at its top"),
         (f"{URL}@v2", DataError, "no such revision"),
@@ -96,8 +80,8 @@ def test_what_is_not_there_is_one_line(hub: Hub, ref_cache: Path, monkeypatch: p
         ReferenceCache(URL)
 
 
-def test_nothing_is_written_there(hub: Hub, ref_cache: Path, cli: Cli, model_dir: Path, data_file: Path) -> None:
-    hub.add("dataset", "org/name", files_of(ref_cache))
+def test_nothing_is_written_there(repos: Hub, ref_cache: Path, cli: Cli, model_dir: Path, data_file: Path) -> None:
+    repos.add("dataset", "org/name", files_of(ref_cache))
     with pytest.raises(OutputError, match="is read only"):
         CacheWriter(URL)
     for command in (
@@ -107,11 +91,11 @@ def test_nothing_is_written_there(hub: Hub, ref_cache: Path, cli: Cli, model_dir
     ):
         code, _, stderr = cli(*command, "--ref-cache", URL)
         assert code == 1 and "minidpo push CACHE org/name" in " ".join(stderr.split()), stderr
-    assert hub.written == []
+    assert repos.written == []
 
 
-def test_a_run_records_the_commit_and_resumes_from_it(hub: Hub, ref_cache: Path, tmp_path: Path, cli: Cli) -> None:
-    made = hub.add("dataset", "org/name", files_of(ref_cache))
+def test_a_run_records_the_commit_and_resumes_from_it(repos: Hub, ref_cache: Path, tmp_path: Path, cli: Cli) -> None:
+    made = repos.add("dataset", "org/name", files_of(ref_cache))
     train = ["train", "--out", tmp_path / "run", "--device", "cpu"]
     code, _, stderr = cli(*train, "--batch-size", "8", "--max-steps", "2", "--save-every", "1", "--ref-cache", URL)
     assert code == 0, stderr
@@ -128,8 +112,8 @@ def test_a_run_records_the_commit_and_resumes_from_it(hub: Hub, ref_cache: Path,
     assert code == 0 and (tmp_path / "run/model/config.json").is_file(), stderr
 
 
-def test_each_cache_of_a_mixture_is_pinned_and_keeps_its_weight(hub: Hub, ref_cache: Path, tmp_path: Path) -> None:
-    made = hub.add("dataset", "org/name", files_of(ref_cache))
+def test_each_cache_of_a_mixture_is_pinned_and_keeps_its_weight(repos: Hub, ref_cache: Path, tmp_path: Path) -> None:
+    made = repos.add("dataset", "org/name", files_of(ref_cache))
     places = (f"{URL}:0.7", f"{ref_cache}:0.3")
     config = TrainConfig(ref_cache=places, out=tmp_path, validation=ValidationOptions(eval_cache=f"{URL}@v1"))
     commits = pins(config)
@@ -139,9 +123,9 @@ def test_each_cache_of_a_mixture_is_pinned_and_keeps_its_weight(hub: Hub, ref_ca
 
 
 def test_every_command_that_reads_takes_one(
-    hub: Hub, ref_cache: Path, model_dir: Path, tmp_path: Path, cli: Cli
+    repos: Hub, ref_cache: Path, model_dir: Path, tmp_path: Path, cli: Cli
 ) -> None:
-    hub.add("dataset", "org/name", files_of(ref_cache))
+    repos.add("dataset", "org/name", files_of(ref_cache))
     for command in (
         ["inspect-cache", URL],
         ["inspect-cache", URL, "--pair", 3],
@@ -152,4 +136,4 @@ def test_every_command_that_reads_takes_one(
     ):
         code, _, stderr = cli(*command)
         assert code == 0, (command, stderr)
-    assert hub.written == []
+    assert repos.written == []

@@ -103,7 +103,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def do_POST(self) -> None:
-        path, body = self._path(), self._body()
+        body, path = self._body(), self._path()
         if path is None:
             return
         if path == "/api/validate-yaml":
@@ -122,7 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(404, "EntryNotFound")
 
     def do_PUT(self) -> None:
-        path, body = self._path(), self._body()
+        body, path = self._body(), self._path()
         hub = self.server.hub
         if path is None:
             return
@@ -224,7 +224,6 @@ class _Handler(BaseHTTPRequestHandler):
         hub.asked.append(f"{self.command} {path}")
         for begin, status in hub.refuse.items():
             if begin in path:
-                self._body()
                 self._refuse(status, "", "not today")
                 return None
         return path
