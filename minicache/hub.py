@@ -69,6 +69,8 @@ def _line(error: Exception, what: str, repository: str, id: str) -> MinicacheErr
         return ConfigError(f"{what}: expected org/name as the Hub allows it: {one_line(error, 200)}")
     if isinstance(error, errors.HfHubHTTPError):
         return _refusal(error, what, id)
+    if isinstance(error, ValueError) and "metadata in README.md" in str(error):
+        return ConfigError(f"{what}: {hub} refuses the card's front matter; check --license: {one_line(error, 300)}")
     if isinstance(error, OSError) and error.errno and error.filename:
         return OutputError(f"{error.filename}: {error.strerror}; HF_HOME names another place for what is downloaded")
     return StoreError(
@@ -88,4 +90,5 @@ def _refusal(error: "Exception", what: str, id: str) -> MinicacheError:
             f"{what}: the token may not do this; expected one with the right to write to {id.partition('/')[0]}/…, and a name "
             f"that is yours: {said}"
         )
-    return StoreError(f"{what}: {endpoint()} refuses ({status}); run the same command again later: {said}")
+    later = "; run the same command again later" if status is None or status == 429 or status >= 500 else ""
+    return StoreError(f"{what}: {endpoint()} refuses ({status}){later}: {said}")

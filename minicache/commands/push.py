@@ -12,7 +12,7 @@ def push(given: Given) -> None:
     """Send a run's policy or a reference cache to the Hugging Face Hub, with a card. Needs no torch."""
     from minicache.stages.push import push as send
 
-    again = "no commit was finished that was not told; the same command goes on, and sends nothing twice"
+    again = "the same command goes on, and sends nothing twice that has arrived"
     with errors_as_one_line(again):
         config = given.config(PushConfig)
         with Screen(err) as tracker:

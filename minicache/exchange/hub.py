@@ -1,6 +1,7 @@
 """A repository of the Hugging Face Hub to write to, by huggingface_hub. No torch."""
 
 import logging
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -117,7 +118,9 @@ def quiet() -> Iterator[None]:
     if shown:
         disable_progress_bars()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logger.setLevel(level)
         if shown:

@@ -18,7 +18,7 @@ LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 class PushConfig:
     """Options of `push`. kind: None is found out. model: what `export` wrote, in place of the run's own model."""
 
-    source: Path = needed("The directory of a run or of a reference cache.", argument=True)
+    source: Path = needed("The directory of a run or of a reference cache.", argument=True, metavar="DIRECTORY")
     repo: str = needed("Its name on the Hub, org/name.", argument=True, metavar="ORG/NAME")
     kind: str | None = option(
         None, "What it is: {names}. (Default: found out; another kind is refused.)", choices=lambda: KINDS

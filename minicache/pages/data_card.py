@@ -2,9 +2,11 @@
 
 from dataclasses import asdict
 
+from minicache.cache.identity import Identity
 from minicache.cache.manifest import Manifest, Source
 from minicache.hub import page_of
 from minicache.options.base import flag_of
+from minicache.options.declare import flag
 from minicache.pages.card import card, code, facts, link, plain, table
 from minicache.reports.notes import notes_on
 from minicache.reports.public import data_set_of, hub_id, public_log
@@ -39,20 +41,24 @@ def data_card(
     pairs = [
         ("pairs", f"{log.pairs:,}"),
         ("reference", link(found, page_of("model", found)) if found else plain(log.model)),
-        ("weights", f"{code(identity.weights)}, {plain(identity.family)}, scored in {identity.dtype}"),
+        ("weights", f"{code(identity.weights)}, {plain(identity.family)}"),
         ("identity", code(identity.digest)),
-        ("longest side", f"{identity.max_length:,} tokens, longer ones: {identity.truncate}"),
-        ("counted tokens", f"{identity.loss_on}; thoughts: {identity.think}"),
-        ("each token's logprob", "stored" if identity.per_token else "not stored"),
+        ("made with", _options(identity)),
     ]
-    if identity.quantization:
-        pairs.append(("quantization", f"{identity.quantization} (`{flag_of(identity.quantization)}`)"))
-    if identity.date or identity.template_args:
-        pairs.append(("chat template", code(" ".join(filter(None, (identity.date, identity.template_args))))))
     versions = ", ".join(f"{plain(name)} {plain(version)}" for name, version in log.versions.items())
     made = f"Made {log.created} with {versions}."
     parts = [WHAT, facts(pairs), "## How to read it", use, "## Where the pairs are from", _sources(log.sources)]
     return card(front, title, [*parts, "## What can be read from it", READABLE, made])
+
+
+def _options(identity: Identity) -> str:
+    """The options of `precompute-ref` that change a value, as they are typed."""
+    names = ("max_length", "truncate", "loss_on", "think", "special_text", "dtype", "date")
+    given = [f"{flag(name)} {value}" for name in names if (value := getattr(identity, name))]
+    given += [flag("per_token")] if identity.per_token else []
+    given += [flag_of(identity.quantization)] if identity.quantization else []
+    arguments = f"; template arguments {code(identity.template_args)}" if identity.template_args else ""
+    return code(" ".join(given)) + arguments
 
 
 def _sources(sources: list[Source]) -> str:

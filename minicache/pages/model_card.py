@@ -34,6 +34,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("{repo}")
 tokenizer = AutoTokenizer.from_pretrained("{repo}")
 ```"""
+USE_ADAPTER = """```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "{repo}")
+tokenizer = AutoTokenizer.from_pretrained("{repo}")
+```"""
 UNMOVED = (
     "**No step of this run was better on the held-out pairs than the start: the weights here are those of the model that "
     "training started from.**"
@@ -76,7 +84,8 @@ def model_card(repo: str, run: PolicyFacts) -> str:
         "logprobs came from a cache, so that the policy alone was in memory."
     )
     unmoved = UNMOVED if known["outcome"]["model_step"] == 0 else None
-    parts = [about, unmoved, "## Use", USE.format(repo=repo), "## Training", _training(run, base)]
+    use = (USE_ADAPTER if run.adapter else USE).format(repo=repo, base=run.base or "DIRECTORY OF THE BASE")
+    parts = [about, unmoved, "## Use", use, "## Training", _training(run, base)]
     return card(
         front, repo.rpartition("/")[2], [*parts, *_held_out(run), *_recipe(run), f"Made with minidpo {__version__}."]
     )
@@ -92,14 +101,17 @@ def _cache_names(run: PolicyFacts) -> list[str]:
     return list(map(str, named if isinstance(named, list) else [named]))
 
 
+def _cache(name: str) -> str:
+    """A cache by its public name, which leads to its page if it lies on the Hub."""
+    found = data_set_of(name)
+    return link(name, page_of("dataset", found)) if found else code(public_name(name))
+
+
 def _training(run: PolicyFacts, base: str) -> str:
     known = run.known
     held_out = f", {known['held_out']:,} held out" if known.get("held_out") else ""
     last = max((steps[-1] for steps, _ in run.logged.values()), default=0)
-    rows = [
-        ("started from", base),
-        ("reference cache", ", ".join(code(public_name(name)) for name in _cache_names(run))),
-    ]
+    rows = [("started from", base), ("reference cache", ", ".join(map(_cache, _cache_names(run))))]
     for manifest in run.caches:
         reference = public_name(manifest.log.model)
         name = link(reference, page_of("model", reference)) if hub_id(reference) else plain(reference)

@@ -26,7 +26,7 @@ def held_out_figures(known: Mapping[str, Any], logged: Mapping[str, Curve]) -> F
     steps = logged[EVAL + "loss"][0]
     kept = (known.get("outcome") or {}).get("model_step")
     columns = [step for step in steps if step in (steps[0], kept, steps[-1])]
-    notes = {0: " (before)", kept: " (saved)"}
+    notes = {0: " (before)", kept: " (before, and saved)" if kept == 0 else " (saved)"}
     names = [f"step {step:,}{notes.get(step, '')}" for step in columns]
     rows: list[list[str]] = []
     for name, metric in METRICS.items():

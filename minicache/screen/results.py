@@ -1,6 +1,7 @@
 """What each command prints at its end: one function a stage. rich only; no torch."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -202,8 +203,9 @@ def show_export(console: Console, report: "ExportReport") -> None:
 def show_push(console: Console, report: "PushReport") -> None:
     if report.commit is None:
         console.print(Text(visible(report.card)), soft_wrap=True)
-        for name in report.names:
-            console.print(Text(f"  {visible(name)}"), soft_wrap=True)
+        folders = Counter(f"{name.partition('/')[0]}/" if "/" in name else name for name in report.names)
+        for folder, count in folders.items():
+            console.print(Text(f"  {visible(folder)}" + (f": {count:,} files" if folder.endswith("/") else "")))
     size = f"{report.files:,} files, {report.bytes / 1e6:,.1f} MB"
     state = "would be sent to" if report.commit is None else f"commit {report.commit[:12]} of"
     readers = "" if report.private is None else " (private)" if report.private else " (public)"
@@ -227,6 +229,12 @@ def show_export_cache(console: Console, report: "ExportCacheReport") -> None:
         highlight=False,
         soft_wrap=True,
     )
+    card = (
+        f"its card is {report.card}"
+        if report.card
+        else "no card: the file of its name is not this program's, and stays"
+    )
+    console.print(Text(f"  {visible(card)}"), soft_wrap=True)
     if report.odd:
         console.print(
             f"  {report.odd:,} pairs count other tokens than just the whole of their answers: a program without loss masks, "

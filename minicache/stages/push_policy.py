@@ -11,7 +11,7 @@ from minicache.cache.reader import ReferenceCache
 from minicache.errors import ConfigError, MinicacheError, OutputError
 from minicache.exchange.parcels import Parcel, model_files
 from minicache.options.push import PushConfig
-from minicache.options.where import split_weight
+from minicache.options.where import HUB, local_path, split_weight
 from minicache.pages.model_card import PICTURE, PolicyFacts, model_card
 from minicache.pictures.runs import RunCurves, draw_runs
 from minicache.reports.curves import METRICS, Curve, read_curves
@@ -57,7 +57,7 @@ def parcel_of_policy(config: PushConfig, scratch: Path) -> Parcel:
     about = PolicyFacts(
         known=known,
         logged=logged,
-        caches=_manifests(record, notes),
+        caches=_manifests(record, config.dry_run, notes),
         base=base,
         adapter=adapter,
         has_picture=picture is not None,
@@ -94,12 +94,14 @@ def _picture(run: Path, logged: dict[str, Curve], known: dict[str, Any], file: P
     return file.read_bytes()
 
 
-def _manifests(record: RunRecord, notes: list[str]) -> list[Manifest]:
-    """Those of the caches that the run was trained on, as far as they can be read."""
+def _manifests(record: RunRecord, local_only: bool, notes: list[str]) -> list[Manifest]:
+    """Those of the caches that the run was trained on, as far as they can be read; the card links to those of the Hub."""
     named = record.options["ref_cache"]
     found = []
     for where in named if isinstance(named, list | tuple) else [named]:
         place, _ = split_weight(where)
+        if str(place).startswith(HUB) or (local_only and local_path(place) is None):
+            continue
         with _noted(f"the card does not say which data {place} was made of", notes):
             found.append(ReferenceCache(place).blocks.manifest)
     return found

@@ -18,6 +18,7 @@ from minicache.errors import CacheMismatch, ConfigError, DataError, MinicacheErr
 from minicache.exchange.rows import prompt_length
 from minicache.exchange.tables import document_beside, read_document, read_table
 from minicache.options.exchange import ExportCacheConfig, ImportConfig
+from minicache.pages.card import is_unchanged
 from minicache.pairs import CHOSEN, REJECTED, EncodedPair
 from minicache.stages.export_cache import export_cache
 from minicache.stages.import_cache import import_cache
@@ -268,3 +269,18 @@ def test_a_place_that_is_taken_is_told_first(cache: Path, tmp_path: Path) -> Non
         imported(tmp_path / "gone.jsonl", cache)
     with pytest.raises(CacheMismatch, match="its identity is"):
         imported(exported(cache, tmp_path / "pairs.jsonl"), tmp_path / "back", identity="no")
+
+
+def test_a_table_has_a_card_and_a_persons_own_stays(cache: Path, tmp_path: Path, cli: Cli) -> None:
+    table, card = tmp_path / "pairs.jsonl", tmp_path / "pairs.jsonl.md"
+    digest = ReferenceCache(cache).identity.digest
+    assert cli("export", "--ref-cache", cache, "--out", table)[0] == 0
+    text = card.read_text(encoding="utf-8")
+    assert is_unchanged(text) and f"import-cache pairs.jsonl --ref-cache cache/ --identity {digest}" in text
+    assert str(tmp_path.parent) not in text and "| `a.jsonl` | 13 |" in text
+    table.unlink()
+    card.write_text(text + "\nmine\n")
+    code, stdout, _ = cli("export", "--ref-cache", cache, "--out", table)
+    assert code == 0 and "stays" in stdout and card.read_text().endswith("mine\n")
+    assert cli("export", "--ref-cache", cache, "--out", tmp_path / "pairs")[0] == 0
+    assert digest in (tmp_path / "pairs/README.md").read_text(encoding="utf-8")

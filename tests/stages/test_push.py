@@ -23,9 +23,6 @@ from minicache.trackers import Silent
 from tests.conftest import Cli, make_rows, one_process, precompute_into, write_jsonl
 from tests.helpers.hub_repos import Hub
 
-# The library's own call of the library below it.
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
-
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, ref_cache: Path) -> Path:
@@ -132,7 +129,7 @@ def test_a_policy_loads_by_its_name(repos: Hub, trained: Path, cli: Cli) -> None
     assert front["base_model"] == "org/base" and front["license"] == "mit" and front["library_name"] == "transformers"
     for said in (
         "--lr",
-        "1e-06",
+        "`0.001`",
         "reward accuracy",
         "(before)",
         "(curves.png)",
@@ -223,7 +220,7 @@ def test_a_dry_run_asks_nothing(
 
 
 def test_other_things_are_refused_by_name(repos: Hub, ref_cache: Path, trained: Path, tmp_path: Path, cli: Cli) -> None:
-    for arguments, said in [
+    cases: list[tuple[list[object], str]] = [
         ([ref_cache, "org/name", "--kind", "policy"], "--kind policy: "),
         ([trained, "org/name", "--kind", "cache"], "is a policy"),
         ([trained / "model", "org/name"], f"name the run, {trained}"),
@@ -235,7 +232,8 @@ def test_other_things_are_refused_by_name(repos: Hub, ref_cache: Path, trained: 
         ([ref_cache, "org/name", "--base-model", "/a/b"], "--base-model: expected"),
         ([ref_cache, "org/name", "--model", tmp_path], "--model: is for a policy"),
         ([trained, "org/name", "--model", tmp_path], "holds no model"),
-    ]:
+    ]
+    for arguments, said in cases:
         assert said in refused(cli, *arguments), arguments
     assert repos.asked == []
 
@@ -258,8 +256,9 @@ def test_what_is_not_whole_is_not_sent(repos: Hub, ref_cache: Path, trained: Pat
 
 def test_a_hub_that_refuses_is_one_line(repos: Hub, ref_cache: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "the token may not do this" in refused(cli, ref_cache, "others/name")
-    line = refused(cli, ref_cache, "org/name", "--license", "unheard-of")
-    assert "license" in line
+    assert "refuses the card's front matter; check --license" in refused(
+        cli, ref_cache, "org/name", "--license", "unheard-of"
+    )
     repos.refuse = {"/commit/": 500}
     assert "refuses (500)" in refused(cli, ref_cache, "org/name")
     repos.refuse = {}
