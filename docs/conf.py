@@ -25,6 +25,7 @@ NAV = {
         "report",
         "sweep",
         "exchange",
+        "sharing",
         "cluster",
         "trackers",
     ],

@@ -38,7 +38,7 @@ def train_into(out: Path, cache: Path, **options: Any) -> Path:
         max_steps=4,
         save_every=2,
         validation=ValidationOptions(holdout=0.2, eval_every=2),
-        **{"lr": 1e-3, **options},
+        **{"lr": 0.05, **options},
     )
     train(config, one_process(), Silent())
     return out
@@ -129,7 +129,7 @@ def test_a_policy_loads_by_its_name(repos: Hub, trained: Path, cli: Cli) -> None
     assert front["base_model"] == "org/base" and front["license"] == "mit" and front["library_name"] == "transformers"
     for said in (
         "--lr",
-        "`0.001`",
+        "`0.05`",
         "reward accuracy",
         "(before)",
         "(curves.png)",
@@ -176,10 +176,9 @@ def test_a_policy_that_did_not_move_says_so(repos: Hub, ref_cache: Path, tmp_pat
     code, _, stderr = cli("push", run, "org/name")
     assert code == 0 and outcome["model_step"] == 0
     assert "no step was better than the start" in " ".join(stderr.split())
-    assert (
-        "the weights here are those of the model that training started from"
-        in repos.model().files["README.md"].decode()
-    )
+    card = repos.model().files["README.md"].decode()
+    assert "the weights here are those of the model that training started from" in card
+    assert "step 0 (before, and saved)" in card
 
 
 @pytest.mark.parametrize("public", [False, True])
