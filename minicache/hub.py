@@ -3,8 +3,10 @@
 Address and token come from where that library looks for them (HF_ENDPOINT; HF_TOKEN, or `hf auth login`).
 """
 
+import logging
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -92,3 +94,23 @@ def _refusal(error: "Exception", what: str, id: str) -> MinicacheError:
         )
     later = "; run the same command again later" if status is None or status == 429 or status >= 500 else ""
     return StoreError(f"{what}: {endpoint()} refuses ({status}){later}: {said}")
+
+
+@contextmanager
+def quiet(bars: bool = False) -> Iterator[None]:
+    """Keep the library's remarks off the terminal, on which ours is shown, and its progress bars unless `bars`."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    logger = logging.getLogger("huggingface_hub")
+    hidden, level = not bars and not are_progress_bars_disabled(), logger.level
+    logger.setLevel(logging.ERROR)
+    if hidden:
+        disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+        if hidden:
+            enable_progress_bars()

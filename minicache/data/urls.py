@@ -38,7 +38,8 @@ def fetch(url: str, scratch: Path, note: Note) -> list[DataFile]:
         return [_from_web(url, scratch)]
     if scheme in STORES:
         return _from_store(url, scratch, note)
-    raise ConfigError(f"{url}: expected s3://, gs://, az://, https:// or a path")
+    more = "; a data set of the Hub is named org/name" if scheme == "hf" else ""
+    raise ConfigError(f"{url}: expected s3://, gs://, az://, https:// or a path{more}")
 
 
 def copied(chunks: Iterable[bytes], name: str, scratch: Path) -> Path:

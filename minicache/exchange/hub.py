@@ -1,15 +1,13 @@
 """A repository of the Hugging Face Hub to write to, by huggingface_hub. No torch."""
 
 import logging
-import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minicache.errors import ConfigError
-from minicache.hub import LOGIN, endpoint, in_one_line
+from minicache.hub import LOGIN, endpoint, in_one_line, quiet
 
 log = logging.getLogger(__name__)
 
@@ -105,23 +103,3 @@ class Repository:
         from huggingface_hub import HfApi
 
         return HfApi(endpoint(), library_name="minidpo")
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the library's progress bars and remarks off the terminal, on which ours is shown."""
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    logger = logging.getLogger("huggingface_hub")
-    shown, level = not are_progress_bars_disabled(), logger.level
-    logger.setLevel(logging.ERROR)
-    if shown:
-        disable_progress_bars()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-        if shown:
-            enable_progress_bars()

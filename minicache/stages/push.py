@@ -48,6 +48,12 @@ def push(config: PushConfig, tracker: Tracker) -> PushReport:
     """
     kind = _kind(config)
     repository = Repository(KINDS[kind], config.repo)
+    before = None
+    if not config.dry_run:
+        # first: a cache takes a while to check
+        tracker.begin(f"asking {page_of(repository.kind, repository.id)}", None)
+        before = repository.look()
+        _settle_readers(config, before)
     with TemporaryDirectory(prefix="minidpo-", ignore_cleanup_errors=True) as scratch:
         parcel = parcel_of_cache(config, tracker) if kind == "cache" else parcel_of_policy(config, Path(scratch))
         for note in parcel.notes:
@@ -55,14 +61,18 @@ def push(config: PushConfig, tracker: Tracker) -> PushReport:
         for name in machine_paths(parcel.files, config.source):
             tracker.note(f"{name}: names a directory of this machine; it is sent as it is")
         report = _report(config, repository, parcel)
-        return report if config.dry_run else _send(config, repository, parcel, report, tracker)
+        return report if config.dry_run else _send(config, repository, before, parcel, report, tracker)
 
 
 def _send(
-    config: PushConfig, repository: Repository, parcel: Parcel, report: PushReport, tracker: Tracker
+    config: PushConfig,
+    repository: Repository,
+    before: Found | None,
+    parcel: Parcel,
+    report: PushReport,
+    tracker: Tracker,
 ) -> PushReport:
-    tracker.begin(f"asking {page_of(repository.kind, repository.id)}", None)
-    before = repository.look()
+    """Write the files; returns the report with the commit. before: what is there."""
     private = _settle_readers(config, before)
     kept = bool(before and before.card is not None and not (is_unchanged(before.card) or config.replace_card))
     files = dict(parcel.files) if kept else {**parcel.files, FILE: parcel.card.encode()}

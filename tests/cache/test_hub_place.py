@@ -14,7 +14,7 @@ from minicache.errors import ConfigError, DataError, OutputError, StoreError
 from minicache.options.train import TrainConfig, ValidationOptions
 from minicache.training.pinned import pins, with_pins
 from minicache.training.run_directory import read_record
-from tests.conftest import Cli
+from tests.conftest import Cli, make_rows, precompute_into, write_jsonl
 from tests.helpers.hub_repos import Files, Hub
 
 URL = "hf://datasets/org/name"
@@ -126,12 +126,14 @@ def test_every_command_that_reads_takes_one(
     repos: Hub, ref_cache: Path, model_dir: Path, tmp_path: Path, cli: Cli
 ) -> None:
     repos.add("dataset", "org/name", files_of(ref_cache))
+    other = precompute_into(tmp_path / "other", model_dir, write_jsonl(tmp_path / "more.jsonl", make_rows(5, seed=3)))
     for command in (
         ["inspect-cache", URL],
         ["inspect-cache", URL, "--pair", 3],
         ["inspect-cache", URL, "--verify"],
         ["diff", URL, ref_cache],
         ["evaluate", "--policy", model_dir, "--ref-cache", URL, "--device", "cpu"],
+        ["merge", URL, other, "--ref-cache", tmp_path / "merged"],
         ["export", "--ref-cache", URL, "--out", tmp_path / "pairs.jsonl"],
     ):
         code, _, stderr = cli(*command)

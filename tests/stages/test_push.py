@@ -15,9 +15,11 @@ import yaml
 
 from minicache.cache.places.hub import snapshot_at
 from minicache.cache.reader import ReferenceCache
+from minicache.exchange.parcels import machine_paths
 from minicache.options.lora import LoraOptions
 from minicache.options.train import TrainConfig, ValidationOptions
 from minicache.pages.card import is_unchanged
+from minicache.reports.public import hub_id, public_name, public_value
 from minicache.stages.train import train
 from minicache.trackers import Silent
 from tests.conftest import Cli, make_rows, one_process, precompute_into, write_jsonl
@@ -250,7 +252,7 @@ def test_what_is_not_whole_is_not_sent(repos: Hub, ref_cache: Path, trained: Pat
     (cache / "pairs/tokens/c/9").mkdir()
     (cache / "pairs/tokens/c/9/0").symlink_to(tmp_path / "run/run.json")
     assert "expected a file, got a link" in refused(cli, cache, "org/name")
-    assert repos.asked == []
+    assert repos.written == []
 
 
 def test_a_hub_that_refuses_is_one_line(repos: Hub, ref_cache: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,3 +283,33 @@ def test_an_interrupted_push_leaves_no_commit_and_goes_on(repos: Hub, ref_cache:
     assert len(repos.dataset().commits) == 1
     assert cli("push", ref_cache, "org/name")[0] == 0
     assert list(ReferenceCache("hf://datasets/org/name").verify()) == []
+
+
+def test_only_the_last_part_of_a_path_is_public(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models/mine").mkdir(parents=True)
+    commit = "a" * 40
+    for name, public in {
+        "/home/me/models/mine": "mine",
+        "models/mine": "mine",
+        "org/name": "org/name",
+        r"C:\models\mine\\": "mine",
+        "/home/me/full.pth:heads=8": "full.pth:heads=8",
+        "s3://bucket/secret/cache:0.7": "cache:0.7",
+        f"hf://datasets/org/name@{commit}": f"hf://datasets/org/name@{commit}",
+        f"org/name@{commit}:data/train.parquet": f"org/name@{commit}:data/train.parquet",
+    }.items():
+        assert public_name(name) == public, name
+    assert hub_id("models/mine") is None and hub_id("org/name") == "org/name"
+    assert public_value(["/a/b", 3, "cosine", Path("/c/d")]) == ["b", 3, "cosine", "d"]
+
+
+def test_a_text_that_names_this_machine_is_told(tmp_path: Path) -> None:
+    source = tmp_path / "cache"
+    files: dict[str, Path | bytes] = {
+        "a.json": json.dumps({"at": f"{Path.home()}/models"}).encode(),
+        "b.json": json.dumps({"at": str(source)}).encode(),
+        "c.json": b'{"at": "org/name"}',
+        "d.safetensors": f"{source}/x".encode(),
+    }
+    assert machine_paths(files, source) == ["a.json", "b.json"]

@@ -7,6 +7,7 @@ them without a network. A repository may hold other files; those are left.
 import atexit
 import re
 import shutil
+import sys
 from collections.abc import Iterable
 from functools import cache, cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ from minicache.cache.places.claims import Claim
 from minicache.cache.places.directory import Directory
 from minicache.cache.places.place import ROOT
 from minicache.errors import CacheNotFound, ConfigError, OutputError
-from minicache.hub import ID, endpoint, in_one_line
+from minicache.hub import ID, endpoint, in_one_line, quiet
 from minicache.options.where import HUB, Where
 
 # A revision with a slash is a pull request or a conversion; another slash begins a folder of the repository.
@@ -70,7 +71,7 @@ class Snapshot(Directory):
         from huggingface_hub import constants, snapshot_download
 
         patterns = [f"{self.below}/{pattern}".lstrip("/") for pattern in PATTERNS]
-        with in_one_line(self.url, "dataset", self.id):
+        with in_one_line(self.url, "dataset", self.id), quiet(bars=sys.stderr.isatty()):
             folder = snapshot_download(
                 self.id,
                 repo_type="dataset",
