@@ -11,8 +11,10 @@ from minicache.hub import LOGIN, endpoint, in_one_line, quiet
 
 log = logging.getLogger(__name__)
 
-# Files of one commit: the Hub gives up on one with many more.
-MOST_FILES = 1000
+# Files of one commit, and bytes of those that may become part of its request: the Hub gives up on one with many more.
+MOST_FILES, MOST_BYTES = 1000, 2**28
+# Bytes from which a file never is part of the request.
+LARGE = 10**7
 Content = Path | bytes
 
 
@@ -78,7 +80,7 @@ class Repository:
             CommitOperationAdd(name, str(content) if isinstance(content, Path) else content)
             for name, content in sorted(files.items(), key=lambda each: each[0] == last)
         ]
-        parts = [adds[start : start + MOST_FILES] for start in range(0, len(adds), MOST_FILES)]
+        parts = _parts(adds)
         names = [*gone, *([last] if len(parts) > 1 and last in has else [])]
         deletes = [CommitOperationDelete(name) for name in names]
         commit = ""
@@ -103,3 +105,17 @@ class Repository:
         from huggingface_hub import HfApi
 
         return HfApi(endpoint(), library_name="minidpo")
+
+
+def _parts(adds: list[Any]) -> list[list[Any]]:
+    """The files of each commit, in their order. adds: operations of the library."""
+    parts: list[list[Any]] = []
+    room = 0
+    for each in adds:
+        size = each.upload_info.size if each.upload_info.size < LARGE else 0
+        if not parts or len(parts[-1]) == MOST_FILES or size > room:
+            parts.append([])
+            room = MOST_BYTES
+        parts[-1].append(each)
+        room -= size
+    return parts

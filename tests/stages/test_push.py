@@ -16,6 +16,7 @@ import yaml
 from minicache.cache.places.hub import snapshot_at
 from minicache.cache.reader import ReferenceCache
 from minicache.exchange.parcels import machine_paths
+from minicache.models.adapter_places import MERGED_BASE
 from minicache.options.lora import LoraOptions
 from minicache.options.train import TrainConfig, ValidationOptions
 from minicache.pages.card import is_unchanged
@@ -166,6 +167,9 @@ def test_an_adapter_names_its_base_as_others_know_it(
     front = front_of(files["README.md"].decode())
     assert front["base_model"] == "org/base" and front["base_model_relation"] == "adapter"
     assert str(tmp_path).encode() not in everything(repos)
+    # an adapter on a base that only this run has cannot be used by others
+    (run / MERGED_BASE).mkdir()
+    assert f"export --policy {run} --out MERGED" in refused(cli, run, "org/name")
     # a whole model takes the adapter's place
     assert cli("export", "--policy", run, "--out", tmp_path / "merged", "--device", "cpu")[0] == 0
     assert cli("push", run, "org/name", "--model", tmp_path / "merged")[0] == 0
@@ -236,7 +240,7 @@ def test_other_things_are_refused_by_name(repos: Hub, ref_cache: Path, trained: 
     ]
     for arguments, said in cases:
         assert said in refused(cli, *arguments), arguments
-    assert repos.asked == []
+    assert repos.written == []
 
 
 def test_what_is_not_whole_is_not_sent(repos: Hub, ref_cache: Path, trained: Path, tmp_path: Path, cli: Cli) -> None:
@@ -313,3 +317,15 @@ def test_a_text_that_names_this_machine_is_told(tmp_path: Path) -> None:
         "d.safetensors": f"{source}/x".encode(),
     }
     assert machine_paths(files, source) == ["a.json", "b.json"]
+
+
+def test_parts_are_bounded_by_files_and_by_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import CommitOperationAdd
+
+    from minicache.exchange import hub
+
+    monkeypatch.setattr(hub, "MOST_FILES", 4)
+    monkeypatch.setattr(hub, "MOST_BYTES", 100)
+    monkeypatch.setattr(hub, "LARGE", 90)
+    adds = [CommitOperationAdd(f"{n}", b"x" * size) for n, size in enumerate([60, 60, 500, 40, 1, 1, 1, 1, 1])]
+    assert [[int(add.path_in_repo) for add in part] for part in hub._parts(adds)] == [[0], [1, 2, 3], [4, 5, 6, 7], [8]]
