@@ -12,6 +12,7 @@ from minicache.options.declare import flag
 from minicache.pages.card import card, code, facts, link, plain, table
 from minicache.reports.curves import Curve
 from minicache.reports.figures import end_of, held_out_figures, objective_of
+from minicache.reports.held_out import figures_of_run, words_on_run
 from minicache.reports.public import data_set_of, hub_id, public_name, public_options
 from minicache.training.run_directory import DEFAULTS
 
@@ -131,8 +132,12 @@ def _held_out(run: PolicyFacts) -> list[str]:
         if found
         else "This run was not validated on held-out pairs."
     )
+    with_intervals = [f"- {plain(name)}: {plain(line)}" for name, line in figures_of_run(run.known)]
+    # of a policy that is the start, the card says so at its top
+    words = words_on_run(run.known) if run.known["outcome"]["model_step"] else []
+    lines = "\n".join([*with_intervals, *(f"- {plain(line)}" for line in words)])
     picture = [f"![curves of the training]({PICTURE})"] if run.has_picture else []
-    return ["## Held-out pairs, before and after", figures, *picture]
+    return ["## Held-out pairs, before and after", figures, *([lines] if lines else []), *picture]
 
 
 def _recipe(run: PolicyFacts) -> list[str]:

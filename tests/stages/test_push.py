@@ -41,7 +41,7 @@ def train_into(out: Path, cache: Path, **options: Any) -> Path:
         max_steps=4,
         save_every=2,
         validation=ValidationOptions(holdout=0.2, eval_every=2),
-        **{"lr": 0.05, **options},
+        **{"lr": 0.05, "beta": 0.1, **options},
     )
     train(config, one_process(), Silent())
     return out
@@ -135,6 +135,7 @@ def test_a_policy_loads_by_its_name(repos: Hub, trained: Path, cli: Cli) -> None
         "`0.05`",
         "reward accuracy",
         "(before)",
+        "(95%: ",
         "(curves.png)",
         "pairs.jsonl",
         "held out",
