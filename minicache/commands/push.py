@@ -4,7 +4,7 @@ from minicache.commands.assemble import JSON, Given, command
 from minicache.commands.running import err, errors_as_one_line, out, print_json
 from minicache.options.push import PushConfig
 from minicache.screen.live import Screen
-from minicache.screen.results import show_push
+from minicache.screen.push import show_push
 
 
 @command(PushConfig, after={"dry_run": JSON})

@@ -1,7 +1,6 @@
 """What each command prints at its end: one function a stage. rich only; no torch."""
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from minicache.stages.import_cache import ImportReport
     from minicache.stages.merge import MergeReport
     from minicache.stages.precompute import PrecomputeReport
-    from minicache.stages.push import PushReport
     from minicache.stages.train import TrainReport
 
 
@@ -198,22 +196,6 @@ def show_export(console: Console, report: "ExportReport") -> None:
             highlight=False,
             soft_wrap=True,
         )
-
-
-def show_push(console: Console, report: "PushReport") -> None:
-    if report.commit is None:
-        console.print(Text(visible(report.card)), soft_wrap=True)
-        folders = Counter(f"{name.partition('/')[0]}/" if "/" in name else name for name in report.names)
-        for folder, count in folders.items():
-            console.print(Text(f"  {visible(folder)}" + (f": {count:,} files" if folder.endswith("/") else "")))
-    size = f"{report.files:,} files, {report.bytes / 1e6:,.1f} MB"
-    state = "would be sent to" if report.commit is None else f"commit {report.commit[:12]} of"
-    readers = "" if report.private is None else " (private)" if report.private else " (public)"
-    console.print(
-        f"[bold green]✓[/] {size}, {state} [bold]{escape(visible(report.url))}[/]{readers}",
-        highlight=False,
-        soft_wrap=True,
-    )
 
 
 def show_verify(console: Console, worst: float) -> None:
