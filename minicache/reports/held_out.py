@@ -12,7 +12,7 @@ from minicache.reports.intervals import interval_of_mean, mcnemar, wilson
 from minicache.reports.names import moved
 
 # Nats per token from the reference above which a policy has moved far, and below which hardly: of means, a lower bound; of tokens.
-FAR = {"kl": 0.1, "kl_tokens": 0.5}
+FAR = {"kl": 0.3, "kl_tokens": 3.0}
 HARDLY = {"kl": 1e-6, "kl_tokens": 1e-5}
 # What a higher rate should reach: a hundred times that. The KL grows with the square of the rate, while it is small.
 MOVED_BY = 100

@@ -78,7 +78,7 @@ SAID: dict[str, tuple[dict[str, Any], str]] = {
         run(metrics={"kl": 0.0}),
         "the policy hardly moved, 0 nats per token from the reference: try a higher --lr",
     ),
-    "far": (run(metrics={"kl": 0.3}), "the policy has moved far, 0.3 nats per token"),
+    "far": (run(metrics={"kl": 0.4}), "the policy has moved far, 0.4 nats per token"),
     "too few": (run(pairs_of(20, 0.6)), "20 held-out pairs are too few to tell"),
     "worse": (run(pairs_of(400, 0.3), last={"rewards/accuracy": 0.3}), "the policy prefers the rejected answers"),
     "by heart": (
@@ -96,9 +96,9 @@ def test_each_sentence_where_it_applies(case: str) -> None:
 
 
 def test_distance_is_judged_by_tokens_where_they_are_known() -> None:
-    (found,) = words_on_run(run(metrics={"kl": 1e-3, "kl_tokens": 0.6}))
-    assert "moved far, 0.6" in found
-    assert words_on_run(run(metrics={"kl": 0.3, "kl_tokens": 0.4})) == []
+    (found,) = words_on_run(run(metrics={"kl": 1e-3, "kl_tokens": 4.0}))
+    assert "moved far, 4" in found
+    assert words_on_run(run(metrics={"kl": 0.4, "kl_tokens": 0.4})) == []
 
 
 def test_a_policy_that_is_the_reference_is_told_so() -> None:
