@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from minicache.pages.markup import Table
+from minicache.text import Phrase, joined, phrase
 
 WIDTH, HEIGHT = 330, 200  # about the size at which it is shown, so that its letters are as large as the page's
 LEFT, RIGHT, TOP, BOTTOM = 46, WIDTH - 8, 10, HEIGHT - 38  # edges of the axes
@@ -106,10 +107,11 @@ def histogram(title: str, unit: str, edges: Sequence[float], bars: Sequence[Bars
     most = max(max(one.counts) for one in bars)
     names = [f"{edge + 0.5:,.0f}" if whole else f"{edge:,.2f}" for edge in edges]
     total = sum(bars[0].counts)
-    rows = [[f"from {names[at]}", *(str(one.counts[at]) for one in bars)] for at in range(len(edges) - 1)]
+    bounds = "Histogram of {pairs:,} pairs, from {first} to {last} {unit}; most in one bar: {most:,}."
+    rows = [[phrase("from {edge}", edge=names[at]), *(str(one.counts[at]) for one in bars)] for at in range(len(edges) - 1)]
     chart = Chart(
         title=title,
-        description=f"Histogram of {total:,} pairs, from {names[0]} to {names[-1]} {unit}; most in one bar: {most:,}.",
+        description=phrase(bounds, pairs=total, first=names[0], last=names[-1], unit=phrase(unit), most=most),
         below=unit,
         beside="pairs",
         numbers=Table(title, [unit, *(one.name for one in bars)], rows),
@@ -130,12 +132,11 @@ def curves(title: str, unit: str, lines: Sequence[Line], level: float | None = N
     """Curves over the steps. level: a value to compare with, drawn as a dashed line."""
     steps = sorted({step for line in lines for step in line.steps})
     first, last = steps[0], steps[-1]
-    ends = "; ".join(f"{line.name} from {line.values[0]:.4g} to {line.values[-1]:.4g}" for line in lines)
     at = [dict(zip(line.steps, line.values, strict=True)) for line in lines]
     rows = [[f"{step:,}", *(f"{of[step]:.4g}" if step in of else "–" for of in at)] for step in thinned(steps, LISTED)]
     chart = Chart(
         title=title,
-        description=f"Curve over steps {first:,} to {last:,}: {ends}.",
+        description=phrase("Curve over steps {first:,} to {last:,}: {ends}.", first=first, last=last, ends=_ends(lines)),
         below="step",
         beside=unit,
         numbers=Table(title, ["step", *(line.name for line in lines)], rows),
@@ -150,6 +151,15 @@ def curves(title: str, unit: str, lines: Sequence[Line], level: float | None = N
     for line in lines:
         chart.stroke(line, axes)
     return chart
+
+
+def _ends(lines: Sequence[Line]) -> Phrase:
+    """Of each curve its name, its first value and its last."""
+    each = [
+        phrase("{name} from {first:.4g} to {last:.4g}", name=phrase(line.name), first=line.values[0], last=line.values[-1])
+        for line in lines
+    ]
+    return joined("; ", each)
 
 
 def thinned(values: Sequence[Item], most: int) -> list[Item]:

@@ -16,7 +16,7 @@ from minicache.trackers import Silent, Tracker
 from minicache.training import checkpoints
 from minicache.training.log_lines import log_pending, log_step
 from minicache.training.order import pairs_in
-from minicache.training.progress import Outcome
+from minicache.training.progress import NO_LOWER_LOSS, Outcome
 from minicache.training.run_directory import final_beta
 from minicache.training.snapshot import begin, save
 from minicache.training.state import Run, Training
@@ -103,7 +103,7 @@ def _between_steps(run: Run, training: Training) -> str | None:
     # Checked in every step, so that a resumed run ends at the same step as one without interruption.
     patience = config.validation.patience
     if patience and progress.waited >= patience:
-        return f"no lower validation loss in {progress.waited} validations"
+        return NO_LOWER_LOSS.format(waited=progress.waited)
     return None
 
 
