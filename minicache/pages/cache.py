@@ -6,6 +6,7 @@ from typing import Any
 from minicache.pages.cache_report import MOST_FILES, CacheReport, Group
 from minicache.pages.cache_rows import extremes, rows_to_look_at, texts
 from minicache.pages.charts import Bars, Chart, histogram
+from minicache.pages.chinese import SCRIPT
 from minicache.pages.markup import Table, report
 from minicache.reports.inspection import Inspection
 from minicache.reports.names import LENGTHS, SHOWN_PROBLEMS, STATISTICS, model_name, template_values
@@ -27,7 +28,7 @@ def cache_page(found: CacheReport) -> str:
         ("manifest", "Manifest", _manifest(it)),
     ]
     title = phrase("{pairs:,} pairs scored by {model}", pairs=it.pairs, model=model_name(it.log["model"]))
-    return report("cache.html", title, it.path, parts, {"pairs": found.texts})
+    return report("cache.html", title, it.path, parts, {"pairs": found.texts, "chinese": SCRIPT})
 
 
 def _summary(found: CacheReport) -> dict[str, Any]:

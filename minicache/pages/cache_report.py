@@ -196,17 +196,17 @@ def _find_suspects(
     listed = {
         "contradicting": [of(both, phrase("the same two answers, the other way round")) for both in swapped[:LISTED]],
         "nearly-identical": [
-            of(rows[at], phrase("{tokens} of {counted:,} differ", tokens=_tokens(looked.differing[at]), counted=counted[at]))
+            of(
+                rows[at],
+                phrase("{tokens} of {counted:,} differ", tokens=_tokens(looked.differing[at]), counted=counted[at]),
+            )
             for at in alike[:LISTED]
         ],
         "near-duplicates": [
             of(rows[[one, other]], phrase("{score} of {hashes} hashes agree", score=score, hashes=suspects.SKETCH))
             for one, other, score in twins[:LISTED]
         ],
-        "perhaps-flipped": [
-            of(row, phrase(FLIPPED, margin=margins[row], z=-z[row]))
-            for row in flipped[:LISTED]
-        ],
+        "perhaps-flipped": [of(row, phrase(FLIPPED, margin=margins[row], z=-z[row])) for row in flipped[:LISTED]],
     }
     found = dict(zip(listed, (len(swapped), len(alike), len(twins), len(flipped)), strict=True))
     return Suspects(found, listed, damage, unread)

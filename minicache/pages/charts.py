@@ -108,7 +108,9 @@ def histogram(title: str, unit: str, edges: Sequence[float], bars: Sequence[Bars
     names = [f"{edge + 0.5:,.0f}" if whole else f"{edge:,.2f}" for edge in edges]
     total = sum(bars[0].counts)
     bounds = "Histogram of {pairs:,} pairs, from {first} to {last} {unit}; most in one bar: {most:,}."
-    rows = [[phrase("from {edge}", edge=names[at]), *(str(one.counts[at]) for one in bars)] for at in range(len(edges) - 1)]
+    rows = [
+        [phrase("from {edge}", edge=names[at]), *(str(one.counts[at]) for one in bars)] for at in range(len(edges) - 1)
+    ]
     chart = Chart(
         title=title,
         description=phrase(bounds, pairs=total, first=names[0], last=names[-1], unit=phrase(unit), most=most),
@@ -136,7 +138,9 @@ def curves(title: str, unit: str, lines: Sequence[Line], level: float | None = N
     rows = [[f"{step:,}", *(f"{of[step]:.4g}" if step in of else "–" for of in at)] for step in thinned(steps, LISTED)]
     chart = Chart(
         title=title,
-        description=phrase("Curve over steps {first:,} to {last:,}: {ends}.", first=first, last=last, ends=_ends(lines)),
+        description=phrase(
+            "Curve over steps {first:,} to {last:,}: {ends}.", first=first, last=last, ends=_ends(lines)
+        ),
         below="step",
         beside=unit,
         numbers=Table(title, ["step", *(line.name for line in lines)], rows),
@@ -156,7 +160,9 @@ def curves(title: str, unit: str, lines: Sequence[Line], level: float | None = N
 def _ends(lines: Sequence[Line]) -> Phrase:
     """Of each curve its name, its first value and its last."""
     each = [
-        phrase("{name} from {first:.4g} to {last:.4g}", name=phrase(line.name), first=line.values[0], last=line.values[-1])
+        phrase(
+            "{name} from {first:.4g} to {last:.4g}", name=phrase(line.name), first=line.values[0], last=line.values[-1]
+        )
         for line in lines
     ]
     return joined("; ", each)

@@ -65,7 +65,9 @@ def _summary(known: dict[str, Any], logged: dict[str, Curve], beside: Path) -> d
         rows.append(("handshake", _handshake(known)))
     rows.append(("before the first step", _first(known, logged)))
     rows += [(METRICS[name].name, _change(logged[name], METRICS[name])) for name in SUMMARY if name in logged]
-    rows += [(phrase("held out, saved policy: {name}", name=phrase(name)), line) for name, line in figures_of_run(known)]
+    rows += [
+        (phrase("held out, saved policy: {name}", name=phrase(name)), line) for name, line in figures_of_run(known)
+    ]
     last = max(steps[-1] for steps, _ in logged.values())
     good, state = end_of(known, last)
     return {"good": good, "state": state, "facts": rows, "words": words_on_run(known) if known.get("outcome") else []}

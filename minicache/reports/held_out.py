@@ -111,7 +111,8 @@ def words_on_run(known: Mapping[str, Any]) -> list[str]:
             )
         else:
             advice = (
-                "no step was better than the start: the saved policy is {start}; try a lower --lr, a higher --beta, other pairs"
+                "no step was better than the start: the saved policy is {start}; try a lower --lr, a higher --beta, other "
+                "pairs"
             )
         return [phrase(advice, start=start)]
     said = _on_distance(best or last, known.get("lr"))

@@ -25,7 +25,7 @@ COLUMNS_LISTED = 12
 
 def notes_on(source: Mapping[str, Any]) -> list[str]:
     """Lines on a source, a dict as `cache.manifest.Source`: its options, columns that nothing reads, and notes."""
-    lines = []
+    lines: list[str] = []
     if options := source.get("reading"):
         given = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
         lines.append(phrase("read with {options}", options=given))
@@ -63,8 +63,9 @@ def _rows(count: int) -> Phrase:
 
 def _columns(unused: Mapping[str, int], rows: int) -> Phrase:
     """The names of columns, each with its number of rows where these are not all."""
-    shown = [
-        name if count == rows else phrase("{name} ({rows})", name=name, rows=_rows(count)) for name, count in unused.items()
+    shown: list[str] = [
+        name if count == rows else phrase("{name} ({rows})", name=name, rows=_rows(count))
+        for name, count in unused.items()
     ]
     more = [phrase("{count} more", count=len(shown) - COLUMNS_LISTED)] if len(shown) > COLUMNS_LISTED else []
-    return joined(", ", shown[:COLUMNS_LISTED] + more)
+    return joined(", ", [*shown[:COLUMNS_LISTED], *more])
