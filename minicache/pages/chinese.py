@@ -287,6 +287,7 @@ CHARTS = {
     ),
     "Curve over steps {first:,} to {last:,}: {ends}.": "第 {first:,} 至 {last:,} 步的曲线：{ends}。",
     "{name} from {first:.4g} to {last:.4g}": "{name} 从 {first:.4g} 到 {last:.4g}",
+    "The dashed line of the loss is ln 2: the policy is the reference.": "损失的虚线为 ln 2：策略模型就是参考模型。",
     "training": "训练",
     "held out": "留出",
     "{side}, held out": "{side}，留出",
@@ -336,6 +337,7 @@ WORDS = {  # reports/held_out.py
     "the policy hardly moved, {distance:.1g} nats per token from the reference: {advice}": (
         "策略模型几乎没有变化，只偏离参考模型 {distance:.1g} 奈特/token：{advice}"
     ),
+    "the policy has the reference's own weights: nothing was learned": "策略模型的权重与参考模型完全相同：什么也没有学到",
     "try a higher --lr": "请试更大的 --lr",
     "about --lr {better:.0e} would move it visibly": "--lr 约为 {better:.0e} 时会有明显变化",
     "{pairs:,} held-out pairs are too few to tell whether the policy got better: its accuracy may be "
