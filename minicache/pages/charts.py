@@ -9,7 +9,8 @@ from minicache.pages.markup import Table
 from minicache.text import Phrase, joined, phrase
 
 WIDTH, HEIGHT = 330, 200  # about the size at which it is shown, so that its letters are as large as the page's
-LEFT, RIGHT, TOP, BOTTOM = 46, WIDTH - 8, 10, HEIGHT - 38  # edges of the axes
+LEFT, RIGHT, TOP, BOTTOM = 46, WIDTH - 8, 10, HEIGHT - 38  # edges of the axes; the left one gives way to long numbers
+DIGIT = 7  # width of a digit in the widest of usual fonts
 DRAWN = 400  # points of a curve
 LISTED = 24  # rows of the table beside it
 FEW = 30  # steps up to which each value is a dot
@@ -37,14 +38,21 @@ class Bars:
 
 @dataclass(frozen=True)
 class _Axes:
-    """The data's bounds from left to right, the ticks from bottom to top; x, y: pixels of a value."""
+    """The data's bounds from left to right, the ticks from bottom to top; x, y: pixels of a value. named: a name stands beside."""
 
     left: float
     right: float
     ticks: list[float]
+    named: bool = False
+
+    @property
+    def edge(self) -> int:
+        """The left edge: the ticks' numbers stand between it and the name beside."""
+        longest = max(len(short(tick)) for tick in self.ticks)
+        return max(LEFT, DIGIT * longest + 5 + (18 if self.named else 2))
 
     def x(self, value: float) -> float:
-        return round(LEFT + (value - self.left) / (self.right - self.left) * (RIGHT - LEFT), 1)
+        return round(self.edge + (value - self.left) / (self.right - self.left) * (RIGHT - self.edge), 1)
 
     def y(self, value: float) -> float:
         low, high = self.ticks[0], self.ticks[-1]
@@ -77,15 +85,15 @@ class Chart:
         """Add the axes, their ticks and the name of the one below."""
         for tick in axes.ticks:
             y = axes.y(tick)
-            self.lines.append((LEFT, y, RIGHT, y, "grid"))
-            self.labels.append((LEFT - 5, round(y + 3.5, 1), "end", short(tick)))
+            self.lines.append((axes.edge, y, RIGHT, y, "grid"))
+            self.labels.append((axes.edge - 5, round(y + 3.5, 1), "end", short(tick)))
         for tick in _ticks(axes.left, axes.right, whole=self.below in ("step", "tokens")):
             if axes.left <= tick <= axes.right:
                 self.labels.append((axes.x(tick), BOTTOM + 14, "middle", short(tick)))
-        self.lines.append((LEFT, BOTTOM, RIGHT, BOTTOM, "axis"))
+        self.lines.append((axes.edge, BOTTOM, RIGHT, BOTTOM, "axis"))
         if axes.left < 0 < axes.right:
             self.lines.append((axes.x(0), TOP, axes.x(0), BOTTOM, "axis"))
-        self.labels.append(((LEFT + RIGHT) / 2, HEIGHT - 6, "middle", self.below))
+        self.labels.append(((axes.edge + RIGHT) / 2, HEIGHT - 6, "middle", self.below))
 
     def stroke(self, line: Line, axes: _Axes) -> None:
         """Add a curve for each stretch of numbers; a dot where one stands alone, and at each value of a short curve."""
@@ -119,7 +127,7 @@ def histogram(title: str, unit: str, edges: Sequence[float], bars: Sequence[Bars
         numbers=Table(title, [unit, *(one.name for one in bars)], rows),
         legend=[(one.name, one.kind) for one in bars],
     )
-    axes = _Axes(edges[0], edges[-1], _ticks(0, most, whole=True))
+    axes = _Axes(edges[0], edges[-1], _ticks(0, most, whole=True), named=True)
     chart.frame(axes)
     for one in bars:
         for at, count in enumerate(one.counts):
@@ -148,10 +156,10 @@ def curves(title: str, unit: str, lines: Sequence[Line], level: float | None = N
     )
     values = [value for line in lines for value in line.values if math.isfinite(value)] or [0.0]
     values += [] if level is None else [level]
-    axes = _Axes(first, last if last > first else first + 1, _ticks(min(values), max(values)))
+    axes = _Axes(first, last if last > first else first + 1, _ticks(min(values), max(values)), named=bool(unit))
     chart.frame(axes)
     if level is not None:
-        chart.lines.append((LEFT, axes.y(level), RIGHT, axes.y(level), "level"))
+        chart.lines.append((axes.edge, axes.y(level), RIGHT, axes.y(level), "level"))
     for line in lines:
         chart.stroke(line, axes)
     return chart

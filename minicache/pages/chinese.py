@@ -206,7 +206,7 @@ ROWS = {
     "the same two answers, the other way round": "同样的两个回答，顺序相反",
     "1 token": "1 个 token",
     "{count:,} tokens": "{count:,} 个 token",
-    "{tokens} of {counted:,} differ": "共 {counted:,} 个，其中 {tokens}不同",
+    "{tokens} of {counted:,} differ": "共 {counted:,} 个，其中 {tokens} 不同",
     "{score} of {hashes} hashes agree": "{hashes} 个哈希中 {score} 个一致",
     "margin {margin:+.2f}, {z:.1f} robust standard deviations below the median": (
         "间隔 {margin:+.2f}，比中位数低 {z:.1f} 个稳健标准差"
