@@ -1,9 +1,8 @@
 """The Chinese of every text of the pages, by its English template. The command line stays English, and so do its messages."""
 
 import re
-from collections.abc import Iterable
 
-from minicache.text import Phrase, phrase
+from minicache.text import Phrase
 
 HEADINGS = {
     "Summary": "概览",
@@ -42,8 +41,9 @@ STATES = {
     "only the first {most:,} tokens of a cache are": "每个缓存只比较前 {most:,} 个 token",
     "Texts cannot be shown: {why}": "无法显示文本：{why}",
     "run.json is missing: the run's options are not known.": "缺少 run.json：不知道这次运行的选项。",
-    "Not finished: last logged after step {step}.": "未完成：最后一次记录在第 {step} 步之后。",
-    "train --resume continues it.": "用 train --resume 继续。",
+    "Not finished: last logged after step {step}. train --resume continues it.": (
+        "未完成：最后一次记录在第 {step} 步之后。用 train --resume 继续。"
+    ),
     "Stopped after step {step}: {why}.": "在第 {step} 步之后停止：{why}。",
     "Finished after step {step}.": "在第 {step} 步之后完成。",
     "{step:,} of {steps:,}": "{step:,}/{steps:,}",
@@ -174,6 +174,7 @@ TABLES = {
     "step {step:,}": "第 {step:,} 步",
     "step {step:,} (before)": "第 {step:,} 步（训练前）",
     "step {step:,} (saved)": "第 {step:,} 步（已保存）",
+    "step {step:,} (before, and saved)": "第 {step:,} 步（训练前，也是保存的）",
     "Not the defaults": "非默认值",
     "Defaults": "默认值",
     "option": "选项",
@@ -372,12 +373,3 @@ def chinese(text: str) -> str | None:
 
 def _value(value: object) -> object:
     return (chinese(value) or value) if isinstance(value, Phrase) else value
-
-
-def read_back(text: str, templates: Iterable[str]) -> str:
-    """A text of a file as a phrase again, if it was made of one of the templates; else as it is."""
-    for template in templates:
-        pattern = re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>.+)", re.escape(template))
-        if found := re.fullmatch(pattern, text):
-            return phrase(template, **found.groupdict())
-    return text

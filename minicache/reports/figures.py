@@ -31,13 +31,18 @@ def held_out_figures(known: Mapping[str, Any], logged: Mapping[str, Curve]) -> F
     steps = logged[EVAL + "loss"][0]
     kept = (known.get("outcome") or {}).get("model_step")
     columns = [step for step in steps if step in (steps[0], kept, steps[-1])]
-    notes = {0: "step {step:,} (before)", kept: "step {step:,} (before, and saved)" if kept == 0 else "step {step:,} (saved)"}
+    notes = {
+        0: "step {step:,} (before)",
+        kept: "step {step:,} (before, and saved)" if kept == 0 else "step {step:,} (saved)",
+    }
     names = [phrase(notes.get(step, "step {step:,}"), step=step) for step in columns]
     rows: list[list[str]] = []
     for name, metric in METRICS.items():
         if EVAL + name in logged:
             at = dict(zip(*logged[EVAL + name], strict=True))
-            rows.append([phrase(metric.name), *(f"{at[step]:{metric.form}}" if step in at else "–" for step in columns)])
+            rows.append(
+                [phrase(metric.name), *(f"{at[step]:{metric.form}}" if step in at else "–" for step in columns)]
+            )
     return Figures(["metric", *names], rows)
 
 
@@ -53,7 +58,9 @@ def end_of(known: Mapping[str, Any], last: int) -> tuple[bool, Phrase]:
     best = [phrase("The saved model is the best one, after step {kept:,}.", kept=kept)] if kept != done else []
     if outcome.get("stopped"):
         why = read_back(outcome["stopped"], (NO_LOWER_LOSS, MOVED_TOO_FAR))
-        return False, joined(" ", [phrase("Stopped after step {step}: {why}.", step=_step_of(done, known), why=why), *best])
+        return False, joined(
+            " ", [phrase("Stopped after step {step}: {why}.", step=_step_of(done, known), why=why), *best]
+        )
     # a policy that is the model it started from is no success
     return kept > 0, joined(" ", [phrase("Finished after step {step}.", step=_step_of(done, known)), *best])
 

@@ -6,8 +6,8 @@ import time
 import torch
 
 from minicache.errors import RunDiverged
+from minicache.reports.figures import MOVED_TOO_FAR
 from minicache.trackers import Tracker
-from minicache.training.progress import MOVED_TOO_FAR
 from minicache.training.speed import memory_gb, peak_flops
 from minicache.training.state import Run, Training
 from minicache.training.step import beta_of, is_logged, learning_rate_of

@@ -11,12 +11,13 @@ import torch
 
 from minicache.errors import in_words, is_full_memory
 from minicache.processes.signals import StopFlag
+from minicache.reports.figures import NO_LOWER_LOSS
 from minicache.scoring.batching import ahead
 from minicache.trackers import Silent, Tracker
 from minicache.training import checkpoints
 from minicache.training.log_lines import log_pending, log_step
 from minicache.training.order import pairs_in
-from minicache.training.progress import NO_LOWER_LOSS, Outcome
+from minicache.training.progress import Outcome
 from minicache.training.run_directory import final_beta
 from minicache.training.snapshot import begin, save
 from minicache.training.state import Run, Training

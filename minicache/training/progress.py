@@ -44,11 +44,6 @@ class Progress:
         return self.step if self.best_step is None else self.best_step
 
 
-# Reasons for an early end, of an Outcome: the page of a run reads them back to show them in another language.
-NO_LOWER_LOSS = "no lower validation loss in {waited} validations"
-MOVED_TOO_FAR = "the policy has moved {kl} nats per token from the reference, more than --max-kl {most}"
-
-
 @dataclass(frozen=True)
 class Outcome:
     """The end of a run. model_step: optimizer steps behind the saved model. stopped: the reason for an early end, or None."""

@@ -13,15 +13,15 @@ import pytest
 from jinja2 import nodes
 
 from minicache.options.others import InspectConfig, ReportConfig
-from minicache.pages.chinese import CHINESE, SCRIPT, chinese, read_back
+from minicache.pages.chinese import CHINESE, SCRIPT, chinese
 from minicache.pages.markup import Table, report
+from minicache.reports.figures import MOVED_TOO_FAR, NO_LOWER_LOSS
 from minicache.reports.held_out import held_out, words_on_policy, words_on_run
 from minicache.reports.names import METRICS, PANELS
 from minicache.stages.inspect import write_cache_page
 from minicache.stages.report import write_run_page
-from minicache.text import Phrase, phrase
+from minicache.text import Phrase, phrase, read_back
 from minicache.trackers import Silent
-from minicache.training.progress import MOVED_TOO_FAR, NO_LOWER_LOSS
 from tests.conftest import make_rows, precompute_into, write_jsonl
 from tests.pages.test_report import ODD_ROWS
 from tests.pictures.test_plot import make_run
