@@ -2,6 +2,7 @@
 
 import codecs
 import io
+import re
 import sys
 from collections.abc import Iterable, Sequence
 
@@ -24,6 +25,37 @@ def _plain(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
     return "".join(PLAIN.get(each, "?") for each in error.object[error.start : error.end]), error.end
+
+
+class Phrase(str):
+    """One of this program's own texts, which a page can show in another language. template, values: what it was made of."""
+
+    template: str
+    values: dict[str, object]
+
+
+def phrase(template: str, /, **values: object) -> Phrase:
+    """The template, as of `str.format`, with the values in it; without values the text as it is."""
+    if isinstance(template, Phrase):
+        return template
+    made = Phrase(template.format(**values) if values else template)
+    made.template, made.values = template, values
+    return made
+
+
+def joined(separator: str, parts: Sequence[str]) -> Phrase:
+    """As `separator.join`, of texts that are phrases or hold them."""
+    named = {f"part{number}": text for number, text in enumerate(parts)}
+    return phrase(separator.join(f"{{{name}}}" for name in named), **named)
+
+
+def read_back(text: str, templates: Iterable[str]) -> str:
+    """A text of a file as a phrase again, if it was made of one of the templates; else as it is."""
+    for template in templates:
+        pattern = re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>.+)", re.escape(template))
+        if found := re.fullmatch(pattern, text):
+            return phrase(template, **found.groupdict())
+    return text
 
 
 def visible(text: str) -> str:

@@ -6,10 +6,12 @@ from typing import Any
 from minicache.pages.cache_report import MOST_FILES, CacheReport, Group
 from minicache.pages.cache_rows import extremes, rows_to_look_at, texts
 from minicache.pages.charts import Bars, Chart, histogram
+from minicache.pages.chinese import SCRIPT
 from minicache.pages.markup import Table, report
 from minicache.reports.inspection import Inspection
 from minicache.reports.names import LENGTHS, SHOWN_PROBLEMS, STATISTICS, model_name, template_values
 from minicache.reports.notes import notes_on
+from minicache.text import phrase
 
 
 def cache_page(found: CacheReport) -> str:
@@ -25,23 +27,26 @@ def cache_page(found: CacheReport) -> str:
         ("sources", "Files read", _sources(found)),
         ("manifest", "Manifest", _manifest(it)),
     ]
-    title = f"{it.pairs:,} pairs scored by {model_name(it.log['model'])}"
-    return report("cache.html", title, it.path, parts, {"pairs": found.texts})
+    title = phrase("{pairs:,} pairs scored by {model}", pairs=it.pairs, model=model_name(it.log["model"]))
+    return report("cache.html", title, it.path, parts, {"pairs": found.texts, "chinese": SCRIPT})
 
 
 def _summary(found: CacheReport) -> dict[str, Any]:
     it = found.inspection
-    rows = [
-        ("pairs", f"{it.pairs:,}, of which {it.pairs_scored:,} scored"),
-        ("blocks", f"{it.blocks_scored:,} of {it.blocks:,} finished"),
-        ("tokens", f"{it.tokens:,} stored, {it.counted[0]:,} counted in chosen, {it.counted[1]:,} in rejected"),
+    chosen, rejected = it.counted
+    tokens = "{tokens:,} stored, {chosen:,} counted in chosen, {rejected:,} in rejected"
+    left = "{truncated:,} truncated, {refused:,} refused"
+    rows: list[tuple[str, str]] = [
+        ("pairs", phrase("{pairs:,}, of which {scored:,} scored", pairs=it.pairs, scored=it.pairs_scored)),
+        ("blocks", phrase("{scored:,} of {blocks:,} finished", scored=it.blocks_scored, blocks=it.blocks)),
+        ("tokens", phrase(tokens, tokens=it.tokens, chosen=chosen, rejected=rejected)),
         ("on disk", f"{it.bytes_on_disk / 1e6:,.2f} MB"),
-        ("rows of the files", f"{it.truncated:,} truncated, {it.refused_rows:,} refused"),
+        ("rows of the files", phrase(left, truncated=it.truncated, refused=it.refused_rows)),
     ]
     if it.reference_prefers_chosen and it.reference_margin is not None:
         by = it.reference_prefers_chosen
-        rows.append(("reference prefers chosen", f"{by['mean']:.1%} of pairs by mean logprob, {by['sum']:.1%} by sum"))
-        rows.append(("mean margin", f"{it.reference_margin:+.4f} nats per token"))
+        rows.append(("reference prefers chosen", phrase("{mean:.1%} of pairs by mean logprob, {sum:.1%} by sum", **by)))
+        rows.append(("mean margin", phrase("{margin:+.4f} nats per token", margin=it.reference_margin)))
     damage = found.suspects.damage
     return {"damaged": bool(damage), "complete": it.complete, "problems": _problems(it, damage), "facts": rows}
 
@@ -51,7 +56,8 @@ def _problems(it: Inspection, damage: list[str]) -> list[str]:
     damage = [problem for problem in damage if problem not in it.unfinished.values()]
     lines = [*damage, *it.missing, *it.problems]
     more = len(lines) - SHOWN_PROBLEMS
-    return [*lines[:SHOWN_PROBLEMS], *([f"… and {more:,} more; inspect-cache --json lists all"] if more > 0 else [])]
+    rest = phrase("… and {more:,} more; inspect-cache --json lists all", more=more)
+    return [*lines[:SHOWN_PROBLEMS], *([rest] if more > 0 else [])]
 
 
 # --- figures ---
@@ -61,7 +67,7 @@ def _distribution(it: Inspection) -> dict[str, Any] | None:
     if not it.lengths:
         return None
     rows = [
-        [name, *(format(it.lengths[part][key], form) for key, form in STATISTICS.items())]
+        [phrase(name), *(format(it.lengths[part][key], form) for key, form in STATISTICS.items())]
         for part, name in LENGTHS.items()
     ]
     lengths = Table("Tokens of the sides and their parts", ["tokens", *STATISTICS], rows)
@@ -91,7 +97,7 @@ def _preference(found: CacheReport) -> list[Table]:
 def _group_table(heading: str, groups: list[Group]) -> Table:
     head = [heading, "pairs", "by mean", "by sum", "mean margin"]
     rows = [[of.name, f"{of.pairs:,}", f"{of.by_mean:.1%}", f"{of.by_sum:.1%}", f"{of.margin:+.3f}"] for of in groups]
-    return Table(f"Prefers chosen, by {heading}", head, rows)
+    return Table(phrase("Prefers chosen, by {heading}", heading=phrase(heading)), head, rows)
 
 
 # --- where it came from ---
@@ -106,14 +112,14 @@ def _sources(found: CacheReport) -> dict[str, Any]:
             of["name"],
             *(f"{of[key]:,}" for key in columns),
             f"{sum(of['refused'].values()):,}",
-            "yes" if of["complete"] else "no",
+            phrase("yes" if of["complete"] else "no"),
         ]
         for of in sources
     ]
     notes = [[of["name"], line] for of in sources for line in notes_on(of)]
     reasons = [[of["name"], reason, f"{count:,}"] for of in sources for reason, count in sorted(of["refused"].items())]
     refusals = [row for row in map(_refusal, found.refusals) if row]
-    title = f"Refused rows, the first {len(refusals)}"
+    title = phrase("Refused rows, the first {count}", count=len(refusals))
     return {
         "files": Table("Files", ["file", *columns, "refused", "read to the end"], rows),
         "listed": len(sources),
@@ -138,14 +144,19 @@ def _manifest(it: Inspection) -> dict[str, Any]:
     versions = ", ".join(f"{name} {version}" for name, version in log["versions"].items())
     rows = [
         ("model", f"{log['model']} ({identity['family']})"),
-        ("scored in", f"{identity['dtype']}, {identity['attention']} attention"),
-        ("sides cut at", f"{identity['max_length']:,} tokens, truncated on the {identity['truncate']}"),
+        ("scored in", phrase("{dtype}, {attention} attention", **identity)),
+        ("sides cut at", phrase("{max_length:,} tokens, truncated on the {truncate}", **_named(identity, "truncate"))),
         ("counted tokens", f"--loss-on {identity['loss_on']}"),
-        ("each token's logprob", "kept" if identity["per_token"] else "not kept (--per-token)"),
-        ("block", f"{identity['block_pairs']:,} pairs"),
+        ("each token's logprob", phrase("kept" if identity["per_token"] else "not kept (--per-token)")),
+        ("block", phrase("{block_pairs:,} pairs", **identity)),
         *template_values(identity).items(),
         ("identity", it.identity_digest),
-        ("made", f"{log['created']} with {versions}"),
+        ("made", phrase("{created} with {versions}", created=log["created"], versions=versions)),
     ]
     fields = [[name, str(value)] for name, value in identity.items()]
     return {"facts": rows, "identity": Table("Identity, field by field", ["field", "value"], fields, numbers_from=2)}
+
+
+def _named(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """The values with one of them as a phrase."""
+    return {**values, name: phrase(values[name])}

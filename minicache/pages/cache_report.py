@@ -18,12 +18,14 @@ from minicache.reports.columns import READ, Columns, extreme, pair_lines, read_c
 from minicache.reports.contents import inspect_cache
 from minicache.reports.inspection import Inspection, PairLine
 from minicache.reports.pair_text import Piece, pair_texts
+from minicache.text import phrase
 from minicache.trackers import Tracker
 
 EXTREMES = 5  # pairs in a list of extreme ones
 LISTED = 50  # rows in a list of suspects
 TEXTS_OF_LIST, TEXTS = 8, 48  # pairs with their text on the page: of one list of suspects, of all lists
 MOST_TOKENS = 1_000_000_000  # stored tokens searched for suspects: a minute or two
+FLIPPED = "margin {margin:+.2f}, {z:.1f} robust standard deviations below the median"
 MOST_FILES = 100  # files in the tables by file
 
 
@@ -157,7 +159,8 @@ def _by_length(columns: Columns, margins: NDArray[np.float64]) -> list[Group]:
     longer = columns.counted.max(1, initial=1)
     found, low = [], 1
     for high in (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 2**31):
-        name = f"{low:,} to {high:,} tokens" if high < 2**31 else f"{low:,} tokens and more"
+        last = high >= 2**31
+        name = phrase("{low:,} tokens and more" if last else "{low:,} to {high:,} tokens", low=low, high=high)
         found.append(_group(name, columns, margins, (longer >= low) & (longer <= high)))
         low = high + 1
     return [group for group in found if group]
@@ -166,7 +169,7 @@ def _by_length(columns: Columns, margins: NDArray[np.float64]) -> list[Group]:
 def _by_longer(columns: Columns, margins: NDArray[np.float64]) -> list[Group]:
     more = columns.counted[:, CHOSEN] - columns.counted[:, REJECTED]
     kinds = {"chosen": more > 0, "rejected": more < 0, "neither": more == 0}
-    found = [_group(name, columns, margins, those) for name, those in kinds.items()]
+    found = [_group(phrase(name), columns, margins, those) for name, those in kinds.items()]
     return [group for group in found if group]
 
 
@@ -191,24 +194,26 @@ def _find_suspects(
     flipped = suspects.perhaps_flipped(margins)
     counted = columns.counted[rows].max(1, initial=0)
     listed = {
-        "contradicting": [of(both, "the same two answers, the other way round") for both in swapped[:LISTED]],
+        "contradicting": [of(both, phrase("the same two answers, the other way round")) for both in swapped[:LISTED]],
         "nearly-identical": [
-            of(rows[at], f"{_tokens(looked.differing[at])} of {counted[at]:,} differ") for at in alike[:LISTED]
+            of(
+                rows[at],
+                phrase("{tokens} of {counted:,} differ", tokens=_tokens(looked.differing[at]), counted=counted[at]),
+            )
+            for at in alike[:LISTED]
         ],
         "near-duplicates": [
-            of(rows[[one, other]], f"{score} of {suspects.SKETCH} hashes agree") for one, other, score in twins[:LISTED]
+            of(rows[[one, other]], phrase("{score} of {hashes} hashes agree", score=score, hashes=suspects.SKETCH))
+            for one, other, score in twins[:LISTED]
         ],
-        "perhaps-flipped": [
-            of(row, f"margin {margins[row]:+.2f}, {-z[row]:.1f} robust standard deviations below the median")
-            for row in flipped[:LISTED]
-        ],
+        "perhaps-flipped": [of(row, phrase(FLIPPED, margin=margins[row], z=-z[row])) for row in flipped[:LISTED]],
     }
     found = dict(zip(listed, (len(swapped), len(alike), len(twins), len(flipped)), strict=True))
     return Suspects(found, listed, damage, unread)
 
 
 def _tokens(count: int) -> str:
-    return "1 token" if count == 1 else f"{count:,} tokens"
+    return phrase("1 token") if count == 1 else phrase("{count:,} tokens", count=count)
 
 
 def _look(

@@ -6,6 +6,7 @@ from minicache.pages.cache_report import LISTED, MOST_TOKENS, CacheReport, Suspe
 from minicache.pages.markup import Table, Where
 from minicache.reports.inspection import PairLine
 from minicache.reports.suspects import AGREEING, FEWEST, FLIPPED, NEARLY, SKETCH
+from minicache.text import Phrase, phrase
 
 RULES = {  # rule -> heading, what it finds
     "contradicting": (
@@ -14,17 +15,28 @@ RULES = {  # rule -> heading, what it finds
     ),
     "perhaps-flipped": (
         "Label perhaps flipped",
-        "The reference prefers rejected far more strongly than in other pairs: its margin lies "
-        f"{-FLIPPED} or more robust standard deviations (median, 1.4826 × MAD) below the median.",
+        phrase(
+            "The reference prefers rejected far more strongly than in other pairs: its margin lies "
+            "{z} or more robust standard deviations (median, 1.4826 × MAD) below the median.",
+            z=-FLIPPED,
+        ),
     ),
     "nearly-identical": (
         "Nearly identical sides",
-        f"Apart from a common beginning and end, the sides differ in at most {NEARLY:.0%} of the longer answer's tokens.",
+        phrase(
+            "Apart from a common beginning and end, the sides differ in at most {share:.0%} of the longer answer's tokens.",
+            share=NEARLY,
+        ),
     ),
     "near-duplicates": (
         "Near-duplicate answers",
-        f"Two rows whose counted tokens are almost the same: {AGREEING} or more of {SKETCH} minhashes of their 4-token "
-        f"shingles agree. Pairs with fewer than {FEWEST} such shingles are not compared.",
+        phrase(
+            "Two rows whose counted tokens are almost the same: {agreeing} or more of {hashes} minhashes of their 4-token "
+            "shingles agree. Pairs with fewer than {fewest} such shingles are not compared.",
+            agreeing=AGREEING,
+            hashes=SKETCH,
+            fewest=FEWEST,
+        ),
     ),
 }
 SHADES = ("above −0.1", "to −0.7", "to −1.6", "to −3", "to −5", "to −8", "below")  # as LEVELS in report.js
@@ -42,7 +54,10 @@ def rows_to_look_at(report: CacheReport) -> dict[str, Any]:
         for rule, (heading, meaning) in RULES.items()
         if any(found.found.values())
     ]
-    why = "their blocks are damaged" if found.damage else f"only the first {MOST_TOKENS:,} tokens of a cache are"
+    if found.damage:
+        why = phrase("their blocks are damaged")
+    else:
+        why = phrase("only the first {most:,} tokens of a cache are", most=MOST_TOKENS)
     return {"unread": found.unread, "why": why, "rules": rules, "meanings": RULES.values(), "most": LISTED}
 
 
@@ -91,11 +106,16 @@ def texts(report: CacheReport) -> dict[str, Any] | None:
 
 
 def _pair_text(line: PairLine, report: CacheReport) -> dict[str, Any]:
-    margin = "" if line.margin is None else f", margin {line.margin:+.3f}"
-    means = [f"{logp:.3f} nats per token" for logp in line.logp_mean] if line.logp_mean else ["not scored"] * 2
+    text = "{where}" if line.margin is None else "{where}, margin {margin:+.3f}"
+    about = phrase(text, where=f"{report.short_name(line.source)}:{line.line}", margin=line.margin)
     parts = [
-        ("shared", "Shared by both sides"),
-        ("chosen", f"Chosen: {means[0]}"),
-        ("rejected", f"Rejected: {means[1]}"),
+        ("shared", phrase("Shared by both sides")),
+        ("chosen", phrase("Chosen: {mean}", mean=_mean(line, 0))),
+        ("rejected", phrase("Rejected: {mean}", mean=_mean(line, 1))),
     ]
-    return {"index": line.index, "about": f"{report.short_name(line.source)}:{line.line}{margin}", "parts": parts}
+    return {"index": line.index, "name": phrase("Pair {number}", number=line.index), "about": about, "parts": parts}
+
+
+def _mean(line: PairLine, side: int) -> Phrase:
+    """The side's mean logprob, in words."""
+    return phrase("{logp:.3f} nats per token", logp=line.logp_mean[side]) if line.logp_mean else phrase("not scored")

@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from minicache.pages.markup import Table
+from minicache.text import Phrase, joined, phrase
 
 WIDTH, HEIGHT = 330, 200  # about the size at which it is shown, so that its letters are as large as the page's
-LEFT, RIGHT, TOP, BOTTOM = 46, WIDTH - 8, 10, HEIGHT - 38  # edges of the axes
+LEFT, RIGHT, TOP, BOTTOM = 46, WIDTH - 8, 10, HEIGHT - 38  # edges of the axes; the left one gives way to long numbers
+DIGIT = 7  # width of a digit in the widest of usual fonts
 DRAWN = 400  # points of a curve
 LISTED = 24  # rows of the table beside it
 FEW = 30  # steps up to which each value is a dot
@@ -36,14 +38,21 @@ class Bars:
 
 @dataclass(frozen=True)
 class _Axes:
-    """The data's bounds from left to right, the ticks from bottom to top; x, y: pixels of a value."""
+    """The data's bounds from left to right, the ticks from bottom to top; x, y: pixels of a value. named: a name stands beside."""
 
     left: float
     right: float
     ticks: list[float]
+    named: bool = False
+
+    @property
+    def edge(self) -> int:
+        """The left edge: the ticks' numbers stand between it and the name beside."""
+        longest = max(len(short(tick)) for tick in self.ticks)
+        return max(LEFT, DIGIT * longest + 5 + (18 if self.named else 2))
 
     def x(self, value: float) -> float:
-        return round(LEFT + (value - self.left) / (self.right - self.left) * (RIGHT - LEFT), 1)
+        return round(self.edge + (value - self.left) / (self.right - self.left) * (RIGHT - self.edge), 1)
 
     def y(self, value: float) -> float:
         low, high = self.ticks[0], self.ticks[-1]
@@ -76,15 +85,15 @@ class Chart:
         """Add the axes, their ticks and the name of the one below."""
         for tick in axes.ticks:
             y = axes.y(tick)
-            self.lines.append((LEFT, y, RIGHT, y, "grid"))
-            self.labels.append((LEFT - 5, round(y + 3.5, 1), "end", short(tick)))
+            self.lines.append((axes.edge, y, RIGHT, y, "grid"))
+            self.labels.append((axes.edge - 5, round(y + 3.5, 1), "end", short(tick)))
         for tick in _ticks(axes.left, axes.right, whole=self.below in ("step", "tokens")):
             if axes.left <= tick <= axes.right:
                 self.labels.append((axes.x(tick), BOTTOM + 14, "middle", short(tick)))
-        self.lines.append((LEFT, BOTTOM, RIGHT, BOTTOM, "axis"))
+        self.lines.append((axes.edge, BOTTOM, RIGHT, BOTTOM, "axis"))
         if axes.left < 0 < axes.right:
             self.lines.append((axes.x(0), TOP, axes.x(0), BOTTOM, "axis"))
-        self.labels.append(((LEFT + RIGHT) / 2, HEIGHT - 6, "middle", self.below))
+        self.labels.append(((axes.edge + RIGHT) / 2, HEIGHT - 6, "middle", self.below))
 
     def stroke(self, line: Line, axes: _Axes) -> None:
         """Add a curve for each stretch of numbers; a dot where one stands alone, and at each value of a short curve."""
@@ -106,16 +115,19 @@ def histogram(title: str, unit: str, edges: Sequence[float], bars: Sequence[Bars
     most = max(max(one.counts) for one in bars)
     names = [f"{edge + 0.5:,.0f}" if whole else f"{edge:,.2f}" for edge in edges]
     total = sum(bars[0].counts)
-    rows = [[f"from {names[at]}", *(str(one.counts[at]) for one in bars)] for at in range(len(edges) - 1)]
+    bounds = "Histogram of {pairs:,} pairs, from {first} to {last} {unit}; most in one bar: {most:,}."
+    rows = [
+        [phrase("from {edge}", edge=names[at]), *(str(one.counts[at]) for one in bars)] for at in range(len(edges) - 1)
+    ]
     chart = Chart(
         title=title,
-        description=f"Histogram of {total:,} pairs, from {names[0]} to {names[-1]} {unit}; most in one bar: {most:,}.",
+        description=phrase(bounds, pairs=total, first=names[0], last=names[-1], unit=phrase(unit), most=most),
         below=unit,
         beside="pairs",
         numbers=Table(title, [unit, *(one.name for one in bars)], rows),
         legend=[(one.name, one.kind) for one in bars],
     )
-    axes = _Axes(edges[0], edges[-1], _ticks(0, most, whole=True))
+    axes = _Axes(edges[0], edges[-1], _ticks(0, most, whole=True), named=True)
     chart.frame(axes)
     for one in bars:
         for at, count in enumerate(one.counts):
@@ -130,12 +142,13 @@ def curves(title: str, unit: str, lines: Sequence[Line], level: float | None = N
     """Curves over the steps. level: a value to compare with, drawn as a dashed line."""
     steps = sorted({step for line in lines for step in line.steps})
     first, last = steps[0], steps[-1]
-    ends = "; ".join(f"{line.name} from {line.values[0]:.4g} to {line.values[-1]:.4g}" for line in lines)
     at = [dict(zip(line.steps, line.values, strict=True)) for line in lines]
     rows = [[f"{step:,}", *(f"{of[step]:.4g}" if step in of else "–" for of in at)] for step in thinned(steps, LISTED)]
     chart = Chart(
         title=title,
-        description=f"Curve over steps {first:,} to {last:,}: {ends}.",
+        description=phrase(
+            "Curve over steps {first:,} to {last:,}: {ends}.", first=first, last=last, ends=_ends(lines)
+        ),
         below="step",
         beside=unit,
         numbers=Table(title, ["step", *(line.name for line in lines)], rows),
@@ -143,13 +156,24 @@ def curves(title: str, unit: str, lines: Sequence[Line], level: float | None = N
     )
     values = [value for line in lines for value in line.values if math.isfinite(value)] or [0.0]
     values += [] if level is None else [level]
-    axes = _Axes(first, last if last > first else first + 1, _ticks(min(values), max(values)))
+    axes = _Axes(first, last if last > first else first + 1, _ticks(min(values), max(values)), named=bool(unit))
     chart.frame(axes)
     if level is not None:
-        chart.lines.append((LEFT, axes.y(level), RIGHT, axes.y(level), "level"))
+        chart.lines.append((axes.edge, axes.y(level), RIGHT, axes.y(level), "level"))
     for line in lines:
         chart.stroke(line, axes)
     return chart
+
+
+def _ends(lines: Sequence[Line]) -> Phrase:
+    """Of each curve its name, its first value and its last."""
+    each = [
+        phrase(
+            "{name} from {first:.4g} to {last:.4g}", name=phrase(line.name), first=line.values[0], last=line.values[-1]
+        )
+        for line in lines
+    ]
+    return joined("; ", each)
 
 
 def thinned(values: Sequence[Item], most: int) -> list[Item]:

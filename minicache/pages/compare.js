@@ -1,4 +1,3 @@
-"use strict";
 // --- counting: no page needed ---
 function tally(sides, votes) {  // sides: "ab…", where the policy stands; votes: {number: "a" | "b" | "tie"}
   const sum = { wins: 0, ties: 0, losses: 0, chose_a: 0 };
@@ -98,13 +97,11 @@ const WORDS = {
 // --- the page ---
 function start() {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const chinese = (navigator.language || "").toLowerCase().startsWith("zh");
-  const words = WORDS[chinese ? "zh" : "en"], place = `minidpo-compare-${data.digest}`, all = data.items.length;
+  let words = WORDS.en;
+  const place = `minidpo-compare-${data.digest}`, all = data.items.length;
   const get = (id) => document.getElementById(id);
   const judge = data.judge ? unseal(data.judge) : null;
   const state = { votes: {}, at: 0, revealed: false };
-  document.documentElement.lang = chinese ? "zh" : "en";
-  document.title = words.title;
   load();
 
   function load() {
@@ -216,20 +213,25 @@ function start() {
     get("reveal").hidden = state.revealed;
   }
   const keys = { 1: () => vote("a"), 2: () => vote("b"), 0: () => vote("tie"), ArrowLeft: () => go(state.at - 1), ArrowRight: () => go(state.at + 1) };
-  const labels = { "vote-a": [words.better("A"), "1"], "vote-b": [words.better("B"), "2"], "vote-tie": [words.tie, "0"],
-                   previous: [words.previous], next: [words.next], reveal: [words.reveal], export: [words.export] };
+  const labels = () => ({ "vote-a": [words.better("A"), "1"], "vote-b": [words.better("B"), "2"], "vote-tie": [words.tie, "0"],
+                          previous: [words.previous], next: [words.next], reveal: [words.reveal], export: [words.export] });
   const actions = { "vote-a": keys[1], "vote-b": keys[2], "vote-tie": keys[0], previous: keys.ArrowLeft, next: keys.ArrowRight, reveal, export: download };
-  for (const [id, [label, shortcut]] of Object.entries(labels)) {
-    get(id).textContent = label;
-    if (shortcut) add(get(id), "kbd", shortcut);
-    get(id).onclick = actions[id];
-  }
+  for (const [id, action] of Object.entries(actions)) get(id).onclick = action;
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || !(event.key in keys)) return;
     if (event.repeat && event.key.length === 1) return;  // a key held down is one vote
     event.preventDefault();
     keys[event.key]();
   });
-  draw();
+  startLanguage((language) => {
+    words = WORDS[language];
+    document.title = words.title;
+    for (const [id, [label, shortcut]] of Object.entries(labels())) {
+      get(id).textContent = label;
+      if (shortcut) add(get(id), "kbd", shortcut);
+    }
+    if (!get("warning").hidden) warn();
+    draw();
+  });
 }
 if (typeof document !== "undefined") start();

@@ -12,10 +12,12 @@ from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
-from minicache.text import visible
+from minicache.pages.chinese import chinese
+from minicache.text import Phrase, phrase, visible
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+    from markupsafe import Markup
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,32 @@ def _environment() -> "Environment":
         lstrip_blocks=True,
     )
     made.globals["source"] = lambda name: Markup(_source(name))
+    made.globals.update(phrase=phrase, zh=_attribute, zh_of=_attribute_of_phrase, label=_label)
     made.filters["embedded"] = lambda data: Markup(embedded(data))
     made.filters["sha256"] = _sha256
     return made
+
+
+def _attribute(text: str, end: str = "") -> "Markup":
+    """The attribute that carries the Chinese of one of this program's texts; nothing where there is none. end: of the sentence."""
+    from markupsafe import Markup
+
+    found = chinese(text)
+    return Markup("") if found is None else Markup(' data-zh="{}"').format(found + end)
+
+
+def _attribute_of_phrase(value: object) -> "Markup | str":
+    """As `_attribute`, of what may also be a user's text: only a phrase has Chinese."""
+    return _attribute(value) if isinstance(value, Phrase) else ""
+
+
+def _label(text: str) -> "Markup":
+    """The name of an element for a screen reader, with its Chinese."""
+    from markupsafe import Markup
+
+    found = chinese(text)
+    label = Markup(' aria-label="{}"').format(text)
+    return label if found is None else label + Markup(' data-zh-label="{}"').format(found)
 
 
 def _source(name: str) -> str:

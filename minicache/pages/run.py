@@ -19,6 +19,7 @@ from minicache.reports.curves import Curve
 from minicache.reports.figures import end_of, held_out_figures, objective_of
 from minicache.reports.held_out import figures_of_run, words_on_run
 from minicache.reports.names import EVAL, METRICS, PANELS, SUMMARY, Metric, model_name
+from minicache.text import Phrase, phrase
 
 PAGE = "report.html"
 ANSWERS = ("answers.jsonl", "compare.jsonl")  # looked for in the run
@@ -41,9 +42,9 @@ def run_page(run: Path, known: dict[str, Any], logged: dict[str, Curve], answers
         ("answers", "Answers before and after", answers_part(run, answers)),
         ("options", "Options", _options(known)),
     ]
-    begun = model_name(known.get("started_from", "")) or "A policy"
-    on = f"trained on {known['pairs']:,} pairs" if "pairs" in known else "in training"
-    return report("run.html", f"{begun} {on}", str(run), parts)
+    begun = model_name(known.get("started_from", "")) or phrase("A policy")
+    on = "{model} trained on {pairs:,} pairs" if "pairs" in known else "{model} in training"
+    return report("run.html", phrase(on, model=begun, pairs=known.get("pairs")), str(run), parts)
 
 
 # --- how it went ---
@@ -56,40 +57,48 @@ def _summary(known: dict[str, Any], logged: dict[str, Curve], beside: Path) -> d
     if "ref_cache" in known:
         rows.append(("reference cache", _places(known["ref_cache"], beside)))
     if "pairs" in known:
-        held_out = f", {known['held_out']:,} held out" if known.get("held_out") else ""
-        rows.append(("pairs", f"{known['pairs']:,} trained on{held_out}"))
+        pairs = "{pairs:,} trained on, {held_out:,} held out" if known.get("held_out") else "{pairs:,} trained on"
+        rows.append(("pairs", phrase(pairs, pairs=known["pairs"], held_out=known.get("held_out"))))
     if "loss" in known:
         rows.append(("objective", objective_of(known)))
     if "handshake" in known:
         rows.append(("handshake", _handshake(known)))
     rows.append(("before the first step", _first(known, logged)))
     rows += [(METRICS[name].name, _change(logged[name], METRICS[name])) for name in SUMMARY if name in logged]
-    rows += [(f"held out, saved policy: {name}", line) for name, line in figures_of_run(known)]
+    rows += [
+        (phrase("held out, saved policy: {name}", name=phrase(name)), line) for name, line in figures_of_run(known)
+    ]
     last = max(steps[-1] for steps, _ in logged.values())
     good, state = end_of(known, last)
     return {"good": good, "state": state, "facts": rows, "words": words_on_run(known) if known.get("outcome") else []}
 
 
-def _handshake(known: dict[str, Any]) -> str:
+def _handshake(known: dict[str, Any]) -> Phrase:
     worst = known["handshake"]
     if known.get("init_from"):
-        return f"started from other weights: they differ from the cache by up to {worst:.2g} nats per token"
-    within = f"within {worst:.1g} nats per token" if worst else "exactly"
-    return f"the policy reproduced the cache's logprobs {within}"
+        text = "started from other weights: they differ from the cache by up to {worst:.2g} nats per token"
+    elif worst:
+        text = "the policy reproduced the cache's logprobs within {worst:.1g} nats per token"
+    else:
+        text = "the policy reproduced the cache's logprobs exactly"
+    return phrase(text, worst=worst)
 
 
-def _first(known: dict[str, Any], logged: dict[str, Curve]) -> str:
+def _first(known: dict[str, Any], logged: dict[str, Curve]) -> Phrase:
     steps, values = logged.get("loss", ([], []))
     if not steps or steps[0] != 0:
-        return "not logged"
-    expected = f" (ln 2 is {math.log(2):.6f})" if starts_at_ln_2(known) else ""
+        return phrase("not logged")
+    text = "loss {loss:.6f}, reward margin {margin:+.4f}"
+    if starts_at_ln_2(known):
+        text = "loss {loss:.6f} (ln 2 is {ln_2:.6f}), reward margin {margin:+.4f}"
     margin = logged.get("rewards/margin", ([], [math.nan]))[1][0]
-    return f"loss {values[0]:.6f}{expected}, reward margin {margin:+.4f}"
+    return phrase(text, loss=values[0], ln_2=math.log(2), margin=margin)
 
 
-def _change(curve: Curve, metric: Metric) -> str:
-    steps, values = curve
-    return f"{values[0]:{metric.form}} at step {steps[0]:,}, {values[-1]:{metric.form}} at step {steps[-1]:,}"
+def _change(curve: Curve, metric: Metric) -> Phrase:
+    steps, (first, last) = curve[0], (format(curve[1][at], metric.form) for at in (0, -1))
+    text = "{first} at step {begin:,}, {last} at step {end:,}"
+    return phrase(text, first=first, begin=steps[0], last=last, end=steps[-1])
 
 
 def _places(name: object, beside: Path) -> list[Place]:
@@ -130,8 +139,8 @@ def _curves(known: dict[str, Any], logged: dict[str, Curve]) -> dict[str, Any]:
 
 
 def _name(metric: str, prefix: str, of: int) -> str:
-    side = metric.rpartition("/")[2] if of > 1 else "training"
-    return side if not prefix else ("held out" if of == 1 else f"{side}, held out")
+    side = phrase(metric.rpartition("/")[2] if of > 1 else "training")
+    return side if not prefix else phrase("held out" if of == 1 else "{side}, held out", side=side)
 
 
 def _kind(metric: str, prefix: str) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from minicache.errors import DataError
 from minicache.json_lines import json_lines
+from minicache.text import phrase
 
 SHOWN_ANSWERS, LONGEST = 40, 6000  # prompts; characters of one text
 LONGEST_HEADING = 90  # characters of a prompt that stand above its answers
@@ -49,8 +50,8 @@ def answers_part(run: Path, answers: list[Answer]) -> dict[str, Any] | None:
         return None
     policy = str(answers[0].models.get("policy", ""))
     return {
-        "reference": answers[0].models.get("reference", "the reference"),
-        "policy": policy or "the policy",
+        "reference": answers[0].models.get("reference") or phrase("the reference"),
+        "policy": policy or phrase("the policy"),
         "of_this_run": not policy or run.resolve() in (place := Path(policy).resolve(), *place.parents),
         "answers": [_answer(answer) for answer in answers[:SHOWN_ANSWERS]],
         "count": len(answers),
@@ -72,4 +73,6 @@ def _answer(answer: Answer) -> dict[str, Any]:
 
 
 def _shortened(text: str) -> str:
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]} … {len(text) - LONGEST:,} characters left out"
+    if len(text) <= LONGEST:
+        return text
+    return phrase("{text} … {count:,} characters left out", text=text[:LONGEST], count=len(text) - LONGEST)

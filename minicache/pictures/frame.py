@@ -1,7 +1,9 @@
 """The look that all pictures share: axes, colours, fonts, files."""
 
+import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,18 @@ SUFFIXES = (".png", ".svg", ".pdf")
 CHOSEN, REJECTED, NEUTRAL, HELD_OUT = "#1b7f79", "#d1603d", "#3b5b92", "#c98a00"
 RUNS = ("#3b5b92", "#d1603d", "#1b7f79", "#8a5aa8", "#b8860b", "#5b8c3a", "#c2477f", "#5f6b7a")
 # fonts with Chinese characters, of which any may be installed
-CHINESE = ("Noto Sans CJK SC", "Noto Sans SC", "PingFang SC", "Microsoft YaHei", "WenQuanYi Zen Hei")
+CHINESE = (
+    *(
+        "Noto Sans CJK SC",
+        "Noto Sans SC",
+        "Noto Sans CJK JP",
+        "Source Han Sans SC",
+        "Source Han Sans CN",
+        "Source Han Sans",
+    ),
+    *("PingFang SC", "Hiragino Sans GB", "Heiti SC", "STHeiti", "Microsoft YaHei", "SimHei", "SimSun", "DengXian"),
+    *("WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Droid Sans Fallback", "Arial Unicode MS"),
+)
 GRID, INK = "#e3e3e3", "#33373d"
 
 
@@ -53,23 +66,53 @@ def picture(file: Path, inches: tuple[float, float]) -> Iterator["Figure"]:
     import warnings
 
     import matplotlib
-    from matplotlib import font_manager
     from matplotlib.figure import Figure
 
     kind = file.suffix.lower()[1:]
-    installed = set(font_manager.get_font_names())
     options: Any = {
-        "font.family": ["DejaVu Sans", *(name for name in CHINESE if name in installed)],
+        "font.family": ["DejaVu Sans", *chinese_fonts()],
         "text.parse_math": False,
         "svg.hashsalt": "minicache",
     }
     dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
-    with matplotlib.rc_context(options), warnings.catch_warnings(), written_whole(file) as draft:
+    with matplotlib.rc_context(options), warnings.catch_warnings(), quiet_fonts(), written_whole(file) as draft:
         # a box in a run's name is no reason to stop
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
         figure = Figure(figsize=inches, layout="constrained", facecolor="white")
         yield figure
         figure.savefig(draft, format=kind, dpi=150, metadata=dates.get(kind))
+
+
+@contextmanager
+def quiet_fonts() -> Iterator[None]:
+    """Let matplotlib not log that a font has no bold face: it draws the plain one."""
+    logger = logging.getLogger("matplotlib.font_manager")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@cache
+def chinese_fonts() -> list[str]:
+    """The first installed of the fonts with Chinese characters; none where none is installed."""
+    from matplotlib import font_manager
+
+    def known() -> list[str]:
+        names = set(font_manager.get_font_names())
+        return [name for name in CHINESE if name in names][:1]
+
+    if found := known():
+        return found
+    # matplotlib keeps a list of fonts, which lacks those installed since
+    listed = {entry.fname for entry in font_manager.fontManager.ttflist}
+    for file in set(font_manager.findSystemFonts()) - listed:
+        # a font that it cannot draw, of coloured bitmaps for example
+        with suppress(OSError, RuntimeError, ValueError):
+            font_manager.fontManager.addfont(file)
+    return known()
 
 
 def label(text: str) -> str:

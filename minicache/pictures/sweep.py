@@ -30,7 +30,11 @@ def draw_sweep(report: SweepReport, file: Path) -> None:
         for row, (metric, unit) in zip(axes, MEASURES.items(), strict=True):
             for axis, name in zip(row, below, strict=True):
                 found = done[0].held_out or {}
-                label = METRICS[moved(found)].name if name == "kl" else f"--{name.replace('_', '-')}"
+                label = (
+                    METRICS[moved(found)].name.replace(", nats", ",\nnats")
+                    if name == "kl"
+                    else f"--{name.replace('_', '-')}"
+                )
                 frame(axis, f"held-out {METRICS[metric].name}", label, unit)
                 _draw(axis, done, name, metric, kind)
         handles, labels = axes[0][0].get_legend_handles_labels()
@@ -43,6 +47,8 @@ def draw_sweep(report: SweepReport, file: Path) -> None:
 
 
 def _draw(axis: "Axes", done: list[RunResult], below: str, metric: str, kind: str | None) -> None:
+    from matplotlib.ticker import LogLocator
+
     groups: dict[Any, list[tuple[float, float]]] = {}
     for result in done:
         assert result.held_out
@@ -57,9 +63,12 @@ def _draw(axis: "Axes", done: list[RunResult], below: str, metric: str, kind: st
     values = sorted({x for points in groups.values() for x, _ in points})
     if values[0] > 0 and values[-1] >= FAR * values[0]:
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(numticks=6))
         axis.xaxis.set_major_formatter("{x:g}")
     if below != "kl":
         axis.set_xticks(values, [format(value, "g") for value in values])
+    # full values at the ticks, no offset above the axis
+    axis.yaxis.set_major_formatter("{x:.4g}")
     axis.minorticks_off()
 
 

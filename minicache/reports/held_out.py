@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from minicache.reports.intervals import interval_of_mean, mcnemar, wilson
 from minicache.reports.names import moved
+from minicache.text import phrase
 
 # Nats per token from the reference above which a policy has moved far, and below which hardly: of means, a lower bound; of tokens.
 FAR = {"kl": 0.3, "kl_tokens": 3.0}
@@ -77,27 +78,21 @@ def held_out(margins: NDArray[np.float64], policy: NDArray[np.bool_], reference:
 
 def figures(found: HeldOut) -> list[tuple[str, str]]:
     """A name and a line for each of the figures."""
-    by_itself = f"{found.policy_right / found.pairs:.1%}, the reference {found.reference_right / found.pairs:.1%}"
-    change = f"{found.gained:,} pairs gained, {found.lost:,} lost, p = {_p(found.p_value)}"
+    values = {**asdict(found), "accuracy": found.accuracy}
+    values["policy"], values["reference"] = found.policy_right / found.pairs, found.reference_right / found.pairs
     if not (found.right or found.margin_low or found.margin_high):
-        return [
-            (
-                "chosen is likelier",
-                f"{found.reference_right / found.pairs:.1%} of {found.pairs:,} pairs, as by the reference",
-            )
-        ]
+        return [("chosen is likelier", phrase("{reference:.1%} of {pairs:,} pairs, as by the reference", **values))]
+    accuracy = "{accuracy:.1%} of {pairs:,} pairs (95%: {accuracy_low:.1%} to {accuracy_high:.1%})"
+    change = "{policy:.1%}, the reference {reference:.1%}: {gained:,} pairs gained, {lost:,} lost, p = {p}"
     return [
-        (
-            "reward accuracy",
-            f"{found.accuracy:.1%} of {found.pairs:,} pairs (95%: {found.accuracy_low:.1%} to {found.accuracy_high:.1%})",
-        ),
-        ("reward margin", f"{found.margin:+.4f} (95%: {found.margin_low:+.4f} to {found.margin_high:+.4f})"),
-        ("chosen is likelier", f"{by_itself}: {change}"),
+        ("reward accuracy", phrase(accuracy, **values)),
+        ("reward margin", phrase("{margin:+.4f} (95%: {margin_low:+.4f} to {margin_high:+.4f})", **values)),
+        ("chosen is likelier", phrase(change, **values, p=_p(found.p_value))),
     ]
 
 
 def _p(value: float) -> str:
-    return format(value, ".2g") if value >= 1e-4 else "below 0.0001"
+    return format(value, ".2g") if value >= 1e-4 else phrase("below 0.0001")
 
 
 def words_on_run(known: Mapping[str, Any]) -> list[str]:
@@ -108,20 +103,29 @@ def words_on_run(known: Mapping[str, Any]) -> list[str]:
     if not last:
         return []
     if best is not None and outcome["model_step"] == 0:
-        start = "the model of --init-from" if known.get("init_from") else "the reference"
-        rate = " and it hardly moved" if _moves_hardly(last) else ""
-        lower = "a higher --lr, more --epochs" if rate else "a lower --lr, a higher --beta, other pairs"
-        return [f"no step was better than the start{rate}: the saved policy is {start}; try {lower}"]
+        start = phrase("the model of --init-from") if known.get("init_from") else phrase("the reference")
+        if _moves_hardly(last):
+            advice = (
+                "no step was better than the start and it hardly moved: the saved policy is {start}; try a higher --lr, more "
+                "--epochs"
+            )
+        else:
+            advice = (
+                "no step was better than the start: the saved policy is {start}; try a lower --lr, a higher --beta, other "
+                "pairs"
+            )
+        return [phrase(advice, start=start)]
     said = _on_distance(best or last, known.get("lr"))
     found = progress.get("held_out")
     if found:
         said += _on_sureness(HeldOut(**found))
         trained = last["rewards/accuracy"]
         if trained > found["accuracy_high"] + MEMORISED:
-            said.append(
-                f"reward accuracy in training, {trained:.0%}, is far above {found['right'] / found['pairs']:.0%} on held-out "
-                "pairs: it learned these pairs by heart; fewer --epochs, a lower --lr or more pairs"
+            by_heart = (
+                "reward accuracy in training, {trained:.0%}, is far above {held_out:.0%} on held-out pairs: it learned these "
+                "pairs by heart; fewer --epochs, a lower --lr or more pairs"
             )
+            said.append(phrase(by_heart, trained=trained, held_out=found["right"] / found["pairs"]))
     return said
 
 
@@ -134,7 +138,7 @@ def figures_of_run(known: Mapping[str, Any]) -> list[tuple[str, str]]:
 def words_on_policy(metrics: Mapping[str, float], found: HeldOut, is_reference: bool) -> list[str]:
     """What an evaluation came to, in plain words, where there is something to say. metrics: see training/metrics.py."""
     if is_reference:
-        return ["the policy has the reference's own weights: nothing was learned"]
+        return [phrase("the policy has the reference's own weights: nothing was learned")]
     return [*_on_distance(metrics, None), *_on_sureness(found)]
 
 
@@ -146,28 +150,31 @@ def _on_distance(metrics: Mapping[str, float], lr: float | None) -> list[str]:
     """On a policy that hardly moved, or moved far. lr: the rate that it was trained at."""
     name = moved(metrics)
     distance = metrics[name]
-    text = f"{distance:.1g} nats per token from the reference"
     if distance > FAR[name]:
-        return [
-            f"the policy has moved far, {text}: read its answers (minidpo compare) before you use it; a lower --lr or a "
-            "higher --beta keeps it closer"
-        ]
+        far = (
+            "the policy has moved far, {distance:.1g} nats per token from the reference: read its answers (minidpo compare) "
+            "before you use it; a lower --lr or a higher --beta keeps it closer"
+        )
+        return [phrase(far, distance=distance)]
     if not _moves_hardly(metrics):
         return []
-    advice = "try a higher --lr"
+    advice = phrase("try a higher --lr")
     if lr and distance > 0:
         better = lr * math.sqrt(MOVED_BY * HARDLY[name] / distance)
-        advice = f"about --lr {better:.0e} would move it visibly" if better < 1e-3 else advice
-    return [f"the policy hardly moved, {text}: {advice}"]
+        advice = phrase("about --lr {better:.0e} would move it visibly", better=better) if better < 1e-3 else advice
+    hardly = "the policy hardly moved, {distance:.1g} nats per token from the reference: {advice}"
+    return [phrase(hardly, distance=distance, advice=advice)]
 
 
 def _on_sureness(found: HeldOut) -> list[str]:
     """On pairs that are too few to tell, and on an accuracy that is below chance."""
     if found.accuracy_low <= 0.5 <= found.accuracy_high and found.p_value > SURE:
-        return [
-            f"{found.pairs:,} held-out pairs are too few to tell whether the policy got better: its accuracy may be "
-            f"{found.accuracy_low:.0%} or {found.accuracy_high:.0%}"
-        ]
+        few = (
+            "{pairs:,} held-out pairs are too few to tell whether the policy got better: its accuracy may be "
+            "{accuracy_low:.0%} or {accuracy_high:.0%}"
+        )
+        return [phrase(few, **asdict(found))]
     if found.accuracy_high < 0.5:
-        return ["the policy prefers the rejected answers: it got worse on held-out pairs; look at the data and at --lr"]
+        worse = "the policy prefers the rejected answers: it got worse on held-out pairs; look at the data and at --lr"
+        return [phrase(worse)]
     return []

@@ -4,6 +4,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from minicache.text import Phrase, joined, phrase
+
 # Kind of a note (`data.records.Note`) -> what it says of so many rows.
 KINDS = {
     "system-turn": "{rows}: the conversation's own system turn is used, not the system column",
@@ -23,17 +25,18 @@ COLUMNS_LISTED = 12
 
 def notes_on(source: Mapping[str, Any]) -> list[str]:
     """Lines on a source, a dict as `cache.manifest.Source`: its options, columns that nothing reads, and notes."""
-    lines = []
+    lines: list[str] = []
     if options := source.get("reading"):
-        lines.append("read with " + " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items()))
+        given = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
+        lines.append(phrase("read with {options}", options=given))
     if unused := source.get("unused"):
-        lines.append(f"not used: {_columns(unused, source['rows'])}")
+        lines.append(phrase("not used: {columns}", columns=_columns(unused, source["rows"])))
     used = source["rows"] - sum(source["refused"].values())
     for kind, count in (source.get("noted") or {}).items():
         text = KINDS.get(kind, f"{{rows}}: {kind}")
-        lines.append(text.format(rows=_rows(count), example=source.get("example")))
+        lines.append(phrase(text, rows=_rows(count), example=source.get("example")))
         if kind == "special-text" and count >= NEARLY_ALL * used:
-            lines.append(RENDERED)
+            lines.append(phrase(RENDERED))
     return lines
 
 
@@ -54,12 +57,15 @@ def together(sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _rows(count: int) -> str:
-    return f"{count:,} rows" if count > 1 else "1 row"
+def _rows(count: int) -> Phrase:
+    return phrase("{count:,} rows", count=count) if count > 1 else phrase("1 row")
 
 
-def _columns(unused: Mapping[str, int], rows: int) -> str:
+def _columns(unused: Mapping[str, int], rows: int) -> Phrase:
     """The names of columns, each with its number of rows where these are not all."""
-    shown = [name if count == rows else f"{name} ({_rows(count)})" for name, count in unused.items()]
-    more = [f"{len(shown) - COLUMNS_LISTED} more"] if len(shown) > COLUMNS_LISTED else []
-    return ", ".join(shown[:COLUMNS_LISTED] + more)
+    shown: list[str] = [
+        name if count == rows else phrase("{name} ({rows})", name=name, rows=_rows(count))
+        for name, count in unused.items()
+    ]
+    more = [phrase("{count} more", count=len(shown) - COLUMNS_LISTED)] if len(shown) > COLUMNS_LISTED else []
+    return joined(", ", [*shown[:COLUMNS_LISTED], *more])

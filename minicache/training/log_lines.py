@@ -6,6 +6,7 @@ import time
 import torch
 
 from minicache.errors import RunDiverged
+from minicache.reports.figures import MOVED_TOO_FAR
 from minicache.trackers import Tracker
 from minicache.training.speed import memory_gb, peak_flops
 from minicache.training.state import Run, Training
@@ -88,7 +89,7 @@ def _check_kl(run: Run, training: Training, kl: float, tracker: Tracker) -> str 
     most = run.config.max_kl
     if most is None or kl <= most:
         return None
-    text = f"the policy has moved {kl:.3g} nats per token from the reference, more than --max-kl {most:g}"
+    text = MOVED_TOO_FAR.format(kl=format(kl, ".3g"), most=format(most, "g"))
     if run.config.on_max_kl == "stop":
         return text
     if not training.progress.warned:

@@ -11,6 +11,7 @@ import torch
 
 from minicache.errors import in_words, is_full_memory
 from minicache.processes.signals import StopFlag
+from minicache.reports.figures import NO_LOWER_LOSS
 from minicache.scoring.batching import ahead
 from minicache.trackers import Silent, Tracker
 from minicache.training import checkpoints
@@ -103,7 +104,7 @@ def _between_steps(run: Run, training: Training) -> str | None:
     # Checked in every step, so that a resumed run ends at the same step as one without interruption.
     patience = config.validation.patience
     if patience and progress.waited >= patience:
-        return f"no lower validation loss in {progress.waited} validations"
+        return NO_LOWER_LOSS.format(waited=progress.waited)
     return None
 
 

@@ -379,6 +379,15 @@ def test_a_chart_draws_each_value_within_its_frame_and_lists_it() -> None:
         assert all(0 <= height <= HEIGHT for height in [*heights, *(y + high for _, y, _, high, _ in drawn.bars)])
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-7, -0.000123, 123456.7, -1e9])
+def test_the_name_beside_a_chart_stands_clear_of_its_numbers(scale: float) -> None:
+    chart = curves("t", "nats per token", [Line("a", "", [0, 1, 2], [scale, 1.1 * scale, 1.3 * scale])])
+    beginnings = [x - 7 * len(text) for x, _, anchor, text in chart.labels if anchor == "end"]
+    # the name is turned, and as wide as its letters are high
+    assert min(beginnings) >= chart.beside_at[0] + 6
+    assert all(float(point.split(",")[0]) > min(beginnings) for points, _ in chart.curves for point in points.split())
+
+
 def test_every_shape_of_a_chart_reaches_the_page() -> None:
     lines = [Line("a", "chosen", [0, 1], [0.0, 1.0]), Line("b", "rejected", [0, 1], [1.0, 2.0])]
     charts = [curves("Loss", "nats", lines, level=0.5), histogram("x", "y", [-1, 0, 1], [Bars("c", "chosen", [2, 1])])]

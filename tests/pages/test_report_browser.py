@@ -1,6 +1,7 @@
 """The pages in headless Chromium: every width, dark and light, the keyboard, and nothing run or fetched that is not theirs."""
 
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -217,3 +218,74 @@ def test_a_screen_reader_finds_parts_charts_and_tables_by_name(browser: Browser,
         assert len(named["main"]) == len(named["banner"]) == len(named["navigation"]) == 1
         for role in ("region", "image", "table", "navigation", "link", "heading", "columnheader", "rowheader"):
             assert named[role] and all(named[role]), role
+
+
+# --- languages ---
+
+
+def speak(browser: Browser, *languages: str) -> None:
+    """Let the browser prefer these languages."""
+    agent = browser.run("navigator.userAgent")
+    browser.call("Emulation.setUserAgentOverride", userAgent=agent, acceptLanguage=",".join(languages))
+
+
+@pytest.mark.parametrize("name", ["cache", "run", "compare"])
+@pytest.mark.parametrize(
+    ("languages", "expected"),
+    [(["zh-CN", "en"], "zh-CN"), (["de", "zh-TW"], "zh-CN"), (["en-US", "zh-CN"], "en"), (["fr"], "en")],
+)
+def test_a_page_speaks_chinese_where_the_browser_does(
+    name: str, languages: list[str], expected: str, browser: Browser, pages: dict[str, Path]
+) -> None:
+    speak(browser, *languages)
+    browser.open(pages[name])
+    title, other = {"zh-CN": ("[\u4e00-\u9fff]", "English"), "en": ("^[ -~]*$", "中文")}[expected]
+    assert browser.run("document.documentElement.lang") == expected
+    assert browser.run("document.getElementById('language').innerText") == other
+    assert re.search(title, browser.run("document.querySelector('.votes button, section > h2').innerText"))
+    english = "document.querySelector('section, nav').getAttribute('aria-label') || ''"
+    assert name == "compare" or (browser.run(english) == "Parts") == (expected == "en")
+    speak(browser, "en")
+
+
+@pytest.mark.parametrize("name", ["cache", "run", "compare"])
+@pytest.mark.parametrize("width", [320, 1000])
+def test_a_chinese_page_fits_and_the_button_leads_back_to_the_same_english(
+    name: str, width: int, browser: Browser, pages: dict[str, Path], tmp_path: Path
+) -> None:
+    speak(browser, "en")
+    browser.open(pages[name], width)
+    browser.run(OPEN_ALL)
+    browser.run("new Promise((done) => setTimeout(done, 50))")
+    before = browser.run("document.body.innerText")
+    try:
+        browser.run("document.getElementById('language').click()")
+        assert browser.run("document.documentElement.scrollWidth") == width
+        chinese = browser.run("document.body.innerText")
+        assert chinese != before and visible("onerror=alert(1)>") in chinese
+        browser.screenshot(tmp_path / f"{name}-{width}.png")
+        browser.open(pages[name], width)
+        assert browser.run("document.documentElement.lang") == "zh-CN", "the choice is not kept"
+        browser.run(OPEN_ALL)
+        browser.run("document.getElementById('language').click()")
+        browser.run("new Promise((done) => setTimeout(done, 50))")
+        assert browser.run("document.body.innerText") == before
+    finally:
+        browser.run("localStorage.clear()")
+
+
+def test_without_its_script_a_page_is_english_and_the_vote_says_what_it_needs(
+    browser: Browser, pages: dict[str, Path]
+) -> None:
+    speak(browser, "zh-CN")
+    browser.call("Emulation.setScriptExecutionDisabled", value=True)
+    try:
+        for name, text in (("cache", "Summary"), ("run", "Summary"), ("compare", "Voting needs JavaScript")):
+            # not `open`, which waits by a timer of the page
+            browser.call("Page.navigate", url=pages[name].as_uri())
+            time.sleep(1)
+            found = browser.run("document.body.innerText + document.getElementById('language').hidden")
+            assert text in found and found.endswith("true")
+    finally:
+        browser.call("Emulation.setScriptExecutionDisabled", value=False)
+        speak(browser, "en")

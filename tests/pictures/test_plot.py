@@ -10,14 +10,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from minicache.cache.reader import ReferenceCache
 from minicache.errors import ConfigError, DataError, OutputError
 from minicache.options.others import InspectConfig, PlotConfig
+from minicache.pictures import frame
 from minicache.pictures.runs import RunCurves, draw_runs, smoothed
+from minicache.pictures.sweep import draw_sweep
 from minicache.reports.contents import inspect_cache
 from minicache.reports.curves import names_apart, read_curves
 from minicache.reports.names import PANELS
+from minicache.reports.sweep import RunResult, SweepReport
 from minicache.stages.plot import plot
 from tests.conftest import Cli
 
@@ -240,3 +244,71 @@ def test_ln_2_is_drawn_only_for_losses_that_begin_there(option: dict[str, Any], 
         plot(PlotConfig((make_run(tmp_path / name / "run", **facts),), tmp_path / f"{name}.svg"))
         pictures.append((tmp_path / f"{name}.svg").read_text().count("stroke-dasharray"))
     assert pictures[0] == pictures[1] + 1
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_chinese_in_a_name_warns_of_nothing_whether_a_font_has_it_or_not(installed: bool, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "策略模型")
+    code = (
+        "import sys; from pathlib import Path; import minicache.pictures.frame as frame;"
+        f"frame.CHINESE = frame.CHINESE if {installed} else ();"
+        "from minicache.options.others import PlotConfig; from minicache.stages.plot import plot;"
+        "plot(PlotConfig((Path(sys.argv[1]),), Path(sys.argv[2])))"
+    )
+    command = [sys.executable, "-W", "error", "-c", code, str(run), str(tmp_path / "x.png")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (tmp_path / "x.png").is_file()
+
+
+def test_the_first_installed_font_with_chinese_is_the_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib import font_manager
+
+    for names, expected in (
+        (["DejaVu Sans", "SimHei", "WenQuanYi Zen Hei"], ["SimHei"]),
+        (["Noto Sans CJK SC", "SimHei"], ["Noto Sans CJK SC"]),
+        (["DejaVu Sans"], []),
+    ):
+        monkeypatch.setattr(font_manager, "get_font_names", lambda names=names: names)
+        monkeypatch.setattr(font_manager, "findSystemFonts", list)
+        frame.chinese_fonts.cache_clear()
+        assert frame.chinese_fonts() == expected
+    frame.chinese_fonts.cache_clear()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-7, -0.00012, 12345.678])
+def test_no_title_runs_into_numbers_or_beyond_its_axis(
+    scale: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    class Kept(Figure):
+        def savefig(self, *given: Any, **more: Any) -> None:
+            seen.append(self)
+            super().savefig(*given, **more)
+
+    monkeypatch.setattr("matplotlib.figure.Figure", Kept)
+    runs = [
+        RunResult(name=str(at), options={"beta": beta, "lr": 1e-7 * beta}, state="done", problem=None, steps=1, model_step=1,
+                  held_out={"kl": 1e-9 * (at + 1) ** 6, "rewards/accuracy": 0.5, "rewards/margin": scale * (at + 1)},
+                  pairs_trained=1, seconds=1.0)
+        for at, beta in enumerate((0.1, 0.5, 5.0))
+    ]  # fmt: skip
+    draw_sweep(SweepReport(tmp_path, ["beta", "lr"], runs, 1, 1, 1.0, 1.0, 1.0), tmp_path / "sweep.png")
+    curves = {
+        name: (list(range(4)), [scale * (1 + step / 3) for step in range(4)])
+        for panel in PANELS
+        for name in panel.metrics
+    }
+    draw_runs([RunCurves("run", curves, {"logps": "sum"})], tmp_path / "runs.png")
+    for figure in seen:
+        figure.draw_without_rendering()
+        for axis in filter(lambda axis: axis.axison, figure.axes):
+            (low, high), title, below = axis.get_ylim(), axis.yaxis.label, axis.xaxis.label.get_window_extent()
+            # of those beyond the axis matplotlib keeps labels too, and draws none
+            drawn = [
+                each for each in axis.get_yticklabels() if each.get_visible() and low <= each.get_position()[1] <= high
+            ]
+            if title.get_text():
+                assert all(title.get_window_extent().x1 <= each.get_window_extent().x0 for each in drawn)
+            assert below.width <= 1.2 * axis.get_window_extent().width
