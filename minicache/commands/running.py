@@ -1,5 +1,6 @@
 """Shared parts of all commands: the consoles, running a stage in as many processes as asked for, errors of one line."""
 
+import errno
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from minicache.errors import CacheMismatch, MinicacheError, ProcessLost, in_words, is_lost_peer
+from minicache.errors import CacheMismatch, ConfigError, MinicacheError, ProcessLost, in_words, is_lost_peer
 from minicache.options.declare import flag
 from minicache.options.dictionaries import flat
 from minicache.processes.signals import Interruptible, Postponed
@@ -26,6 +27,7 @@ from minicache.trackers import Silent
 
 # Reports go to stdout, progress and errors to stderr.
 out, err = Console(), Console(stderr=True)
+LONGEST_SHOWN = 60  # characters of a name in its error
 log = logging.getLogger(__name__)
 # Loggers that warn wherever torchao is installed, which transformers imports: of kernels for other machines, of its own code.
 QUIETED = ("torchao", "torch.utils._pytree")
@@ -132,13 +134,17 @@ def _show_interruption(text: str) -> None:
 
 @contextmanager
 def _errors_of_libraries() -> Iterator[None]:
-    """Turn network errors into ProcessLost, and a full memory into FullMemory, wherever they come from."""
+    """Turn network errors into ProcessLost, a full memory into FullMemory, and too long a name into ConfigError, from anywhere."""
     try:
         yield
     except Exception as error:
         full = in_words(error)
         if full and full is not error:
             raise full from error
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            name = str(error.filename)
+            shown = name if len(name) <= LONGEST_SHOWN else f"{name[:LONGEST_SHOWN]}…"
+            raise ConfigError(f"{shown}: a name longer than the file system allows; most allow 255 bytes") from error
         if isinstance(error, MinicacheError) or not (isinstance(error, RuntimeError) and is_lost_peer(error)):
             raise
         raise ProcessLost(

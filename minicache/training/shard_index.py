@@ -21,7 +21,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from minicache.disk import require_file
+
 INDEX = ".metadata"
+MOST_BYTES = 2**28  # a thousand times those of a model of 32 layers
 SHARDS = re.compile(r"__\d+_\d+\.distcp")
 CLASSES = "torch.distributed.checkpoint.metadata"
 # Replacements for names of torch 2.11 to 2.13 other than the classes below: sizes, an enum's number, a layout.
@@ -71,6 +74,8 @@ class IndexedReader(FileSystemReader):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.index = read_index(folder / INDEX)
+        for name in {place.relative_path for place in self.index.storage_data.values()}:
+            require_file(folder / name)
 
     def read_metadata(self, *arguments: Any, **options: Any) -> Metadata:
         return self.index
@@ -82,6 +87,9 @@ def read_index(file: Path) -> Metadata:
     Raises:
         OSError: it cannot be read. ValueError: it is no index, or has entries that `checkpoints` never writes.
     """
+    require_file(file)
+    if (size := file.stat().st_size) > MOST_BYTES:
+        raise ValueError(f"{INDEX}: {size:,} bytes, expected {MOST_BYTES:,} or fewer")
     with file.open("rb") as stream:
         try:
             return _metadata(_Unpickler(stream).load())

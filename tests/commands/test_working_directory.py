@@ -72,14 +72,14 @@ def test_what_is_planted_would_run(theirs: Path) -> None:
 def test_the_command_imports_nothing_from_there(
     theirs: Path, ref_cache: Path, form: list[str], more: dict[str, str]
 ) -> None:
-    done = started([*form, "inspect-cache", "--ref-cache", str(ref_cache)], theirs, **more)
+    done = started([*form, "inspect-cache", str(ref_cache)], theirs, **more)
     assert (done.returncode, ran(theirs)) == (0, []), done.stderr
 
 
 def test_as_a_module_only_what_python_reads_before_the_program_is(theirs: Path, ref_cache: Path) -> None:
     """`python -m` without -P looks there for the program itself, which no program can change."""
     (theirs / "minicache.py").unlink()
-    done = started([*MODULE, "inspect-cache", "--ref-cache", str(ref_cache)], theirs)
+    done = started([*MODULE, "inspect-cache", str(ref_cache)], theirs)
     assert (done.returncode, ran(theirs)) == (0, []), done.stderr
 
 
