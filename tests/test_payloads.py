@@ -20,14 +20,19 @@ import pyarrow.parquet
 import pytest
 import torch
 
+from minicache.cache.identity import digest_of
+from minicache.cache.manifest import MOST_BLOCKS
 from minicache.cache.reader import ReferenceCache
+from minicache.commands import running
 from minicache.data.files import read_rows
 from minicache.data.folders import Folder
-from minicache.errors import CacheDamaged, ConfigError, MinicacheError, ModelError
+from minicache.errors import CacheDamaged, ConfigError, MinicacheError, ModelError, OutputError
 from minicache.exchange.tables import read_document
 from minicache.models import load_model
 from minicache.models.tokenizers import save_tokenizer
 from minicache.options.config_file import options_in
+from minicache.trackers.libraries import RunName, Wandb
+from tests.conftest import Cli, precompute_into
 from tests.helpers.adapters import sft_adapter
 
 ROOT = Path(__file__).parents[1]
@@ -191,6 +196,47 @@ def test_a_class_that_an_adapter_names_is_not_imported(
     assert not marker.exists() and "evil_module" not in sys.modules
 
 
+def test_an_adapter_that_is_pickled_is_told_for_what_it_is(model: Path, marker: Path, tmp_path: Path) -> None:
+    weights_pickled(adapter := sft_adapter(model, tmp_path / "adapter"), marker)
+    with pytest.raises(ModelError, match=r"adapter_model\.bin holds more than tensors, which is never run"):
+        load_model(str(adapter))
+
+
+# --- trackers, compiler ---
+
+
+@pytest.mark.parametrize("known", [7, [], "../../elsewhere", "a\\b", "", "a\nb", "x" * 257])
+def test_what_is_no_id_of_a_run_reaches_no_tracker(tmp_path: Path, known: object) -> None:
+    (tmp_path / "trackers.json").write_text(json.dumps({"wandb": known}))
+    library = Wandb("wandb", RunName(tmp_path, "minicache", "run", 5))
+    with pytest.raises(ConfigError, match="expected the id of a run"):
+        library.known_id()
+    (tmp_path / "trackers.json").write_text(json.dumps({"wandb": "ab-1_c.d 中"}))
+    assert library.known_id() == "ab-1_c.d 中"
+
+
+@pytest.mark.parametrize(
+    ("mode", "owner", "left"), [(0o700, 0, False), (0o777, 0, True), (0o775, 0, True), (0o700, 1, True)]
+)
+def test_the_compiler_reads_no_programs_of_other_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int, owner: int, left: bool
+) -> None:
+    monkeypatch.setattr(running, "getuser", lambda: "me")
+    place = tmp_path / "torchinductor_me"
+    place.mkdir()
+    place.chmod(mode)
+    mine = os.getuid()
+    monkeypatch.setattr(running, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(os, "getuid", lambda: mine + owner)
+    monkeypatch.setenv(running.COMPILED, "")
+    monkeypatch.delenv(running.COMPILED)
+    running._compile_apart_from_others()
+    assert (running.COMPILED in os.environ) is left
+    monkeypatch.setenv(running.COMPILED, "mine")
+    running._compile_apart_from_others()
+    assert os.environ[running.COMPILED] == "mine"
+
+
 # --- tables, rows, options ---
 
 
@@ -291,9 +337,93 @@ def test_an_array_in_other_codecs_is_refused(
     assert "\n" not in str(error.value) and not marker.exists()
 
 
+def test_payloads_would_run_where_they_are_trusted(tmp_path: Path, marker: Path) -> None:
+    """Else the tests here would show nothing."""
+    pickle.loads(pickle.dumps(Payload(marker)))
+    assert marker.exists()
+    marker.unlink()
+    exec(code(marker), {})
+    assert marker.exists()
+
+
 def test_an_array_in_the_codecs_that_this_program_writes_is_read(cache: Path) -> None:
     change(cache / "pairs/lengths/zarr.json", codecs=[BYTES, CRC])
     assert ReferenceCache(cache).log.pairs == 40
+
+
+def with_log(cache: Path, **entries: Any) -> None:
+    """Change the manifest's log, and its digest with it."""
+    file = cache / "zarr.json"
+    content = json.loads(file.read_text())
+    manifest = content["attributes"]["minicache"]
+    manifest["log"].update(entries)
+    manifest["digest"] = digest_of({"identity": manifest["identity"], "log": manifest["log"]})
+    file.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("name", ["blocks", "pairs", "shards"])
+@pytest.mark.parametrize("number", [2**45, 2**62, 2**64, -1, 1e300])
+def test_numbers_of_a_manifest_that_no_cache_has_are_refused(cache: Path, name: str, number: float) -> None:
+    with_log(cache, **{name: number})
+    with pytest.raises(CacheDamaged, match=rf"log\.{name}: expected"):
+        ReferenceCache(cache)
+
+
+def test_a_manifest_that_counts_millions_of_missing_blocks_is_not_believed(cache: Path, cli: Cli) -> None:
+    with_log(cache, blocks=MOST_BLOCKS)
+    code, _, err = cli("inspect-cache", cache)
+    assert code == 1 and "more than 100,000 blocks have no pairs" in " ".join(err.split())
+
+
+@pytest.mark.parametrize("name", ["claim", "pairs", "pairs/tokens", "pairs/tokens/c", "ref/logp_mean/c/0"])
+def test_a_link_in_a_cache_makes_nothing_outside_of_it(
+    cache: Path, model_dir: Path, data_file: Path, tmp_path: Path, name: str
+) -> None:
+    """Stage one goes on with a cache that lacks a block of pairs and one of scores: it would write where the link leads."""
+    outside, linked = tmp_path / "outside", cache / name
+    if linked.is_dir():
+        shutil.move(linked, outside)
+    else:
+        linked.unlink(missing_ok=True)
+    linked.symlink_to(outside)
+    for missing in ("ref/logp_mean/c/0", "pairs/tokens/c/1"):
+        for chunk in list((cache / missing).rglob("*")):
+            if chunk.is_file():
+                chunk.unlink()
+    before = sorted(tmp_path.rglob("outside/**/*")), outside.exists()
+    with pytest.raises(OutputError, match=r"leads out of the cache|claim: cannot be written") as error:
+        precompute_into(cache, model_dir, data_file)
+    assert "\n" not in str(error.value)
+    assert (sorted(tmp_path.rglob("outside/**/*")), outside.exists()) == before
+
+
+# --- names ---
+
+LONG = "n" * 256
+COMMANDS = [
+    ("inspect-cache", LONG),
+    ("report", LONG),
+    ("diff", LONG, LONG),
+    ("train", "--ref-cache", LONG, "--out", "run"),
+    ("train", "--ref-cache", "CACHE", "--out", LONG),
+    ("train", "--ref-cache", "CACHE", "--out", "run", "--init-from", LONG),
+    ("train", "--ref-cache", "CACHE", "--out", "run", "--config", f"{LONG}.toml"),
+    ("evaluate", "--ref-cache", "CACHE", "--policy", LONG),
+    ("precompute-ref", "--model", LONG, "--data", "rows.jsonl", "--ref-cache", "c"),
+    ("compare", "--policy", LONG, "--prompts", "rows.jsonl"),
+    ("plot", LONG, "--out", "a.png"),
+    ("fit", "--model", LONG),
+]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_a_name_of_256_bytes_is_one_line(
+    cache: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    code, _, err = cli(*(str(cache) if word == "CACHE" else word for word in words))
+    assert code == 1 and "error: " in err and "Traceback" not in err
 
 
 # --- pictures ---

@@ -4,12 +4,16 @@ import errno
 import json
 import logging
 import os
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
+from getpass import getuser
 from importlib import import_module
+from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import typer
@@ -27,6 +31,7 @@ from minicache.trackers import Silent
 
 # Reports go to stdout, progress and errors to stderr.
 out, err = Console(), Console(stderr=True)
+COMPILED = "TORCHINDUCTOR_CACHE_DIR"
 LONGEST_SHOWN = 60  # characters of a name in its error
 log = logging.getLogger(__name__)
 # Loggers that warn wherever torchao is installed, which transformers imports: of kernels for other machines, of its own code.
@@ -54,6 +59,7 @@ def run_stage(
 
         raise typer.Exit(launch(nproc, sys.argv[1:]))
     _let_segments_grow()
+    _compile_apart_from_others()
     for each in QUIETED:
         logging.getLogger(each).setLevel(logging.ERROR)
     # Hides the progress bars of transformers, which would disturb ours.
@@ -90,6 +96,21 @@ def _let_segments_grow() -> None:
     """
     if sys.platform != "win32" and not any(name in os.environ for name in ALLOCATOR):
         os.environ[ALLOCATOR[0]] = "expandable_segments:True"
+
+
+def _compile_apart_from_others() -> None:
+    """Keep torch's compiler from running what another user of this machine has put into its directory.
+
+    It reads pickles there, and the directory has a name that everybody knows, in a directory in which everybody may write. One
+    that is not this user's alone is left for one in the home directory. What the user has set stays.
+    """
+    if sys.platform == "win32" or COMPILED in os.environ:
+        return
+    # as torch._inductor.runtime.cache_dir_utils names it
+    with suppress(OSError, KeyError):
+        info = (Path(gettempdir()) / f"torchinductor_{getuser()}").lstat()
+        if info.st_uid != os.getuid() or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            os.environ[COMPILED] = str(Path.home() / ".cache" / "minidpo" / "torchinductor")
 
 
 @contextmanager

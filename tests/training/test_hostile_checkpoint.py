@@ -1,8 +1,11 @@
 """Somebody else's run directory: `train --resume` reads what its checkpoints say, and runs none of it."""
 
+import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,9 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from minicache.errors import OutputError
 from minicache.training import checkpoints
+from minicache.training.run_directory import read_record
 from minicache.training.shard_index import INDEX, read_index
+from tests.conftest import Cli
 from tests.training.test_resume import killed_at, run
 
 
@@ -134,6 +139,63 @@ def test_an_index_that_was_cut_is_refused(theirs: Path, ref_cache: Path, cut: in
     file.write_bytes(file.read_bytes()[:cut])
     with pytest.raises(OutputError, match="the checkpoint cannot be read"):
         run(ref_cache, theirs, resume=True)
+
+
+def test_a_shard_that_holds_a_payload_is_refused_and_nothing_in_it_runs(
+    theirs: Path, ref_cache: Path, tmp_path: Path
+) -> None:
+    """Each tensor in a shard is a file of torch.save of its own, at the place that the index says."""
+    marker = tmp_path / "marker"
+    file, index = index_of(theirs)
+    with BytesIO() as stream:
+        torch.save(Evil(marker), stream)
+        payload = stream.getvalue()
+    shard = file.with_name("__0_0.distcp")
+    for place in index.storage_data.values():
+        place.offset, place.length = shard.stat().st_size, len(payload)
+    shard.write_bytes(shard.read_bytes() + payload)
+    file.write_bytes(pickle.dumps(index))
+    with pytest.raises(OutputError, match="the checkpoint cannot be read") as error:
+        run(ref_cache, theirs, resume=True)
+    assert "\n" not in str(error.value) and not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "name", [checkpoints.STATE, f"{checkpoints.OPTIMIZER}/{INDEX}", f"{checkpoints.OPTIMIZER}/__0_0.distcp"]
+)
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_pipes_and_devices_are_refused_and_not_waited_for(theirs: Path, ref_cache: Path, name: str, kind: str) -> None:
+    file = newest(theirs) / name
+    file.unlink()
+    if kind == "pipe":
+        os.mkfifo(file)
+    else:
+        file.symlink_to("/dev/zero")
+    with pytest.raises(OutputError, match=r"the checkpoint cannot be read .*expected a file"):
+        run(ref_cache, theirs, resume=True)
+
+
+def test_a_run_whose_record_is_a_pipe_is_no_run(theirs: Path, ref_cache: Path) -> None:
+    (theirs / "run.json").unlink()
+    os.mkfifo(theirs / "run.json")
+    with pytest.raises(OutputError, match="is no run"):
+        run(ref_cache, theirs, resume=True)
+
+
+@pytest.mark.parametrize("changed", [{"seed": "x"}, {"model": 3}, {"ref_cache": 5}, {"steps": 2**64}])
+def test_a_record_with_other_numbers_is_one_line(theirs: Path, ref_cache: Path, changed: dict[str, Any]) -> None:
+    file = theirs / "run.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changed}))
+    with pytest.raises(OutputError, match="not as `train` writes it") as error:
+        read_record(theirs)
+    assert "\n" not in str(error.value)
+
+
+def test_a_seed_that_no_generator_takes_is_one_line(theirs: Path, ref_cache: Path, cli: Cli) -> None:
+    file = theirs / "run.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "seed": 2**64}))
+    code, _, err = cli("train", "--ref-cache", ref_cache, "--out", theirs, "--resume")
+    assert code == 1 and "seed: expected 0 to 9223372036854775807" in " ".join(err.split())
 
 
 @pytest.mark.parametrize("name", sorted(checkpoints.ENTRIES))
