@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -124,6 +126,55 @@ def test_nothing_in_an_index_changes_torchs_own_classes(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="metadata"):
             read_index(file)
     assert TensorStorageMetadata.__init__ is before
+
+
+SIZED = """
+import resource, sys
+from minicache.training.shard_index import read_index
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    read_index(__import__("pathlib").Path(sys.argv[1]))
+except ValueError as error:
+    print(error)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def layers_of_tuples(names: int) -> bytes:
+    """A tuple of two tuples of two tuples, as a pickle: each layer is a few bytes."""
+    return b"N" + b"".join(b"q" + bytes([at]) + b"h" + bytes([at]) + b"\x86" for at in range(names))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x02Nr\xff\xff\xff\x07.",
+        b"\x80\x02ctorch.serialization\n_get_layout\n" + layers_of_tuples(60) + b"\x85R.",
+        b"\x80\x02ctorch.distributed.checkpoint.metadata\nMetadata\n)\x81}X\x13\0\0\0state_dict_metadata"
+        + layers_of_tuples(60)
+        + b"sb.",
+    ],
+    ids=["a large number", "text of tuples", "tuples for a dict"],
+)
+def test_a_few_bytes_of_an_index_take_no_memory(tmp_path: Path, content: bytes) -> None:
+    """What the pickle gives a number of 2**27 took 2 GB."""
+    (tmp_path / INDEX).write_bytes(content)
+    command = [sys.executable, "-c", SIZED, str(tmp_path / INDEX)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    line, kilobytes = done.stdout.splitlines()
+    assert INDEX in line and int(kilobytes) < 100_000, done.stdout
+
+
+@pytest.mark.parametrize("where", ["progress", "means"])
+def test_a_state_of_endless_lists_is_refused(theirs: Path, ref_cache: Path, where: str) -> None:
+    endless: Any = "x"
+    for _ in range(60):
+        endless = [endless, endless]
+    file = newest(theirs) / checkpoints.STATE
+    value = {"step": endless} if where == "progress" else endless
+    torch.save({**torch.load(file, weights_only=True), where: value}, file)
+    with pytest.raises(OutputError, match="the checkpoint cannot be read"):
+        run(ref_cache, theirs, resume=True)
 
 
 def test_what_is_read_of_an_honest_index_is_what_torch_reads(stopped: Path) -> None:
