@@ -71,7 +71,7 @@ class Library(Silent):
             raise ConfigError(
                 f"{self.file}: {self.name}: expected the id of a run, got {str(own)[:40]!r}; remove the file"
             )
-        return own
+        return None if own is None else str(own)
 
     def remember_id(self, own_id: str) -> None:
         """Keep the library's id for this run in trackers.json, for the time the run goes on."""
