@@ -104,7 +104,7 @@ def _compile_apart_from_others() -> None:
     It reads pickles there, and the directory has a name that everybody knows, in a directory in which everybody may write. One
     that is not this user's alone is left for one in the home directory. What the user has set stays.
     """
-    if sys.platform == "win32" or COMPILED in os.environ:
+    if not hasattr(os, "getuid") or COMPILED in os.environ:
         return
     # as torch._inductor.runtime.cache_dir_utils names it
     with suppress(OSError, KeyError):
