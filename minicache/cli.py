@@ -23,6 +23,7 @@ from minicache.commands.report import report
 from minicache.commands.running import out
 from minicache.commands.sweep import sweep
 from minicache.commands.train import train
+from minicache.interpreter import forget_working_directory
 from minicache.processes.signals import CommandLine
 from minicache.text import print_in_any_encoding
 
@@ -74,6 +75,7 @@ def expand_data(arguments: list[str]) -> list[str]:
 
 def main() -> None:
     """Run the command line of this process."""
+    forget_working_directory()
     print_in_any_encoding()
     with CommandLine():
         sys.argv[1:] = expand_data(sys.argv[1:])

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import time
 import zlib
 from collections.abc import Iterable, Iterator
@@ -216,6 +217,12 @@ def _machine() -> str:
 def _process() -> str:
     """Tells this process from an earlier one of the same number. A forked child has another number."""
     return os.urandom(4).hex()
+
+
+def require_file(file: Path) -> None:
+    """Raises OSError: there is nothing, or a pipe or device, which may never end and on which even opening may wait for ever."""
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise OSError(errno.EINVAL, "expected a file, got something else", str(file))
 
 
 def read_json(file: Path) -> dict[str, Any]:

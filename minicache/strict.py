@@ -1,5 +1,6 @@
 """JSON -> dataclass, with every entry checked: a manifest may come from a stranger who computed a digest that fits it."""
 
+import reprlib
 from dataclasses import is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -47,8 +48,13 @@ def read_as(hint: Any, value: object, what: str, skip_unknown: bool = False) -> 
     if origin in (UnionType, Union):
         return read_as(_fitting(kinds, value, what), value, what, skip_unknown)
     if not _is(hint, value):
-        raise ValueError(f"{what}: expected {_name(hint)}, got {str(value)[:40]!r}")
+        raise ValueError(f"{what}: expected {_name(hint)}, got {shortened(value)!r}")
     return value
+
+
+def shortened(value: object) -> str:
+    """The first characters of a value as text. Of lists in lists only the first: in a pickle a few may stand for endless ones."""
+    return (reprlib.repr(value) if isinstance(value, list | tuple | dict | set) else str(value))[:40]
 
 
 def _fitting(kinds: tuple[Any, ...], value: object, what: str) -> Any:
@@ -59,7 +65,7 @@ def _fitting(kinds: tuple[Any, ...], value: object, what: str) -> Any:
             return kind
         if not isinstance(value, dict | list) and not is_dataclass(plain) and _is(kind, value):
             return kind
-    raise ValueError(f"{what}: expected {' or '.join(map(_name, kinds))}, got {str(value)[:40]!r}")
+    raise ValueError(f"{what}: expected {' or '.join(map(_name, kinds))}, got {shortened(value)!r}")
 
 
 def _is(hint: Any, value: object) -> bool:
@@ -81,5 +87,5 @@ def _name(hint: Any) -> str:
 
 def _of(kind: type, value: object, what: str) -> Any:
     if not isinstance(value, kind):
-        raise ValueError(f"{what}: expected {NAMES[kind]}, got {str(value)[:40]!r}")
+        raise ValueError(f"{what}: expected {NAMES[kind]}, got {shortened(value)!r}")
     return value.items() if isinstance(value, dict) else value

@@ -13,7 +13,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "minicache"
 LAYERS = [
-    {"errors", "pairs", "disk", "hub", "json_lines", "machine", "objects", "strict", "text"},
+    {"errors", "pairs", "disk", "interpreter", "hub", "json_lines", "machine", "objects", "strict", "text"},
     {"data", "trackers", "processes"},
     {"options"},
     {"cache", "models"},

@@ -4,6 +4,7 @@ zarr is read a block at a time and never a row at a time: one slice costs about 
 """
 
 import logging
+import warnings
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
@@ -11,8 +12,9 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.codecs import BytesCodec, Crc32cCodec, Endian, ZstdCodec
 
-from minicache.cache.manifest import Manifest
+from minicache.cache.manifest import MOST_BLOCKS, Manifest
 from minicache.cache.places.opening import place_at
 from minicache.cache.places.place import ROOT, Place
 from minicache.cache.schema import LEDGER_COLUMNS, ArraySpec, array_specs
@@ -33,8 +35,6 @@ UNREADABLE = (
     MemoryError,
     AssertionError,
 )
-# The most blocks of a cache: damaged or hostile metadata with more would keep readers counting for ever.
-MOST_BLOCKS = 2**24
 MOST_HELD = 2**32  # bytes
 
 
@@ -165,7 +165,10 @@ def _open_arrays(group: zarr.Group, specs: dict[str, ArraySpec], where: object) 
 def _open_array(group: zarr.Group, name: str, spec: ArraySpec, where: str) -> "zarr.Array[Any]":
     """One array. Raises CacheDamaged: it is missing, or not as specified."""
     try:
-        array = group[name]
+        with warnings.catch_warnings():
+            # of codecs that are refused below
+            warnings.simplefilter("ignore")
+            array = group[name]
     except UNREADABLE as error:
         raise CacheDamaged(f"{where}: the array's zarr.json is missing or damaged: {error}") from error
     if not isinstance(array, zarr.Array):
@@ -174,4 +177,20 @@ def _open_array(group: zarr.Group, name: str, spec: ArraySpec, where: str) -> "z
     expected = (spec.shape, spec.dtype, spec.chunks, str(np.dtype(spec.dtype).type(spec.fill)))
     if found != expected:
         raise CacheDamaged(f"{where}: expected shape, dtype, chunks, fill {expected}, found {found}")
+    _require_own_codecs(array, spec, where)
     return array
+
+
+def _require_own_codecs(array: "zarr.Array[Any]", spec: ArraySpec, where: str) -> None:
+    """Raises CacheDamaged: its chunks are not stored as `CacheWriter` stores them. Other codecs know no bounds of their output."""
+    metadata: Any = array.metadata
+    stored: tuple[Any, ...] = tuple(metadata.codecs)
+    expected = [BytesCodec, *([ZstdCodec] if spec.compress else []), Crc32cCodec]
+    little = all(each.endian in (None, Endian.little) for each in stored if isinstance(each, BytesCodec))
+    if [type(each) for each in stored] != expected or not little:
+        found = ", ".join(str(each.to_dict())[:60] for each in stored)
+        due = "bytes (little-endian), zstd, crc32c" if spec.compress else "bytes (little-endian), crc32c"
+        raise CacheDamaged(f"{where}: expected chunks stored as {due}, found {found}")
+    separator = getattr(metadata.chunk_key_encoding, "separator", None)
+    if metadata.chunk_key_encoding.name != "default" or separator != "/" or metadata.storage_transformers:
+        raise CacheDamaged(f"{where}: expected chunks named like c/0/0, stored as they are; found others")

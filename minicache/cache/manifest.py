@@ -6,9 +6,12 @@ from typing import Any
 
 from minicache.cache.identity import FORMAT_VERSION, Identity, digest_of
 from minicache.errors import CacheDamaged, CacheMismatch
+from minicache.options.choices import MOST_BLOCK_PAIRS
 from minicache.strict import read_as
 
 ATTRIBUTE = "minicache"
+# The most blocks of a cache: damaged or hostile metadata with more would keep readers counting for ever.
+MOST_BLOCKS = 2**24
 
 
 def now() -> str:
@@ -67,6 +70,12 @@ class Log:
     pairs: int = 0
     shards: int = 0
 
+    def require_possible(self) -> None:
+        """Raises ValueError: a number is larger than that of any cache. Readers count up to them."""
+        for name, most in (("blocks", MOST_BLOCKS), ("shards", MOST_BLOCKS), ("pairs", MOST_BLOCKS * MOST_BLOCK_PAIRS)):
+            if (value := getattr(self, name)) > most:
+                raise ValueError(f"log.{name}: expected {most:,} or fewer, got {value}")
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -103,6 +112,7 @@ class Manifest:
         try:
             read: Manifest = read_as(cls, content, "manifest")
             read.identity.require_possible()
+            read.log.require_possible()
         except TypeError as error:
             raise CacheMismatch(f"{where}: its manifest is of another version of this program: {error}") from error
         except ValueError as error:

@@ -1,20 +1,25 @@
 """Shared parts of all commands: the consoles, running a stage in as many processes as asked for, errors of one line."""
 
+import errno
 import json
 import logging
 import os
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
+from getpass import getuser
 from importlib import import_module
+from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import typer
 from rich.console import Console
 
-from minicache.errors import CacheMismatch, MinicacheError, ProcessLost, in_words, is_lost_peer
+from minicache.errors import CacheMismatch, ConfigError, MinicacheError, ProcessLost, in_words, is_lost_peer
 from minicache.options.declare import flag
 from minicache.options.dictionaries import flat
 from minicache.processes.signals import Interruptible, Postponed
@@ -26,6 +31,8 @@ from minicache.trackers import Silent
 
 # Reports go to stdout, progress and errors to stderr.
 out, err = Console(), Console(stderr=True)
+COMPILED = "TORCHINDUCTOR_CACHE_DIR"
+LONGEST_SHOWN = 60  # characters of a name in its error
 log = logging.getLogger(__name__)
 # Loggers that warn wherever torchao is installed, which transformers imports: of kernels for other machines, of its own code.
 QUIETED = ("torchao", "torch.utils._pytree")
@@ -52,6 +59,7 @@ def run_stage(
 
         raise typer.Exit(launch(nproc, sys.argv[1:]))
     _let_segments_grow()
+    _compile_apart_from_others()
     for each in QUIETED:
         logging.getLogger(each).setLevel(logging.ERROR)
     # Hides the progress bars of transformers, which would disturb ours.
@@ -88,6 +96,21 @@ def _let_segments_grow() -> None:
     """
     if sys.platform != "win32" and not any(name in os.environ for name in ALLOCATOR):
         os.environ[ALLOCATOR[0]] = "expandable_segments:True"
+
+
+def _compile_apart_from_others() -> None:
+    """Keep torch's compiler from running what another user of this machine has put into its directory.
+
+    It reads pickles there, and the directory has a name that everybody knows, in a directory in which everybody may write. One
+    that is not this user's alone is left for one in the home directory. What the user has set stays.
+    """
+    if not hasattr(os, "getuid") or COMPILED in os.environ:
+        return
+    # as torch._inductor.runtime.cache_dir_utils names it
+    with suppress(OSError, KeyError):
+        info = (Path(gettempdir()) / f"torchinductor_{getuser()}").lstat()
+        if info.st_uid != os.getuid() or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            os.environ[COMPILED] = str(Path.home() / ".cache" / "minidpo" / "torchinductor")
 
 
 @contextmanager
@@ -132,13 +155,17 @@ def _show_interruption(text: str) -> None:
 
 @contextmanager
 def _errors_of_libraries() -> Iterator[None]:
-    """Turn network errors into ProcessLost, and a full memory into FullMemory, wherever they come from."""
+    """Turn network errors into ProcessLost, a full memory into FullMemory, and too long a name into ConfigError, from anywhere."""
     try:
         yield
     except Exception as error:
         full = in_words(error)
         if full and full is not error:
             raise full from error
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            name = str(error.filename)
+            shown = name if len(name) <= LONGEST_SHOWN else f"{name[:LONGEST_SHOWN]}…"
+            raise ConfigError(f"{shown}: a name longer than the file system allows; most allow 255 bytes") from error
         if isinstance(error, MinicacheError) or not (isinstance(error, RuntimeError) and is_lost_peer(error)):
             raise
         raise ProcessLost(

@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from minicache.data.files import SUFFIXES, suffix_of
+from minicache.data.plain_yaml import read_yaml
 from minicache.errors import DataError
 
 # Shows a line to a person.
@@ -154,11 +155,9 @@ class Folder:
         front = re.match(r"\ufeff?---[ \t]*\r?\n(.*?)\n---[ \t]*(?:\r?\n|$)", text, re.DOTALL)
         if not front or "configs" not in front[1]:
             return {}
-        import yaml
-
         try:
-            content = yaml.safe_load(front[1])
-        except (yaml.YAMLError, RecursionError, ValueError) as error:
+            content = read_yaml(front[1])
+        except ValueError as error:
             raise DataError(
                 f"{self.name}/README.md: its metadata are no YAML: {' '.join(str(error).split())}"
             ) from None

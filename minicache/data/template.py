@@ -10,10 +10,9 @@ from typing import Any
 
 import jinja2
 from jinja2 import meta, nodes
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from minicache.data.arguments import FIXED_DATE, decoded
+from minicache.data.bounded_jinja import BoundedEnvironment
 from minicache.data.records import NO_CONTEXT, THOUGHTS, Context, Turn
 from minicache.errors import ConfigError, RowRefused
 from minicache.text import one_line
@@ -44,6 +43,7 @@ class Template:
         """
         template = self._compiled
         values = {**self.special, **self.arguments, **context.arguments}
+        self._environment.spent.begin()
         try:
             return template.render(
                 **{
@@ -90,9 +90,8 @@ class Template:
         return re.sub(r"\{%(-?)\s*endgeneration\s*(-?)%\}", r"{%\1 endif \2%}", text)
 
     @cached_property
-    def _environment(self) -> ImmutableSandboxedEnvironment:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = _to_json
+    def _environment(self) -> BoundedEnvironment:
+        environment = BoundedEnvironment({"tojson": _to_json})
         environment.globals["raise_exception"] = _raise_exception
         # A template that can do without a date (Llama 3.2) writes its own fixed one.
         if self.date or not re.search(r"strftime_now\s+is\s+(not\s+)?defined", self.source):
@@ -103,15 +102,17 @@ class Template:
     def _parsed(self) -> nodes.Template:
         try:
             return self._environment.parse(self._text)
-        except jinja2.TemplateError as error:
-            raise ConfigError(f"the chat template cannot be compiled: {error}") from error
+        # a template that is nested too deeply makes the parser and Python's compiler raise what they like
+        except Exception as error:
+            raise _not_compiled(error) from error
 
     @cached_property
     def _compiled(self) -> jinja2.Template:
         try:
-            return self._environment.from_string(self._text)
-        except jinja2.TemplateError as error:
-            raise ConfigError(f"the chat template cannot be compiled: {error}") from error
+            return self._environment.bounded_template(self._text)
+        # as in `_parsed`
+        except Exception as error:
+            raise _not_compiled(error) from error
 
     # --- a message as the template reads it ---
 
@@ -179,6 +180,7 @@ class Template:
     def _probed(self, question: Any, *answers: dict[str, Any]) -> str:
         """What the template writes of messages that no row holds, "" if it cannot."""
         values = {**self.special, **self.arguments, "tools": None, "documents": None, "add_generation_prompt": False}
+        self._environment.spent.begin()
         try:
             return self._compiled.render(messages=[{"role": "user", "content": question}, *answers], **values)
         # as in `render`
@@ -188,6 +190,10 @@ class Template:
 
 def _to_json(value: object, ensure_ascii: bool = False, **options: Any) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+def _not_compiled(error: Exception) -> ConfigError:
+    return ConfigError(f"the chat template cannot be compiled: {one_line(error, 300)}")
 
 
 def _raise_exception(message: str) -> None:

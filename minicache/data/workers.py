@@ -25,6 +25,7 @@ from minicache.data.encode import CHUNK, Encoded, Encoder
 from minicache.data.formats import to_pairs
 from minicache.data.records import Pair
 from minicache.errors import OutputError, RowRefused
+from minicache.interpreter import python_command, python_environment
 
 log = logging.getLogger(__name__)
 
@@ -134,14 +135,14 @@ class _Worker:
     def __init__(self, encoder: RowEncoder) -> None:
         self.process = subprocess.Popen(
             [
-                sys.executable,
+                *python_command(),
                 "-c",
                 f"import sys; sys.path = sys.argv[1:]; import {__name__} as it; it.serve()",
                 *sys.path,
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+            env={**python_environment(), "TOKENIZERS_PARALLELISM": "false"},
             # Ctrl-C reaches the parent alone, which then ends the worker.
             process_group=0,
         )

@@ -9,7 +9,7 @@ from minicache.cache.identity import Identity, digest_of
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import DataError, ModelError
 
-# Most bytes of one file, so that a file from elsewhere does not fill the disk.
+# Most bytes of all files, so that a file from elsewhere does not fill the disk.
 MOST_BYTES = 2**28
 
 
@@ -46,22 +46,34 @@ def unpack(files: object, directory: Path, where: str) -> None:
     if not isinstance(files, dict) or "tokenizer.json" not in files:
         raise DataError(f"{where}: expected the tokenizer's files, found none; export the cache again")
     directory.mkdir()
+    room = MOST_BYTES
     for name, content in files.items():
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or "\0" in name or not path.name:
             raise DataError(f"{where}: a tokenizer's file has the name {name[:80]!r}; expected one below its directory")
-        (directory / path).parent.mkdir(parents=True, exist_ok=True)
-        (directory / path).write_bytes(_unpacked(content, f"{where}: {name[:80]!r} of the tokenizer"))
+        data = _unpacked(content, room, f"{where}: {name[:80]!r} of the tokenizer")
+        room -= len(data)
+        try:
+            (directory / path).parent.mkdir(parents=True, exist_ok=True)
+            (directory / path).write_bytes(data)
+        # a name that is too long, or that of a folder
+        except OSError as error:
+            raise DataError(
+                f"{where}: a tokenizer's file cannot be written: {name[:80]!r}: {error.strerror}"
+            ) from error
 
 
-def _unpacked(content: object, where: str) -> bytes:
+def _unpacked(content: object, room: int, where: str) -> bytes:
     try:
         inflater = zlib.decompressobj()
-        data = inflater.decompress(base64.b64decode(str(content), validate=True), MOST_BYTES)
+        # 0 would mean any number
+        data = inflater.decompress(base64.b64decode(str(content), validate=True), max(1, room))
     except (binascii.Error, ValueError, zlib.error) as error:
         raise DataError(f"{where} cannot be unpacked: {error}; export the cache again") from None
     if not inflater.eof:
-        raise DataError(f"{where}: expected {MOST_BYTES:,} bytes at most, all of them; it is larger or cut off")
+        raise DataError(
+            f"{where}: expected {MOST_BYTES:,} bytes at most, of all files together; it is larger or cut off"
+        )
     return data
 
 

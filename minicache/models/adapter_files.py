@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from minicache.errors import ModelError
+from minicache.models.directories import require_plain_files
 from minicache.models.peft_library import library, quiet
 from minicache.text import listed, one_line
 
@@ -25,6 +26,7 @@ def settings_of(directory: Path) -> Any:
     """
     peft = library()
     file = directory / ADAPTER
+    require_plain_files(directory)
     try:
         with quiet():
             config = peft.PeftConfig.from_pretrained(str(directory))
@@ -60,6 +62,8 @@ def _why_not_merged(config: Any) -> str | None:
         )
     if getattr(config, "alora_invocation_tokens", None):
         return "an activated LoRA (alora_invocation_tokens) works on a part of the text only and cannot be merged into weights"
+    if getattr(config, "megatron_config", None):
+        return "its megatron_config makes peft import a module that the file names; remove the entry"
     if (
         getattr(config, "revision", None) not in (None, "main")
         and not Path(str(config.base_model_name_or_path)).exists()

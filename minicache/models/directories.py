@@ -23,6 +23,13 @@ def broken_file(directory: Path) -> str | None:
     return None
 
 
+def require_plain_files(directory: Path) -> None:
+    """Raises ModelError: there is a pipe or a device among the files, on which a library would wait for ever."""
+    for file in directory.iterdir():
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise ModelError(f"{file}: a pipe or a device; expected a file")
+
+
 def missing_file(directory: Path, tokenizer: bool) -> str | None:
     """A line on what a directory lacks to be a tokenizer's, or a model's; None: nothing is missing."""
     if tokenizer:

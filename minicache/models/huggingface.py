@@ -9,7 +9,7 @@ from torch import nn
 
 from minicache.errors import ModelError
 from minicache.models import stored
-from minicache.models.directories import broken_file, missing_file
+from minicache.models.directories import broken_file, missing_file, require_plain_files
 from minicache.models.file_kinds import SAVE, is_path
 from minicache.models.whole import require_language_model, require_whole
 from minicache.text import one_line
@@ -69,6 +69,8 @@ def from_pretrained(cls: Any, source: str, trust_remote_code: bool, **options: A
         source, options = str(path.parent), {**options, "gguf_file": path.name}
     elif not path.is_dir() and (path.exists() or is_path(source)):
         raise ModelError(f"{source}: expected a model directory, a .gguf or .pth file, or a hub id like org/name")
+    elif path.is_dir():
+        require_plain_files(path)
     quiet()
     if said := IN_VAIN.get((cls.__name__, source)):
         raise ModelError(said)

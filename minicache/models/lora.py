@@ -200,6 +200,10 @@ def with_adapter(base: nn.Module, directory: Path) -> Any:
         if broken := broken_file(directory):
             raise ModelError(broken) from error
         line = one_line(error, 300)
+        if "Weights only load failed" in line:
+            raise ModelError(
+                f"{directory}: adapter_model.bin holds more than tensors, which is never run; expected {WEIGHTS}"
+            ) from error
         missing = isinstance(error, KeyError)
         problem = f"its file has no weights {line}" if missing else line
         raise ModelError(f"{directory}: the adapter does not fit its base model: {problem}") from error

@@ -25,14 +25,18 @@ TABLES = re.compile(
 # Parts of models of several modes that a class for text alone leaves out.
 TOWERS = re.compile(r"(^|\.)(vision_\w+|visual|audio_\w+|multi_modal_projector|mm_projector|embed_(vision|audio))\.")
 WRAPPERS = ("module.", "_orig_mod.")
+# Entries that transformers reads as the name of an implementation: its own, or that of a hub, as in kernels-community/flash-attn.
+KERNELS = ("_attn_implementation", "_experts_implementation")
+PLAIN = re.compile(r"\w+")
 # Types that hold weights as they are, as safetensors calls them.
 TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def require_language_model(source: str, config: Any) -> None:
-    """Raises ModelError: the configuration is not of a decoder-only language model that transformers knows."""
+    """Raises ModelError: the configuration is of no decoder-only language model that transformers knows, or asks for a program."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    _require_no_kernels(source, config)
     name, known = config.model_type, AutoModelForCausalLM
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if config.is_encoder_decoder:
@@ -49,6 +53,22 @@ def require_language_model(source: str, config: Any) -> None:
     raise ModelError(
         f"{source}: {name} is no causal language model that transformers knows; expected one, as GPT or Llama"
     )
+
+
+def _require_no_kernels(source: str, config: Any) -> None:
+    """Raises ModelError: config.json names a program of a hub for the attention or the experts, which transformers would run."""
+    for each in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", None) or ())):
+        for name in KERNELS:
+            named = getattr(each, name, None)
+            if strange := sorted(str(value) for value in _values(named) if not PLAIN.fullmatch(str(value))):
+                raise ModelError(
+                    f"{source}: its config.json says {name} {strange[0][:80]!r}, a program from a hub, which is not run; "
+                    "remove the entry"
+                )
+
+
+def _values(named: Any) -> list[Any]:
+    return [value for value in (named.values() if isinstance(named, dict) else [named]) if value is not None]
 
 
 def require_whole(source: str, config: Any, model: nn.Module, info: dict[str, Any]) -> None:

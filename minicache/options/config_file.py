@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from minicache.data.plain_yaml import read_yaml
 from minicache.errors import ConfigError
 from minicache.options.declare import flag, options_of
 from minicache.options.train import TrainConfig
@@ -24,6 +25,7 @@ from minicache.text import one_line
 
 MOST_BYTES = 1_000_000
 SUFFIXES = (".toml", ".yaml", ".yml", ".json")
+MANY_PARTS = re.compile(r"""(?<![\w"'-])(?:[\w"'-]+[ \t]*\.[ \t]*){64}""")
 # Entries of run.json that only a run's record has.
 OF_A_RUN = {"started_from", "handshake"}
 # A file may be a stranger's: to run a model's own code is for the person at this machine to say.
@@ -81,23 +83,22 @@ def _entries(file: Path) -> dict[str, Any]:
 def _parsed(text: str, suffix: str) -> Any:
     """Raises ValueError: not of the format."""
     if suffix == ".toml":
+        # for each part of a name, tomllib keeps the whole of it up to there
+        if MANY_PARTS.search(text):
+            raise ValueError("expected names of a few parts, got one of more than 64")
         return tomllib.loads(text)
     if suffix == ".json":
         return json.loads(text, object_pairs_hook=_without_twins)
-    # a package that transformers needs
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(error) from error
+    return read_yaml(text)
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"{twice[0]} stands in it twice")
-    return dict(pairs)
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name} stands in it twice")
+        found[name] = value
+    return found
 
 
 def _text(file: Path, name: str, value: Any) -> Any:

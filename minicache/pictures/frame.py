@@ -75,7 +75,10 @@ def picture(file: Path, inches: tuple[float, float]) -> Iterator["Figure"]:
         "svg.hashsalt": "minicache",
     }
     dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
-    with matplotlib.rc_context(options), warnings.catch_warnings(), quiet_fonts(), written_whole(file) as draft:
+    with matplotlib.rc_context(), warnings.catch_warnings(), quiet_fonts(), written_whole(file) as draft:
+        # a matplotlibrc may lie in the working directory, a stranger's, and say that LaTeX sets the texts
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(options)
         # a box in a run's name is no reason to stop
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
         figure = Figure(figsize=inches, layout="constrained", facecolor="white")

@@ -5,12 +5,12 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from minicache.errors import ProcessLost
+from minicache.interpreter import python_command, python_environment
 from minicache.processes.signals import INTERRUPTED, StopFlag
 
 log = logging.getLogger(__name__)
@@ -65,10 +65,10 @@ def launch(processes: int, arguments: list[str]) -> int:
 def _start(children: list[Child], processes: int, arguments: list[str]) -> None:
     """Start the processes and append them to `children`."""
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // processes))
-    command = [sys.executable, "-m", "minicache", *arguments]
+    command = [*python_command(), "-m", "minicache", *arguments]
     with meeting(processes) as ranks:
         for environment, inherited in ranks:
-            given = {**os.environ, "OMP_NUM_THREADS": threads, **environment}
+            given = {**python_environment(), "OMP_NUM_THREADS": threads, **environment}
             children.append(subprocess.Popen(command, env=given, pass_fds=inherited))
     log.debug("started %d processes, %s threads each: %s", processes, threads, [child.pid for child in children])
 

@@ -8,12 +8,14 @@ from numpy.typing import NDArray
 
 from minicache.cache.blocks import Blocks
 from minicache.cache.reader import ReferenceCache
-from minicache.errors import CacheError
+from minicache.errors import CacheDamaged, CacheError
 from minicache.pairs import CHOSEN, REJECTED
 from minicache.reports.inspection import PairLine
 
 # The arrays to read, ledgers first: a block's data is written before its ledger row.
 READ = ("ledger/ref", "ledger/pairs", "pairs/lengths", "pairs/source", "ref/logp_mean", "ref/token_count")
+# Missing blocks that are listed one by one.
+MOST_MISSING = 100_000
 
 
 @dataclass
@@ -59,6 +61,7 @@ def read_columns(cache: ReferenceCache) -> tuple[Columns, dict[int, str], dict[i
     for block, found in blocks.each(partial(_read_block, blocks)):
         if isinstance(found, CacheError):
             without_pairs[block] = str(found)
+            _require_few(cache, without_pairs)
             continue
         lengths, counted, source, logp_mean, why = found
         if why:
@@ -67,9 +70,17 @@ def read_columns(cache: ReferenceCache) -> tuple[Columns, dict[int, str], dict[i
         parts.append((index, lengths, counted, source, logp_mean))
     for block in range(len(blocks), cache.log.blocks):
         without_pairs[block] = f"{cache.path}: block {block} was written, but the arrays end before it"
+        _require_few(cache, without_pairs)
     index, lengths, counted, source, logp_mean = (np.concatenate(part) for part in zip(*parts, strict=True))
     columns = Columns(index=index, lengths=lengths, counted=counted, source=source, logp_mean=logp_mean)
     return columns, without_pairs, unscored
+
+
+def _require_few(cache: ReferenceCache, without_pairs: dict[int, str]) -> None:
+    """Raises CacheDamaged: so many blocks are missing that the metadata, which count them, are not to be believed."""
+    if len(without_pairs) > MOST_MISSING:
+        first = next(iter(without_pairs.values()))
+        raise CacheDamaged(f"{cache.path}: more than {MOST_MISSING:,} blocks have no pairs; the first: {first}")
 
 
 def _read_block(blocks: Blocks, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, str | None]:

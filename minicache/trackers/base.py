@@ -81,7 +81,7 @@ def _line(step: int, metrics: dict[str, float]) -> str:
 def points_before(step: int, file: Path) -> list[tuple[int, dict[str, float]]]:
     """The points of metrics.jsonl below `step`, none if there is no file. Lines that a kill or a power loss broke are left out."""
     points = []
-    for line in json_lines(file.read_bytes()) if file.exists() else []:
+    for line in json_lines(file.read_bytes()) if file.is_file() else []:
         at = line.value.pop("step", None) if isinstance(line.value, dict) else None
         if isinstance(at, int) and at < step:
             points.append((at, line.value))

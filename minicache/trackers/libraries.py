@@ -12,6 +12,8 @@ from minicache.errors import ConfigError, OutputError
 from minicache.text import one_line
 from minicache.trackers.base import Silent, points_before
 
+LONGEST_ID = 256
+
 
 @dataclass(frozen=True)
 class RunName:
@@ -63,8 +65,13 @@ class Library(Silent):
                 self.log(step, metrics)
 
     def known_id(self) -> str | None:
-        """The library's id for a run that goes on; None for a new run."""
-        return self._ids().get(self.name) if self.run.resumed_at is not None else None
+        """The library's id for a run that goes on; None for a new run. Raises ConfigError: trackers.json holds something else."""
+        own: Any = self._ids().get(self.name) if self.run.resumed_at is not None else None
+        if own is not None and not _is_id(own):
+            raise ConfigError(
+                f"{self.file}: {self.name}: expected the id of a run, got {str(own)[:40]!r}; remove the file"
+            )
+        return None if own is None else str(own)
 
     def remember_id(self, own_id: str) -> None:
         """Keep the library's id for this run in trackers.json, for the time the run goes on."""
@@ -78,6 +85,11 @@ class Library(Silent):
 
     def fail(self, error: BaseException) -> None:
         self.error = error
+
+
+def _is_id(value: object) -> bool:
+    """Whether a value can be the id of a run, which libraries put into addresses and names of files."""
+    return isinstance(value, str) and 0 < len(value) <= LONGEST_ID and value.isprintable() and not {*value} & {*"/\\"}
 
 
 class Wandb(Library):

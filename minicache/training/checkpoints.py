@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
-from minicache.disk import draft_of, make_folder, move, publish_folder, writing
+from minicache.disk import draft_of, make_folder, move, publish_folder, require_file, writing
 from minicache.errors import OutputError
 from minicache.processes.world import World, patient_group
 from minicache.strict import read_as
@@ -186,6 +186,7 @@ def load(run: Path, step: int) -> dict[str, Any]:
     file = place(run, step) / STATE
     started = time.monotonic()
     try:
+        require_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
             raise ValueError(f"expected entries by name, got {type(state).__name__}")

@@ -37,6 +37,7 @@ ASKED: dict[str, dict[str, Any]] = {
     "diff": {"a": "one", "b": "two"},
     "fit": {"model": "m", "memory": ["24GB", "80GB"]},
     "recipes": {"recipe": "tulu-3"},
+    "push": {"source": "run", "repo": "org/name", "license": "mit"},
 }
 
 

@@ -1,6 +1,7 @@
 """Reading a directory that may come from a stranger: refuses devices, pipes, and files or chunks larger than any of a cache."""
 
 import asyncio
+import os
 import stat
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore
 
 from minicache.disk import PAUSES
+from minicache.errors import OutputError
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -26,6 +28,7 @@ class BoundedStore(LocalStore):
     read."""
 
     async def set(self, key: str, value: Buffer) -> None:
+        self._require_inside(key)
         # as `disk.move`, which zarr does not know
         for pause in PAUSES:
             try:
@@ -39,9 +42,23 @@ class BoundedStore(LocalStore):
     ) -> Buffer | None:
         require_bounded(self.root / key)
         buffer = await super().get(key, prototype, byte_range)
-        if buffer is not None and key.startswith(COMPRESSED):
-            _require_bounded_frame(buffer.to_bytes())
+        require_bounded_chunk(key, buffer)
         return buffer
+
+    def _require_inside(self, key: str) -> None:
+        """Raises OutputError: a folder of the cache is a link that leads out of it, where a stranger wants something written."""
+        root = os.path.realpath(self.root)
+        folder = os.path.realpath((self.root / key).parent)
+        if folder != root and not folder.startswith(root + os.sep):
+            raise OutputError(f"{self.root / key}: leads out of the cache, to {folder}; expected folders, no links")
+
+
+def require_bounded_chunk(key: str, chunk: Buffer | None) -> None:
+    """Raises ValueError: it is larger than any of a cache, or decompresses to more."""
+    if chunk is not None and len(chunk) > MOST_BYTES:
+        raise ValueError(f"{len(chunk):,} bytes, expected {MOST_BYTES:,} or fewer")
+    if chunk is not None and key.startswith(COMPRESSED):
+        _require_bounded_frame(chunk.to_bytes())
 
 
 def require_bounded(file: Path) -> None:

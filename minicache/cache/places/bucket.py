@@ -21,6 +21,7 @@ from zarr.abc.store import ByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import ObjectStore
 
+from minicache.cache.places.bounded import require_bounded_chunk
 from minicache.cache.places.claims import CLAIM_FILE, Claim
 from minicache.cache.places.leases import Lease
 from minicache.cache.places.place import POLL_SECONDS, ROOT, Place
@@ -185,7 +186,9 @@ class _Chunks(ObjectStore[Any]):
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         with self.place.in_one_line():
-            return await super().get(key, prototype, byte_range)
+            buffer = await super().get(key, prototype, byte_range)
+        require_bounded_chunk(key, buffer)
+        return buffer
 
     async def exists(self, key: str) -> bool:
         with self.place.in_one_line():

@@ -16,6 +16,8 @@ log = logging.getLogger(__name__)
 
 # A file and not the directory itself: NFS locks only files.
 CLAIM_FILE = "claim"
+# A link in a cache from somebody else would make a file wherever it leads to.
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 # Beginning of the claim files of shards, one for each job at work.
 SHARD_CLAIMS = "shard-"
 
@@ -69,7 +71,7 @@ class FileClaim:
         if self._descriptor is None:
             # The directory is missing if another process has removed a new cache because its data was bad.
             with writing(self.file), suppress(FileNotFoundError):
-                self._descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o666)
+                self._descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT | NO_LINK, 0o666)
             if self._descriptor is None:
                 return False
         try:

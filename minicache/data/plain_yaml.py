@@ -1,0 +1,42 @@
+"""YAML from somebody else: plain values only, and no more of them than the file has room for."""
+
+from typing import Any
+
+from minicache.text import one_line
+
+MOST_VALUES = 100_000
+
+
+def read_yaml(text: str) -> Any:
+    """The values in a YAML text: texts, numbers, dates, lists and objects, never objects of Python.
+
+    An alias stands for what it names each time: a few lines of aliases of aliases are more values than a memory holds.
+
+    Raises:
+        ValueError: it is not YAML, nested too deeply, or has more than MOST_VALUES values.
+    """
+    # a package that transformers needs
+    import yaml
+
+    try:
+        root = yaml.compose(text, yaml.SafeLoader)
+        if root is not None and _values(root, {}) > MOST_VALUES:
+            raise ValueError(f"expected {MOST_VALUES:,} values or fewer, aliases counted as what they stand for")
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(one_line(error, 300)) from error
+
+
+def _values(node: Any, known: dict[int, int]) -> int:
+    """The number of values in a node. known: by the id of each node that was counted; 0 while it is being counted."""
+    if (found := known.get(id(node))) is not None:
+        if not found:
+            raise ValueError("a value holds itself")
+        return found
+    known[id(node)] = 0
+    count = 1
+    if isinstance(node.value, list):
+        for each in node.value:
+            count += sum(_values(part, known) for part in (each if isinstance(each, tuple) else (each,)))
+    known[id(node)] = count
+    return count
