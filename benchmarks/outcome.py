@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -78,21 +79,32 @@ class Asked:
 def main() -> None:
     options, console = parse(), Console()
     quiet()
-    known: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))["runs"] if FILE.exists() else {}
+    known = known_runs(options)
     try:
         with tempfile.TemporaryDirectory() as directory:
             data = {"sample": SAMPLE, "English pairs": english(options, Path(directory))}
             for name, (training, held_out) in data.items():
+                missing = [each for each in wanted(options, name) if options.only in each.key and each.key not in known]
                 caches = Caches(options.model, Path(directory) / name.replace(" ", "-"), training, held_out)
-                for asked in wanted(options, name):
-                    if options.only in asked.key and asked.key not in known:
-                        console.print(asked.key)
-                        known[asked.key] = made(asked, caches)
-                        report(options, known, console, quietly=True)
+                for asked in missing:
+                    console.print(asked.key)
+                    known[asked.key] = made(asked, caches)
+                    report(options, known, console, quietly=True)
     except MinicacheError as error:
         sys.exit(f"outcome: {error}")
     report(options, known, console)
     draw_outcome(known)
+
+
+def known_runs(options: argparse.Namespace) -> dict[str, Any]:
+    """The runs of the results that were made with these options, by key."""
+    found = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
+    return found["runs"] if found.get("settings") == settings_of(options) else {}
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The options on which figures depend."""
+    return {name: getattr(options, name) for name in ("pairs", "epochs", "lr")} | {"model": short_name(options.model)}
 
 
 SAMPLE = ("minicache/sample/train.jsonl", "minicache/sample/heldout.jsonl")
@@ -105,7 +117,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=96, help="of them, the shortest; a quarter is held out")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=float, default=2.0)
-    parser.add_argument("--lr", type=float, default=1e-5)
+    parser.add_argument("--lr", type=float, default=5e-6)
     parser.add_argument("--only", default="", help="runs whose name has this in it")
     return parser.parse_args()
 
@@ -120,13 +132,23 @@ def english(options: argparse.Namespace, place: Path) -> tuple[str, str]:
 
 
 class Caches:
-    """The reference caches of a data set's two parts."""
+    """The reference caches of a data set's two parts, each made when it is first asked for."""
 
     def __init__(self, model: str, place: Path, training: str, held_out: str) -> None:
-        self.model = model
-        self.training, self.held_out = place / "train", place / "heldout"
-        for cache, file in ((self.training, training), (self.held_out, held_out)):
-            precompute(PrecomputeConfig(model, (file,), cache, max_length=512), WORLD, Silent())
+        self.model, self.place, self.files = model, place, {"train": training, "heldout": held_out}
+
+    @cached_property
+    def training(self) -> Path:
+        return self._made("train")
+
+    @cached_property
+    def held_out(self) -> Path:
+        return self._made("heldout")
+
+    def _made(self, part: str) -> Path:
+        options = PrecomputeConfig(self.model, (self.files[part],), self.place / part, max_length=512)
+        precompute(options, WORLD, Silent())
+        return self.place / part
 
 
 def wanted(options: argparse.Namespace, data: str) -> Iterator[Asked]:
@@ -183,9 +205,9 @@ def by_trl(asked: Asked, caches: Caches, out: Path) -> Callable[[], object]:
     rows, steps = rows_of(table), round(chosen["epochs"] * -(-len(table) // BATCH))
 
     def run() -> None:
-        models = [load_model(caches.model).model.float() for _ in range(2)]
+        policy, reference = (load_model(caches.model).model.float() for _ in range(2))
         settings = {"beta": chosen["beta"], "learning_rate": lr, "use_cpu": True}
-        trainer = trainer_of(*models, rows, cache.tokenizer_dir, **settings)
+        trainer = trainer_of(policy, reference, rows, cache.tokenizer_dir, **settings)
         policy = trainer.accelerator.prepare_model(trainer.model)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0)
         order = global_batches(Mixture.of([np.arange(len(table))]), BATCH, seed=42 + asked.seed)
@@ -215,6 +237,7 @@ def report(options: argparse.Namespace, known: dict[str, Any], console: Console,
         "CPU seconds and peak memory of training alone, above the loaded data.",
         "machine": machine(),
         "command": command_line("outcome"),
+        "settings": settings_of(options),
         "table": [COLUMNS, list(rows(known))],
         "runs": known,
     }
