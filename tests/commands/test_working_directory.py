@@ -131,6 +131,7 @@ def test_python_below_the_command_does_not_look_there(theirs: Path) -> None:
 def test_a_copy_that_is_not_installed_still_starts_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """`python -m minicache` in a copy of the repository: the package is found there, and by the processes that it starts."""
     monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")  # so that it is taken back
     monkeypatch.chdir(ROOT)
     assert interpreter.python_environment()["PYTHONPATH"] == str(ROOT)
     before = list(sys.path)
@@ -148,5 +149,6 @@ def test_a_removed_working_directory_is_no_error(tmp_path: Path, monkeypatch: py
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
+    monkeypatch.setenv("PYTHONSAFEPATH", "")
     interpreter.forget_working_directory()
     assert interpreter.python_environment()["PYTHONSAFEPATH"] == "1"
