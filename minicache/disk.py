@@ -49,7 +49,9 @@ def writing(path: object) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(f"{path}: the disk is full; free some space and run the same command again") from error
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
+        # which file or folder in it is gone
+        gone = f" ({error.filename})" if isinstance(error, FileNotFoundError) and error.filename else ""
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}{gone}") from error
 
 
 def with_folders(files: list[Path]) -> list[Path]:
