@@ -38,7 +38,14 @@ def _minimind(about: str, **options: Any) -> Recipe:
 
 def _published(about: str, source: str, **options: Any) -> Recipe:
     """What the published recipes share, and these. Their clipping is the default of transformers and of accelerate."""
-    shared = {"loss_on": "response", "weight_decay": 0.0, "max_grad_norm": 1.0, "warmup": 0.1}
+    shared = {
+        "loss_on": "response",
+        "batch_size": 128,
+        "epochs": 1.0,
+        "warmup": 0.1,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+    }
     return Recipe(about, source, {**shared, **options})
 
 
@@ -90,8 +97,6 @@ RECIPES: dict[str, Recipe] = {
         beta=5.0,
         lr=5e-7,
         schedule="linear",
-        batch_size=128,
-        epochs=1.0,
         max_length=2048,
     ),
     "olmo-2": _published(
@@ -101,8 +106,6 @@ RECIPES: dict[str, Recipe] = {
         beta=5.0,
         lr=8e-7,
         schedule="linear",
-        batch_size=128,
-        epochs=1.0,
         max_length=2048,
     ),
     "zephyr": _published(
@@ -112,8 +115,6 @@ RECIPES: dict[str, Recipe] = {
         beta=0.01,
         lr=5e-7,
         schedule="cosine",
-        batch_size=128,
-        epochs=1.0,
         max_length=1024,
     ),
     "smollm2": _published(
@@ -123,7 +124,6 @@ RECIPES: dict[str, Recipe] = {
         beta=0.5,
         lr=1e-6,
         schedule="cosine",
-        batch_size=128,
         epochs=2.0,
         max_length=1024,
     ),
@@ -137,8 +137,6 @@ RECIPES: dict[str, Recipe] = {
         simpo_gamma=1.0,
         lr=6e-7,
         schedule="cosine",
-        batch_size=128,
-        epochs=1.0,
         max_length=2048,
     ),
     "trl": _published(

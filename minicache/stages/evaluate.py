@@ -22,7 +22,7 @@ from minicache.scoring.loading import load_pairs
 from minicache.scoring.spread import spread
 from minicache.trackers import Tracker
 from minicache.training.losses import Objective
-from minicache.training.run_directory import DEFAULTS, final_beta, policy_source, run_behind
+from minicache.training.run_directory import DEFAULTS, RunRecord, final_beta, policy_source, run_behind
 from minicache.training.validation import EvalSet, evaluate_policy, require_per_token
 
 
@@ -46,7 +46,8 @@ class EvaluateReport:
 
 def evaluate(config: EvaluateConfig, world: World, tracker: Tracker) -> EvaluateReport:
     """Score every pair of the cache with the policy; returns the mean metrics. Raises MinicacheError of any kind."""
-    settings, options = _settings(config)
+    run = run_behind(config.policy)
+    settings, options = _settings(config, run)
     objective = Objective.parse(settings["loss"], settings["logps"], settings["beta"], options)
     cache = world.each(lambda: ReferenceCache(config.ref_cache))
     require_per_token(cache, options)
@@ -58,11 +59,11 @@ def evaluate(config: EvaluateConfig, world: World, tracker: Tracker) -> Evaluate
     same = (loaded.fingerprint, loaded.quantization) == (identity.weights, identity.quantization)
     dtype = agreed_dtype(config.dtype, world, tracker.note)
     scorer = spread(loaded.model, dtype, "ddp", world)
-    if (run := run_behind(config.policy)) and run.options["balance"] is not None:
+    if run and run.options["balance"] is not None:
         scorer.weigh_balance(run.options["balance"])
     settle_layout(scorer, cached.table, "auto", world, tracker)
     pairs = EvalSet(cached, np.arange(len(cached.table)))
-    _note_other_reference(config, cache, tracker)
+    _note_other_reference(config, run, cache, tracker)
     budget = config.tokens_per_batch or scoring_budget(scorer, cached.table, world, tracker)
     tracker.begin("evaluating", len(cached.table))
     found = evaluate_policy(scorer, pairs, objective, budget, world, tracker)
@@ -78,9 +79,8 @@ def evaluate(config: EvaluateConfig, world: World, tracker: Tracker) -> Evaluate
     )
 
 
-def _settings(config: EvaluateConfig) -> tuple[dict[str, Any], LossOptions]:
+def _settings(config: EvaluateConfig, run: RunRecord | None) -> tuple[dict[str, Any], LossOptions]:
     """Loss, logps and beta, and the options of the loss: as asked for, else as in the run's validation, else the defaults."""
-    run = run_behind(config.policy)
     used = run.options if run else DEFAULTS
     logps = config.logps or used["logps"]
     kept = final_beta(used["beta"], used["beta_end"]) if run else BETAS[logps]
@@ -88,9 +88,10 @@ def _settings(config: EvaluateConfig) -> tuple[dict[str, Any], LossOptions]:
     return settings, fill(LossOptions, used)
 
 
-def _note_other_reference(config: EvaluateConfig, cache: ReferenceCache, tracker: Tracker) -> None:
+def _note_other_reference(
+    config: EvaluateConfig, run: RunRecord | None, cache: ReferenceCache, tracker: Tracker
+) -> None:
     """Note where the cache holds another reference than the one that the policy's run was trained against."""
-    run = run_behind(config.policy)
     # the same one needs no look, and a store that cannot be reached would be waited for
     if run is None or local_path(run.ref_cache) is None or not different((run.ref_cache, config.ref_cache)):
         return

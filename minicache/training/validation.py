@@ -7,6 +7,7 @@ from hashlib import blake2b
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from minicache.cache.reader import ReferenceCache
 from minicache.cache.schema import CachedPairs
@@ -49,10 +50,20 @@ def require_per_token(cache: ReferenceCache, options: LossOptions) -> None:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How a policy does on held-out pairs. metrics: means over them; see metrics.py. held_out: figures with intervals."""
+    """How a policy does on n held-out pairs. metrics: means over them; see metrics.py.
+
+    preferences: (n, 3) float64, in the order of the pairs' indices: of each the reward margin, and the differences of chosen and
+    rejected by policy and reference.
+    """
 
     metrics: dict[str, float]
-    held_out: HeldOut
+    preferences: NDArray[np.float64]
+
+    @property
+    def held_out(self) -> HeldOut:
+        """The figures with intervals. A validation that is not the best needs none."""
+        margins, policy, reference = self.preferences.T
+        return held_out(margins, policy > 0, reference > 0)
 
 
 def evaluate_policy(
@@ -87,17 +98,17 @@ def evaluate_policy(
     if loads := [each for each in world.gather(load and load.to(CPU)) if each]:
         whole = reduce(operator.add, loads)
         metrics["aux_loss"] = float(whole.loss(whole))
-    return Evaluation(metrics, _held_out(world, preferences))
+    return Evaluation(metrics, _gathered(world, preferences))
 
 
 def _preferences(logps: Logps, beta: float) -> torch.Tensor:
-    """(B, 3): reward margin, and the differences of chosen and rejected by policy and reference."""
+    """(B, 3), as in `Evaluation`."""
     rewards = beta * logps.ratios
     return torch.stack([values[:, 0] - values[:, 1] for values in (rewards, logps.policy, logps.reference)], 1).detach()
 
 
-def _held_out(world: World, preferences: list[tuple[Indices, torch.Tensor]]) -> HeldOut:
-    """The figures over the pairs of all processes, in the order of their indices: whatever the batches and the processes."""
+def _gathered(world: World, preferences: list[tuple[Indices, torch.Tensor]]) -> NDArray[np.float64]:
+    """Those of all processes, in the order of the pairs' indices: whatever the batches and the processes."""
     # a process may have no pairs
     mine = preferences and (
         np.concatenate([indices for indices, _ in preferences]),
@@ -105,8 +116,7 @@ def _held_out(world: World, preferences: list[tuple[Indices, torch.Tensor]]) -> 
     )
     every = [each for each in world.gather(mine) if each]
     order = np.concatenate([indices for indices, _ in every]).argsort()
-    margins, policy, reference = np.concatenate([values for _, values in every])[order].T
-    return held_out(margins, policy > 0, reference > 0)
+    return np.concatenate([values for _, values in every])[order]
 
 
 def references_of(cached: CachedPairs, options: LossOptions, indices: Indices, batch: Batch) -> References:

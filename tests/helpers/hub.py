@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+
+from tests.helpers.loopback import at_work
 
 COMMIT, OLD = "a" * 40, "b" * 40
 Files = dict[str, bytes]
@@ -93,13 +94,5 @@ class _Server(ThreadingHTTPServer):
 def serving() -> Iterator[Hub]:
     """A hub that answers at its `address` as long as the block lasts."""
     hub = Hub()
-    server = _Server(hub)
-    hub.address = f"http://127.0.0.1:{server.server_port}"
-    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
+    with at_work(_Server(hub)) as hub.address:
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Event, Thread
+from threading import Event
 from typing import Any
 from urllib.parse import unquote
 
 import yaml
+
+from tests.helpers.loopback import at_work
 
 Files = dict[str, bytes]
 TOKEN = "hf_of_a_test"
@@ -267,15 +269,9 @@ class _Server(ThreadingHTTPServer):
 def serving() -> Iterator[Hub]:
     """A hub that answers at its `address` as long as the block lasts."""
     hub = Hub()
-    server = _Server(hub)
-    hub.address = f"http://127.0.0.1:{server.server_port}"
-    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
-        yield hub
-    finally:
-        if hub.slow:
-            hub.slow.set()
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with at_work(_Server(hub)) as hub.address:
+        try:
+            yield hub
+        finally:
+            if hub.slow:
+                hub.slow.set()

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Lock, Thread
+from threading import Lock
 from typing import Any
+
+from tests.helpers.loopback import at_work
 
 Headers = dict[str, str]
 
@@ -111,13 +113,7 @@ class _Server(ThreadingHTTPServer):
 @contextmanager
 def judge_server(reply: Callable[[str], str] = lambda _: "A") -> Iterator[JudgeServer]:
     """A server at work within the block."""
-    with _Server(("127.0.0.1", 0), _Handler) as server:
-        server.judge = JudgeServer(reply)
-        server.judge.address = f"http://127.0.0.1:{server.server_port}"
-        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-        thread.start()
-        try:
-            yield server.judge
-        finally:
-            server.shutdown()
-            thread.join()
+    server = _Server(("127.0.0.1", 0), _Handler)
+    server.judge = JudgeServer(reply)
+    with at_work(server) as server.judge.address:
+        yield server.judge

@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import subprocess
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,11 @@ from minicache.pages.run_answers import read_answers
 from minicache.stages.compare import verdicts_file
 from minicache.stages.train import train
 from minicache.trackers import Silent
-from tests.conftest import Cli, one_process, tiny_llama
+from tests.conftest import Cli, one_process
 from tests.helpers.judge_server import Fault, JudgeServer, judge_server
-from tests.stages.test_compare import NAMES, NASTY, data_of
+from tests.stages.test_compare import NAMES, NASTY, data_of, policy_dir
+
+__all__ = ["policy_dir"]  # a fixture
 
 PROMPTS = ("why not", "the cat sat on a mat", "今天天气很好")
 SECRET = "sk-very-secret-0123456789"
@@ -33,16 +34,6 @@ SECRET = "sk-very-secret-0123456789"
 def judge() -> Iterator[JudgeServer]:
     with judge_server() as one:
         yield one
-
-
-@pytest.fixture(scope="module")
-def policy_dir(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
-    """Other weights than the reference's, the same tokenizer."""
-    directory = shutil.copytree(model_dir, tmp_path_factory.mktemp("policy") / "model")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        tiny_llama(seed=1).save_pretrained(directory)
-    return directory
 
 
 def command(policy: Path, reference: Path, judge: JudgeServer, *more: object) -> tuple[object, ...]:

@@ -81,7 +81,7 @@ def _validate(run: Run, guard: Callable[[], Any]) -> None:
 
     with pytest.MonkeyPatch.context() as patch, guard():
         patch.setattr(Means, "reduce", lambda means, world, patient: {})
-        patch.setattr(validation, "_held_out", lambda world, preferences: None)
+        patch.setattr(validation, "_gathered", lambda world, preferences: None)
         held_out = EvalSet(run.cached, np.arange(4))
         evaluate_policy(run.scorer, held_out, run.objective, run.budget, run.world, Silent())
 
