@@ -130,7 +130,7 @@ def errors_as_one_line(interrupted: str = "nothing was written") -> Iterator[Non
         if isinstance(error, ProcessLost) and asked.since is not None:
             _show_interruption("another process of this run has left first; what was saved stays")
             raise typer.Exit(130) from error
-        if not _is_first() or (isinstance(error, ProcessLost) and "WORLD_SIZE" in os.environ):
+        if not is_first() or (isinstance(error, ProcessLost) and "WORLD_SIZE" in os.environ):
             # Rank 0 reports an error that all ranks have, and whoever has failed first its own; the launcher ends the other ranks
             # while they sleep here.
             time.sleep(3)
@@ -143,13 +143,14 @@ def errors_as_one_line(interrupted: str = "nothing was written") -> Iterator[Non
         raise typer.Exit(130) from None
 
 
-def _is_first() -> bool:
+def is_first() -> bool:
+    """Whether this is the process that speaks for all, so far as its variables say."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def _show_interruption(text: str) -> None:
     """All ranks were interrupted; one of them reports it."""
-    if _is_first():
+    if is_first():
         err.print(f"interrupted; {text}", style="yellow")
 
 

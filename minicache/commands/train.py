@@ -6,11 +6,11 @@ from typing import Any
 import typer
 
 from minicache.commands.assemble import DEVICE, NPROC, RECIPE, Given, command_of, in_panel, parameters_of
-from minicache.commands.running import errors_as_one_line, run_stage
+from minicache.commands.running import err, errors_as_one_line, is_first, run_stage
 from minicache.errors import OutputError
 from minicache.options.recipes import recipe
 from minicache.options.train import MEMORY, TrainConfig
-from minicache.options.unused import require_read
+from minicache.options.unused import require_read, unread
 from minicache.screen.results import show_train
 from minicache.training.run_directory import run_facts
 
@@ -25,8 +25,12 @@ def train(given: Given) -> None:
         before = facts_to_resume(options) if options.get("resume") else {}
         if not before and "ref_cache" not in options:
             raise typer.BadParameter("missing; name the directory precompute-ref wrote", param_hint="--ref-cache")
-        config = Given(options, given.extras).config(TrainConfig, {**before, **recipe(given.extras["recipe"])})
+        of_recipe = recipe(given.extras["recipe"])
+        config = Given(options, given.extras).config(TrainConfig, {**before, **of_recipe})
         require_read(config, options)
+        if is_first():
+            for line in unread(config, of_recipe.keys() - options.keys()):
+                err.print(f"  {line}", highlight=False, soft_wrap=True)
         run_stage("train", config, given.nproc, show_train, given.device)
 
 

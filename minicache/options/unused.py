@@ -64,6 +64,12 @@ def why_unread(config: TrainConfig, name: str) -> str | None:
     return RULES[name](config, name) if name in RULES else None
 
 
+def unread(config: TrainConfig, names: Collection[str]) -> list[str]:
+    """A line for each of these options of a recipe that a run with this config would not read."""
+    reasons = ((name, why_unread(config, name)) for name in names)
+    return [f"{FLAGS[name]} of the recipe is not used: {why.partition(';')[0]}" for name, why in reasons if why]
+
+
 def require_read(config: TrainConfig, given: Collection[str]) -> None:
     """Check that a run reads each given option that differs from its default.
 

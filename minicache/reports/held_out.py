@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from minicache.reports.intervals import interval_of_mean, mcnemar, wilson
 from minicache.reports.names import moved
+from minicache.strict import read_as
 from minicache.text import phrase
 
 # Nats per token from the reference above which a policy has moved far, and below which hardly: of means, a lower bound; of tokens.
@@ -44,6 +45,10 @@ class HeldOut:
     gained: int
     lost: int
     p_value: float
+
+    def __post_init__(self) -> None:
+        if not self.pairs:
+            raise ValueError("pairs: expected 1 or more, got 0")
 
     @property
     def accuracy(self) -> float:
@@ -100,7 +105,8 @@ def words_on_run(known: Mapping[str, Any]) -> list[str]:
     outcome = known["outcome"]
     progress = outcome["progress"]
     best, last = progress.get("validation"), progress.get("last")
-    if not last:
+    # a line of the log is measured before its step's update
+    if not last or (best is None and not progress.get("last_step")):
         return []
     if best is not None and outcome["model_step"] == 0:
         start = phrase("the model of --init-from") if known.get("init_from") else phrase("the reference")
@@ -116,23 +122,29 @@ def words_on_run(known: Mapping[str, Any]) -> list[str]:
             )
         return [phrase(advice, start=start)]
     said = _on_distance(best or last, known.get("lr"))
-    found = progress.get("held_out")
+    found, trained = _held_out_of(known), last.get("rewards/accuracy", 0.0)
     if found:
-        said += _on_sureness(HeldOut(**found))
-        trained = last["rewards/accuracy"]
-        if trained > found["accuracy_high"] + MEMORISED:
+        said += _on_sureness(found)
+        if trained > found.accuracy_high + MEMORISED:
             by_heart = (
                 "reward accuracy in training, {trained:.0%}, is far above {held_out:.0%} on held-out pairs: it learned these "
                 "pairs by heart; fewer --epochs, a lower --lr or more pairs"
             )
-            said.append(phrase(by_heart, trained=trained, held_out=found["right"] / found["pairs"]))
+            said.append(phrase(by_heart, trained=trained, held_out=found.accuracy))
     return said
 
 
 def figures_of_run(known: Mapping[str, Any]) -> list[tuple[str, str]]:
     """As `figures`, of the saved policy of a run; none of a run without validation, or of before. known: run.json."""
+    found = _held_out_of(known)
+    return figures(found) if found else []
+
+
+def _held_out_of(known: Mapping[str, Any]) -> HeldOut | None:
+    """The figures in run.json, of which a later version may hold more."""
     found = ((known.get("outcome") or {}).get("progress") or {}).get("held_out")
-    return figures(HeldOut(**found)) if found else []
+    read: HeldOut | None = read_as(HeldOut, found, "held_out", skip_unknown=True) if found else None
+    return read
 
 
 def words_on_policy(metrics: Mapping[str, float], found: HeldOut, is_reference: bool) -> list[str]:
@@ -143,13 +155,15 @@ def words_on_policy(metrics: Mapping[str, float], found: HeldOut, is_reference: 
 
 
 def _moves_hardly(metrics: Mapping[str, float]) -> bool:
-    return metrics[moved(metrics)] < HARDLY[moved(metrics)]
+    name = moved(metrics)
+    return metrics.get(name, HARDLY[name]) < HARDLY[name]
 
 
 def _on_distance(metrics: Mapping[str, float], lr: float | None) -> list[str]:
     """On a policy that hardly moved, or moved far. lr: the rate that it was trained at."""
     name = moved(metrics)
-    distance = metrics[name]
+    # what another version has not measured is nothing to speak of
+    distance = metrics.get(name, HARDLY[name])
     if distance > FAR[name]:
         far = (
             "the policy has moved far, {distance:.1g} nats per token from the reference: read its answers (minidpo compare) "

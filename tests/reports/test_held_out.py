@@ -42,6 +42,24 @@ def test_lines_name_the_numbers() -> None:
     assert figures(STAYED) == [("chosen is likelier", "50.0% of 400 pairs, as by the reference")]
 
 
+def test_what_no_run_writes_is_one_error_or_nothing() -> None:
+    """run.json may be a stranger's, or a later version's."""
+    known = run()
+    known["outcome"]["progress"]["held_out"]["later"] = 1
+    assert len(figures_of_run(known)) == 3 and words_on_run(known) == []
+    with pytest.raises(ValueError, match="pairs: expected 1 or more"):
+        replace(GOOD, pairs=0)
+    progress = {"validation": {"loss": 1.0}, "last": {"loss": 1.0}}
+    assert words_on_run({"outcome": {"model_step": 3, "progress": progress}}) == []
+
+
+def test_a_run_of_one_step_was_measured_before_its_update() -> None:
+    known = run(None, metrics={"kl": 0.0})
+    assert "hardly moved" in words_on_run(known)[0]
+    known["outcome"]["progress"]["last_step"] = 0
+    assert words_on_run(known) == []
+
+
 def run(found: HeldOut | None = GOOD, model_step: int = 20, **changes: Any) -> dict[str, Any]:
     """run.json of a finished run."""
     held = {"kl": 1e-3, "rewards/accuracy": found.accuracy if found else 0.0}
@@ -49,7 +67,7 @@ def run(found: HeldOut | None = GOOD, model_step: int = 20, **changes: Any) -> d
     for name, value in changes.pop("metrics", {}).items():
         held[name] = last[name] = value
     progress = {"validation": held if found else None, "last": last | changes.pop("last", {})}
-    progress["held_out"] = asdict(found) if found else None
+    progress |= {"held_out": asdict(found) if found else None, "last_step": model_step}
     return {"lr": 1e-6, "outcome": {"model_step": model_step, "progress": progress}, **changes}
 
 

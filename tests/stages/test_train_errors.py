@@ -58,6 +58,14 @@ def test_every_option_wins_over_the_recipe_even_at_its_own_default(ref_cache: Pa
     assert own.items() <= facts(run).items()
 
 
+def test_what_another_loss_leaves_unused_of_a_recipe_is_listed(ref_cache: Path, tmp_path: Path, cli: Cli) -> None:
+    arguments = ("train", "--ref-cache", ref_cache, "--out", tmp_path / "run", "--max-steps", 1, "--recipe", "simpo")
+    code, _, stderr = cli(*arguments, "--loss", "sigmoid")
+    assert code == 0 and "--simpo-gamma of the recipe is not used: --loss sigmoid does not read it" in stderr
+    code, _, stderr = cli(*arguments[:3], "--out", tmp_path / "own", *arguments[5:])
+    assert code == 0 and "not used" not in stderr
+
+
 def test_a_recipe_and_resume(ref_cache: Path, tmp_path: Path, cli: Cli) -> None:
     run = tmp_path / "run"
     arguments = ("train", "--ref-cache", ref_cache, "--out", run, "--max-steps", 1, "--recipe", "minimind-3")
