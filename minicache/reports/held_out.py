@@ -3,15 +3,16 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from minicache.reports.intervals import interval_of_mean, mcnemar, wilson
 from minicache.reports.names import moved
 from minicache.strict import read_as
 from minicache.text import phrase
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 # Nats per token from the reference above which a policy has moved far, and below which hardly: of means, a lower bound; of tokens.
 FAR = {"kl": 0.3, "kl_tokens": 3.0}
@@ -56,7 +57,7 @@ class HeldOut:
         return self.right / self.pairs
 
 
-def held_out(margins: NDArray[np.float64], policy: NDArray[np.bool_], reference: NDArray[np.bool_]) -> HeldOut:
+def held_out(margins: "NDArray[np.float64]", policy: "NDArray[np.bool_]", reference: "NDArray[np.bool_]") -> HeldOut:
     """The figures of n pairs.
 
     margins: (n,) implicit reward margins. policy, reference: (n,), whether the model's own logprob of chosen is the higher one.

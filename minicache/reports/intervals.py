@@ -1,9 +1,11 @@
 """Intervals of what was counted and measured, and a test of what changed. No torch."""
 
 import math
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 RESAMPLES, MOST_RESAMPLED = 1000, 20_000
 
@@ -33,9 +35,12 @@ def mcnemar(gained: int, lost: int) -> float:
     return min(1.0, 2 * math.fsum(math.exp(each + half) for each in ways))
 
 
-def interval_of_mean(values: NDArray[np.float64], seed: int = 0) -> tuple[float, float]:
+def interval_of_mean(values: "NDArray[np.float64]", seed: int = 0) -> tuple[float, float]:
     """The 95% interval of a mean by the percentile bootstrap (Efron 1979); of many values by the normal distribution, which it
     approaches. values: (n,)."""
+    # not for the commands that print intervals
+    import numpy as np
+
     if len(values) < 2:
         return float(values.mean()), float(values.mean())
     if len(values) > MOST_RESAMPLED:

@@ -131,3 +131,10 @@ def test_version_and_help(cli: Cli) -> None:
 def test_python_m_minicache_is_the_same_program() -> None:
     done = subprocess.run([sys.executable, "-m", "minicache", "--version"], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, "0.1.0")
+
+
+def test_the_command_line_starts_without_what_only_stages_need() -> None:
+    heavy = ("torch", "numpy", "zarr", "transformers", "huggingface_hub", "matplotlib", "jinja2", "yaml", "pyarrow")
+    code = f"import sys, minicache.cli; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
