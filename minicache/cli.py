@@ -1,9 +1,12 @@
 """The command line: a line a command. Heavy modules are imported by the command that needs them."""
 
 import sys
-from typing import Annotated
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from minicache import __version__
 from minicache.commands.compare import compare
@@ -25,9 +28,35 @@ from minicache.commands.sweep import sweep
 from minicache.commands.train import train
 from minicache.interpreter import forget_working_directory
 from minicache.processes.signals import CommandLine
-from minicache.text import print_in_any_encoding
+from minicache.text import guard_output, visible
+
+# The error of a command line, which typer takes from click or, in newer versions, from its own copy.
+UsageError: Any = typer.BadParameter.__base__
+
+
+class Commands(TyperGroup):
+    """The commands. What an error says of an argument is shown: the name of a file may hold anything."""
+
+    def make_context(self, *given: Any, **options: Any) -> Any:
+        with _shown():
+            return super().make_context(*given, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _shown():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _shown() -> Iterator[None]:
+    try:
+        yield
+    except UsageError as error:
+        error.message = visible(error.message)
+        raise
+
 
 app = typer.Typer(
+    cls=Commands,
     help="Offline DPO in two stages: run the frozen reference once, then train the policy alone.",
     no_args_is_help=True,
     add_completion=False,
@@ -76,7 +105,7 @@ def expand_data(arguments: list[str]) -> list[str]:
 def main() -> None:
     """Run the command line of this process."""
     forget_working_directory()
-    print_in_any_encoding()
+    guard_output()
     with CommandLine():
         sys.argv[1:] = expand_data(sys.argv[1:])
         app(prog_name="minidpo")

@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 
 from minicache.errors import OutputError
+from minicache.json_lines import to_json
 
 DRAFT = re.compile(r"\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<process>[0-9a-f]{8})-[0-9a-f]{8}\.draft$")
 LONGEST_NAME = 180  # bytes of a name that its draft repeats; file systems allow 255 in all
@@ -241,6 +242,4 @@ def read_json(file: Path) -> dict[str, Any]:
 def write_json(file: Path, facts: dict[str, Any]) -> None:
     """Write a JSON object, paths as text. Raises OutputError: the disk is full or refuses; what was there stays."""
     with written_whole(file) as draft:
-        draft.write_text(
-            json.dumps(facts, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8", newline="\n"
-        )
+        draft.write_text(to_json(facts, indent=2, default=str) + "\n", encoding="utf-8", newline="\n")

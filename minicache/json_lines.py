@@ -1,8 +1,13 @@
-"""JSON lines: one object a line, read and written in one way."""
+"""JSON for files and the screen, and JSON lines: one object a line, read and written in one way."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
+
+from minicache.text import UNSAFE
+
+_UNSAFE = re.compile(f"[{UNSAFE}]")
 
 
 class JsonLine(NamedTuple):
@@ -26,6 +31,14 @@ def json_lines(content: bytes) -> Iterator[JsonLine]:
             yield JsonLine(number, text, None, error)
 
 
+def to_json(value: object, **options: Any) -> str:
+    """A value as JSON in its own script, but for what a terminal would obey or no encoding has, which JSON's escapes stand for.
+
+    options: of `json.dumps`.
+    """
+    return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=False, **options))
+
+
 def to_json_lines(rows: Iterable[object]) -> str:
     """The rows as lines, in their own script rather than escaped."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return "".join(to_json(row) + "\n" for row in rows)

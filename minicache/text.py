@@ -1,24 +1,54 @@
-"""Text for a terminal, a page or a message."""
+"""Text for a terminal, a page or a message, and the one function that it passes on its way there: `visible`."""
 
 import codecs
 import io
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 # Signs that this program prints and some encodings lack, and what stands for them there: GBK has no check mark.
 PLAIN = {
     **dict.fromkeys("✓╭╮╰╯┌┐└┘├┤┬┴┼", "+"), "✗": "x", "×": "x", "→": ">", "…": ".", "·": ".", "⟦": "[", "⟧": "]",
     **dict.fromkeys("–—−─━╶╴╸╺░", "-"), **dict.fromkeys("│┃", "|"), **dict.fromkeys("▏▎▍▌▋▊▉█", "#"),
 }  # fmt: skip
+# What a terminal obeys, turns text around or breaks a line: C0 but for tab and line feed, DEL, C1, the marks of direction
+# (Unicode's Bidi_Control), the separators of lines and paragraphs; and surrogates, which no encoding has: a file's name that is
+# not UTF-8 holds some.
+UNSAFE = "\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
+_UNSAFE = re.compile(f"[{UNSAFE}]")
 
 
-def print_in_any_encoding() -> None:
-    """Let stdout and stderr replace characters that their encoding lacks, as of a pipe on Windows, instead of raising an error."""
+def guard_output() -> None:
+    """Let stdout and stderr show control characters, and replace what their encoding lacks, as of a pipe on Windows."""
     codecs.register_error("minidpo", _plain)
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="minidpo")
+            setattr(sys, name, GuardedStream(stream))
+
+
+class GuardedStream:
+    """stdout or stderr for whoever writes there: libraries, Python's warnings and tracebacks, logging.
+
+    Consoles of rich write past it: `minicache.screen.console` guards theirs, in which rich's own colours are to stay.
+    """
+
+    def __init__(self, stream: io.TextIOWrapper) -> None:
+        # the name by which rich finds what is behind a stream
+        self.rich_proxied_file = stream
+
+    def write(self, text: str) -> int:
+        self.rich_proxied_file.write(visible(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.rich_proxied_file, name)
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
@@ -59,11 +89,13 @@ def read_back(text: str, templates: Iterable[str]) -> str:
 
 
 def visible(text: str) -> str:
-    """The text with control characters shown as symbols (ESC as ␛), so that a user's data never controls the terminal."""
-    shown = {code: 0x2400 + code for code in range(32) if code not in (9, 10)}
-    c1 = dict.fromkeys((*range(128, 160), 8234, 8235, 8237, 8238, 8294, 8295, 8296), "�")
-    # a file name that is not UTF-8 holds surrogates, which cannot be sent to a terminal
-    return text.translate({**shown, 0x7F: 0x2421, **c1}).encode("utf-8", "replace").decode()
+    """The text with what a terminal would obey shown as symbols (ESC as ␛, C1 as �), so that a user's data never controls it."""
+    return _UNSAFE.sub(_symbol, text)
+
+
+def _symbol(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    return chr(0x2400 + code) if code < 0x20 else "␡" if code == 0x7F else "�"
 
 
 def ranges(numbers: Iterable[int]) -> str:

@@ -28,7 +28,7 @@ from minicache.data.files import read_rows
 from minicache.data.folders import Folder
 from minicache.errors import CacheDamaged, ConfigError, MinicacheError, ModelError, OutputError
 from minicache.exchange.tables import read_document
-from minicache.models import load_model
+from minicache.models import load_model, patterns
 from minicache.models.tokenizers import save_tokenizer
 from minicache.options.config_file import options_in
 from minicache.trackers.libraries import RunName, Wandb
@@ -182,6 +182,24 @@ def test_an_adapter_with_a_payload_is_refused(
     with pytest.raises(ModelError) as error:
         load_model(str(adapter))
     assert "\n" not in str(error.value) and not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["target_modules", "exclude_modules", "rank_pattern"])
+def test_an_adapters_pattern_that_would_take_years_is_refused(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    adapter, endless = sft_adapter(model, tmp_path / "adapter"), r"([\w.]+)+!"
+    monkeypatch.setattr(patterns, "SECONDS", 1.0)
+    change(adapter / "adapter_config.json", **{name: {endless: 2} if name == "rank_pattern" else endless})
+    with pytest.raises(ModelError, match="a pattern in its settings takes more than 1 s"):
+        load_model(str(adapter))
+
+
+def test_an_adapters_plain_pattern_is_used(model: Path, tmp_path: Path) -> None:
+    adapter = sft_adapter(model, tmp_path / "adapter")
+    names = json.loads((adapter / "adapter_config.json").read_text())["target_modules"]
+    change(adapter / "adapter_config.json", target_modules=rf".*\.({'|'.join(names)})")
+    load_model(str(adapter))
 
 
 def test_a_class_that_an_adapter_names_is_not_imported(

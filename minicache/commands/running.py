@@ -20,9 +20,11 @@ import typer
 from rich.console import Console
 
 from minicache.errors import CacheMismatch, ConfigError, MinicacheError, ProcessLost, in_words, is_lost_peer
+from minicache.json_lines import to_json
 from minicache.options.declare import flag
 from minicache.options.dictionaries import flat
 from minicache.processes.signals import Interruptible, Postponed
+from minicache.screen.console import SafeConsole
 from minicache.screen.diff import differences_table
 from minicache.screen.live import Screen
 from minicache.screen.results import show_error
@@ -30,7 +32,7 @@ from minicache.text import one_line
 from minicache.trackers import Silent
 
 # Reports go to stdout, progress and errors to stderr.
-out, err = Console(), Console(stderr=True)
+out, err = SafeConsole(), SafeConsole(stderr=True)
 COMPILED = "TORCHINDUCTOR_CACHE_DIR"
 LONGEST_SHOWN = 60  # characters of a name in its error
 log = logging.getLogger(__name__)
@@ -40,10 +42,18 @@ QUIETED = ("torchao", "torch.utils._pytree")
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
 
+class Indented(logging.Formatter):
+    """Log lines in which what follows a line break is indented: no message looks like another entry."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return super().format(record).replace("\n", "\n    ")
+
+
 def log_everything() -> None:
     """Log what the program does to stderr, with the time and the rank."""
-    form = f"%(asctime)s %(levelname)s rank {os.environ.get('RANK', 0)} %(name)s: %(message)s"
-    logging.basicConfig(level=logging.INFO, format=form, stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Indented(f"%(asctime)s %(levelname)s rank {os.environ.get('RANK', 0)} %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("minicache").setLevel(logging.DEBUG)
 
 
@@ -181,6 +191,8 @@ def print_json(console: Console, report: Any) -> None:
     def plain(value: Any) -> Any:
         return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
 
-    # where a character could not be printed, the escapes of JSON say which one it is
-    ascii_only = not (getattr(console.file, "encoding", None) or "utf-8").lower().startswith("utf")
-    console.out(json.dumps(report, indent=2, ensure_ascii=ascii_only, default=plain), highlight=False)
+    text = to_json(report, indent=2, default=plain)
+    if not (getattr(console.file, "encoding", None) or "utf-8").lower().startswith("utf"):
+        # where a character could not be printed, the escapes of JSON say which one it is
+        text = json.dumps(json.loads(text), indent=2)
+    console.out(text, highlight=False)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from minicache.data.files import is_parquet, read_rows
 from minicache.disk import folder_written_whole, written_whole
 from minicache.errors import ConfigError, DataError, OutputError
+from minicache.json_lines import to_json
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -179,7 +180,7 @@ def _lines(part: Columns) -> Iterator[str]:
     columns = [column if isinstance(column, list) else column.tolist() for column in part.values()]
     for values in zip(*columns, strict=True):
         row = dict(zip(part, values, strict=True))
-        yield json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+        yield to_json(row, allow_nan=False, separators=(",", ":")) + "\n"
 
 
 def _describe(directory: Path) -> None:

@@ -1,6 +1,5 @@
 """Rows of preference files -> encoded pairs in the free blocks of a cache; counts of refused and repeated rows."""
 
-import json
 import logging
 import time
 from contextlib import closing
@@ -15,6 +14,7 @@ from minicache.data.files import DataFile, read_rows
 from minicache.data.sampling import within
 from minicache.data.workers import RowEncoder
 from minicache.errors import CacheDamaged, DataError, ModelError, RowRefused
+from minicache.json_lines import to_json
 from minicache.pairs import EncodedPair, PairTable
 from minicache.trackers import Tracker
 
@@ -132,7 +132,7 @@ class Filling:
         """Write refused.jsonl: this call's refused rows, and those listed before of files that it did not read."""
         place = self.cache.place
         lines = [line.text for line in read_refusals(place) if source_of(line) not in numbers]
-        write_refusals(place, lines + [json.dumps(row, ensure_ascii=False) for row in self.refusals])
+        write_refusals(place, lines + [to_json(row) for row in self.refusals])
 
 
 def _count(source: Source, item: Encoded, is_first: bool) -> None:

@@ -1,6 +1,5 @@
 """Pairs of several caches -> the blocks of one."""
 
-import json
 import logging
 import time
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from minicache.cache.writer import CacheWriter
 from minicache.data.columns import Reading
 from minicache.data.tokenizer_files import copy_tokenizer
 from minicache.errors import CacheDamaged, CacheError, CacheMismatch
+from minicache.json_lines import to_json
 from minicache.trackers import Tracker
 
 log = logging.getLogger(__name__)
@@ -204,6 +204,6 @@ def _write_refusals(draft: Path, inputs: list[Input]) -> None:
         numbers: dict[int | None, int] = dict(enumerate(given.numbers.tolist()))
         for line in read_refusals(given.cache.place):
             if (number := numbers.get(source_of(line), -1)) not in (-1, *met):
-                lines.append(json.dumps({**line.value, "source": number}, ensure_ascii=False))
+                lines.append(to_json({**line.value, "source": number}))
         met |= set(numbers.values())
     write_refusals(place_at(draft), lines)

@@ -15,6 +15,7 @@ from minicache.models.adapter_files import ADAPTER, PREFIX, repeated, require_al
 from minicache.models.adapter_targets import targets
 from minicache.models.directories import broken_file
 from minicache.models.joined import WEIGHTS, write_joined
+from minicache.models.patterns import require_quick
 from minicache.models.peft_library import library, quiet
 from minicache.models.precision import seen_in_float32, to_float32
 from minicache.models.whole import require_finite
@@ -179,6 +180,7 @@ def with_adapter(base: nn.Module, directory: Path) -> Any:
     """
     peft = library()
     config = settings_of(directory)
+    require_quick(config, (name for name, _ in base.named_modules()), directory)
     if not any((directory / name).is_file() for name in (WEIGHTS, "adapter_model.bin")):
         raise ModelError(f"{directory}: no {WEIGHTS} in it; copy or download the adapter again")
     try:

@@ -19,6 +19,7 @@ from typing import Any
 
 from minicache.data.plain_yaml import read_yaml
 from minicache.errors import ConfigError
+from minicache.json_lines import to_json
 from minicache.options.declare import flag, options_of
 from minicache.options.train import TrainConfig
 from minicache.text import one_line
@@ -150,4 +151,4 @@ def _toml(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_toml, value))}]"
     # a JSON text is a TOML text, but for DEL
-    return re.sub("\x7f", r"\\u007f", json.dumps(str(value), ensure_ascii=False))
+    return to_json(str(value))

@@ -7,7 +7,6 @@ from rich.text import Text
 
 from minicache.judge.rate import WinRate, remarks
 from minicache.screen.results import show_answers
-from minicache.text import visible
 
 if TYPE_CHECKING:
     from minicache.stages.compare import Compared
@@ -21,7 +20,7 @@ def show_compared(console: Console, compared: "Compared") -> None:
 
 def show_win_rate(console: Console, rate: WinRate) -> None:
     """Print the rate with its interval, what it is made of, and what a person should know before believing it."""
-    judge = visible(rate.model)
+    judge = rate.model
     if rate.rate is None:
         console.print(Text(f"{judge}: no prompt could be judged", style="yellow"), soft_wrap=True)
     else:
@@ -33,7 +32,7 @@ def show_win_rate(console: Console, rate: WinRate) -> None:
     lines = [counts, *([sure] if rate.asked_twice else [])]
     if rate.read or rate.written:
         lines.append(f"its server counted {rate.read:,} tokens read and {rate.written:,} written for these verdicts")
-    for line in [*lines, f"verdicts in {visible(rate.file)}"]:
+    for line in [*lines, f"verdicts in {rate.file}"]:
         console.print(Text(f"  {line}"), soft_wrap=True, highlight=False)
     for line in remarks(rate):
-        console.print(Text(f"  {visible(line)}", style="yellow"), soft_wrap=True)
+        console.print(Text(f"  {line}", style="yellow"), soft_wrap=True)

@@ -5,12 +5,10 @@ from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from minicache.errors import Difference
-from minicache.text import visible
 
 if TYPE_CHECKING:
     from minicache.reports.difference import DiffReport
@@ -20,7 +18,7 @@ def differences_table(differences: Sequence[Difference], sides: tuple[str, str])
     """The fields in which two identities differ, side by side."""
     table = _table("field", sides, "changes values")
     for field, *values, changes_values in differences:
-        table.add_row(field, *(Text(visible(str(value))) for value in values), "yes" if changes_values else "no")
+        table.add_row(field, *(Text(str(value)) for value in values), "yes" if changes_values else "no")
     return table
 
 
@@ -45,7 +43,7 @@ def _names(report: "DiffReport") -> tuple[str, str]:
 def _table(first: str, sides: tuple[str, str], *more: str) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for heading in (first, *sides, *more):
-        table.add_column(escape(visible(heading)), overflow="fold")
+        table.add_column(Text(heading), overflow="fold")
     return table
 
 
@@ -53,7 +51,7 @@ def _files(report: "DiffReport") -> Table:
     """The pairs that each cache kept of each preference file."""
     table = _table("file", _names(report))
     for file in report.files:
-        table.add_row(Text(visible(file.name)), *("-" if kept is None else f"{kept:,} pairs" for kept in file.kept))
+        table.add_row(Text(file.name), *("-" if kept is None else f"{kept:,} pairs" for kept in file.kept))
     return table
 
 
@@ -84,5 +82,5 @@ def _farthest(report: "DiffReport") -> Table:
     table = Table("farthest apart", "chosen", "rejected", box=SIMPLE_HEAD, pad_edge=False)
     for pair in report.shared.farthest:
         chosen, rejected = (f"{a:.4f} / {b:.4f}" for a, b in zip(pair.logps_a, pair.logps_b, strict=True))
-        table.add_row(Text(visible(f"{pair.file}:{pair.line}")), chosen, rejected)
+        table.add_row(Text(f"{pair.file}:{pair.line}"), chosen, rejected)
     return table

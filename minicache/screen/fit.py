@@ -5,11 +5,8 @@ from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
-
-from minicache.text import visible
 
 if TYPE_CHECKING:
     from minicache.stages.fit import FitReport, Way
@@ -61,15 +58,13 @@ def _room(report: "FitReport") -> Table:
 
 def _show_commands(console: Console, report: "FitReport", name: str, size: float) -> None:
     """Print the commands that fit a memory; of two that differ in checkpointing alone, the one without where it fits."""
-    console.print(
-        f"[bold]{escape(visible(_devices(report, name)))}[/] ({size / 1e9:,.1f} GB)", highlight=False, soft_wrap=True
-    )
+    console.print(Text.assemble((_devices(report, name), "bold"), f" ({size / 1e9:,.1f} GB)"), soft_wrap=True)
     found = False
     for plain, checkpointed in _rows(report.ways):
         way = next((each for each in (plain, checkpointed) if each and name in each.commands), None)
         if way:
             found = True
-            console.print(Text(f"  {visible(way.commands[name])}"), soft_wrap=True)
+            console.print(Text(f"  {way.commands[name]}"), soft_wrap=True)
     if not found:
         console.print("  nothing fits", style="yellow")
 

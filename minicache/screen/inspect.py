@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from minicache.reports.names import LENGTHS, SHOWN_PROBLEMS, STATISTICS, template_values
+from minicache.screen.console import CHECK
 from minicache.screen.results import show_notes, sources_table
 from minicache.text import visible
 
@@ -28,7 +29,7 @@ NARROW = 70  # columns: a narrower terminal gets only the columns that one acts 
 def show_inspection(console: Console, it: "Inspection") -> None:
     """Print the report: what the cache is, how complete, what was read, how it is distributed, which pairs stand out."""
     narrow = console.width < NARROW
-    console.print(Panel(_header(it), title=Text(visible(it.path)), title_align="left", border_style="cyan"))
+    console.print(Panel(_header(it), title=Text(it.path), title_align="left", border_style="cyan"))
     console.print(_sources_list(it.log["sources"]) if narrow else sources_table(it.log["sources"]))
     show_notes(console, it.log["sources"])
     console.print(_figures(it))
@@ -54,7 +55,7 @@ def show_inspection(console: Console, it: "Inspection") -> None:
     for line in it.missing:
         console.print(Text(line, style="bold yellow"))
     for problem in it.problems[:SHOWN_PROBLEMS]:
-        console.print(Text(visible(problem), style="yellow"))
+        console.print(Text(problem, style="yellow"))
     if len(it.problems) > SHOWN_PROBLEMS:
         console.print(Text(f"… and {len(it.problems) - SHOWN_PROBLEMS:,} more; --json lists all", style="yellow"))
 
@@ -63,7 +64,7 @@ def show_pair(console: Console, view: "PairView") -> None:
     """Print one pair: counted tokens coloured and underlined, the others dim; special tokens inverted or in brackets."""
     styled = console.color_system is not None
     prefix, chosen, rejected = view.line.lengths
-    console.print(Text(f"pair {view.line.index}, {visible(view.line.source)} line {view.line.line}", style="bold"))
+    console.print(Text(f"pair {view.line.index}, {view.line.source} line {view.line.line}", style="bold"))
     console.print(Text.assemble("shared ", (f"{prefix} tokens", "bold"), "; ", _legend(styled)))
     shared = [segment for segment in view.segments[0] if segment.shared]
     if shared:
@@ -93,13 +94,9 @@ def _legend(styled: bool) -> Text:
 def show_problems(console: Console, path: str, problems: Sequence[str]) -> None:
     """Print the outcome of --verify."""
     if not problems:
-        console.print(
-            Text.assemble(
-                ("✓", "bold green"), f" {visible(path)}: every chunk, ledger row and pair digest is as written"
-            )
-        )
+        console.print(Text.assemble(CHECK, f" {path}: every chunk, ledger row and pair digest is as written"))
     for problem in problems:
-        console.print(Text(f"✗ {visible(problem)}", style="red"), soft_wrap=True)
+        console.print(Text(f"✗ {problem}", style="red"), soft_wrap=True)
 
 
 def _header(it: "Inspection") -> Group:
@@ -122,7 +119,7 @@ def _header(it: "Inspection") -> Group:
         + ", ".join(f"{name} {version}" for name, version in it.log["versions"].items()),
     }
     for name, value in rows.items():
-        table.add_row(name, Text(visible(value)))
+        table.add_row(name, Text(value))
     line = Text.assemble(f"{bar} {int(100 * done)}%  ", state, f"  {it.blocks_scored} of {it.blocks} blocks")
     return Group(table, line)
 
@@ -150,7 +147,7 @@ def _figures(it: "Inspection") -> Table:
         rows.append(("reference margin", f"{it.reference_margin:+.4f} nats per token on average"))
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(it.refused.items()))
     refused = f" ({reasons})" if reasons else ""
-    listed = f"; listed in {visible(it.refused_file)}" if it.refused_rows and it.refused_file else ""
+    listed = f"; listed in {it.refused_file}" if it.refused_rows and it.refused_file else ""
     rows.append(("rows", f"{it.truncated:,} truncated, {it.refused_rows:,} refused{refused}{listed}"))
     for name, value in rows:
         table.add_row(name, Text(value))
@@ -172,7 +169,7 @@ def _sources_list(sources: Sequence[Mapping[str, Any]]) -> Text:
     """What was read of each file, as sentences, for a terminal too narrow for the table's six columns."""
     text = Text()
     for source in sources:
-        text.append(visible(source["name"]) + "\n", style="bold")
+        text.append(source["name"] + "\n", style="bold")
         numbers = ", ".join(f"{source[key]:,} {key}" for key in ("rows", "kept", "duplicates", "truncated"))
         text.append(f"  {numbers}, {sum(source['refused'].values()):,} refused\n")
     return text
@@ -224,7 +221,7 @@ def _pair_table(title: str, lines: Sequence["PairLine"], narrow: bool) -> Table:
         if narrow:
             table.add_row(index, *own, margin)
         else:
-            name = Text(visible(Path(line.source).name))
+            name = Text(Path(line.source).name)
             table.add_row(name, f"{line.line:,}", index, shared, *own, *logps, margin)
     return table
 
@@ -233,7 +230,7 @@ def _text(segments: Sequence["Segment"], colour: str, styled: bool) -> Text:
     text = Text()
     for segment in segments:
         style = f"{colour} underline" if segment.counted else "dim"
-        # As many characters as the text.
+        # As many characters as the text; rich drops some of those that are no signs, which is not what a row looks like.
         shown, done = visible(segment.text), 0
         for begin, end in [*segment.special, [len(shown)] * 2]:
             typed, token = shown[done:begin], shown[begin:end]

@@ -1,20 +1,21 @@
 """Progress and live metrics in a terminal or a log file. rich only; no torch."""
 
+import sys
 from collections import deque
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
-from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from minicache.reports.names import EVAL, METRICS, SUMMARY, moved
-from minicache.text import visible
+from minicache.screen.console import Lines
 from minicache.trackers import Silent
 
 LIVE_ROWS = 12  # log lines that stay in view
@@ -51,13 +52,21 @@ class Screen(Silent):
         self.rows: deque[tuple[int, dict[str, float]]] = deque(maxlen=LIVE_ROWS)
         self.progress = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             Numbers(),
             console=console,
         )
         self.task: Any = None
-        self.live = Live(console=console, get_renderable=self._picture, refresh_per_second=4, transient=True)
+        self.live = Live(
+            console=console,
+            get_renderable=self._picture,
+            refresh_per_second=4,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self.redirected = ExitStack()
 
     def start(self, title: str, facts: dict[str, Any]) -> None:
         shown = (
@@ -73,15 +82,19 @@ class Screen(Silent):
             "device",
             "processes",
         )
-        text = "  ".join(f"[dim]{name}[/] {facts[name]}" for name in shown if name in facts)
-        self.console.print(Panel(text, title=escape(title), title_align="left", border_style="cyan"))
+        facts_ = [Text.assemble((name, "dim"), f" {facts[name]}") for name in shown if name in facts]
+        text = Text("  ").join(facts_)
+        self.console.print(Panel(text, title=Text(title), title_align="left", border_style="cyan"))
 
     def begin(self, phase: str, pairs: int | None) -> None:
         if self.task is not None:
             self.progress.remove_task(self.task)
         self.rows.clear()
-        self.task = self.progress.add_task(escape(phase), total=pairs, tokens=0)
+        self.task = self.progress.add_task(phase, total=pairs, tokens=0)
         if self.console.is_terminal:
+            if not self.live.is_started:
+                self.redirected.enter_context(redirect_stdout(Lines(self.console, sys.stdout)))
+                self.redirected.enter_context(redirect_stderr(Lines(self.console, sys.stderr)))
             self.live.start(refresh=True)
         else:
             self.console.print(Text(phase + (f": {pairs:,} pairs" if pairs else "")))
@@ -107,10 +120,11 @@ class Screen(Silent):
             self.console.print(Text(f"step {step}  {numbers}"), soft_wrap=True)
 
     def note(self, text: str) -> None:
-        self.console.print(Text(visible(text)), style="dim")
+        self.console.print(Text(text), style="dim")
 
     def close(self) -> None:
         self.live.stop()
+        self.redirected.close()
 
     def _log_tenths(self, task: Task, pairs: int) -> None:
         """Print a line at each tenth of the phase."""

@@ -4,10 +4,9 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
 from rich.text import Text
 
-from minicache.text import visible
+from minicache.screen.console import CHECK
 
 if TYPE_CHECKING:
     from minicache.stages.push import PushReport
@@ -15,15 +14,11 @@ if TYPE_CHECKING:
 
 def show_push(console: Console, report: "PushReport") -> None:
     if report.commit is None:
-        console.print(Text(visible(report.card)), soft_wrap=True)
+        console.print(Text(report.card), soft_wrap=True)
         folders = Counter(f"{name.partition('/')[0]}/" if "/" in name else name for name in report.names)
         for folder, count in folders.items():
-            console.print(Text(f"  {visible(folder)}" + (f": {count:,} files" if folder.endswith("/") else "")))
+            console.print(Text(f"  {folder}" + (f": {count:,} files" if folder.endswith("/") else "")))
     size = f"{report.files:,} files, {report.bytes / 1e6:,.1f} MB"
     state = "would be sent to" if report.commit is None else f"commit {report.commit[:12]} of"
     readers = "" if report.private is None else " (private)" if report.private else " (public)"
-    console.print(
-        f"[bold green]✓[/] {size}, {state} [bold]{escape(visible(report.url))}[/]{readers}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    console.print(Text.assemble(CHECK, f" {size}, {state} ", (report.url, "bold"), readers), soft_wrap=True)

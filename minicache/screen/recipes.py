@@ -1,7 +1,7 @@
 """What `minidpo recipes` prints. rich only; no torch."""
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from minicache.options.config_file import as_toml
 from minicache.options.declare import options_of
@@ -16,7 +16,7 @@ def show_recipes(console: Console) -> None:
     for name, entry in RECIPES.items():
         own = entry.options
         loss = f"{own['loss']} loss, " if "loss" in own else ""
-        console.print(f"[bold]{name:<{width}}[/]  {escape(entry.about)}", highlight=False, soft_wrap=True)
+        console.print(Text.assemble((f"{name:<{width}}", "bold"), f"  {entry.about}"), soft_wrap=True)
         console.print(
             f"{'':<{width}}  {loss}{own['logps']} logprobs, beta {own['beta']:g}, lr {own['lr']:g} {own['schedule']}, "
             f"batch {own['batch_size']}, epochs {own['epochs']:g}",

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -16,8 +15,9 @@ from minicache.options.objective import starts_at_ln_2
 from minicache.reports.held_out import HeldOut, figures
 from minicache.reports.names import METRICS, moved
 from minicache.reports.notes import notes_on, together
+from minicache.screen.console import CHECK
 from minicache.screen.live import duration, metrics_table
-from minicache.text import ranges, visible
+from minicache.text import ranges
 
 if TYPE_CHECKING:
     from minicache.pages.compare import Answers
@@ -35,20 +35,17 @@ if TYPE_CHECKING:
 
 def show_error(console: Console, message: str) -> None:
     """Print one red line."""
-    console.print(Text(visible(f"error: {' '.join(message.split())}"), style="bold red"), soft_wrap=True)
+    console.print(Text(f"error: {' '.join(message.split())}", style="bold red"), soft_wrap=True)
 
 
 def show_precompute(console: Console, report: "PrecomputeReport") -> None:
     show_sources(console, [asdict(source) for source in report.sources])
     scored = f"{report.scored:,} scored now" if report.scored else "nothing left to score"
-    console.print(
-        f"[bold green]✓[/] {report.pairs:,} pairs in [bold]{escape(str(report.ref_cache))}[/], {scored}",
-        highlight=False,
-    )
+    console.print(Text.assemble(CHECK, f" {report.pairs:,} pairs in ", (str(report.ref_cache), "bold"), f", {scored}"))
     if report.shard:
         console.print(Text(_shard_lines(report)), highlight=False)
     if any(source.refused for source in report.sources):
-        console.print(f"  refused rows, line by line: {escape(str(report.refused_file))}", highlight=False)
+        console.print(Text(f"  refused rows, line by line: {report.refused_file}"))
 
 
 def _shard_lines(report: "PrecomputeReport") -> str:
@@ -64,11 +61,14 @@ def _shard_lines(report: "PrecomputeReport") -> str:
 
 def show_merge(console: Console, report: "MergeReport") -> None:
     for path, pairs in report.given:
-        console.print(Text(f"  {pairs:,} pairs of {visible(str(path))}"))
+        console.print(Text(f"  {pairs:,} pairs of {path!s}"))
     console.print(
-        f"[bold green]✓[/] {report.pairs:,} pairs, {report.blocks:,} blocks in [bold]{escape(visible(str(report.ref_cache)))}[/]; "
-        f"{report.twice:,} pairs were in more than one cache and are kept once",
-        highlight=False,
+        Text.assemble(
+            CHECK,
+            f" {report.pairs:,} pairs, {report.blocks:,} blocks in ",
+            (str(report.ref_cache), "bold"),
+            f"; {report.twice:,} pairs were in more than one cache and are kept once",
+        )
     )
 
 
@@ -81,7 +81,7 @@ def show_sources(console: Console, sources: Sequence[Mapping[str, Any]]) -> None
 def show_notes(console: Console, sources: Sequence[Mapping[str, Any]]) -> None:
     """Print what of the files is not used, and the like."""
     for line in notes_on(together(sources)) if sources else ():
-        console.print(Text(f"  {visible(line)}"), soft_wrap=True)
+        console.print(Text(f"  {line}"), soft_wrap=True)
 
 
 def sources_table(sources: Iterable[Mapping[str, Any]]) -> Table:
@@ -93,7 +93,7 @@ def sources_table(sources: Iterable[Mapping[str, Any]]) -> Table:
     for source in sources:
         refused = ", ".join(f"{count:,} {reason}" for reason, count in sorted(source["refused"].items())) or "0"
         numbers = (f"{source[name]:,}" for name in ("rows", "kept", "duplicates", "truncated"))
-        table.add_row(Text(visible(source["name"])), *numbers, Text(refused))
+        table.add_row(Text(source["name"]), *numbers, Text(refused))
     return table
 
 
@@ -116,11 +116,14 @@ def show_train(console: Console, report: "TrainReport") -> None:
         _show_held_out(console, progress.held_out)
     _show_words(console, report.words)
     # a policy that is the model it started from is no success
-    mark = "[bold green]✓[/]" if report.model_step else "[yellow]–[/]"
+    mark = CHECK if report.model_step else ("–", "yellow")
     console.print(
-        f"{mark} {progress.step:,} steps in {duration(progress.total_seconds)}: loss {first['loss']:.4f} → "
-        f"{last['loss']:.4f}{start}; policy in [bold]{escape(str(report.model_dir))}[/]",
-        highlight=False,
+        Text.assemble(
+            mark,
+            f" {progress.step:,} steps in {duration(progress.total_seconds)}: loss {first['loss']:.4f} → "
+            f"{last['loss']:.4f}{start}; policy in ",
+            (str(report.model_dir), "bold"),
+        )
     )
 
 
@@ -158,13 +161,13 @@ def _show_held_out(console: Console, found: HeldOut) -> None:
 
 def _show_words(console: Console, words: Iterable[str]) -> None:
     for line in words:
-        console.print(Text(f"  {visible(line)}", style="yellow"), soft_wrap=True)
+        console.print(Text(f"  {line}", style="yellow"), soft_wrap=True)
 
 
 def show_answers(console: Console, answers: Sequence["Answers"]) -> None:
     for number, item in enumerate(answers, start=1):
         prompt = f"{number}/{len(answers)}  {item.prompt}" if len(answers) > 1 else item.prompt
-        title = Text(visible(prompt))
+        title = Text(prompt)
         table = Table(
             box=SIMPLE_HEAD, header_style="bold", pad_edge=False, title=title, title_justify="left", expand=True
         )
@@ -176,23 +179,21 @@ def show_answers(console: Console, answers: Sequence["Answers"]) -> None:
 
 def _answer(text: str, cut: bool) -> Text:
     """cut: the answer was ended by the longest length allowed."""
-    shown = Text(visible(text)) if text else Text("(no answer)", style="dim")
+    shown = Text(text) if text else Text("(no answer)", style="dim")
     return shown.append(" … (cut)", style="dim") if cut else shown
 
 
 def show_file(console: Console, file: Path) -> None:
-    console.print(f"[bold green]✓[/] [bold]{escape(visible(str(file)))}[/]", highlight=False, soft_wrap=True)
+    console.print(Text.assemble(CHECK, " ", (str(file), "bold")), soft_wrap=True)
 
 
 def show_export(console: Console, report: "ExportReport") -> None:
     size = f"{report.parameters / 1e6:,.1f} million parameters in {report.dtype}"
-    console.print(
-        f"[bold green]✓[/] {size}; load it as [bold]{escape(report.name)}[/]", highlight=False, soft_wrap=True
-    )
+    console.print(Text.assemble(CHECK, f" {size}; load it as ", (report.name, "bold")), soft_wrap=True)
     if moved := report.moved:
         console.print(
             f"  without the base's quantization mean logprobs moved by {moved.mean:.2g} nats per token on average, "
-            f"{moved.most:.2g} at most ({moved.pairs} pairs of {escape(visible(moved.ref_cache))})",
+            f"{moved.most:.2g} at most ({moved.pairs} pairs of {moved.ref_cache})",
             highlight=False,
             soft_wrap=True,
         )
@@ -200,15 +201,15 @@ def show_export(console: Console, report: "ExportReport") -> None:
 
 def show_verify(console: Console, worst: float) -> None:
     console.print(
-        f"[bold green]✓[/] the model reproduces the sample re-scored, within {worst:.1g} nats per token",
-        highlight=False,
+        Text.assemble(CHECK, f" the model reproduces the sample re-scored, within {worst:.1g} nats per token")
     )
 
 
 def show_export_cache(console: Console, report: "ExportCacheReport") -> None:
     console.print(
-        f"[bold green]✓[/] {report.pairs:,} pairs in [bold]{escape(visible(str(report.out)))}[/], identity {report.identity}",
-        highlight=False,
+        Text.assemble(
+            CHECK, f" {report.pairs:,} pairs in ", (str(report.out), "bold"), f", identity {report.identity}"
+        ),
         soft_wrap=True,
     )
     card = (
@@ -216,7 +217,7 @@ def show_export_cache(console: Console, report: "ExportCacheReport") -> None:
         if report.card
         else "no card: the file of its name is not this program's, and stays"
     )
-    console.print(Text(f"  {visible(card)}"), soft_wrap=True)
+    console.print(Text(f"  {card}"), soft_wrap=True)
     if report.odd:
         console.print(
             f"  {report.odd:,} pairs count other tokens than just the whole of their answers: a program without loss masks, "
@@ -227,11 +228,15 @@ def show_export_cache(console: Console, report: "ExportCacheReport") -> None:
 
 def show_import(console: Console, report: "ImportReport", model: str | None) -> None:
     show_sources(console, report.sources)
-    cache = escape(visible(str(report.ref_cache)))
+    cache = str(report.ref_cache)
     console.print(
-        f"[bold green]✓[/] {report.pairs:,} pairs, {report.blocks:,} blocks in [bold]{cache}[/], identity {report.identity}",
-        highlight=False,
+        Text.assemble(
+            CHECK,
+            f" {report.pairs:,} pairs, {report.blocks:,} blocks in ",
+            (cache, "bold"),
+            f", identity {report.identity}",
+        ),
         soft_wrap=True,
     )
-    check = f"minidpo inspect-cache {cache} --verify --model {escape(visible(model or 'MODEL'))}"
+    check = f"minidpo inspect-cache {cache} --verify --model {model or 'MODEL'}"
     console.print(f"  to score some of them again: {check}", highlight=False, soft_wrap=True)

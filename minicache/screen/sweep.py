@@ -2,13 +2,12 @@
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from minicache.reports.names import METRICS, moved
 from minicache.reports.sweep import RunResult, SweepReport
-from minicache.text import visible
+from minicache.screen.console import CHECK
 
 MEASURED = ("rewards/accuracy", "rewards/margin", "kl", "loss")  # columns: first what the runs are sorted by
 
@@ -17,12 +16,15 @@ def show_sweep(console: Console, report: SweepReport) -> None:
     console.print(_table(report))
     for result in report.runs:
         if result.problem:
-            console.print(Text(visible(f"{result.name}: {result.problem}"), style="yellow"), soft_wrap=True)
+            console.print(Text(f"{result.name}: {result.problem}", style="yellow"), soft_wrap=True)
     finished = sum(result.state == "done" for result in report.runs)
     console.print(
-        f"[bold green]✓[/] {finished} of {len(report.runs)} runs in [bold]{escape(visible(str(report.out)))}[/]: measured on pairs "
-        "held out, with each run's saved model",
-        highlight=False,
+        Text.assemble(
+            CHECK,
+            f" {finished} of {len(report.runs)} runs in ",
+            (str(report.out), "bold"),
+            ": measured on pairs held out, with each run's saved model",
+        )
     )
     console.print(
         f"  about {_time(report.seconds_not_spent)} of reference passes not run: {report.reference_passes:,} pairs in training "
@@ -53,7 +55,7 @@ def _numbers(result: RunResult) -> list[str]:
 
 
 def _shown(value: object) -> Text:
-    return Text(format(value, "g") if isinstance(value, float) else visible(str(value)))
+    return Text(format(value, "g") if isinstance(value, float) else str(value))
 
 
 def _time(seconds: float) -> str:

@@ -1,6 +1,5 @@
 """The tracking libraries: a class each, and TRACKERS, the one list of their names. A library is imported when its run starts."""
 
-import json
 import os
 import signal
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any, ClassVar
 
 from minicache.disk import read_json, write_json
 from minicache.errors import ConfigError, OutputError
+from minicache.json_lines import to_json
 from minicache.text import one_line
 from minicache.trackers.base import Silent, points_before
 
@@ -196,7 +196,7 @@ class TensorBoard(Library):
         directory = self.run.directory / "tensorboard"
         known = directory.exists()
         self.writer = SummaryWriter(str(directory), purge_step=self.run.resumed_at if known else None)
-        options = json.dumps(facts, indent=4, ensure_ascii=False)
+        options = to_json(facts, indent=4)
         # indented, it is code in Markdown
         as_code = "    " + options.replace("\n", "\n    ")
         self.writer.add_text("config", as_code, self.run.resumed_at or 0)

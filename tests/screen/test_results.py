@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from minicache.reports.held_out import held_out
+from minicache.screen.console import SafeConsole
 from minicache.screen.results import show_evaluate
 
 
@@ -27,7 +27,7 @@ def test_the_references_loss_is_ln_2_only_for_losses_that_begin_there(option: di
         words=[],
     )
     output = io.StringIO()
-    console = Console(file=output, width=120)
+    console = SafeConsole(file=output, width=120)
     show_evaluate(console, report)  # type: ignore[arg-type]
     (line,) = [line for line in output.getvalue().splitlines() if line.split()[:1] == ["loss"]]
     assert line.split() == ["loss", shown, "0.2500"]

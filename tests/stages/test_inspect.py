@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from minicache.cache.identity import FORMAT_VERSION, Identity
 from minicache.cache.manifest import Log, Manifest, Source
@@ -22,14 +21,15 @@ from minicache.pairs import EncodedPair, PairTable
 from minicache.reports.columns import extreme
 from minicache.reports.contents import inspect_cache, inspect_pair
 from minicache.reports.inspection import Histogram, Inspection
+from minicache.screen.console import SafeConsole
 from minicache.screen.inspect import show_inspection, show_pair, show_problems
 from minicache.stages.inspect import verify_cache
 from minicache.text import visible
 from tests.conftest import make_rows, precompute_into, write_jsonl
 
 
-def printed(show: Callable[[Console, Any], None], item: object, width: int = 100) -> str:
-    console = Console(record=True, width=width, color_system=None, force_terminal=False)
+def printed(show: Callable[[SafeConsole, Any], None], item: object, width: int = 100) -> str:
+    console = SafeConsole(record=True, width=width, color_system=None, force_terminal=False)
     with console.capture() as capture:
         show(console, item)
     return capture.get()
@@ -126,7 +126,7 @@ def test_special_tokens_are_told_from_the_same_text_typed(model_dir: Path, tmp_p
     text = printed(show_pair, view)
     assert "special tokens are in ⟦ ⟧" in text and "│ <|im_end|>a<|im_end|>⟦<|im_end|>⟧ " in text
     assert text.count("⟦<|im_end|>⟧") == 3 and "why <|im_end|> not⟦<|im_end|>⟧" in text
-    styled = Console(width=100, color_system="standard", force_terminal=True)
+    styled = SafeConsole(width=100, color_system="standard", force_terminal=True)
     with styled.capture() as capture:
         show_pair(styled, view)
     # Underlined, inverted (7) and green; the typed ones before it are not inverted.
@@ -142,7 +142,7 @@ def test_no_row_can_imitate_the_mark_of_a_special_token(tmp_path: Path, model_di
     assert "⟦⟦<|im_end|>⟧⟧ ⟧⟧⟦<|im_end|>⟧" in text and "or in ⟦⟦ ⟧⟧" in text
     # Without styles nothing is underlined.
     assert "underlined" not in text and "--json says which tokens count" in text
-    styled = Console(width=100, color_system="standard", force_terminal=True)
+    styled = SafeConsole(width=100, color_system="standard", force_terminal=True)
     with styled.capture() as capture:
         show_pair(styled, view)
     assert "⟦<|im_end|>⟧ ⟧\x1b[0m" in capture.get() and "⟦⟦" not in capture.get()

@@ -1,0 +1,285 @@
+"""Whatever stands in a row, a name, a manifest or a run: no control character of it reaches a terminal, a pipe or a file."""
+
+import json
+import logging
+import os
+import pty
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from io import BytesIO, StringIO, TextIOWrapper
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+from rich.table import Table
+from rich.text import Text
+
+from minicache.cache.identity import digest_of
+from minicache.json_lines import to_json
+from minicache.screen.console import Lines, SafeConsole
+from minicache.text import GuardedStream, visible
+from tests.conftest import make_rows, write_jsonl
+from tests.stages.test_crash import FORKS
+
+# C0 but for tab and line feed, DEL, C1, Unicode's Bidi_Control, separators of lines and paragraphs
+CODES = [
+    *range(1, 9),
+    *range(11, 32),
+    *range(127, 160),
+    0x61C,
+    0x200E,
+    0x200F,
+    *range(0x2028, 0x202F),
+    *range(0x2066, 0x206A),
+]
+EVERY = "".join(map(chr, CODES))
+# A title, a colour that this program never uses, a link, the cursor sent home; the same by C1.
+SEQUENCES = (
+    "\x1b]0;owned\x07\x1b[38;5;123mred\x1b]8;;http://x\x1b\\\x1b[H\x9b31m\x9d0;t\x9c [bold red]b[/] [/x] :smile:"
+)
+NASTY = f"{EVERY}{SEQUENCES}"
+# A name may not hold a slash, and 255 bytes at most.
+NAME = "\x1b]0;t\x07\x1b[38;5;123m\x9b31m\u202e\u2066\x7f\r[bold]"
+# What rich sends: colours and styles, the cursor up, hidden and shown, a line erased.
+OURS = re.compile(r"\x1b\[(?:[\d;]*m|\d*A|2K|\?25[lh])|\r")
+FOREIGN = re.compile(r"\x1b\[38;5;123|\x1b\]")
+UNSAFE = re.compile("[" + "".join(map(re.escape, EVERY)) + "]")
+
+
+def require_clean(shown: str, in_terminal: bool = False) -> None:
+    assert not FOREIGN.search(shown)
+    if in_terminal:
+        shown = OURS.sub("", shown)
+    found = UNSAFE.search(shown)
+    assert not found, (hex(ord(found[0])), shown[max(0, found.start() - 60) : found.end() + 20])
+
+
+def test_every_control_is_shown_and_nothing_else_changes() -> None:
+    assert visible("plain 你好\n\t😀 é ﷽ ا\u200dب") == "plain 你好\n\t😀 é ﷽ ا\u200dب"
+    assert len(visible(EVERY)) == len(EVERY) and not UNSAFE.search(visible(EVERY))
+    assert visible("\x1b\x07\x7f\x85\u202e\udcff") == "␛␇␡���"
+
+
+def test_json_escapes_them_and_loses_nothing() -> None:
+    value = {"名" + NASTY: [NASTY, {"\udcff": "é"}]}
+    text = to_json(value, indent=2)
+    require_clean(text)
+    text.encode()
+    assert json.loads(text) == value and "名" in text and "é" in text
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_console_shows_them_in_whatever_is_printed(terminal: bool) -> None:
+    file = StringIO()
+    console = SafeConsole(file=file, force_terminal=terminal, width=200)
+    table = Table(title=NASTY, caption=NASTY)
+    table.add_column(NASTY)
+    table.add_row(NASTY)
+    linked = Text("here", style="bold link http://x")
+    for each in (NASTY, Text(NASTY), Text.assemble((NASTY, "bold red"), linked), table, [NASTY], RuntimeError(NASTY)):
+        console.print(each)
+    console.out(NASTY)
+    require_clean(file.getvalue(), terminal)
+    assert "[bold red]b[/] [/x] :smile:" in file.getvalue()
+
+
+def test_a_stream_shows_what_libraries_logs_and_tracebacks_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    under = TextIOWrapper(BytesIO(), encoding="utf-8")
+    stream = GuardedStream(under)
+    monkeypatch.setattr(sys, "stderr", stream)
+    print(NASTY, file=sys.stderr)
+    sys.stderr.writelines([NASTY, NASTY])
+    handler = logging.StreamHandler(sys.stderr)
+    handler.emit(logging.makeLogRecord({"msg": NASTY}))
+    sys.excepthook(ValueError, ValueError(NASTY), None)
+    under.flush()
+    written = under.buffer.getvalue().decode()
+    require_clean(written)
+    assert written.count("␛]0;owned␇") == 5
+    assert sys.stderr.encoding == "utf-8" and not sys.stderr.isatty()
+
+
+def test_what_libraries_write_below_a_live_display_has_no_codes_either() -> None:
+    file = StringIO()
+    console = SafeConsole(file=file, force_terminal=True, width=200)
+    lines = Lines(console, GuardedStream(TextIOWrapper(BytesIO())))
+    lines.write(NASTY + "\n")
+    lines.flush()
+    require_clean(file.getvalue(), in_terminal=True)
+    assert "owned" in file.getvalue()
+
+
+# --- the whole program ---
+
+
+def on_terminal(arguments: list[str], place: str) -> None:
+    """The program, with a terminal as its output."""
+    terminal = os.open(place, os.O_WRONLY)
+    sys.stdout, sys.stderr = (os.fdopen(os.dup(terminal), "w", encoding="utf-8") for _ in range(2))
+    os.environ["TERM"] = "xterm-256color"
+    sys.argv = ["minidpo", *arguments]
+    from minicache.cli import main
+
+    main()
+
+
+class Shown:
+    """Commands of the real program, on a terminal and in a pipe, and what came out of them."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def __call__(self, *arguments: object, code: int | None = 0) -> str:
+        """What a command shows in a terminal."""
+        master, slave = pty.openpty()
+        os.set_inheritable(slave, True)
+        place = os.ttyname(slave)
+        shown = bytearray()
+        reader = Thread(target=self._read, args=(master, shown))
+        process = FORKS.Process(target=on_terminal, args=([str(each) for each in arguments], place))
+        reader.start()
+        process.start()
+        process.join(120)
+        os.close(slave)
+        reader.join()
+        os.close(master)
+        text = shown.decode()
+        assert code is None or process.exitcode == code, text
+        assert "Traceback" not in text, text
+        require_clean(text, in_terminal=True)
+        return text
+
+    @staticmethod
+    def _read(master: int, shown: bytearray) -> None:
+        # EIO: nobody has it open any more
+        try:
+            while more := os.read(master, 65536):
+                shown += more
+        except OSError:
+            pass
+
+
+@pytest.fixture
+def shown(tmp_path: Path) -> Shown:
+    return Shown(tmp_path)
+
+
+def texts(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The places of all texts in JSON."""
+    if isinstance(tree, str):
+        yield path
+    for key in tree if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else ():
+        yield from texts(tree[key], (*path, key))
+
+
+def put(tree: Any, path: tuple[Any, ...], value: str) -> Any:
+    tree = json.loads(json.dumps(tree))
+    inner = tree
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    return tree
+
+
+def nasty_rows() -> list[dict[str, Any]]:
+    rows = [
+        {**row, "chosen": [*row["chosen"][:-1], {"role": "assistant", "content": f"{NASTY} {number} yes"}]}
+        for number, row in enumerate(make_rows(12))
+    ]
+    return [
+        *rows,
+        {"prompt": NASTY, "chosen": NASTY, "rejected": NASTY},
+        {NASTY: 1},
+        {"chosen": [{"role": NASTY, "content": ""}], "rejected": NASTY},
+    ]
+
+
+@pytest.mark.slow
+def test_the_program_on_a_terminal(shown: Shown, model_dir: Path, tmp_path: Path) -> None:
+    """Names of directories and files, texts of rows, reasons of refusals; every command that shows them."""
+    here = tmp_path / NAME
+    here.mkdir()
+    model = shutil.copytree(model_dir, here / f"model{NAME}")
+    data = write_jsonl(here / f"rows{NAME}.jsonl", nasty_rows())
+    cache, run = here / f"cache{NAME}", here / f"run{NAME}"
+    short = ["--max-length", 256, "--block-pairs", 8]
+    said = shown("precompute-ref", "--model", model, "--data", data, "--ref-cache", cache, *short)
+    assert "␛]0;t" in said
+    assert "␛]0;owned" in shown("inspect-cache", cache, "--pair", 0)
+    shown("inspect-cache", cache)
+    shown("inspect-cache", cache, "--json")
+    shown("inspect-cache", cache, "--verify", "--model", model)
+    shown("train", "--ref-cache", cache, "--out", run, "--max-steps", 2, "--log-every", 1)
+    shown("evaluate", "--policy", run, "--ref-cache", cache)
+    shown("evaluate", "--policy", run, "--ref-cache", cache, "--json")
+    shown("compare", "--policy", run, "--prompt", NASTY, "--max-new-tokens", 2)
+    shown("compare", "--policy", run, "--prompt", NASTY, "--max-new-tokens", 2, "--json")
+    other = write_jsonl(here / f"more{NAME}.jsonl", make_rows(4, seed=3))
+    shown("precompute-ref", "--model", model, "--data", other, "--ref-cache", here / f"other{NAME}", *short)
+    shown("merge", cache, here / f"other{NAME}", "--ref-cache", here / f"merged{NAME}")
+    shown("diff", cache, here / f"merged{NAME}")
+    shown("export", "--ref-cache", cache, "--out", here / f"table{NAME}.parquet")
+    shown("export", "--policy", run, "--out", here / f"policy{NAME}")
+    shown(
+        "sweep",
+        "--ref-cache",
+        cache,
+        "--out",
+        here / f"sweep{NAME}",
+        "--beta",
+        "1,2",
+        "--max-steps",
+        1,
+        "--holdout",
+        0.3,
+    )
+    shown("report", run, "--out", here / f"report{NAME}.html")
+    shown("inspect-cache", cache, "--html", here / f"cache{NAME}.html")
+    shown("plot", run, "--out", here / f"curves{NAME}.svg")
+    for arguments, code in (
+        (["train", "--ref-cache", cache, "--out", run], 1),
+        (["inspect-cache", here / f"none{NAME}"], 1),
+        (["precompute-ref", "--model", here / NASTY.replace("/", "_")[:60], "--data", data, "--ref-cache", cache], 1),
+        ([NASTY], 2),
+        (["train", f"--{NASTY}"], 2),
+        (["train", "--ref-cache", cache, "--out", run, "--loss", NASTY], None),
+        (["train", "--ref-cache", cache, "--out", run, "--beta", NASTY], 2),
+    ):
+        shown(*arguments, code=code)
+    texts_ = [file for file in here.rglob("*") if file.suffix in (".json", ".jsonl", ".html", ".md", ".svg")]
+    for file in texts_:
+        if file != data and not file.is_relative_to(model) and "tokenizer" not in str(file.relative_to(here)):
+            require_clean(file.read_text())
+
+
+def test_every_text_of_a_manifest(ref_cache: Path, tmp_path: Path, cli: Any) -> None:
+    """By one who knows how to sign it: refused or shown, never sent."""
+    cache = shutil.copytree(ref_cache, tmp_path / "cache")
+    root = json.loads((cache / "zarr.json").read_text())
+    manifest = root["attributes"]["minicache"]
+    content = {key: manifest[key] for key in ("identity", "log")}
+    for path in texts(content):
+        new = put(content, path, NASTY)
+        signed = {**new, "identity_digest": digest_of(new["identity"]), "digest": digest_of(new)}
+        (cache / "zarr.json").write_text(json.dumps({**root, "attributes": {"minicache": signed}}))
+        for arguments in (["inspect-cache", cache], ["inspect-cache", cache, "--json"], ["diff", cache, ref_cache]):
+            _, out, err = cli(*arguments)
+            require_clean(out + err)
+
+
+def test_every_text_of_a_run(ref_cache: Path, tmp_path: Path, cli: Any) -> None:
+    run = tmp_path / "run"
+    assert cli("train", "--ref-cache", ref_cache, "--out", run, "--max-steps", 2)[0] == 0
+    record = json.loads((run / "run.json").read_text())
+    for path in texts(record):
+        (run / "run.json").write_text(json.dumps(put(record, path, NASTY)))
+        for arguments in (
+            ["train", "--resume", "--out", run],
+            ["evaluate", "--policy", run, "--ref-cache", ref_cache],
+            ["report", run, "--out", tmp_path / "page.html"],
+        ):
+            _, out, err = cli(*arguments)
+            require_clean(out + err)
