@@ -1,8 +1,9 @@
 # make demo      the whole job on a real model: about five minutes on two CPU cores, downloads aside
 # make test      the tests that decide: about a quarter of an hour on two CPU cores
 # make test-all  these and the slow ones; make coverage: those of make test, measured, with a floor (pyproject.toml)
-# make torture   kills, full disks, damage, clocks, bombs, each for real: about fifteen minutes
-# make fuzz      coverage-guided, of what reads files, for SECONDS (120)
+# make torture   kills, failing disks and object stores, damage, clocks, bombs, each for real; LONG=1: a hundred kills of each command and a
+#                hundred faults of each kind, about two hours on two CPU cores, and the table of docs/reliability.md from them
+# make fuzz      coverage-guided, of what reads files, for SECONDS (120) in all; NAMES="rows table" for some of it
 # make zoo       a tiny random model of every causal-LM family of transformers through both stages, and docs/models.md from it:
 #                about ten minutes on two CPU cores; ZOO="--only gemma2,mamba" for some of them, without the page
 # make package   wheel and source archive in dist/, checked, and run in an environment that holds nothing else
@@ -70,12 +71,15 @@ coverage: $(VENV)/ready
 
 # Some of these take longer than the limit of a test's time in pyproject.toml.
 torture: $(VENV)/ready
-	EXAMPLES=1000 $(PYTEST) --timeout 1800 -o faulthandler_timeout=0 tests/torture tests/data/test_hostile.py
+	rm -f build/torture.jsonl; mkdir -p build
+	$(if $(LONG),KILLS=100 FAULTS=100 TRIALS=50) EXAMPLES=1000 TORTURE_TABLE=$(CURDIR)/build/torture.jsonl \
+	    $(PYTEST) --timeout 7200 -o faulthandler_timeout=0 tests/torture tests/data/test_hostile.py
+	$(if $(LONG),$(BIN)/python -m tests.torture.table build/torture.jsonl)
 
-# Coverage-guided, of what reads data files and manifests. There is no atheris for some Pythons.
+# Coverage-guided, of all that reads files of others. There is no atheris for some Pythons.
 fuzz: $(VENV)/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check 'atheris>=3.0'
-	$(BIN)/python -m tests.fuzz.fuzz -max_total_time=$(or $(SECONDS),120) -max_len=2000
+	$(BIN)/python -m tests.fuzz.fuzz --seconds $(or $(SECONDS),120) $(NAMES)
 
 zoo: $(VENV)/ready
 	$(BIN)/python -m tests.zoo $(ZOO)

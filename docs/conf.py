@@ -29,7 +29,7 @@ NAV = {
         "cluster",
         "trackers",
     ],
-    "Reference": ["commands", "api", "cache-format", "design"],
+    "Reference": ["commands", "api", "cache-format", "reliability", "design"],
 }
 
 

@@ -1,87 +1,69 @@
-"""Coverage-guided fuzzing (atheris) of what reads other people's files: a data file, or a manifest that fits its digest.
+"""Coverage-guided fuzzing (atheris) of what reads other people's files: `python -m tests.fuzz.fuzz [--seconds N] [NAME …]`.
 
-The first byte says which. Whatever the rest is, it is read or refused by an error of ours; anything else ends the run and is kept
-as crash-….
+Each target (targets.py) gets its share of the time, in a process of its own; it goes on from the inputs that it found before, in
+build/fuzz. An input that is neither read nor refused by an error of ours is kept there as NAME-crash-…, one that takes longer than
+LONGEST seconds as NAME-timeout-…; put those that were mended into tests/fuzz/kept/NAME, where the tests read them.
 """
 
-import gzip
-import json
+import argparse
+import subprocess
 import sys
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 
-import atheris
-
-with atheris.instrument_imports(include=["minicache", "json"]):
-    from minicache.cache.identity import FORMAT_VERSION, digest_of
-    from minicache.cache.manifest import Manifest
-    from minicache.data.files import read_rows, zstd
-    from minicache.data.formats import to_pair, to_prompt
-    from minicache.errors import CacheError, DataError, RowRefused
-
-SAMPLE = Path(__file__).parents[2] / "minicache" / "sample" / "train.jsonl"
-IDENTITY = {
-    "format_version": FORMAT_VERSION, "weights": "w", "family": "llama", "tokenizer": "t", "template": "p", "vocabulary": 400,
-    "max_length": 32, "truncate": "right", "loss_on": "response", "think": "keep", "dtype": "float32", "attention": "sdpa",
-    "block_pairs": 4, "per_token": True,
-}  # fmt: skip
-LOG = {
-    "model": "m", "created": "2026-01-01", "versions": {"a": "1"}, "blocks": 1, "pairs": 1, "shards": 0,
-    "sources": [{"name": "f", "size": 1, "sha256": "s", "rows": 1, "kept": 1, "refused": {"x": 1}, "complete": True}],
-}  # fmt: skip
+HOME = Path(__file__).parents[2] / "build" / "fuzz"
+LONGEST = 60
 
 
-def read_file(data: bytes, file: Path) -> None:
-    file.write_bytes(data)
-    with suppress(DataError):
-        for line, row in read_rows(str(file)):
-            for read in (to_pair, lambda row, *_: to_prompt(row)):
-                with suppress(RowRefused):
-                    read(row, "f", line)
-
-
-def read_manifest(data: bytes) -> None:
-    try:
-        content = json.loads(data)
-        digest = digest_of({"identity": content["identity"], "log": content.get("log")})
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return
-    with suppress(CacheError):
-        manifest = Manifest.from_attributes({"minicache": {**content, "digest": digest}}, "here")
-        assert manifest.identity.digest
-
-
-def seeds(place: Path) -> None:
-    """One of each kind to begin with."""
-    lines = SAMPLE.read_bytes().splitlines()[:2]
-    rows = [
-        b"\n".join(lines),
-        b"[" + b",".join(lines) + b"]",
-        b'{"prompt": "a", "chosen": "b", "rejected": "c"}',
-        b'{"conversations": [{"from": "human", "value": "a"}], "chosen": {"from": "gpt", "value": "b"}, "rejected": []}',
-        b'{"chosen": "\\n\\nHuman: a\\n\\nAssistant: b", "rejected": "\\n\\nHuman: a\\n\\nAssistant: c"}',
-        b'{"question": "a", "response_j": "b", "response_k": "c", "system": "d"}',
-    ]
-    rows += [gzip.compress(rows[2]), zstd.compress(rows[2])]
-    manifest = json.dumps({"identity": IDENTITY, "log": LOG}).encode()
-    for number, seed in enumerate([*(b"\0" + row for row in rows), b"\1" + manifest]):
-        (place / str(number)).write_bytes(seed)
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="fuzz", description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of targets; default: all")
+    parser.add_argument("--seconds", type=int, default=120, help="in all")
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as place:
-        file, corpus = Path(place) / "file", Path(place) / "corpus"
-        corpus.mkdir()
-        seeds(corpus)
+    options = parse()
+    if options.alone:
+        fuzz(options.names[0], options.seconds)
+        return
+    from tests.fuzz.targets import made
 
-        def one(data: bytes) -> None:
-            if data[:1] == b"\1":
-                read_manifest(data[1:])
-            elif data:
-                read_file(data[1:], file)
+    with tempfile.TemporaryDirectory() as place:
+        names = options.names or list(made(Path(place)))
+    command = [
+        sys.executable,
+        "-m",
+        "tests.fuzz.fuzz",
+        "--alone",
+        "--seconds",
+        str(max(1, options.seconds // len(names))),
+    ]
+    failed = [name for name in names if subprocess.run([*command, name], check=False).returncode]
+    if failed:
+        sys.exit(f"faults: {', '.join(failed)}; their inputs are in {HOME}")
 
-        atheris.Setup([*sys.argv, str(corpus)], one)
+
+def fuzz(name: str, seconds: int) -> None:
+    import atheris
+
+    with atheris.instrument_imports(
+        include=["minicache", "json", "yaml", "tomllib", "jinja2", "peft.config", "peft.tuners.lora.config"]
+    ):
+        from tests.fuzz.targets import made
+
+    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    with tempfile.TemporaryDirectory(dir=memory) as needed, tempfile.TemporaryDirectory(dir=memory) as place:
+        target = made(Path(needed))[name]
+        corpus = HOME / name
+        corpus.mkdir(parents=True, exist_ok=True)
+        for number, content in enumerate(target.inputs):
+            (corpus / f"input-{number}").write_bytes(content)
+        longest = max(2000, *(2 * len(content) for content in target.inputs))
+        arguments = [f"-max_total_time={seconds}", f"-max_len={longest}", f"-timeout={LONGEST}", "-rss_limit_mb=4096"]
+        arguments += [f"-artifact_prefix={HOME}/{name}-", "-print_final_stats=1", str(corpus)]
+        atheris.Setup([sys.argv[0], *arguments], lambda content: target(content, Path(place)))
         atheris.Fuzz()
 
 

@@ -1,93 +1,194 @@
-"""SIGKILL at any moment, again and again, in both stages, until they have finished all the same."""
+"""SIGKILL at any moment, again and again, of every command that writes, until it has finished all the same.
 
-import json
+KILLS says how many in all of each command: a few, or a hundred in `make torture LONG=1`. A trial kills the call and repeats it
+until it comes to its end; then the result is compared with that of a call that nothing disturbed, and nothing else may be left.
+"""
+
+import os
 import random
 import shutil
+import subprocess
+import sys
+import tempfile
 import time
+from contextlib import suppress
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.stores import assert_same_store
-from tests.stages.test_crash import FORKS, Job, finished, fork, job, kill_all, run_here
-from tests.training.test_resume import assert_same_run
+from tests.stages.test_crash import FORKS, Job, job, kill_all, run_here
+from tests.torture.counting import count
+from tests.torture.writers import Writer, writers
 
-__all__ = ["job"]  # a fixture
+__all__ = ["job", "writers"]  # fixtures
+KILLS = int(os.environ.get("KILLS", "4"))
 MOST_STARTS = 200
-LEFTOVERS = (".saving", ".gone", ".draft", ".part")
-
-
-def lives_for(process: ForkServerProcess, seconds: float) -> bool:
-    """Whether it had to be killed after so long."""
-    process.join(seconds)
-    alive = process.is_alive()
-    if alive:
-        kill_all(process.pid)
-        process.join()
-    return alive
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_stage_one_killed_at_any_moment_until_it_is_done(job: Job, tmp_path: Path, seed: int) -> None:
-    """Each time it may live a little longer, so that it comes to its end however slow the machine is. No lock is left."""
-    cache, chance, kills = tmp_path / "cache", random.Random(seed), 0
-    done: dict[tuple[str, int], bytes] = {}
-    for start in range(MOST_STARTS):
-        process = fork(job.arguments, cache)
-        if not lives_for(process, chance.random() * (0.3 + start * 0.05)):
-            assert process.exitcode == 0, (tmp_path / "output").read_text()
-            break
-        kills += 1
-        now = finished(cache)
-        assert done.items() <= now.items(), "a finished block was lost or rewritten"
-        done = now
-    assert process.exitcode == 0 and kills >= 5
-    assert_same_store(cache, job.whole)
-    assert {item.name for item in tmp_path.iterdir()} == {"cache", "output"}
-
-
-@pytest.mark.parametrize("seed", range(2))
-def test_training_killed_at_any_moment_until_it_is_done(ref_cache: Path, tmp_path: Path, seed: int) -> None:
-    """Bit for bit the run that nobody killed: numbers, checkpoints and model."""
-    options = [
-        "train",
-        "--ref-cache",
-        str(ref_cache),
-        "--batch-size",
-        "8",
-        "--lr",
-        "1e-3",
-        "--epochs",
-        "4",
-        "--log-every",
-        "1",
+TIMEOUT = 300.0  # seconds until a call that nobody kills is taken to hang
+FORKS.set_forkserver_preload(
+    [
+        "minicache.cli",
+        "minicache.stages.precompute",
+        "minicache.stages.train",
+        "minicache.stages.sweep",
+        "minicache.stages.merge",
+        "minicache.stages.import_cache",
+        "minicache.stages.export",
+        "minicache.stages.export_cache",
+        "minicache.stages.report",
+        "transformers.models.llama.modeling_llama",
+        "bitsandbytes",
+        "peft",
+        "tests.stages.test_crash",
     ]
-    options += ["--tokens-per-micro-batch", "70", "--save-every", "2", "--resume"]
+)
 
-    def started(out: Path) -> ForkServerProcess:
-        process = FORKS.Process(target=run_here, args=([*options, "--out", str(out)], tmp_path / "output"))
-        process.start()
-        return process
+NAMES = [
+    "stage one", "stage one, two shards at once", "stage one, two processes", "train", "train, asynchronous saves",
+    "train, held-out pairs", "train, LoRA", "train, 8-bit optimizer", "train, 8-bit base", "train, 4-bit base",
+    "train, two processes", "sweep", "merge", "import-cache", "export of a policy", "export of a cache", "report",
+]  # fmt: skip
 
-    whole = started(tmp_path / "whole")
-    begun = time.monotonic()
-    whole.join(300)
-    usual = time.monotonic() - begun
-    assert whole.exitcode == 0, (tmp_path / "output").read_text()
-    chance, kills = random.Random(seed), 0
-    for start in range(MOST_STARTS):
-        process = started(tmp_path / "run")
-        if not lives_for(process, chance.random() * usual * (0.6 + start * 0.1)):
-            assert process.exitcode == 0, (tmp_path / "output").read_text()
-            break
-        kills += 1
-        if (tmp_path / "run" / "model").exists():
-            assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())
-    assert process.exitcode == 0 and kills >= 2
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
-    assert not [file for file in (tmp_path / "run").rglob("*") if file.suffix in LEFTOVERS]
-    shutil.rmtree(tmp_path / "whole")
+
+class Call:
+    """A command at work in processes of its own, that all end by one signal. output: what it says."""
+
+    def __init__(self, arguments: list[str], output: Path, scratch: Path) -> None:
+        self.output = output
+        self._forked: ForkServerProcess | None = None
+        self._started: subprocess.Popen[bytes] | None = None
+        if "--nproc" in arguments:
+            # a launcher of others, which fork badly from a process that has threads
+            with output.open("wb") as said:
+                self._started = subprocess.Popen(
+                    [sys.executable, "-m", "minicache", *arguments],
+                    stdout=said,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    env={**os.environ, "TMPDIR": str(scratch)},
+                )
+        else:
+            self._forked = FORKS.Process(target=run_with, args=(arguments, output, scratch))
+            self._forked.start()
+
+    @property
+    def group(self) -> int | None:
+        return (self._started or self._forked).pid  # type: ignore[union-attr]
+
+    @property
+    def code(self) -> int | None:
+        return self._started.returncode if self._started else self._forked.exitcode  # type: ignore[union-attr]
+
+    def ends_within(self, seconds: float) -> bool:
+        if self._started:
+            with suppress(subprocess.TimeoutExpired):
+                self._started.wait(seconds)
+            return self._started.poll() is not None
+        assert self._forked
+        self._forked.join(seconds)
+        return not self._forked.is_alive()
+
+    def kill(self) -> None:
+        kill_all(self.group)
+        self.ends_within(TIMEOUT)
+
+
+def run_with(arguments: list[str], output: Path, scratch: Path) -> None:
+    os.environ["TMPDIR"] = tempfile.tempdir = str(scratch)
+    run_here(arguments, output)
+
+
+class Killer:
+    """Kills a writer until it is done, again and again in fresh places."""
+
+    def __init__(self, writer: Writer, home: Path, seed: int) -> None:
+        self.writer, self.home, self.chance = writer, home, random.Random(seed)
+        self.kills = self.trials = self.lost = self.wrong = self.tracebacks = self.hangs = self.leftovers = 0
+        self.seconds = 0.0
+        self.remarks: list[str] = []
+        self.scratch = home / "scratch"
+        self.whole = home / "whole"
+        begun = time.monotonic()
+        assert self._run(self.whole, None) and not self.remarks, self.remarks
+        self.usual = time.monotonic() - begun
+
+    def trial(self) -> None:
+        place, begun, done = self.home / f"{self.trials}", time.monotonic(), self.writer.done(self.home / "none")
+        self.trials += 1
+        for start in range(MOST_STARTS):
+            if self._run(place, self.chance.random() * self.usual * (0.9 + start * 0.05)):
+                break
+            now = self.writer.done(place)
+            if not done.items() <= now.items():
+                self._remark("lost", f"finished blocks are gone: {sorted(done.keys() - now.keys())}")
+            done = now
+        self.seconds = max(self.seconds, time.monotonic() - begun)
+        self._judge(place)
+        shutil.rmtree(place)
+
+    def _run(self, place: Path, seconds: float | None) -> bool:
+        """Start the calls, kill them after so long; whether they ended by themselves, and well."""
+        place.mkdir(exist_ok=True)
+        self.scratch.mkdir(exist_ok=True)
+        calls = [
+            Call(arguments, self.home / f"output-{number}", self.scratch)
+            for number, arguments in enumerate(self.writer.at(place))
+        ]
+        deadline = time.monotonic() + (TIMEOUT if seconds is None else seconds)
+        ended = [call.ends_within(max(0.0, deadline - time.monotonic())) for call in calls]
+        # those that ended before the others were killed have done their part
+        for call in calls:
+            call.kill()
+        for call in calls:
+            said = call.output.read_text(errors="replace")
+            if "Traceback" in said:
+                self._remark("tracebacks", said)
+        if not all(ended):
+            if seconds is None:
+                self._remark("hangs", f"still at work after {TIMEOUT} s")
+            self.kills += 1
+            return False
+        for call in calls:
+            said = call.output.read_text(errors="replace")
+            # a call that was killed when all was in its place has made it; a repeated one says that it is there
+            is_there = (
+                call.code == 1 and not self.writer.resumes and ("exists" in said or "holds a reference cache" in said)
+            )
+            # of two at once one may be told of the other that was killed just now
+            if call.code and not is_there:
+                self._remark("wrong", f"exit code {call.code}: {said}")
+        return True
+
+    def _judge(self, place: Path) -> None:
+        try:
+            self.writer.same(self.whole / self.writer.name, place / self.writer.name)
+        except (AssertionError, OSError, ValueError) as error:
+            self._remark("wrong", f"not as undisturbed: {error!r}"[:2000])
+        usual = {file.relative_to(self.whole) for file in self.whole.rglob("*")}
+        left = [file for file in place.rglob("*") if file.relative_to(place) not in usual]
+        left += list(self.scratch.iterdir()) if self.scratch.exists() else []
+        if left:
+            self._remark("leftovers", ", ".join(str(file.relative_to(self.home)) for file in left[:10]))
+            shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def _remark(self, kind: str, text: str) -> None:
+        setattr(self, kind, getattr(self, kind) + 1)
+        self.remarks.append(f"{kind}, trial {self.trials}: {text}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_killed_at_any_moment_until_it_is_done(name: str, writers: dict[str, Writer], tmp_path: Path) -> None:
+    killer = Killer(writers[name], tmp_path, seed=len(name))
+    while killer.kills < KILLS:
+        killer.trial()
+    figures = {kind: getattr(killer, kind) for kind in ("lost", "wrong", "tracebacks", "hangs", "leftovers")}
+    count(f"killed: {name}", killer.trials, killer.kills, seconds=killer.seconds, **figures)
+    assert not killer.remarks, "\n".join(killer.remarks)
+
+
+def test_every_writer_is_killed(writers: dict[str, Writer]) -> None:
+    assert set(NAMES) == set(writers)
 
 
 def test_many_at_once_on_one_cache(job: Job, tmp_path: Path) -> None:
@@ -101,7 +202,10 @@ def test_many_at_once_on_one_cache(job: Job, tmp_path: Path) -> None:
             processes[-1].start()
         deadline = time.monotonic() + until
         for number, process in enumerate(processes):
-            if lives_for(process, max(0.0, deadline - time.monotonic())):
+            process.join(max(0.0, deadline - time.monotonic()))
+            if process.is_alive():
+                kill_all(process.pid)
+                process.join()
                 continue
             said = " ".join((tmp_path / f"output-{number}").read_text().split())
             assert "Traceback" not in said

@@ -8,6 +8,7 @@ import pytest
 
 from tests.cache.test_cache import DAMAGE
 from tests.torture.conftest import Orderly
+from tests.torture.counting import count
 from tests.training.test_resume import SETTINGS, assert_same_run, killed_at
 from tests.training.test_resume import run as train_run
 
@@ -42,7 +43,8 @@ def test_every_file_of_the_newest_checkpoint(
     """It is named, and without it the run goes on from the one before to the same end; or the damage did not matter."""
     newest = max((stopped / "checkpoints").iterdir())
     refused = 0
-    for file in sorted(path for path in newest.rglob("*") if path.is_file()):
+    damaged = sorted(path for path in newest.rglob("*") if path.is_file())
+    for file in damaged:
         out = shutil.copytree(stopped, tmp_path / "run")
         DAMAGE[damage](out / file.relative_to(stopped))
         code, said = orderly("train", *flags(ref_cache, out), "--resume")
@@ -55,6 +57,7 @@ def test_every_file_of_the_newest_checkpoint(
             assert_same_run(whole, out)
         shutil.rmtree(out)
     assert refused >= (2 if damage == "flip" else 4)
+    count(f"each file of a checkpoint damaged: {damage}", len(damaged), len(damaged))
 
 
 @pytest.mark.parametrize("content", FACTS)

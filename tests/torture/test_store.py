@@ -14,6 +14,7 @@ from tests.cache.test_cache import DAMAGE
 from tests.conftest import Cli
 from tests.helpers.stores import assert_same_store, chunk_files, contents
 from tests.torture.conftest import Orderly, StageOne
+from tests.torture.counting import count
 
 Commands = tuple[Cli, Orderly, StageOne]
 
@@ -46,25 +47,28 @@ def require_noticed_and_mended(cache: Path, sound: Path, commands: Commands, wha
 def test_every_chunk(small: tuple[Path, Path], tmp_path: Path, commands: Commands, damage: str) -> None:
     sound = small[0]
     cache = shutil.copytree(sound, tmp_path / "cache")
-    for chunk in chunk_files(cache):
+    chunks = chunk_files(cache)
+    for chunk in chunks:
         if damage == "garbage":
             chunk.write_bytes(bytes(range(256)) * 64)
         else:
             DAMAGE[damage](chunk)
         require_noticed_and_mended(cache, sound, commands, chunk)
+    count(f"each chunk damaged: {damage}", len(chunks), len(chunks))
 
 
 def test_every_two_chunks_swapped(small: tuple[Path, Path], tmp_path: Path, commands: Commands) -> None:
     cache = shutil.copytree(small[0], tmp_path / "cache")
-    count = 0
+    swapped = 0
     for first, second in swaps(cache):
         a, b = (cache / first).read_bytes(), (cache / second).read_bytes()
         assert a != b
         (cache / first).write_bytes(b)
         (cache / second).write_bytes(a)
         require_noticed_and_mended(cache, small[0], commands, (first, second))
-        count += 1
-    assert count == 10 * 3 + 45
+        swapped += 1
+    assert swapped == 10 * 3 + 45
+    count("two chunks swapped: each two", swapped, swapped)
 
 
 def test_all_chunks_of_another_cache_of_the_same_identity(
@@ -103,6 +107,7 @@ def test_every_zarr_json(small: tuple[Path, Path], tmp_path: Path, commands: Com
     """What is in it cannot be made again from anything else: one line, nothing written, and put back it all works."""
     sound, (cli, orderly, stage_one) = small[0], commands
     cache = shutil.copytree(sound, tmp_path / "cache")
+    metadata = len(list(cache.rglob("zarr.json")))
     for file in sorted(cache.rglob("zarr.json")):
         content = file.read_bytes()
         new = METADATA[damage](content)
@@ -126,6 +131,7 @@ def test_every_zarr_json(small: tuple[Path, Path], tmp_path: Path, commands: Com
         file.write_bytes(content)
         assert_same_store(cache, sound)
     assert cli("inspect-cache", cache, "--verify")[0] == 0
+    count(f"each zarr.json damaged: {damage}", metadata, metadata)
 
 
 CHANGES: list[Any] = [None, -1, 0, 10**30, "x", "", [], {}, True, 1.5, "../../etc/passwd", "\x00", [[]] * 3]
