@@ -23,11 +23,13 @@ from minicache.commands.precompute_ref import precompute_ref
 from minicache.commands.push import push
 from minicache.commands.recipes import recipes
 from minicache.commands.report import report
-from minicache.commands.running import out
+from minicache.commands.running import err, out
 from minicache.commands.sweep import sweep
 from minicache.commands.train import train
 from minicache.interpreter import forget_working_directory
 from minicache.processes.signals import CommandLine
+from minicache.processes.streams import Outlets
+from minicache.screen.results import show_error
 from minicache.text import guard_output, visible
 
 # The error of a command line, which typer takes from click or, in newer versions, from its own copy.
@@ -105,7 +107,7 @@ def expand_data(arguments: list[str]) -> list[str]:
 def main() -> None:
     """Run the command line of this process."""
     forget_working_directory()
-    guard_output()
-    with CommandLine():
+    with CommandLine(), Outlets(lambda line: show_error(err, line)):
+        guard_output()
         sys.argv[1:] = expand_data(sys.argv[1:])
         app(prog_name="minidpo")

@@ -4,6 +4,7 @@ What is under way has a name of its own, `.{name}.{machine}-{pid}-{token}-{token
 of a killed call: those of a process of this machine that is gone, and all others that nothing has touched for a day.
 """
 
+import atexit
 import errno
 import json
 import os
@@ -13,7 +14,7 @@ import stat
 import time
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from glob import escape
 from pathlib import Path
@@ -26,12 +27,25 @@ from minicache.errors import OutputError
 from minicache.json_lines import to_json
 
 DRAFT = re.compile(r"\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<process>[0-9a-f]{8})-[0-9a-f]{8}\.draft$")
+# A folder or file that is under way, by this rule and by that of caches (cache/places).
+UNDER_WAY = re.compile(
+    r"(?P<before>^|[/\\])\.(?P<name>[^/\\]+)\.(?:[0-9a-f]{8}-\d+-[0-9a-f]{8}-[0-9a-f]{8}\.draft|[a-z]+ing-[0-9a-f]{8})(?![^/\\])"
+)
 LONGEST_NAME = 180  # bytes of a name that its draft repeats; file systems allow 255 in all
 MOST_PID = 2**31 - 1  # of any system; the name of a file may hold any number
 OLD_AFTER = 24 * 3600  # seconds; no file or folder takes so long to write
 WINDOWS = os.name == "nt"
 # Seconds to wait: on Windows another program, such as a virus scanner, may hold a new file for a moment.
 PAUSES = (0.05, 0.1, 0.2, 0.4)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What the system may say of any file at any moment, as of one on a disk that fails or was taken away.
+NAMES = "ENOENT EACCES EPERM EROFS EIO EMFILE ENFILE ESTALE ENODEV ENXIO ETIMEDOUT ENOTCONN EHOSTDOWN ELOOP"
+REFUSED = tuple(getattr(errno, name) for name in NAMES.split() if hasattr(errno, name))
+# A number of the system in the text of a library: "No space left on device (os error 28)", "[errno 28] …".
+NUMBER = re.compile(r"\b(?:os error|errno) (\d+)", re.IGNORECASE)
+MEANWHILE = "{place}: another process has made it meanwhile; name another or remove it"
+OF_MACHINE = f"pid:[{0xEFFFFFFC}]"  # PROC_PID_INIT_INO of Linux, include/linux/proc_ns.h
+LITTLE = 2**16  # bytes that are left on a full disk
 NOT_TO_BE_FLUSHED = (errno.EACCES, errno.EINVAL)  # folders on Windows, those without a right to read, some file systems
 
 
@@ -48,11 +62,62 @@ def writing(path: object) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        path = _without_drafts(str(path))
+        if error.errno in FULL:
             raise OutputError(f"{path}: the disk is full; free some space and run the same command again") from error
         # which file or folder in it is gone
-        gone = f" ({error.filename})" if isinstance(error, FileNotFoundError) and error.filename else ""
+        gone = (
+            f" ({_without_drafts(os.fsdecode(error.filename))})"
+            if isinstance(error, FileNotFoundError) and error.filename
+            else ""
+        )
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}{gone}") from error
+
+
+def _without_drafts(path: str) -> str:
+    """The path by which a user knows a place in a draft, or in the draft of a draft."""
+    while (known := UNDER_WAY.sub(r"\g<before>\g<name>", path)) != path:
+        path = known
+    return path
+
+
+def of_the_machine(error: OSError) -> OutputError | None:
+    """The line for an error of the system that no code at its place has turned into one; None for what may be a bug."""
+    if error.errno == errno.ENOENT and not _has_working_directory():
+        return OutputError("the working directory was removed; change to another one, and run the same command again")
+    if error.errno in FULL:
+        return OutputError(
+            f"{error.filename or 'a file'}: the disk is full; free some space and run the same command again"
+        )
+    if error.errno in REFUSED and error.filename is not None:
+        return OutputError(f"{os.fsdecode(error.filename)}: {error.strerror}")
+    return None
+
+
+def _has_working_directory() -> bool:
+    try:
+        Path.cwd()
+    except OSError:
+        return False
+    return True
+
+
+def system_error(error: BaseException, place: Path) -> OSError:
+    """The system's error behind that of a library which failed to write: torch, safetensors and tokenizers pass on a text at most.
+
+    place: an existing file or folder on the disk that was written to, by which a full one is known where nothing names it.
+    """
+    behind: BaseException | None = error
+    while behind is not None:
+        if isinstance(behind, OSError) and behind.errno:
+            return behind
+        if found := NUMBER.search(str(behind)):
+            number = int(found[1])
+            return OSError(number, os.strerror(number))
+        behind = behind.__cause__ or behind.__context__
+    if shutil.disk_usage(place).free < LITTLE:
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return OSError(" ".join(str(error).split())[-300:])
 
 
 def with_folders(files: list[Path]) -> list[Path]:
@@ -107,16 +172,20 @@ def check_writable(file: Path) -> None:
 
 
 @contextmanager
-def written_whole(file: Path) -> Iterator[Path]:
+def written_whole(file: Path, is_new: bool = False) -> Iterator[Path]:
     """A draft's name beside `file`, to write to. It is flushed and takes the file's place when the block ends well, else removed.
 
+    is_new: the caller found nothing there.
+
     Raises:
-        OutputError: the disk refuses.
+        OutputError: the disk refuses; or, with `is_new`, another process has made the file meanwhile.
     """
     check_writable(file)
     with writing(file), draft_beside(file) as draft:
         yield draft
         flush_to_disk([draft])
+        if is_new and os.path.lexists(file):
+            raise OutputError(MEANWHILE.format(place=file))
         move(draft, file)
         flush_to_disk([file.parent])
 
@@ -135,7 +204,12 @@ def folder_written_whole(folder: Path) -> Iterator[Path]:
         with draft_beside(folder) as draft:
             draft.mkdir()
             yield draft
-            publish_folder(draft, folder)
+            try:
+                publish_folder(draft, folder)
+            except OSError as error:
+                if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise OutputError(MEANWHILE.format(place=folder)) from error
+                raise
 
 
 def publish_folder(draft: Path, folder: Path) -> None:
@@ -154,6 +228,52 @@ def publish_folder(draft: Path, folder: Path) -> None:
     except OSError:
         move(folder, draft)
         raise
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, if it is there. It is renamed first: neither a reader nor a kill finds half of it under its name.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    dead = draft_of(folder)
+    with suppress(FileNotFoundError):
+        move(folder, dead)
+    shutil.rmtree(dead, ignore_errors=True)
+
+
+@contextmanager
+def scratch_folder(what: str) -> Iterator[Path]:
+    """A new folder for temporary files, which no other user can read; removed when the block ends.
+
+    what: its purpose, for its name; those that killed calls with the same purpose left are removed first.
+
+    Raises:
+        OutputError: no directory for temporary files can be written to.
+    """
+    place = temporary_directory()
+    with draft_beside(place / f"minidpo-{what}") as folder:
+        with writing(place):
+            folder.mkdir(mode=0o700)
+        yield folder
+
+
+def kept_scratch_folder(what: str) -> Path:
+    """As `scratch_folder`, removed when the process ends."""
+    stack = ExitStack()
+    folder = stack.enter_context(scratch_folder(what))
+    atexit.register(stack.close)
+    return folder
+
+
+def temporary_directory() -> Path:
+    """The directory of temporary files. Raises OutputError: there is none that can be written to."""
+    try:
+        return Path(gettempdir())
+    except FileNotFoundError as error:
+        raise OutputError(
+            "no directory for temporary files can be written to, or none has room; name one in the variable TMPDIR"
+        ) from error
 
 
 @contextmanager
@@ -211,15 +331,51 @@ def _shortened(name: str) -> str:
 
 @cache
 def _machine() -> str:
+    """A digest of what numbers the processes: the machine, or a container of it, which may share the machine's name."""
     import socket
 
-    return f"{zlib.crc32(socket.gethostname().encode()):08x}"
+    name = socket.gethostname()
+    with suppress(OSError):
+        # of Linux; the number of the machine's own never changes
+        if (space := os.readlink("/proc/self/ns/pid")) != OF_MACHINE:  # noqa: PTH115
+            name += space
+    return f"{zlib.crc32(name.encode()):08x}"
 
 
 @cache
 def _process() -> str:
     """Tells this process from an earlier one of the same number. A forked child has another number."""
     return os.urandom(4).hex()
+
+
+class Journal:
+    """A file of lines that one process appends to, each at once."""
+
+    def __init__(self, file: Path) -> None:
+        """Open it. Raises OutputError: it cannot be written."""
+        self.file = file
+        with writing(file):
+            # unbuffered: what a full disk refused is not written once more when the file is closed
+            self._stream = file.open("ab", buffering=0)
+        self._is_whole = True
+
+    def add(self, line: str) -> None:
+        """Append a line, which ends with a line break. Raises OutputError: the disk is full or refuses; a part may be there."""
+        left, self._is_whole = line.encode(), False
+        with writing(self.file):
+            while left:
+                left = left[self._stream.write(left) :]
+        self._is_whole = True
+
+    def close(self, flush: bool = False) -> None:
+        """Close the file. flush: first, so that its lines survive a power loss. Raises OutputError: the disk refuses that."""
+        try:
+            # a disk that refused a line was named then
+            if flush and self._is_whole:
+                with writing(self.file):
+                    os.fsync(self._stream.fileno())
+        finally:
+            self._stream.close()
 
 
 def require_file(file: Path) -> None:

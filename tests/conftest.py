@@ -228,6 +228,34 @@ def repos(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator["Hub"]:
         snapshot_at.cache_clear()
 
 
+@pytest.fixture(scope="session")
+def s3_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """The port of an S3 server on loopback that has the bucket `bucket`."""
+    from tests.helpers.object_stores import s3_server
+
+    with s3_server(tmp_path_factory.mktemp("s3") / "log") as port:
+        yield port
+
+
+@pytest.fixture
+def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+    """Where the object store is to be looked for from now on. Failures show soon."""
+    from minicache.cache.places.bucket import bucket_at
+    from tests.helpers import object_stores
+
+    object_stores.set_credentials(monkeypatch)
+    object_stores.set_times(monkeypatch)
+    yield lambda port: object_stores.look_at(monkeypatch, port)
+    bucket_at.cache_clear()
+
+
+@pytest.fixture
+def url(s3_port: int, endpoint: Callable[[int], None]) -> str:
+    """A place on the S3 server where nothing is yet."""
+    endpoint(s3_port)
+    return f"s3://bucket/a folder/{os.urandom(8).hex()}"
+
+
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
     """Run the command line in this process: (exit code, stdout, stderr)."""

@@ -84,7 +84,7 @@ def fill(place: Path) -> None:
 
 
 WAYS = [written_whole, folder_written_whole]
-Way = Callable[[Path], AbstractContextManager[Path]]
+Way = Callable[..., AbstractContextManager[Path]]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -192,6 +192,113 @@ def test_long_names_have_drafts(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [place]
     leftover = named(place, f"-{os.getpid()}-", "-99999999999-")
     assert drafts(tmp_path, place.name) == [leftover]
+
+
+def test_drafts_of_a_container_are_not_those_of_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Containers may share the machine's name; the same numbers are other processes there."""
+    live = draft_of(tmp_path / "out")
+    gone = live.with_name(live.name.replace(f"-{os.getpid()}-", "-99999999999-"))
+    gone.touch()
+    disk._machine.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "readlink", lambda path: "pid:[4026539999]")
+        remove_leftovers(tmp_path, "out")
+        assert gone.exists() and disk._machine() != disk.DRAFT.search(live.name)["machine"]  # type: ignore[index]
+    disk._machine.cache_clear()
+    remove_leftovers(tmp_path, "out")
+    assert not gone.exists()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_place_that_another_process_has_filled_meanwhile_is_left_to_it(tmp_path: Path, way: Way) -> None:
+    """Two `export` into one place."""
+    place = tmp_path / "out"
+    more = {"is_new": True} if way is written_whole else {}
+    with (
+        pytest.raises(OutputError, match=f"{place}: another process has made it meanwhile"),
+        way(place, **more) as draft,
+    ):
+        fill(draft)
+        if way is folder_written_whole:
+            place.mkdir()
+            (place / "theirs").touch()
+        else:
+            place.write_text("theirs")
+    assert list(tmp_path.iterdir()) == [place]
+
+
+# --- temporary files, lines, and the errors of libraries ---
+
+
+def test_temporary_files_of_a_killed_call_are_removed_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "gettempdir", lambda: str(tmp_path))
+    with disk.scratch_folder("test") as mine, disk.scratch_folder("test") as other:
+        assert mine != other and mine.stat().st_mode & 0o77 == 0
+        (mine / "file").touch()
+        killed = mine.with_name(mine.name.replace(f"-{os.getpid()}-", "-99999999999-"))
+        killed.mkdir()
+    with disk.scratch_folder("test"):
+        assert not killed.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_directory_for_temporary_files_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> str:
+        raise FileNotFoundError("No usable temporary directory found in [...]")
+
+    monkeypatch.setattr(disk, "gettempdir", none)
+    with pytest.raises(OutputError, match="name one in the variable TMPDIR"), disk.scratch_folder("test"):
+        pytest.fail("began")
+
+
+def test_a_journal_on_a_full_disk_says_so_once() -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs a device that is always full")
+    journal = disk.Journal(Path("/dev/full"))
+    with pytest.raises(OutputError, match="the disk is full"):
+        journal.add("line\n")
+    journal.close(flush=True)
+
+
+def test_a_journal_appends_lines(tmp_path: Path) -> None:
+    for line in ("a\n", "ä\n"):
+        journal = disk.Journal(tmp_path / "file")
+        journal.add(line)
+        assert (tmp_path / "file").read_text(encoding="utf-8").endswith(line), "at once"
+        journal.close(flush=True)
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "a\nä\n"
+
+
+def wrapped(inner: Exception) -> Exception:
+    try:
+        try:
+            raise inner
+        except Exception:
+            raise RuntimeError("unexpected pos 64 vs 0")  # noqa: B904
+    except RuntimeError as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    ("error", "number"),
+    [
+        (OSError(errno.EROFS, "read only"), errno.EROFS),
+        (Exception("No space left on device (os error 28)"), errno.ENOSPC),
+        (wrapped(OSError(errno.EDQUOT, "quota")), errno.EDQUOT),
+        (RuntimeError("something else"), None),
+    ],
+)
+def test_the_error_of_the_system_behind_that_of_a_library(tmp_path: Path, error: Exception, number: int | None) -> None:
+    assert disk.system_error(error, tmp_path).errno == number
+
+
+def test_messages_name_the_place_and_not_its_draft(tmp_path: Path) -> None:
+    draft = draft_of(tmp_path / "step-000002") / "model"
+    for place in (draft, tmp_path / "..step-000002.merging-12345678.creating-0123abcd" / "model"):
+        with pytest.raises(OutputError, match=f"^{tmp_path}/step-000002/model: the disk is full"), disk.writing(place):
+            raise OSError(errno.ENOSPC, "full")
 
 
 # --- folders that cannot be flushed ---

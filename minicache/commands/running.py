@@ -19,6 +19,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
+from minicache.disk import of_the_machine
 from minicache.errors import CacheMismatch, ConfigError, MinicacheError, ProcessLost, in_words, is_lost_peer
 from minicache.json_lines import to_json
 from minicache.options.declare import flag
@@ -177,6 +178,8 @@ def _errors_of_libraries() -> Iterator[None]:
             name = str(error.filename)
             shown = name if len(name) <= LONGEST_SHOWN else f"{name[:LONGEST_SHOWN]}…"
             raise ConfigError(f"{shown}: a name longer than the file system allows; most allow 255 bytes") from error
+        if isinstance(error, OSError) and (line := of_the_machine(error)):
+            raise line from error
         if isinstance(error, MinicacheError) or not (isinstance(error, RuntimeError) and is_lost_peer(error)):
             raise
         raise ProcessLost(

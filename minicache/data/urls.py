@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -10,13 +10,13 @@ from glob import has_magic
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from tempfile import mkstemp
-from typing import Any
+from typing import Any, TypeVar
 from urllib.error import HTTPError
 from urllib.parse import urlsplit, urlunsplit
 from urllib.request import Request, urlopen
 
 from minicache.data.files import DataFile
-from minicache.data.folders import Folder, Note, glob_pattern
+from minicache.data.folders import MOST_ABOUT, Folder, Note, glob_pattern
 from minicache.disk import writing
 from minicache.errors import ConfigError, DataError, StoreError
 
@@ -25,6 +25,7 @@ PATIENCE = 60
 # Bytes.
 AT_ONCE = 2**20
 STORES = ("s3", "gs", "az", "memory")
+Answer = TypeVar("Answer")
 
 
 def fetch(url: str, scratch: Path, note: Note) -> list[DataFile]:
@@ -106,8 +107,8 @@ class _Bucket:
     def has(self, key: str) -> bool:
         import obstore
 
-        with suppress(FileNotFoundError), in_one_line(self.root):
-            obstore.head(store_at(self.root), key)
+        with suppress(FileNotFoundError):
+            self._answer(lambda: obstore.head_async(store_at(self.root), key))
             return True
         return False
 
@@ -115,15 +116,26 @@ class _Bucket:
         """The names of all objects below a folder, without the folder's own."""
         import obstore
 
-        with in_one_line(self.root):
-            found = [item["path"] for items in obstore.list(store_at(self.root), folder or None) for item in items]
-        return sorted(name.removeprefix(folder).lstrip("/") for name in found)
+        async def names() -> list[str]:
+            listed = obstore.list(store_at(self.root), folder or None)
+            return [item["path"] async for items in listed for item in items]
+
+        return sorted(name.removeprefix(folder).lstrip("/") for name in self._answer(names))
 
     def chunks(self, key: str) -> Iterator[bytes]:
         import obstore
 
+        found = self._answer(lambda: obstore.get_async(store_at(self.root), key))
+        pieces = found.stream(AT_ONCE)
+        with suppress(StopAsyncIteration):
+            while True:
+                yield bytes(self._answer(lambda: anext(pieces)))
+
+    def _answer(self, request: Callable[[], Awaitable[Answer]]) -> Answer:
         with in_one_line(self.root):
-            yield from obstore.get(store_at(self.root), key).stream()
+            from minicache.objects import wait_for
+
+            return wait_for(self.root, request)
 
     def get(self, key: str) -> DataFile:
         name = f"{self.root}/{key}"
@@ -137,6 +149,8 @@ def _from_store(url: str, scratch: Path, note: Note) -> list[DataFile]:
     scheme, _, rest = url.partition("://")
     root, _, key = rest.partition("/")
     bucket = _Bucket(f"{scheme}://{root}", scratch)
+    # Raises an error of one line where the library is missing.
+    store_at(bucket.root)
     if has_magic(key):
         fixed = re.split(r"[*?[]", key)[0].rpartition("/")[0]
         fits = glob_pattern(key)
@@ -158,7 +172,13 @@ def _from_store(url: str, scratch: Path, note: Note) -> list[DataFile]:
     below = f"{folder}/".lstrip("/")
 
     def read(name: str) -> str:
-        return b"".join(map(bytes, bucket.chunks(below + name))).decode(errors="replace")
+        content = b""
+        for chunk in bucket.chunks(below + name):
+            content += chunk
+            # No more of it is used.
+            if len(content) > MOST_ABOUT * 4:
+                break
+        return content.decode(errors="replace")
 
     chosen = Folder(f"{bucket.root}/{folder}".rstrip("/"), names, read).select("", split, note)
     return [bucket.get(below + name) for name in chosen]

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -20,6 +18,7 @@ from minicache.cache.places.opening import claimed, place_at
 from minicache.cache.reader import ReferenceCache
 from minicache.cache.schema import LEDGER_COLUMNS, CachedPairs, pairs_row, ref_row
 from minicache.cache.writer import CacheWriter
+from minicache.disk import scratch_folder
 from minicache.errors import CacheError, CacheMismatch, ConfigError, DataError, RowRefused
 from minicache.exchange.rows import ExportedRow, from_row, to_block
 from minicache.exchange.tables import read_table
@@ -60,9 +59,9 @@ def import_exported(config: ImportConfig, document: dict[str, Any], tracker: Tra
     tracker.begin("writing", manifest.log.pairs)
     with (
         drafted(out, "importing") as (draft, claims),
-        TemporaryDirectory(prefix="minidpo-", ignore_cleanup_errors=True) as scratch,
+        scratch_folder("import") as scratch,
     ):
-        tokenizer = Path(scratch) / "tokenizer"
+        tokenizer = scratch / "tokenizer"
         unpack(document.get("tokenizer"), tokenizer, config.file)
         require_fit(tokenizer, manifest.identity, config.file)
         empty = replace(manifest.log, sources=[], blocks=0, pairs=0, shards=0)

@@ -72,7 +72,7 @@ def table_at(out: Path, types: dict[str, str], document: dict[str, Any]) -> Iter
 
 @contextmanager
 def _json_table(out: Path, document: dict[str, Any]) -> Iterator[Write]:
-    with written_whole(out) as draft:
+    with written_whole(out, is_new=True) as draft:
         with _text_writer(out, draft) as stream:
             yield lambda part: stream.writelines(_lines(part))
         with written_whole(document_beside(out)) as beside:
@@ -85,7 +85,10 @@ def _arrow_table(out: Path, types: dict[str, str], document: dict[str, Any]) -> 
     schema = arrow.schema({name: _type(arrow, kind) for name, kind in types.items()})
     schema = schema.with_metadata({KEY: json.dumps(document)})
     if out.suffix == ".parquet":
-        with written_whole(out) as draft, arrow.parquet.ParquetWriter(draft, schema, compression="zstd") as writer:
+        with (
+            written_whole(out, is_new=True) as draft,
+            arrow.parquet.ParquetWriter(draft, schema, compression="zstd") as writer,
+        ):
             yield lambda part: writer.write_batch(_batch(arrow, schema, part))
         return
     with folder_written_whole(out) as draft:

@@ -5,7 +5,6 @@ import shutil
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
@@ -15,6 +14,7 @@ from minicache.cache.places.opening import claimed, take_alone
 from minicache.cache.places.place import POLL_SECONDS, ROOT
 from minicache.cache.writer import CacheWriter
 from minicache.data.files import DataFile
+from minicache.disk import scratch_folder
 from minicache.errors import CacheDamaged, CacheError, CacheNotFound, MinicacheError, OutputError, StoreError
 from minicache.intake.blocks import encoder_of, holds_all, take_in
 from minicache.intake.request import Request
@@ -41,8 +41,8 @@ def prepare(
     Raises:
         MinicacheError: as `precompute`.
     """
-    with TemporaryDirectory(prefix="minidpo-", ignore_cleanup_errors=True) as scratch:
-        request = Request.of(config, files, loaded, device, tracker, Path(scratch))
+    with scratch_folder("stage-one") as scratch:
+        request = Request.of(config, files, loaded, device, tracker, scratch)
         log.debug("%s: identity %s, %s", request.path, request.identity.digest, request.identity.stored)
         if config.shard:
             _join_shards(request, claims)

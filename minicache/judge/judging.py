@@ -1,5 +1,6 @@
 """A judge compares answers: what is missing is counted, asked for and kept; then the rate."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,12 +97,12 @@ class Judge:
             left[question.number] -= 1
             tracker.advance(0 if left[question.number] else 1, reply.read + reply.written)
 
-        left = {question.number: 0 for question in missing}
-        for question in missing:
-            left[question.number] += 1
-        tracker.begin(f"judging by {self.model}", len(left))
         try:
             with self.verdicts.alone():
+                # another process may have asked some since they were counted
+                missing = [each for each in missing if not self._known(each)]
+                left = Counter(question.number for question in missing)
+                tracker.begin(f"judging by {self.model}", len(left))
                 ask_all(self.server, [each.text for each in missing], self.options.concurrency, heard)
         except (KeyboardInterrupt, JudgeError) as error:
             kept = f"{came:,} of {len(missing):,} verdicts came and are kept in {self.verdicts.file}; the same command goes on"

@@ -4,10 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
 
 from minicache.cache.places.claims import FileClaim
-from minicache.disk import check_writable, flush_to_disk, writing, written_whole
+from minicache.disk import Journal, check_writable, written_whole
 from minicache.errors import DataError, OutputError
 from minicache.json_lines import json_lines, to_json_lines
 from minicache.judge.question import Verdict
@@ -49,7 +48,7 @@ class Verdicts:
     def __init__(self, file: Path) -> None:
         self.file = file
         self._found = {each.digest: each for each in read_verdicts(file)}
-        self._stream: IO[str] | None = None
+        self._journal: Journal | None = None
 
     def get(self, digest: str, max_tokens: int) -> Ruling | None:
         """The verdict of this digest; None where it is to be asked for, as after a reply that a lower limit cut."""
@@ -61,11 +60,9 @@ class Verdicts:
     def add(self, ruling: Ruling) -> None:
         """Write a verdict, at once. Raises OutputError: the disk is full or refuses."""
         self._found[ruling.digest] = ruling
-        with writing(self.file):
-            if self._stream is None:
-                self._stream = self.file.open("a", encoding="utf-8", newline="\n")
-            self._stream.write(to_json_lines([asdict(ruling)]))
-            self._stream.flush()
+        if self._journal is None:
+            self._journal = Journal(self.file)
+        self._journal.add(to_json_lines([asdict(ruling)]))
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -89,15 +86,15 @@ class Verdicts:
                     draft.write_text(to_json_lines(map(asdict, found)), encoding="utf-8", newline="\n")
             yield
         finally:
-            self._close()
-            claim.remove()
+            try:
+                self._close()
+            finally:
+                claim.remove()
 
     def _close(self) -> None:
-        if self._stream is not None:
-            with writing(self.file):
-                self._stream.close()
-                flush_to_disk([self.file])
-            self._stream = None
+        if self._journal is not None:
+            journal, self._journal = self._journal, None
+            journal.close(flush=True)
 
 
 def read_verdicts(file: Path) -> list[Ruling]:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from minicache.data.tokenizer_files import TEMPLATE, copy_to_policy
-from minicache.disk import folder_written_whole
+from minicache.disk import folder_written_whole, system_error
 from minicache.errors import ModelError, fits
 from minicache.models import huggingface, lora, minimind, precision, quantized, tokenizers
 from minicache.models.adapter_files import ADAPTER, settings_of
@@ -206,7 +206,7 @@ def save_model(model: Any, tokenizer_dir: Path, directory: Path, weights: dict[s
         try:
             model.save_pretrained(draft, **options, **({"state_dict": _tied(model, weights)} if weights else {}))
         except SafetensorError as error:
-            raise OSError(str(error)) from error
+            raise system_error(error, draft) from error
         _name_precision(model, draft / "config.json")
         lora.write_base(model, draft)
         copy_to_policy(tokenizer_dir, draft, alone=hasattr(model, "get_base_model"))

@@ -6,11 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from minicache.disk import written_whole
+from minicache.disk import system_error, written_whole
 from minicache.errors import ModelError
 from minicache.models.generations import GENERATIONS, Counts, Generation, State, file_keys, turned, unstack
 from minicache.models.minimind import ROPE_THETA
-from minicache.text import one_line
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
@@ -70,12 +69,12 @@ def _plain(model: nn.Module, generation: Generation) -> tuple[State, Counts]:
 
 
 def _write(state: State, path: Path) -> None:
-    with written_whole(path) as draft:
+    with written_whole(path, is_new=True) as draft:
         try:
             torch.save(state, draft)
         # torch's zip writer raises it when the disk is full
         except RuntimeError as error:
-            raise OSError(one_line(error, 200)) from error
+            raise system_error(error, draft.parent) from error
 
 
 def _name(path: Path, config: Any, generation: Generation, counts: Counts) -> str:

@@ -4,17 +4,17 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from minicache.data.tokenizer_files import SOURCE, copy_to_policy, copy_tokenizer, is_tokenizer_file, tokenizer_files
+from minicache.disk import scratch_folder, system_error, writing
 from minicache.errors import ModelError
 from minicache.models.huggingface import from_pretrained
 from minicache.text import one_line
@@ -66,7 +66,8 @@ def save_tokenizer(source: str, directory: Path, trust_remote_code: bool, model_
         tokenizer = from_pretrained(AutoTokenizer, source, trust_remote_code)
     except ModelError as error:
         raise _missing_library(source) or error from error
-    tokenizer.save_pretrained(directory)
+    with _writing(directory):
+        tokenizer.save_pretrained(directory)
     if not (directory / "tokenizer.json").exists():
         _convert(tokenizer, directory, source)
     texts = [*TEXTS, *(f"a{token}b {token} c" for token in _own_tokens(tokenizer))]
@@ -75,7 +76,9 @@ def save_tokenizer(source: str, directory: Path, trust_remote_code: bool, model_
     _require_same(texts, expected, _ids_of_file(directory), source)
     if Path(source).suffix == ".gguf":
         return
-    copy_tokenizer(_files_at(source), directory / SOURCE)
+    files = _files_at(source)
+    with _writing(directory):
+        copy_tokenizer(files, directory / SOURCE)
     differs = _difference_of_file(directory / SOURCE, texts, expected)
     if differs is None:
         differs = _reloaded_difference(directory, texts, tokenizer, expected, trust_remote_code, model_type)
@@ -87,6 +90,16 @@ def save_tokenizer(source: str, directory: Path, trust_remote_code: bool, model_
         raise ModelError(
             f"{source}: the tokenizer would not be the same beside the policy: {differs}; name one that is, by --tokenizer"
         )
+
+
+@contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    """As `minicache.disk.writing`; the library of tokenizers raises an Exception without a number."""
+    with writing(directory):
+        try:
+            yield
+        except Exception as error:
+            raise system_error(error, directory.parent) from error
 
 
 def _files_at(source: str) -> Path:
@@ -142,12 +155,14 @@ def _convert(tokenizer: Any, directory: Path, source: str) -> None:
     from transformers.convert_slow_tokenizer import convert_slow_tokenizer
 
     try:
-        convert_slow_tokenizer(tokenizer).save(str(directory / "tokenizer.json"))
+        converted = convert_slow_tokenizer(tokenizer)
     # it raises anything on a class that it does not know
     except Exception as error:
         raise ModelError(
             f"{source}: the tokenizer has no fast (tokenizers library) version, which minidpo needs"
         ) from error
+    with _writing(directory):
+        converted.save(str(directory / "tokenizer.json"))
 
 
 def _own_tokens(tokenizer: Any) -> list[str]:
@@ -228,14 +243,15 @@ def _reloaded_difference(
     """
     from transformers import AutoTokenizer
 
-    with TemporaryDirectory(prefix="minidpo-", ignore_cleanup_errors=True) as place:
-        copy_to_policy(directory, Path(place))
-        if model_type:
-            (Path(place) / "config.json").write_text(
-                json.dumps({"model_type": model_type}), encoding="utf-8", newline="\n"
-            )
+    with scratch_folder("tokenizer") as place:
+        with writing(place):
+            copy_to_policy(directory, place)
+            if model_type:
+                (place / "config.json").write_text(
+                    json.dumps({"model_type": model_type}), encoding="utf-8", newline="\n"
+                )
         try:
-            reloaded = from_pretrained(AutoTokenizer, place, trust_remote_code)
+            reloaded = from_pretrained(AutoTokenizer, str(place), trust_remote_code)
         except ModelError as error:
             return str(error).removeprefix(f"{place}: ")
     if reloaded.special_tokens_map != tokenizer.special_tokens_map:

@@ -43,7 +43,15 @@ def require_writable(where: Where) -> None:
 def different(places: Iterable[Where]) -> bool:
     """Whether no two of these are the same place."""
     named = [(place, local_path(place)) for place in places]
-    return len({path.resolve() if path else str(url).rstrip("/") for url, path in named}) == len(named)
+    return len({_resolved(path) if path else str(url).rstrip("/") for url, path in named}) == len(named)
+
+
+def _resolved(path: Path) -> Path:
+    """The path without links; as it is where the working directory was removed, from which it begins."""
+    try:
+        return path.resolve()
+    except OSError:
+        return path
 
 
 def split_weight(where: Where) -> tuple[Where, float | None]:

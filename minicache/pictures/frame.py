@@ -1,13 +1,14 @@
 """The look that all pictures share: axes, colours, fonts, files."""
 
 import logging
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minicache.disk import written_whole
+from minicache.disk import system_error, written_whole
 from minicache.errors import ConfigError
 from minicache.text import visible
 
@@ -83,7 +84,11 @@ def picture(file: Path, inches: tuple[float, float]) -> Iterator["Figure"]:
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
         figure = Figure(figsize=inches, layout="constrained", facecolor="white")
         yield figure
-        figure.savefig(draft, format=kind, dpi=150, metadata=dates.get(kind))
+        try:
+            figure.savefig(draft, format=kind, dpi=150, metadata=dates.get(kind))
+        # of a PDF's compressor, which is closed after the disk has refused
+        except zlib.error as error:
+            raise system_error(error, draft.parent) from error
 
 
 @contextmanager

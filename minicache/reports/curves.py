@@ -68,6 +68,8 @@ def _no_run(run: Path) -> str:
     """The message for a path that is not a run directory."""
     if not run.is_dir():
         return f"{run}: no such run; expected a directory that `minidpo train --out` made"
+    if (run / FACTS).is_file():
+        return f"{run / METRICS}: no metrics yet; the run has only begun: wait for its first line"
     if inside := sorted(file.parent.name for file in run.glob(f"*/{METRICS}")):
         return f"{run}: holds runs and is none itself; name those to draw: {run / inside[0]} …, or {run}/*/"
     return f"{run}: no {METRICS} in it; expected a directory that `minidpo train --out` made"

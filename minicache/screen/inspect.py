@@ -1,6 +1,7 @@
 """What `inspect-cache` prints. rich only."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,7 +127,10 @@ def _header(it: "Inspection") -> Group:
 
 def _near(path: str) -> str:
     """The path from the working directory, if it lies below."""
-    return str(Path(path).relative_to(Path.cwd())) if Path(path).is_relative_to(Path.cwd()) else path
+    # the working directory may have been removed
+    with suppress(ValueError, OSError):
+        return str(Path(path).relative_to(Path.cwd()))
+    return path
 
 
 def _figures(it: "Inspection") -> Table:

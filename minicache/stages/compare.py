@@ -23,7 +23,7 @@ from minicache.options.others import CompareConfig
 from minicache.pages.compare import Answers, page
 from minicache.processes.world import World
 from minicache.trackers import Tracker
-from minicache.training.run_directory import RECORD, policy_source, run_behind
+from minicache.training.run_directory import RECORD, reading, run_behind
 
 log = logging.getLogger(__name__)
 
@@ -47,11 +47,11 @@ def compare(config: CompareConfig, world: World, tracker: Tracker) -> Compared:
     for file in filter(None, (config.jsonl, config.html, verdicts)):
         check_writable(file)
     judge = Judge(config.judging, verdicts, tracker.note) if verdicts else None
-    policy = policy_source(config.policy)
-    first = (config.reference, "") if config.reference else _reference_of(config.policy)
-    tokenizer = tokenizer_of(config, policy)
-    prompts = read_prompts(config, tokenizer, tracker.note)
-    before, after = (_ask(model, tokenizer, prompts, config, world, tracker) for model in (first, (policy, "")))
+    with reading(config.policy) as policy:
+        first = (config.reference, "") if config.reference else _reference_of(config.policy)
+        tokenizer = tokenizer_of(config, policy)
+        prompts = read_prompts(config, tokenizer, tracker.note)
+        before, after = (_ask(model, tokenizer, prompts, config, world, tracker) for model in (first, (policy, "")))
     answers = [_side_by_side(*each) for each in zip(prompts, before, after, strict=True)]
     _note_cut(answers, config, tracker)
     names = {"reference": first[0], "policy": config.policy}

@@ -22,7 +22,7 @@ from minicache.scoring.loading import load_pairs
 from minicache.scoring.spread import spread
 from minicache.trackers import Tracker
 from minicache.training.losses import Objective
-from minicache.training.run_directory import DEFAULTS, RunRecord, final_beta, policy_source, run_behind
+from minicache.training.run_directory import DEFAULTS, RunRecord, final_beta, reading, run_behind
 from minicache.training.validation import EvalSet, evaluate_policy, require_per_token
 
 
@@ -107,10 +107,10 @@ def _note_other_reference(
 
 def _load(config: EvaluateConfig, cache: ReferenceCache, tracker: Tracker) -> LoadedModel:
     """The policy. Raises CacheMismatch: its vocabulary is not that of the cache."""
-    source = policy_source(config.policy)
-    tracker.begin(f"loading {source}", None)
-    loaded = load_model(source, config.trust_remote_code)
-    loaded.note_left_out(tracker.note)
+    with reading(config.policy) as source:
+        tracker.begin(f"loading {source}", None)
+        loaded = load_model(source, config.trust_remote_code)
+        loaded.note_left_out(tracker.note)
     if loaded.vocabulary != cache.identity.vocabulary:
         raise CacheMismatch(
             f"{source}: vocabulary of {loaded.vocabulary}; {cache.path} was made with one of {cache.identity.vocabulary}"

@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import nn
 
 from minicache.cache.reader import ReferenceCache
-from minicache.disk import check_writable
+from minicache.disk import check_writable, scratch_folder
 from minicache.errors import MinicacheError, OutputError
 from minicache.models import load_model, save_model, save_pth, save_tokenizer
 from minicache.models.load import load_unquantized
@@ -18,7 +17,7 @@ from minicache.processes.world import World
 from minicache.scoring.moved import Moved, Scored
 from minicache.scoring.scorer import DTYPES
 from minicache.trackers import Tracker
-from minicache.training.run_directory import policy_source, run_behind
+from minicache.training.run_directory import reading, run_behind
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,12 @@ def export(config: ExportConfig, world: World, tracker: Tracker) -> ExportReport
     if config.out.exists():
         raise OutputError(f"{config.out}: exists already; name another --out or remove it")
     check_writable(config.out)
-    source = policy_source(config.policy)
+    with reading(config.policy) as source:
+        return _export(config, source, world, tracker)
+
+
+def _export(config: ExportConfig, source: str, world: World, tracker: Tracker) -> ExportReport:
+    """As `export`. source: the directory of the policy's model."""
     tracker.begin(f"loading {source}", None)
     loaded = load_model(source, config.trust_remote_code)
     model = loaded.model
@@ -98,9 +102,9 @@ def _cache_of(policy: str, tracker: Tracker) -> ReferenceCache | None:
 
 def _save_directory(model: nn.Module, source: str, config: ExportConfig) -> None:
     """Write a Hugging Face directory with the tokenizer named, or else that of the policy."""
-    with TemporaryDirectory(prefix="minidpo-", ignore_cleanup_errors=True) as scratch:
+    with scratch_folder("export") as scratch:
         # Not the scratch directory itself: save_model copies its permissions, which exclude all other users.
-        files = Path(scratch) / "tokenizer"
+        files = scratch / "tokenizer"
         family: Any = model.config
         save_tokenizer(config.tokenizer or source, files, None, config.trust_remote_code, family.model_type)
         save_model(model, files, config.out)

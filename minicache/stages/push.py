@@ -2,10 +2,9 @@
 
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from minicache.cache.places.place import ROOT
+from minicache.disk import scratch_folder
 from minicache.errors import ConfigError
 from minicache.exchange.hub import Found, Repository
 from minicache.exchange.parcels import Parcel, machine_paths, replaced_by_cache, replaced_by_model
@@ -54,8 +53,8 @@ def push(config: PushConfig, tracker: Tracker) -> PushReport:
         tracker.begin(f"asking {page_of(repository.kind, repository.id)}", None)
         before = repository.look()
         _settle_readers(config, before)
-    with TemporaryDirectory(prefix="minidpo-", ignore_cleanup_errors=True) as scratch:
-        parcel = parcel_of_cache(config, tracker) if kind == "cache" else parcel_of_policy(config, Path(scratch))
+    with scratch_folder("push") as scratch:
+        parcel = parcel_of_cache(config, tracker) if kind == "cache" else parcel_of_policy(config, scratch)
         for note in parcel.notes:
             tracker.note(note)
         for name in machine_paths(parcel.files, config.source):

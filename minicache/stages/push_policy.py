@@ -78,7 +78,10 @@ def _finished(run: Path) -> RunRecord:
     record = read_record(run)
     if record is None or record.failed or not record.outcome:
         why = f"failed: {record.failed}" if record and record.failed else "is not finished"
-        raise OutputError(f"{run}: this run {why}; expected a finished one: `minidpo train --resume --out {run}`")
+        raise OutputError(
+            f"{run}: this run {why}; expected a finished one: wait for its end, or `minidpo train --resume --out {run}` if it "
+            "has ended"
+        )
     if not holds_model(run):
         raise OutputError(f"{run}: its model is gone; expected it in {run / 'model'}")
     return record

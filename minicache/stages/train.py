@@ -12,6 +12,7 @@ from minicache.options.dictionaries import flat
 from minicache.options.objective import starts_at_ln_2
 from minicache.options.train import TrainConfig
 from minicache.pairs import PairTable
+from minicache.processes.signals import StopFlag
 from minicache.processes.world import World
 from minicache.reports.held_out import words_on_run
 from minicache.scoring.budget import layers_that_fit, training_budget
@@ -99,9 +100,12 @@ def train_locked(config: TrainConfig, lock: RunLock, world: World, tracker: Trac
         trackers.start("training", record.flat)
         outcome = optimize(run, state, trackers)
         tracker.begin("saving the policy", None)
-        with world.watch.saving():
+        # no checkpoint holds the last steps: a request to stop waits for the policy, and a later one does not
+        with world.watch.saving(), StopFlag() as stop:
             save_policy(run, outcome, save_dtype(config, record))
             record = world.first(lambda: _finished(config, replace(record, outcome=outcome)))
+    if stop:
+        raise KeyboardInterrupt(f"the run is finished: its policy is in {config.out / 'model'}")
     return _report(config.out, record)
 
 

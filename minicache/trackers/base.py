@@ -5,7 +5,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from minicache.disk import written_whole
+from minicache.disk import Journal, written_whole
 from minicache.json_lines import json_lines
 
 
@@ -54,7 +54,7 @@ class Silent:
 
 
 class JsonLines(Silent):
-    """metrics.jsonl: one object for each logged step, flushed line by line.
+    """metrics.jsonl: one object for each logged step, written line by line. Raises OutputError: the disk is full or refuses.
 
     resumed_at: the next step of a run that goes on; the lines before it stay. None for a new run.
     """
@@ -64,14 +64,13 @@ class JsonLines(Silent):
         # a kill leaves the old file or the shortened one, never half of it
         with written_whole(file) as draft:
             draft.write_text("".join(_line(*point) for point in kept), encoding="utf-8", newline="\n")
-        self.stream = file.open("a", encoding="utf-8", newline="\n")
+        self.journal = Journal(file)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        self.stream.write(_line(step, metrics))
-        self.stream.flush()
+        self.journal.add(_line(step, metrics))
 
     def close(self) -> None:
-        self.stream.close()
+        self.journal.close()
 
 
 def _line(step: int, metrics: dict[str, float]) -> str:

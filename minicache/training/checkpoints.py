@@ -5,6 +5,7 @@ or in shards, reads what it needs. A checkpoint appears whole or not at all: it 
 disk, and renamed.
 """
 
+import errno
 import logging
 import os
 import pickle
@@ -24,8 +25,17 @@ from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
-from minicache.disk import draft_of, make_folder, move, publish_folder, require_file, writing
-from minicache.errors import OutputError
+from minicache.disk import (
+    draft_of,
+    make_folder,
+    move,
+    publish_folder,
+    remove_folder,
+    require_file,
+    system_error,
+    writing,
+)
+from minicache.errors import MinicacheError, OutputError, in_words
 from minicache.processes.world import World, patient_group
 from minicache.strict import read_as
 from minicache.training.progress import Progress
@@ -47,6 +57,17 @@ ENTRIES: dict[str, Any] = {
     "held_out": str | None,
 }
 NAME = re.compile(r"step-(\d{6,})")
+# Errors of the machine: a checkpoint that it does not let this process read is not a damaged one.
+NOT_ITS_FAULT = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+)
 
 
 def place(run: Path, step: int) -> Path:
@@ -154,15 +175,8 @@ def _new_draft(final: Path) -> Path:
 
 def _put_in_place(draft: Path, final: Path) -> None:
     """Publish a finished draft, in place of an older checkpoint of the same step if there is one."""
-    if final.exists():
-        _remove(final)
+    remove_folder(final)
     publish_folder(draft, final)
-
-
-def _remove(checkpoint: Path) -> None:
-    """Remove a checkpoint. It is renamed first: a kill must not leave half a checkpoint under its name."""
-    move(checkpoint, dead := draft_of(checkpoint))
-    shutil.rmtree(dead, ignore_errors=True)
 
 
 @contextmanager
@@ -171,10 +185,19 @@ def _removed_on_failure(draft: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        # while what filled the disk is there
+        is_torch = isinstance(error, RuntimeError | CheckpointException)
+        found = system_error(_behind(error), draft.parent) if is_torch else None
         shutil.rmtree(draft, ignore_errors=True)
-        if isinstance(error, RuntimeError | CheckpointException):
-            raise OSError(" ".join(str(error).split())[-300:]) from error
+        if found:
+            raise found from error
         raise
+
+
+def _behind(error: BaseException) -> BaseException:
+    """The first of the errors that torch collects from its ranks; any other as it is."""
+    failures = error.failures.values() if isinstance(error, CheckpointException) else ()
+    return next((each[0] for each in failures), error)
 
 
 def load(run: Path, step: int) -> dict[str, Any]:
@@ -231,8 +254,15 @@ def _allow_one_process() -> None:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
-def unreadable(what: Path, error: BaseException) -> OutputError:
-    """The error for a checkpoint, or a file of it, that cannot be read."""
+def unreadable(what: Path, error: BaseException) -> MinicacheError:
+    """The error for a checkpoint, or a file of it, that cannot be read. Only of a damaged one it says to remove it."""
+    error = _behind(error)
+    if full := in_words(error, f"what {what} holds"):
+        return full
+    if isinstance(error, OSError) and error.errno in NOT_ITS_FAULT:
+        return OutputError(
+            f"{what}: the checkpoint cannot be read now: {error.strerror}; nothing says that it is damaged: try again"
+        )
     line = " ".join(str(error).split())[-200:]
     return OutputError(
         f"{what}: the checkpoint cannot be read ({line}); remove its directory to resume from an earlier one"
@@ -243,7 +273,7 @@ def prune(run: Path, keep: Iterable[int]) -> None:
     """Remove all checkpoints but those of these steps."""
     for step in set(steps(run)) - set(keep):
         try:
-            _remove(place(run, step))
+            remove_folder(place(run, step))
         except PermissionError as error:
             # On Windows a file of it may be open, also in this process, which maps the weights that it resumed from.
             log.debug("%s stays for now: %s", place(run, step), error)

@@ -42,31 +42,35 @@ def optimize(run: Run, resumed: dict[str, Any] | None, tracker: Tracker) -> Outc
     log.debug("%d of %d steps are done", progress.step, run.steps)
     tracker.begin("training", pairs_in(run.steps, len(run.training), run.config.batch_size))
     tracker.advance(pairs_in(progress.step, len(run.training), run.config.batch_size), 0)
-    stopped = _take_steps(run, training, tracker)
-    if run.held_out and progress.validated != progress.step:
-        _validate(run, training)
-    log_pending(training, progress.step, tracker)
-    with run.world.watch.saving():
-        run.world.each(training.saver.wait)
+    with StopFlag() as stop:
+        stopped = _take_steps(run, training, stop, tracker)
+        if run.held_out and progress.validated != progress.step:
+            _validate(run, training, stop)
+        log_pending(training, progress.step, tracker)
+        with run.world.watch.saving():
+            run.world.each(training.saver.wait)
+        # all steps are done, but what they made is not saved before the caller does so
+        _save_if_asked_to_stop(run, training, stop)
     return Outcome(model_step=progress.model_step, stopped=stopped, progress=progress)
 
 
-def _take_steps(run: Run, training: Training, tracker: Tracker) -> str | None:
+def _take_steps(run: Run, training: Training, stop: StopFlag, tracker: Tracker) -> str | None:
     """Take the remaining steps; returns why they ended early, or None."""
     pace = Pace(run)
-    with StopFlag() as stop:
-        for mine in ahead(plan(run, training.progress.step)):
-            if stopped := _between_steps(run, training):
-                return stopped
-            started = time.monotonic()
-            with pace.step(training.progress.step):
-                norm = _step_that_fits(run, training, mine)
-                tokens = count_step(run, training, mine.indices, time.monotonic() - started)
-                tracker.advance(len(mine.indices), tokens)
-                stopped = log_step(run, training, norm, tracker)
+    for mine in ahead(plan(run, training.progress.step)):
+        if stopped := _between_steps(run, training, stop):
+            return stopped
+        started = time.monotonic()
+        with pace.step(training.progress.step):
+            norm = _step_that_fits(run, training, mine)
+            tokens = count_step(run, training, mine.indices, time.monotonic() - started)
+            tracker.advance(len(mine.indices), tokens)
+            stopped = log_step(run, training, norm, tracker)
+        # several processes ask each other at logged steps only: asking costs a message between them
+        if run.world.size == 1 or is_logged(run, training.progress.step - 1):
             _save_if_asked_to_stop(run, training, stop)
-            if stopped:
-                return stopped
+        if stopped:
+            return stopped
     return None
 
 
@@ -92,12 +96,13 @@ class Pace:
             self.steps, self.seconds = 0, 0.0
 
 
-def _between_steps(run: Run, training: Training) -> str | None:
-    """Validate and save where that is due; returns a reason to end the run, or None."""
+def _between_steps(run: Run, training: Training, stop: StopFlag) -> str | None:
+    """Validate and save where that is due; returns a reason to end the run, or None. Raises as `_save_if_asked_to_stop`."""
     progress, config = training.progress, run.config
     step = progress.step
     if run.held_out and progress.validated != step and step % _eval_every(run) == 0:
-        _validate(run, training)
+        _validate(run, training, stop)
+        _save_if_asked_to_stop(run, training, stop)
     due = step > 0 and config.save_every and step % config.save_every == 0
     if due and progress.saved != step:
         save(run, training)
@@ -123,12 +128,9 @@ def _step_that_fits(run: Run, training: Training, mine: Share) -> torch.Tensor:
 
 
 def _save_if_asked_to_stop(run: Run, training: Training, stop: StopFlag) -> None:
-    """Raises KeyboardInterrupt once the state is saved, if any process was asked to stop.
-
-    Several processes ask each other at logged steps only: asking costs a message between them.
-    """
+    """Raises KeyboardInterrupt once the state is saved, if any process was asked to stop. All processes call it."""
     step = training.progress.step
-    if (run.world.size == 1 or is_logged(run, step - 1)) and run.world.any(bool(stop)):
+    if run.world.any(bool(stop)):
         with run.world.watch.saving():
             save(run, training)
             training.saver.wait()
@@ -142,13 +144,39 @@ def _eval_every(run: Run) -> int:
     return run.config.validation.eval_every or max(1, -(-run.steps // VALIDATIONS))
 
 
-def _validate(run: Run, training: Training) -> None:
-    """Score the held-out pairs with the beta that the run ends at; save a checkpoint of the best policy."""
+class _Stopped(Exception):
+    """A validation was left half-way. It is done again by the run that goes on."""
+
+
+class _UntilStopped(Silent):
+    """Raises `_Stopped` after the batch in which a stop was asked for."""
+
+    def __init__(self, stop: StopFlag) -> None:
+        self.stop = stop
+
+    def advance(self, pairs: int, tokens: int) -> None:
+        if self.stop:
+            raise _Stopped
+
+
+def _validate(run: Run, training: Training, stop: StopFlag) -> None:
+    """Score the held-out pairs with the beta that the run ends at; save a checkpoint of the best policy.
+
+    A request to stop ends it at once where there is one process; several would have to agree on the batch.
+
+    Raises:
+        KeyboardInterrupt: then, after a checkpoint was saved.
+    """
     assert run.held_out
     started = time.monotonic()
     progress, options = training.progress, run.config.validation
     objective = replace(run.objective, beta=final_beta(run.config.beta, run.config.beta_end))
-    found = evaluate_policy(run.scorer, run.held_out, objective, run.budget, run.world, Silent())
+    watched = _UntilStopped(stop) if run.world.size == 1 else Silent()
+    try:
+        found = evaluate_policy(run.scorer, run.held_out, objective, run.budget, run.world, watched)
+    except _Stopped:
+        _save_if_asked_to_stop(run, training, stop)
+        raise
     metrics, loss = found.metrics, found.metrics["loss"]
     progress.validated = progress.step
     log.debug("validation at step %d: loss %.6g, %.1f s", progress.step, loss, time.monotonic() - started)

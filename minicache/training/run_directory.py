@@ -1,18 +1,21 @@
 """A run directory: `run.json` with every option and result of a run, and the place of its model. No torch."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from minicache.disk import read_json, write_json
-from minicache.errors import ConfigError, OutputError
+from minicache.errors import ConfigError, ModelError, OutputError
 from minicache.options.dictionaries import flat, require_types
 from minicache.options.train import TrainConfig
 from minicache.options.where import Where, split_weight
 from minicache.strict import read_as
+from minicache.text import listed
 from minicache.training.progress import Outcome
 
-RECORD, LOCK = "run.json", ".lock"
+RECORD, LOCK, CHECKPOINTS = "run.json", ".lock", "checkpoints"
 NEEDED = ("ref_cache", "out")
 # Options that 0.1.0 did not have: they are written only where they say something.
 LATER = (
@@ -127,7 +130,7 @@ def run_behind(policy: str) -> RunRecord | None:
     """The record of the run that made a policy: a run directory, its model/ or one of its checkpoints; None for others."""
     path = Path(policy).absolute()
     places = [path, path.parent] if path.name == "model" else [path]
-    above = [place.parents[1] for place in places if place.parent.name == "checkpoints"]
+    above = [place.parents[1] for place in places if place.parent.name == CHECKPOINTS]
     return next(filter(None, map(read_record, [*places, *above])), None)
 
 
@@ -157,9 +160,47 @@ def policy_source(policy: str) -> str:
         return str(path / "model")
     if (path / RECORD).is_file():
         raise OutputError(
-            f"{policy}: this run has no model yet; go on with it by `minidpo train --resume`, or name one of its checkpoints/"
+            f"{policy}: this run has no model yet; wait for its end, go on with it by `minidpo train --resume` if it has ended, "
+            "or name one of its checkpoints/"
         )
+    if path.parent.name == CHECKPOINTS and (path.parents[1] / RECORD).is_file() and not path.exists():
+        there = sorted(each.name for each in path.parent.glob("step-*"))
+        raise OutputError(f"{policy}: no such checkpoint, or no longer (--keep-last); there {_are(there)}")
     return policy
+
+
+def _are(names: list[str]) -> str:
+    return f"{'are' if len(names) > 1 else 'is'} {listed(names)}" if names else "are none"
+
+
+@contextmanager
+def reading(policy: str) -> Iterator[str]:
+    """The model directory of a policy, as `policy_source`, for a block that reads it while its run may be under way.
+
+    Raises:
+        ModelError: the block failed, as the run has removed or replaced the directory meanwhile. Any error of the block otherwise.
+    """
+    before = {str(place): _stamp(place) for place in (Path(policy) / "model", Path(policy))}
+    source = policy_source(policy)
+    try:
+        yield source
+    except Exception as error:
+        # a disk that refuses what is made of the policy has nothing to do with it
+        if isinstance(error, OutputError) or before.get(source) == _stamp(Path(source)):
+            raise
+        is_checkpoint = Path(policy).absolute().parent.name == CHECKPOINTS
+        what = "removed this checkpoint (--keep-last)" if is_checkpoint else "replaced its model"
+        advice = "name a newer one, or copy one first" if is_checkpoint else "run the same command again"
+        raise ModelError(f"{policy}: its run has {what} while it was read; {advice}") from error
+
+
+def _stamp(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from another one at the same place; None where there is none."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def final_beta(beta: float, beta_end: float | None) -> float:

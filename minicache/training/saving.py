@@ -3,8 +3,8 @@
 import shutil
 from pathlib import Path
 
-from minicache.disk import folder_written_whole, writing
-from minicache.errors import OutputError
+from minicache.disk import folder_written_whole, remove_folder, writing
+from minicache.errors import OutputError, RunBusy
 from minicache.models import load_model, save_model
 from minicache.options.train import TrainConfig
 from minicache.scoring.scorer import DTYPES
@@ -13,7 +13,7 @@ from minicache.training import checkpoints
 from minicache.training.adapters import write_base_beside
 from minicache.training.lock import RunLock
 from minicache.training.progress import Outcome
-from minicache.training.run_directory import RunRecord, write_record
+from minicache.training.run_directory import RECORD, RunRecord, write_record
 from minicache.training.shards import whole_weights
 from minicache.training.state import Run
 
@@ -33,10 +33,19 @@ def open_run(run: Run, record: RunRecord, resume_at: int | None, lock: RunLock, 
         _require_room(run, record, made)
         if not lock.is_held:
             lock.require()
+            _require_as_before(out, resume_at)
         if resume_at is None:
             write_record(out, record)
         write_base_beside(run.scorer.model, config, run.cache.tokenizer_dir, tracker)
         return TrackerGroup(tracker, JsonLines(out / "metrics.jsonl", resume_at), *libraries)
+
+
+def _require_as_before(out: Path, resume_at: int | None) -> None:
+    """Raises RunBusy: another process has made a run there, and ended, since this one looked."""
+    if resume_at is None and (out / RECORD).exists():
+        raise RunBusy(
+            f"{out}: another process has begun a run there meanwhile; go on with it by --resume, or name another --out"
+        )
 
 
 def _require_room(run: Run, record: RunRecord, made: bool) -> None:
@@ -84,5 +93,6 @@ def save_policy(run: Run, outcome: Outcome, dtype: str) -> None:
 
 def _remove_earlier(place: Path) -> None:
     """Remove the model of a call that was killed before it recorded the outcome, and the draft of one of version 0.1.0."""
-    for earlier in (place, place.with_name(".model.saving")):
-        shutil.rmtree(earlier, ignore_errors=True)
+    with writing(place):
+        remove_folder(place)
+    shutil.rmtree(place.with_name(".model.saving"), ignore_errors=True)

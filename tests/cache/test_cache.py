@@ -17,7 +17,6 @@ from minicache.cache import schema
 from minicache.cache.identity import FORMAT_VERSION, Identity, digest_of
 from minicache.cache.manifest import Log, Manifest, Source
 from minicache.cache.places import directory as places
-from minicache.cache.places.opening import claimed
 from minicache.cache.reader import ReferenceCache
 from minicache.cache.schema import RefBlock, array_specs
 from minicache.cache.writer import CacheWriter
@@ -392,15 +391,6 @@ def test_a_cache_is_made_where_a_link_leads_but_not_around_oneself(
     monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(OutputError, match="name another --ref-cache"):
         build(Path())
-
-
-def test_a_second_run_is_held_off_until_the_first_ends(store: Path) -> None:
-    with claimed(store):
-        ReferenceCache(store).load()  # reading is always allowed
-        with pytest.raises(OutputError, match="another precompute-ref is writing"), claimed(store):
-            pytest.fail("two runs write into one cache")
-    with claimed(store):
-        pass
 
 
 def test_leftovers_of_killed_writers_do_no_harm(store: Path) -> None:

@@ -1,5 +1,6 @@
 """Claims: held by one process or by several, free again however their holders end, on systems without fcntl too."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -28,16 +29,6 @@ def test_a_killed_holder_frees_it_and_until_then_others_are_refused(tmp_path: Pa
     with held(file):
         assert file.exists()
     assert not file.exists()
-
-
-def test_several_hold_it_together_and_none_of_them_alone(tmp_path: Path) -> None:
-    first, second = FileClaim(tmp_path / "claim"), FileClaim(tmp_path / "claim")
-    assert first.is_safe and first.take(alone=False) and second.take(alone=False)
-    assert not FileClaim(tmp_path / "claim").take(alone=True)
-    second.release()
-    assert first.take(alone=True) and not second.take(alone=False)
-    first.release()
-    assert second.take(alone=True)
 
 
 def test_where_fcntl_is_missing_it_can_be_imported_and_says_that_it_cannot_be_shared(tmp_path: Path) -> None:
@@ -78,3 +69,14 @@ def test_shared_and_lone_claims_exclude_each_other_as_in_0_1_0(tmp_path: Path) -
         claim.release()
         fcntl.flock(old, fcntl.LOCK_EX | fcntl.LOCK_NB)
         assert not claim.take(alone=True) and not claim.take(alone=False) and has_fcntl
+
+
+def test_a_file_that_its_holder_removes_at_this_moment_is_made_anew_and_held(tmp_path: Path) -> None:
+    first, second = FileClaim(tmp_path / "claim"), FileClaim(tmp_path / "claim")
+    assert first.take(alone=True)
+    # opened and not locked yet
+    second._descriptor = os.open(tmp_path / "claim", os.O_RDWR)
+    first.remove()
+    assert second.take(alone=True) and not FileClaim(tmp_path / "claim").take(alone=True)
+    second.remove()
+    assert not list(tmp_path.iterdir())

@@ -1,22 +1,20 @@
-"""A cache in an object store: against a real S3 server on loopback, through a proxy that cuts the connection; and in memory."""
+"""A cache in an object store: against a real S3 server on loopback, through a proxy that cuts the connection; and in memory.
+
+What all kinds of places have in common is tested in test_places.py.
+"""
 
 import http.server
 import json
 import os
-import re
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import fields
-from datetime import timedelta
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -25,145 +23,73 @@ import numpy as np
 import pytest
 
 from minicache.cache.manifest import Log, Manifest
-from minicache.cache.places import bucket as objects
-from minicache.cache.places import leases, opening
+from minicache.cache.places import bounded, leases
 from minicache.cache.places.bucket import bucket_at
 from minicache.cache.places.claims import CLAIM_FILE
+from minicache.cache.places.leases import Lease
 from minicache.cache.places.opening import claimed, place_at
 from minicache.cache.reader import ReferenceCache
 from minicache.cache.writer import CacheWriter
-from minicache.errors import CacheNotFound, ConfigError, OutputError, StoreError
+from minicache.errors import CacheDamaged, CacheNotFound, ConfigError, OutputError, StoreError
 from minicache.options.others import MergeConfig
 from minicache.options.where import local_path
 from minicache.stages.merge import merge
 from minicache.trackers import Silent
 from tests.cache.test_cache import IDENTITY, build
 from tests.conftest import Cli, make_rows, precompute_into, write_jsonl
+from tests.helpers.faulty_proxy import (
+    CUT_REQUEST,
+    FAULTS,
+    LOSE_ANSWER,
+    REFUSE,
+    SILENCE,
+    Fault,
+    FaultyProxy,
+    Plan,
+    Request,
+    faulty_proxy,
+)
+from tests.helpers.loopback import at_work
+from tests.helpers.object_stores import downloaded, set_times, without_claim
 from tests.helpers.stores import contents
 from tests.stages.test_crash import FORKS, kill_all, run_here, wait_for
 
 NUMBERS = count()
 
 
-class Proxy:
-    """Passes bytes on to a server.
-
-    Once an object is put whose name holds `cut_at`, half of the request goes on, then nothing. Of one whose name holds
-    `lose_answer_to` the whole request, but no answer comes back; that once.
-    """
-
-    def __init__(self, port: int) -> None:
-        self.target, self.cut_at, self.is_cut, self.lose_answer_to = port, "", False, ""
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self.listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
-                client, _ = self.listener.accept()
-                if self.is_cut:
-                    client.close()
-                    continue
-                server = socket.create_connection(("127.0.0.1", self.target))
-                lost = threading.Event()
-                for way in ((client, server, True), (server, client, False)):
-                    threading.Thread(target=self._pass_on, args=(*way, lost), daemon=True).start()
-
-    def _pass_on(self, source: socket.socket, sink: socket.socket, is_request: bool, lost: threading.Event) -> None:
-        def puts(name: str) -> bool:
-            return is_request and bool(name) and re.search(rb"PUT \S*" + name.encode(), sent) is not None
-
-        with suppress(OSError):
-            while (sent := source.recv(65536)) and not self.is_cut:
-                if puts(self.cut_at):
-                    self.is_cut = True
-                    sink.sendall(sent[: len(sent) // 2])
-                    break
-                if puts(self.lose_answer_to):
-                    self.lose_answer_to = ""
-                    lost.set()
-                if lost.is_set() and not is_request:
-                    break
-                sink.sendall(sent)
-        for end in (source, sink):
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-            end.close()
-
-
-@pytest.fixture(scope="module")
-def s3_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    log = (tmp_path_factory.mktemp("s3") / "log").open("w")
-    command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=log, stderr=log)
-    try:
-        for _ in range(600):
-            with suppress(OSError):
-                put_bucket = urllib.request.Request(f"http://127.0.0.1:{port}/bucket", method="PUT")
-                urllib.request.build_opener(urllib.request.ProxyHandler({})).open(put_bucket, timeout=10).close()
-                break
-            assert server.poll() is None, Path(log.name).read_text()
-            time.sleep(0.1)
-        yield port
-    finally:
-        server.terminate()
-        server.wait()
-        log.close()
-
-
 @pytest.fixture
-def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
-    """Where the object store is to be looked for from now on. Failures show soon."""
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(f"AWS_{name}", "test")
-    monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(objects, "RETRIES", {"max_retries": 1, "retry_timeout": timedelta(seconds=5)})
-    monkeypatch.setattr(leases, "LEASE_SECONDS", 0.5)
-    for module in (objects, opening):
-        monkeypatch.setattr(module, "POLL_SECONDS", 0.1)
-
-    def look_at(port: int) -> None:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-        bucket_at.cache_clear()
-
-    yield look_at
-    bucket_at.cache_clear()
-
-
-@pytest.fixture
-def url(s3_port: int, endpoint: Callable[[int], None]) -> str:
-    """A place on the S3 server where nothing is yet."""
-    endpoint(s3_port)
-    return f"s3://bucket/a folder/{next(NUMBERS)}"
-
-
-@pytest.fixture
-def proxy(url: str, s3_port: int, endpoint: Callable[[int], None]) -> Iterator[Proxy]:
+def proxy(url: str, s3_port: int, endpoint: Callable[[int], None]) -> Iterator[FaultyProxy]:
     """The only way to the S3 server from now on."""
-    between = Proxy(s3_port)
-    endpoint(between.port)
-    yield between
-    between.listener.close()
+    with faulty_proxy(s3_port) as between:
+        endpoint(between.port)
+        yield between
 
 
-def downloaded(url: str, to: Path) -> dict[str, bytes]:
-    """As `contents`; without the file that only a directory needs."""
-    shutil.rmtree(to, ignore_errors=True)
-    place = bucket_at(url)
-    for name in place._names():
-        (to / name).parent.mkdir(parents=True, exist_ok=True)
-        (to / name).write_bytes(place.read(name) or b"")
-    return without_claim(contents(to))
+def cutting(at: str) -> Plan:
+    """The connection is cut once an object is put whose name contains this: half of the request goes on, then nothing."""
+    is_cut = False
+
+    def fault(request: Request) -> Fault | None:
+        nonlocal is_cut
+        if is_cut:
+            return REFUSE
+        is_cut = request.method == "PUT" and at in request.name
+        return CUT_REQUEST if is_cut else None
+
+    return fault
 
 
-def without_claim(files: dict[str, bytes]) -> dict[str, bytes]:
-    return {name: content for name, content in files.items() if name != CLAIM_FILE}
+def once(fault: Fault, at: str) -> Plan:
+    """Does this to the first PUT of an object whose name contains `at`."""
+    done: list[int] = []
+
+    def plan(request: Request) -> Fault | None:
+        if done or request.method != "PUT" or at not in request.name:
+            return None
+        done.append(request.number)
+        return fault
+
+    return plan
 
 
 def assert_same_values(left: ReferenceCache, right: ReferenceCache) -> None:
@@ -218,13 +144,22 @@ def test_the_whole_story_on_s3(
     ],
 )
 def test_a_connection_cut_in_the_middle_of_a_block_costs_that_block(
-    url: str, proxy: Proxy, model_dir: Path, data_file: Path, ref_cache: Path, tmp_path: Path, cut_at: str, scored: int
+    url: str,
+    proxy: FaultyProxy,
+    model_dir: Path,
+    data_file: Path,
+    ref_cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cut_at: str,
+    scored: int,
 ) -> None:
-    proxy.cut_at = cut_at
+    set_times(monkeypatch, retry=0.5)
+    proxy.plan = cutting(cut_at)
     with pytest.raises(StoreError, match="cannot be reached or refuses; check network") as told:
         precompute_into(url, model_dir, data_file)
-    assert proxy.is_cut and "\n" not in str(told.value)
-    proxy.cut_at, proxy.is_cut = "", False
+    assert "\n" not in str(told.value)
+    proxy.plan = None
     if place_at(url).has("zarr.json"):
         cache = ReferenceCache(url)
         assert len(cache.blocks) - len(cache.blocks.unscored()) == scored
@@ -234,22 +169,22 @@ def test_a_connection_cut_in_the_middle_of_a_block_costs_that_block(
     assert downloaded(url, tmp_path / "copy") == without_claim(contents(ref_cache))
 
 
-def test_a_connection_that_comes_back_is_not_even_noticed(
-    url: str, proxy: Proxy, endpoint: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(objects, "RETRIES", {"max_retries": 10, "retry_timeout": timedelta(seconds=30)})
-    endpoint(proxy.port)
-    proxy.cut_at = "ref/token_count/c/1/"
-
-    def heal() -> None:
-        while not proxy.is_cut:
-            time.sleep(0.01)
-        proxy.cut_at, proxy.is_cut = "", False
-
-    healer = threading.Thread(target=heal, daemon=True)
-    healer.start()
-    build(url)
-    assert not healer.is_alive() and not list(ReferenceCache(url).verify())
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_happens_to_one_request_is_not_even_noticed(url: str, proxy: FaultyProxy, fault: str) -> None:
+    """But for a refusal that no repetition changes."""
+    for at in ("ref/token_count/c/1/", "ledger/pairs/zarr.json", CLAIM_FILE):
+        proxy.plan = once(FAULTS[fault], at)
+        begun = time.monotonic()
+        if fault.startswith("expired"):
+            with pytest.raises(
+                StoreError, match="the credentials have expired; renew them, then run the same command"
+            ) as told:
+                build(f"{url}/{at}")
+            assert "\n" not in str(told.value)
+        else:
+            build(f"{url}/{at}")
+            assert not list(ReferenceCache(f"{url}/{at}").verify())
+        assert time.monotonic() - begun < 60
 
 
 def test_a_killed_run_holds_up_the_next_for_a_while_only(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,25 +204,73 @@ def test_a_killed_run_holds_up_the_next_for_a_while_only(url: str, monkeypatch: 
     with claimed(url):
         assert time.monotonic() - begun > 1.9
     with claimed(url):
-        assert time.monotonic() - begun < 10
+        assert time.monotonic() - begun < 60
 
 
 def test_a_claim_is_ours_though_the_answer_was_lost(
-    url: str, proxy: Proxy, endpoint: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+    url: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(objects, "RETRIES", {"max_retries": 10, "retry_timeout": timedelta(seconds=30)})
-    endpoint(proxy.port)
+    """Also where the library gave up repeating, and the next renewal finds the object as its own last one left it."""
+    set_times(monkeypatch, lease=4.0)
     place = bucket_at(url)
-    claim = place.claim(CLAIM_FILE)
-    proxy.lose_answer_to = CLAIM_FILE
-    assert claim.take(alone=True) and not proxy.lose_answer_to
-    proxy.lose_answer_to = CLAIM_FILE  # of a renewal
-    while proxy.lose_answer_to:
+    claim = Lease(place, CLAIM_FILE)
+    proxy.plan = once(LOSE_ANSWER, CLAIM_FILE)
+    assert claim.take(alone=True)
+    stored, renewals = place.read(CLAIM_FILE), claim._count
+    # one renewal is stored and given up all the same, and another is refused
+    proxy.plan = lambda request: LOSE_ANSWER if request.method == "PUT" else None
+    while claim._count < renewals + 2:
         time.sleep(0.01)
-    time.sleep(1)
+    proxy.plan = None
+    assert place.read(CLAIM_FILE) != stored
+    while claim._count < renewals + 3:
+        time.sleep(0.01)
     place.write("x", b"still ours")
     claim.release()
     assert not place.has(CLAIM_FILE)
+
+
+def test_a_signal_is_heard_while_a_request_waits(url: str, proxy: FaultyProxy) -> None:
+    """The library's own calls would hear it only when they end."""
+    heard: list[float] = []
+
+    def ends_it(request: Request) -> Fault:
+        heard.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+        return SILENCE
+
+    def raises(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    proxy.plan, before = ends_it, signal.signal(signal.SIGINT, raises)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            place_at(url).has("x")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert time.monotonic() - heard[0] < 3
+
+
+def test_one_who_was_stopped_replaces_nothing_of_the_one_who_went_on(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even in the moment before it can know: its own clock stood still, as that of a machine that slept."""
+    set_times(monkeypatch, lease=600.0)
+    bucket_at.cache_clear()
+    sleeper, other = bucket_at(url), bucket_at.__wrapped__(url)
+    claim = sleeper.claim(CLAIM_FILE)
+    assert claim.take(alone=True)
+    sleeper.write("known", b"1")
+    # the other has waited for as long as it must
+    other.write(CLAIM_FILE, b"another's")
+    for name in ("known", "new"):
+        other.write(name, b"the other's")
+    for name in ("known", "new"):
+        with pytest.raises(StoreError, match="another run went on with this cache"):
+            sleeper.write(name, b"too late")
+        assert other.read(name) == b"the other's"
+    with pytest.raises(StoreError, match="another run went on with this cache"):
+        sleeper.remove()
+    claim.release()
+    assert other.read(CLAIM_FILE) == b"another's" and other.has("new")
 
 
 def test_of_many_who_make_a_cache_at_once_one_does(url: str) -> None:
@@ -302,31 +285,6 @@ def test_of_many_who_make_a_cache_at_once_one_does(url: str) -> None:
         said = list(threads.map(make, range(4)))
     assert sorted(said) == ["made", "refused", "refused", "refused"]
     assert len(ReferenceCache(url).blocks) == 3
-
-
-def test_who_is_taken_for_dead_writes_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leases, "LEASE_SECONDS", 0.6)
-    place = bucket_at(f"memory://{next(NUMBERS)}")
-    claim = place.claim(CLAIM_FILE)
-    assert claim.take(alone=True)
-    place.write(CLAIM_FILE, b"another run has taken it over")
-    time.sleep(0.5)
-    with pytest.raises(StoreError, match="another run went on with this cache"):
-        place.write("x", b"y")
-    claim.release()
-    assert place.read(CLAIM_FILE) == b"another run has taken it over"
-
-
-def test_claims_are_taken_alone_or_together() -> None:
-    place = place_at(f"memory://{next(NUMBERS)}")
-    first, second = place.claim(CLAIM_FILE), place.claim(CLAIM_FILE)
-    assert first.take(alone=True) and not second.take(alone=True) and not second.take(alone=False)
-    assert first.take(alone=False) and second.take(alone=False)
-    assert second.take(alone=True) and not first.take(alone=True)
-    second.release()
-    assert first.take(alone=True)
-    first.release()
-    assert not place.has(CLAIM_FILE)
 
 
 def test_shards_make_the_cache_of_one_run(model_dir: Path, data_file: Path, ref_cache: Path, tmp_path: Path) -> None:
@@ -415,20 +373,11 @@ def test_merged_caches_may_lie_anywhere(model_dir: Path, tmp_path: Path) -> None
         merge(MergeConfig(tuple(caches), out), Silent())
 
 
-def test_nothing_else_is_written_over() -> None:
-    url = f"memory://{next(NUMBERS)}"
-    bucket_at(url).write("pairs/tokens/c/0/0", b"of a creation that was killed")
-    bucket_at(url).write("photos/1.jpg", b"!")
-    with pytest.raises(OutputError, match=r"holds other objects \(photos/1\.jpg\)"):
-        build(url)
-    bucket_at(url)._delete(["photos/1.jpg"])
-    build(url)
-    assert not list(ReferenceCache(url).verify())
-
-
 def test_what_is_wrong_is_one_line(
     cli: Cli, url: str, endpoint: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    set_times(monkeypatch, retry=0.5)
+
     def said(where: str) -> str:
         code, _, stderr = cli("inspect-cache", where)
         assert code == 1
@@ -459,6 +408,59 @@ def test_what_is_wrong_is_one_line(
     monkeypatch.setenv("AWS_METADATA_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     endpoint(server.server_port)
     assert "found no credentials; expected them in the environment" in said(url)
+
+
+class Endless(http.server.BaseHTTPRequestHandler):
+    """Objects of 2^40 bytes, which it states or, with `is_lying`, does not; sent: how many bytes went out."""
+
+    protocol_version = "HTTP/1.1"
+    is_lying = False
+    sent = 0
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        size = "10" if self.is_lying else str(2**40)
+        for name, value in (
+            ("ETag", '"x"'),
+            ("Last-Modified", "Mon, 30 Nov 2026 00:00:00 GMT"),
+            ("Content-Length", size),
+        ):
+            self.send_header(name, value)
+        if self.is_lying:
+            self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        piece = bytes(2**16)
+        with suppress(OSError):
+            while self.command == "GET":
+                self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece) if self.is_lying else piece)
+                type(self).sent += len(piece)
+        self.close_connection = True
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.mark.parametrize("is_lying", [False, True])
+def test_an_object_without_end_is_not_received(
+    endpoint: Callable[[int], None], cli: Cli, monkeypatch: pytest.MonkeyPatch, is_lying: bool
+) -> None:
+    """Neither as a chunk, nor as metadata, a list or a file of the tokenizer; with a size that is stated, or another one."""
+    monkeypatch.setattr(Endless, "is_lying", is_lying)
+    monkeypatch.setattr(Endless, "sent", 0)
+    monkeypatch.setattr(bounded, "MOST_IN_A_LIST", 2**24)
+    monkeypatch.setattr(bounded, "MOST_BYTES", 2**24)
+    with at_work(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endless)) as address:
+        endpoint(int(address.rpartition(":")[2]))
+        code, _, stderr = cli("inspect-cache", "s3://bucket/endless")
+        assert code == 1 and "zarr.json: cannot be read as a zarr group:" in " ".join(stderr.split())
+        place = place_at("s3://bucket/endless")
+        with pytest.raises(
+            CacheDamaged, match=r"refused\.jsonl: cannot be used: .*expected 16,777,216 or fewer; move it away"
+        ):
+            place.read("refused.jsonl")
+    # what fits into the buffers of the connections beside what is allowed
+    assert Endless.sent < 2 * (2**24 if is_lying else 0) + 3 * 2**24
 
 
 def test_a_file_url_is_a_directory(tmp_path: Path, ref_cache: Path) -> None:

@@ -152,3 +152,22 @@ def test_a_removed_working_directory_is_no_error(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("PYTHONSAFEPATH", "")
     interpreter.forget_working_directory()
     assert interpreter.python_environment()["PYTHONSAFEPATH"] == "1"
+
+
+def test_a_removed_working_directory_keeps_no_command_from_absolute_paths(ref_cache: Path, tmp_path: Path) -> None:
+    """And a relative path is named as what it is: not there."""
+    gone = 'mkdir "$0" && cd "$0" && rmdir "$0" && exec "$@"'
+
+    def there(*words: object) -> subprocess.CompletedProcess[str]:
+        command = ["sh", "-c", gone, str(tmp_path / "gone"), *SCRIPT, *map(str, words)]
+        return started(command, tmp_path)
+
+    done = there("inspect-cache", ref_cache, "--html", tmp_path / "page.html")
+    assert done.returncode == 0 and (tmp_path / "page.html").is_file(), done.stderr
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"step": 0, "loss": 0.5}\n{"step": 1, "loss": 0.4}\n', encoding="utf-8")
+    done = there("report", run)
+    assert done.returncode == 0, done.stderr
+    done = there("inspect-cache", "relative/cache")
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr

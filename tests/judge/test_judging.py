@@ -261,6 +261,20 @@ def test_two_processes_never_add_to_one_file(judge: JudgeServer, tmp_path: Path)
     assert run(judge, FOUR, tmp_path / "v.jsonl")
 
 
+def test_what_another_process_has_asked_meanwhile_is_not_asked_again(judge: JudgeServer, tmp_path: Path) -> None:
+    """It ends between this one's count and its first request."""
+    file = tmp_path / "v.jsonl"
+
+    class Slow(Heard):
+        def note(self, text: str) -> None:
+            if "To send" in text:
+                assert run(judge, FOUR, file)
+
+    rate = run(judge, FOUR, file, tracker=Slow())
+    assert rate and rate.judged == 4 and len(judge.asked) == 6
+    assert len(file.read_text(encoding="utf-8").splitlines()) == 6
+
+
 @pytest.mark.parametrize(
     "content",
     [

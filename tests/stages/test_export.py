@@ -114,7 +114,9 @@ def test_other_mistakes_are_one_line(trained: Path, tmp_path: Path, cli: Cli, to
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
     (unfinished / "run.json").write_text(json.dumps({"beta": 0.1}))
-    assert "this run has no model yet; go on with it by" in refused(cli, "--policy", unfinished, "--out", out)
+    assert "this run has no model yet; wait for its end, go on with it by" in refused(
+        cli, "--policy", unfinished, "--out", out
+    )
     (tmp_path / "file").write_text("")
     assert "cannot be written" in refused(cli, "--policy", trained, "--out", tmp_path / "file" / "x")
     assert not out.exists()

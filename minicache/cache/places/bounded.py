@@ -11,7 +11,7 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore
 
 from minicache.disk import PAUSES
-from minicache.errors import OutputError
+from minicache.errors import CacheDamaged, OutputError
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -20,6 +20,10 @@ else:
 
 # More than twice the largest chunk of the largest block that the options allow.
 MOST_BYTES = 2**26
+# Of a list such as refused.jsonl, whose length has no limit of its own: more than a million lines.
+MOST_IN_A_LIST = 2**28
+# Of the files of a tokenizer together.
+MOST_IN_A_FOLDER = 2**28
 COMPRESSED = ("pairs/tokens/c/", "pairs/loss_mask/c/", "ref/token_logps/c/")
 
 
@@ -51,6 +55,19 @@ class BoundedStore(LocalStore):
         folder = os.path.realpath((self.root / key).parent)
         if folder != root and not folder.startswith(root + os.sep):
             raise OutputError(f"{self.root / key}: leads out of the cache, to {folder}; expected folders, no links")
+
+
+def read_list(file: Path) -> bytes:
+    """The content of a file whose length has no limit of its own. Raises CacheDamaged: it is larger than any list."""
+    with file.open("rb") as stream:
+        content = stream.read(MOST_IN_A_LIST + 1)
+    if len(content) > MOST_IN_A_LIST:
+        raise too_large(file, ValueError(f"{file.stat().st_size:,} bytes, expected {MOST_IN_A_LIST:,} or fewer"))
+    return content
+
+
+def too_large(place: object, error: ValueError) -> CacheDamaged:
+    return CacheDamaged(f"{place}: cannot be used: {error}; move it away, then run the same command again")
 
 
 def require_bounded_chunk(key: str, chunk: Buffer | None) -> None:

@@ -2,37 +2,42 @@
 
 A PUT of one object is atomic, so a chunk is stored whole or not at all; nothing is ever renamed. The object that makes the others
 a cache is written last. The library repeats requests that fail for a temporary reason (see RETRIES).
+
+A PUT may arrive long after it was begun: it was repeated, or the process was stopped. So each says which version it replaces, and
+fails once another process has changed the object; then this one looks whether it still holds its claim.
 """
 
-import atexit
-import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
-from tempfile import gettempdir, mkdtemp
 from typing import TYPE_CHECKING, Any
 
 import obstore
+from obstore.exceptions import AlreadyExistsError, PreconditionError
 from zarr.abc.store import ByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import ObjectStore
 
-from minicache.cache.places.bounded import require_bounded_chunk
+from minicache.cache.places import bounded
 from minicache.cache.places.claims import CLAIM_FILE, Claim
 from minicache.cache.places.leases import Lease
 from minicache.cache.places.place import POLL_SECONDS, ROOT, Place
+from minicache.disk import kept_scratch_folder, temporary_directory, writing
 from minicache.errors import CacheNotFound, OutputError, StoreError
-from minicache.objects import RETRIES, in_one_line, open_store
+from minicache.objects import RETRIES, Answer, in_one_line, noted_if_silent, open_store, put_instead, received, wait_for
 
 if TYPE_CHECKING:
     from obstore.store import RetryConfig
 
 # Of claims: a late renewal is worthless.
-HASTY: "RetryConfig" = {"max_retries": 3, "retry_timeout": timedelta(seconds=15)}
+HASTY: "RetryConfig" = {**RETRIES, "retry_timeout": timedelta(seconds=15)}
+HASTY_LONGEST = timedelta(seconds=10)
+# Times to put an object that another process changes.
+ATTEMPTS = 5
 # What a killed creation leaves.
 OURS = {"pairs", "ref", "ledger", "tokenizer", "refused.jsonl", CLAIM_FILE}
 
@@ -40,14 +45,17 @@ OURS = {"pairs", "ref", "ledger", "tokenizer", "refused.jsonl", CLAIM_FILE}
 class Bucket(Place):
     """A place in an object store.
 
-    objects: the store, with names relative to the place; claims: the same store with short timeouts.
-    taken_over: whether another run has taken over the claim of this one, because it saw no renewal for a while.
+    objects: the store, with names relative to the place; claims: the same store with short timeouts. leases: the claims that this
+    process holds, or has lost to another.
     """
 
     def __init__(self, url: str, objects: Any, claims: Any) -> None:
         self.where = self.url = url
-        self.objects, self.claims, self.taken_over = objects, claims, False
-        self.home = Path(gettempdir()) / f"minidpo-{blake2b(url.encode(), digest_size=8).hexdigest()}"
+        self.objects, self.claims = objects, claims
+        self.leases: set[Lease] = set()
+        # The objects that this process has put, by their names, as it left them.
+        self._known: dict[str, Mapping[str, Any]] = {}
+        self.home = temporary_directory() / f"minidpo-{blake2b(url.encode(), digest_size=8).hexdigest()}"
 
     def locate(self, name: str) -> str:
         return f"{self.url}/{name}"
@@ -57,9 +65,8 @@ class Bucket(Place):
     def require_cache(self) -> None:
         if self.has(ROOT):
             return
-        with self.in_one_line():
-            # Raises another error if the bucket is missing.
-            next(iter(obstore.list(self.objects)), None)
+        # Raises another error if the bucket is missing.
+        self._listed(until=lambda _: True)
         raise CacheNotFound(
             f"{self}: no reference cache there; `minidpo precompute-ref --ref-cache {self} …` makes one"
         )
@@ -68,9 +75,9 @@ class Bucket(Place):
         """As `Place.require_free`; objects that a killed creation left may be overwritten."""
         if self.has(ROOT):
             raise OutputError(f"{self}: holds a reference cache; name another --ref-cache or remove it")
-        for name in self._names():
-            if name.split("/")[0] not in OURS:
-                raise OutputError(f"{self}: holds other objects ({name}); name another --ref-cache")
+        for item in self._listed(until=_is_foreign):
+            if _is_foreign(item):
+                raise OutputError(f"{self}: holds other objects ({item['path']}); name another --ref-cache")
 
     def publish(self, draft: Path) -> None:
         claim = self.claim(CLAIM_FILE)
@@ -99,8 +106,7 @@ class Bucket(Place):
         return Lease(self, name)
 
     def total_bytes(self) -> int:
-        with self.in_one_line():
-            return sum(item["size"] for items in obstore.list(self.objects) for item in items)
+        return sum(item["size"] for item in self._listed())
 
     def remove_leftovers(self) -> None:
         """Do nothing: an object is never half-written."""
@@ -117,26 +123,60 @@ class Bucket(Place):
         return False
 
     def size(self, name: str) -> int:
-        with self.in_one_line(missing_is_error=False):
-            return obstore.head(self.objects, name)["size"]
+        return int(self._wait(lambda: obstore.head_async(self.objects, name), missing_is_error=False)["size"])
 
     def read(self, name: str) -> bytes | None:
-        with suppress(FileNotFoundError), self.in_one_line(missing_is_error=False):
-            return bytes(obstore.get(self.objects, name).bytes())
-        return None
+        return self._read(name, bounded.MOST_IN_A_LIST)
+
+    def _read(self, name: str, most: int) -> bytes | None:
+        async def get() -> bytes:
+            return await received(await obstore.get_async(self.objects, name), most)
+
+        try:
+            return self._wait(get, missing_is_error=False)
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise bounded.too_large(self.locate(name), error) from error
 
     def write(self, name: str, content: bytes) -> None:
-        self.require_held()
-        with self.in_one_line():
-            obstore.put(self.objects, name, content)
+        self._wait(lambda: self.put(name, content))
+
+    async def put(self, name: str, content: Any) -> None:
+        """Create or replace an object.
+
+        Raises:
+            StoreError: another process has taken over a claim of this one. BaseError: as the library.
+        """
+        await self._require_held()
+        version, seconds = self._known.get(name), RETRIES["retry_timeout"].total_seconds()
+        for _ in range(ATTEMPTS):
+            try:
+                self._known[name] = await put_instead(self.objects, name, content, version, seconds)
+                return
+            except (AlreadyExistsError, PreconditionError, FileNotFoundError) as error:
+                # Without a version: the bucket is missing.
+                if version is None and isinstance(error, FileNotFoundError):
+                    raise
+                # In this order: nothing that another process changes after the claim was confirmed is replaced.
+                version = await self._version(name)
+                await self._require_held(is_doubtful=True)
+        raise StoreError(f"{self.locate(name)}: another process writes this object; wait for its end")
+
+    async def _version(self, name: str) -> Mapping[str, Any] | None:
+        with suppress(FileNotFoundError):
+            return await obstore.head_async(self.objects, name)
+        return None
 
     def folder(self, name: str) -> Path:
-        copy = Path(mkdtemp(prefix="minidpo-"))
-        atexit.register(shutil.rmtree, copy, ignore_errors=True)
-        for found in list(self._names(f"{name}/")):
-            file = copy / found
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(self.read(found) or b"")
+        copy = kept_scratch_folder("bucket")
+        room = bounded.MOST_IN_A_FOLDER
+        for found in self._names(f"{name}/"):
+            content = self._read(found, room) or b""
+            room -= len(content)
+            with writing(f"a copy of {self.locate(found)}"):
+                (copy / found).parent.mkdir(parents=True, exist_ok=True)
+                (copy / found).write_bytes(content)
         return copy / name
 
     def put_folder(self, name: str, content: Path) -> None:
@@ -147,31 +187,66 @@ class Bucket(Place):
     def flush(self, names: Iterable[str], folders: bool = True) -> None:
         """Do nothing: a PUT that succeeded is durable."""
 
-    def _names(self, prefix: str = "") -> Iterator[str]:
-        with self.in_one_line():
-            for items in obstore.list(self.objects, prefix):
-                yield from (item["path"] for item in items)
+    def _names(self, prefix: str = "") -> list[str]:
+        return [item["path"] for item in self._listed(prefix)]
+
+    def _listed(self, prefix: str = "", until: Callable[[Any], bool] = lambda _: False) -> list[Any]:
+        """What is known of each object; of all up to the first for which `until` is true."""
+
+        async def collect() -> list[Any]:
+            found = []
+            async for items in obstore.list(self.objects, prefix):
+                for item in items:
+                    found.append(item)
+                    if until(item):
+                        return found
+            return found
+
+        return self._wait(collect)
 
     def _delete(self, names: Iterable[str]) -> None:
-        self.require_held()
-        with self.in_one_line():
-            for name in list(names):
-                with suppress(FileNotFoundError):
-                    obstore.delete(self.objects, name)
+        async def delete() -> None:
+            for name in names:
+                await self.delete(name)
+
+        self._wait(delete)
+
+    async def delete(self, name: str) -> None:
+        """Delete an object, if there is one. A DELETE has no condition, so it is not repeated for longer than a claim lasts.
+
+        Raises:
+            StoreError: another process has taken over a claim of this one. BaseError: as the library.
+        """
+        await self._require_held()
+        self._known.pop(name, None)
+        with suppress(FileNotFoundError):
+            await obstore.delete_async(self.claims, name)
 
     # --- errors ---
 
-    def require_held(self) -> None:
-        """Raises StoreError: another run has taken over the claim."""
-        if self.taken_over:
+    async def _require_held(self, is_doubtful: bool = False) -> None:
+        """Raises StoreError: another run has taken over a claim. is_doubtful: as for `Lease.confirm`."""
+        for lease in tuple(self.leases):
+            await lease.confirm(is_doubtful)
+        if any(lease.is_lost for lease in self.leases):
             raise StoreError(
                 f"{self}: another run went on with this cache, having seen nothing of this one for a while; "
                 "wait for its end, then run the same command again"
             )
 
+    def _wait(self, request: Callable[[], Awaitable[Answer]], missing_is_error: bool = True) -> Answer:
+        """The answer to a request, with errors of one line."""
+        with self.in_one_line(missing_is_error):
+            return wait_for(self.url, request)
+
     def in_one_line(self, missing_is_error: bool = True) -> AbstractContextManager[None]:
         """As `minicache.objects.in_one_line`."""
         return in_one_line(self.url, missing_is_error)
+
+
+def _is_foreign(item: Any) -> bool:
+    """Whether an object is none that a killed creation leaves."""
+    return item["path"].split("/")[0] not in OURS
 
 
 class _Chunks(ObjectStore[Any]):
@@ -185,36 +260,41 @@ class _Chunks(ObjectStore[Any]):
         return _Chunks(self.place, read_only)
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        with self.place.in_one_line():
-            buffer = await super().get(key, prototype, byte_range)
-        require_bounded_chunk(key, buffer)
+        if byte_range is not None:
+            raise ValueError("expected to read a whole chunk")
+        try:
+            with self.place.in_one_line(missing_is_error=False), noted_if_silent(self.place.url):
+                content = await received(await obstore.get_async(self.store, key), bounded.MOST_BYTES)
+        except FileNotFoundError:
+            return None
+        buffer = prototype.buffer.from_bytes(content)
+        bounded.require_bounded_chunk(key, buffer)
         return buffer
 
     async def exists(self, key: str) -> bool:
-        with self.place.in_one_line():
+        with self.place.in_one_line(), noted_if_silent(self.place.url):
             return await super().exists(key)
 
     async def set(self, key: str, value: Buffer) -> None:
-        self.place.require_held()
-        with self.place.in_one_line():
-            await super().set(key, value)
+        self._check_writable()
+        with self.place.in_one_line(), noted_if_silent(self.place.url):
+            await self.place.put(key, value.as_buffer_like())
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
-        self.place.require_held()
-        with self.place.in_one_line():
-            await super().set_if_not_exists(key, value)
+        if not await self.exists(key):
+            await self.set(key, value)
 
     async def delete(self, key: str) -> None:
-        self.place.require_held()
-        with self.place.in_one_line():
-            await super().delete(key)
+        self._check_writable()
+        with self.place.in_one_line(), noted_if_silent(self.place.url):
+            await self.place.delete(key)
 
 
-# One for each URL: all its users share `taken_over`, and the objects of a memory:// store.
+# One for each URL: all its users share the claims, and the objects of a memory:// store.
 @cache
 def bucket_at(url: str) -> Bucket:
     """The place at a URL. Raises ConfigError: the library does not know this kind of URL, or it is not complete."""
     if url.startswith("memory://"):
         memory = open_store(url, RETRIES)
         return Bucket(url, memory, memory)
-    return Bucket(url, open_store(url, RETRIES), open_store(url, HASTY))
+    return Bucket(url, open_store(url, RETRIES), open_store(url, HASTY, HASTY_LONGEST))

@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 CLAIM_FILE = "claim"
 # A link in a cache from somebody else would make a file wherever it leads to.
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+# Times to open a lock file that holders remove at their end.
+ATTEMPTS = 5
 # Beginning of the claim files of shards, one for each job at work.
 SHARD_CLAIMS = "shard-"
 
@@ -68,6 +70,16 @@ class FileClaim:
         return is_held
 
     def _try_to_take(self, alone: bool) -> bool:
+        for _ in range(ATTEMPTS):
+            if not self._try_to_lock(alone):
+                return False
+            if self._is_of_the_file_there():
+                return True
+            # its last holder removed the file, and perhaps another process has made it anew
+            self.release()
+        return False
+
+    def _try_to_lock(self, alone: bool) -> bool:
         if self._descriptor is None:
             # The directory is missing if another process has removed a new cache because its data was bad.
             with writing(self.file), suppress(FileNotFoundError):
@@ -78,10 +90,9 @@ class FileClaim:
             is_held = lock_descriptor(self._descriptor, blocking=False) if alone else _share(self._descriptor)
         except OSError:
             self.is_safe, is_held = False, True
-        if is_held and self._is_of_the_file_there():
-            return True
-        self.release()
-        return False
+        if not is_held:
+            self.release()
+        return is_held
 
     def _is_of_the_file_there(self) -> bool:
         """Whether the open file is still the one at this path: a lock on a replaced file excludes nobody."""

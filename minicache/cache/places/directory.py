@@ -9,7 +9,7 @@ from pathlib import Path
 
 from zarr.abc.store import Store
 
-from minicache.cache.places.bounded import BoundedStore
+from minicache.cache.places.bounded import BoundedStore, read_list
 from minicache.cache.places.claims import SHARD_CLAIMS, Claim, FileClaim
 from minicache.cache.places.place import ROOT, Place
 from minicache.disk import flush_to_disk, move, publish_folder, with_folders, writing, written_whole
@@ -54,7 +54,7 @@ class Directory(Place):
         path = self.path
         if is_new and os.path.lexists(path):
             raise OutputError(f"{path}: exists; expected the name of a cache to make; name another or remove it")
-        if path.exists() and (not path.is_dir() or any(path.iterdir()) or path.samefile(Path.cwd())):
+        if path.exists() and (not path.is_dir() or any(path.iterdir()) or path.samefile(os.curdir)):
             raise OutputError(f"{path}: exists and is no reference cache; name another --ref-cache or remove it")
 
     def publish(self, draft: Path) -> None:
@@ -105,7 +105,7 @@ class Directory(Place):
         return (self.path / name).stat().st_size
 
     def read(self, name: str) -> bytes | None:
-        return (self.path / name).read_bytes() if self.has(name) else None
+        return read_list(self.path / name) if self.has(name) else None
 
     def write(self, name: str, content: bytes) -> None:
         with written_whole(self.path / name) as draft:

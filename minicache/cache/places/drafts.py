@@ -1,9 +1,10 @@
 """Making a cache as a draft beside its place, where it appears complete or not at all."""
 
+import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from glob import escape
 from pathlib import Path
 
@@ -38,8 +39,17 @@ def _remove_leftovers(out: Place, what: str) -> None:
     """Remove the drafts of killed calls for this place. Raises OutputError: another process is at work on one."""
     name = escape(out.home.name)
     for leftover in [found for begun in (".", "..") for found in out.home.parent.glob(f"{begun}{name}.{what}-*")]:
+        if not _is_ours(leftover):
+            continue
         try:
             with claimed(leftover):
                 shutil.rmtree(leftover, ignore_errors=True)
         except OutputError as error:
             raise OutputError(f"{out}: another process is {what} it; wait for its end") from error
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether it is of this user, who alone may remove it from a directory of temporary files that all share."""
+    with suppress(OSError):
+        return not hasattr(os, "getuid") or os.getuid() in (0, folder.lstat().st_uid)
+    return False

@@ -4,20 +4,19 @@ Its files are downloaded into the library's own directory (HF_HOME), where a kil
 them without a network. A repository may hold other files; those are left.
 """
 
-import atexit
 import re
 import shutil
 import sys
 from collections.abc import Iterable
 from functools import cache, cached_property
 from pathlib import Path
-from tempfile import mkdtemp
 
 from zarr.abc.store import Store
 
 from minicache.cache.places.claims import Claim
 from minicache.cache.places.directory import Directory
 from minicache.cache.places.place import ROOT
+from minicache.disk import kept_scratch_folder, writing
 from minicache.errors import CacheNotFound, ConfigError, OutputError
 from minicache.hub import ID, endpoint, in_one_line, quiet
 from minicache.options.where import HUB, Where
@@ -95,10 +94,10 @@ class Snapshot(Directory):
 
     def folder(self, name: str) -> Path:
         # A copy: the library's directory holds links.
-        copy = Path(mkdtemp(prefix="minidpo-"))
-        atexit.register(shutil.rmtree, copy, ignore_errors=True)
+        copy = kept_scratch_folder("hub")
         if (self.path / name).is_dir():
-            shutil.copytree(self.path / name, copy / name)
+            with writing(copy):
+                shutil.copytree(self.path / name, copy / name)
         return copy / name
 
     # --- what writes ---

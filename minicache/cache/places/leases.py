@@ -1,15 +1,16 @@
 """A claim in an object store, which has no locks: an object that its holder rewrites regularly.
 
 A process that sees no rewrite for LEASE_SECONDS takes the lease over, by a PUT on the condition that the object has not changed.
-Clocks of different machines are never compared. The former holder notices at its next renewal and stops writing.
+Clocks of different machines are never compared. The former holder notices at its next renewal, which `confirm` makes at once where
+the last one is old: after a lost connection, or when the process was stopped.
 """
 
+import asyncio
 import json
 import logging
 import os
 import secrets
 import socket
-import threading
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, suppress
@@ -19,6 +20,8 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 
 from minicache.cache.manifest import now
+from minicache.errors import StoreError
+from minicache.objects import RETRIES, put_instead, received, wait_for
 
 log = logging.getLogger(__name__)
 
@@ -26,65 +29,98 @@ log = logging.getLogger(__name__)
 LEASE_SECONDS = 60.0
 # Renewals in that time.
 RENEWALS = 6
+# Seconds at the end: a store that does not answer then keeps nobody.
+PARTING_SECONDS = 10.0
+# Times to put the object again after one's own PUT, whose answer was lost.
+ATTEMPTS = 3
+MOST_BYTES = 2**16
 
 
 class Leased(Protocol):
     """The parts of a place that a lease needs.
 
-    claims: the object store with short timeouts. taken_over: set when another run is found to hold the lease.
+    url: what it is called. objects: the object store. claims: the same with short timeouts. leases: those that this process
+    holds, or has lost.
     """
 
+    url: str
+    objects: Any
     claims: Any
-    taken_over: bool
+    leases: "set[Lease]"
 
     def in_one_line(self) -> AbstractContextManager[None]:
         """Turn the library's exceptions into a `StoreError`."""
 
-    def has(self, name: str) -> bool:
-        """Whether there is an object of this name."""
-
 
 class Lease:
-    """An object in a bucket and this process's hold on it. A shared hold needs no object: it only excludes a hold alone."""
+    """An object in a bucket and this process's hold on it. A shared hold needs no object: it only excludes a hold alone.
+
+    is_lost: whether another process has taken it over, because it saw no renewal for a while.
+    """
 
     is_safe = True
 
     def __init__(self, place: Leased, name: str) -> None:
-        self.place, self.name, self.is_alive = place, name, False
+        self.place, self.name, self.is_alive, self.is_lost = place, name, False, False
         # The e-tag of another holder's object, and the time since which it has not changed.
         self._seen: tuple[str | None, float] | None = None
-        # The version of our object as it is stored now.
+        # The version of our object as it is stored now, and the time before which it was stored.
         self._version: Mapping[str, Any] | None = None
-        self._ended = threading.Event()
-        self._renewing: threading.Thread | None = None
+        self._renewed = 0.0
+        self._renewing: asyncio.Task[None] | None = None
         self._id, self._count = secrets.token_hex(8), 0
+        self._lock = asyncio.Lock()
 
     def take(self, alone: bool) -> bool:
         """As `Claim.take`. Raises StoreError: the object store cannot be reached, or refuses."""
         with self.place.in_one_line():
-            if not alone and self._renewing is None and not self.place.has(self.name):
-                return True
-            if self._renewing is None and not self._acquire():
-                return False
+            return wait_for(self.place.url, lambda: self._take(alone))
+
+    def release(self) -> None:
+        """Give the lease up. Never raises: others take over an object that cannot be deleted now."""
+        with suppress(StoreError, TimeoutError), self.place.in_one_line():
+            wait_for(self.place.url, self._give_up, PARTING_SECONDS)
+
+    def remove(self) -> None:
+        self.release()
+
+    async def confirm(self, is_doubtful: bool = False) -> None:
+        """Renew the lease if its last renewal is old, or with `is_doubtful`, so that `is_lost` is as the object store has it.
+
+        Raises:
+            BaseError: the object store cannot be reached, or refuses.
+        """
+        async with self._lock:
+            if is_doubtful or time.monotonic() - self._renewed > LEASE_SECONDS / 2:
+                await self._renew(self.place.objects)
+
+    async def _take(self, alone: bool) -> bool:
+        if not alone and self._renewing is None and await self._found() is None:
+            return True
+        if (self._renewing is None or self.is_lost) and not await self._acquire():
+            return False
         if not alone:
-            self.release()
+            await self._give_up()
         return True
 
-    def _acquire(self) -> bool:
-        try:
-            found = obstore.head(self.place.claims, self.name)
-        except FileNotFoundError:
-            found = None
+    async def _acquire(self) -> bool:
+        await self._give_up()
+        found = await self._found()
         if found is not None and not self._is_abandoned(found["e_tag"]):
             return False
-        if not self._put(found):
+        if not await self._put(self.place.objects, found):
             return False
         log.debug("%s: %s", self.name, "held" if found is None else "taken over, not renewed for a while")
-        self.place.taken_over = False
-        self._ended.clear()
-        self._renewing = threading.Thread(target=self._renew, daemon=True)
-        self._renewing.start()
+        self.is_lost = False
+        self.place.leases.add(self)
+        self._renewing = asyncio.get_running_loop().create_task(self._keep())
         return True
+
+    async def _found(self) -> Mapping[str, Any] | None:
+        """What is known of the object; None if there is none."""
+        with suppress(FileNotFoundError):
+            return await obstore.head_async(self.place.objects, self.name)
+        return None
 
     def _is_abandoned(self, e_tag: str | None) -> bool:
         if self._seen is None or self._seen[0] != e_tag:
@@ -93,51 +129,65 @@ class Lease:
             self._seen = e_tag, time.monotonic()
         return time.monotonic() - self._seen[1] >= LEASE_SECONDS
 
-    def _put(self, found: Mapping[str, Any] | None) -> bool:
-        """Replace the object `found` (None: create it); returns whether it had not changed meanwhile."""
+    async def _put(self, store: Any, found: Mapping[str, Any] | None) -> bool:
+        """Replace the object `found` (None: create it); returns whether no other process had changed it meanwhile."""
         self._count += 1
-        host, pid = socket.gethostname(), os.getpid()
+        begun, host, pid = time.monotonic(), socket.gethostname(), os.getpid()
         content = json.dumps(
             {"host": host, "pid": pid, "written": now(), "count": self._count, "id": self._id}
         ).encode()
-        mode: Any = "create"
-        if found is not None:
-            mode = {key: found[key] for key in ("e_tag", "version") if found.get(key)}
-        try:
-            self._version = obstore.put(self.place.claims, self.name, content, mode=mode)
-        except FileNotFoundError:
-            # Creating an object fails so only if the bucket is missing.
-            if found is None:
-                raise
-            return False
-        except (AlreadyExistsError, PreconditionError):
-            # A PUT that the library repeated, because the response was lost, finds its own object.
-            with suppress(FileNotFoundError):
-                there = obstore.get(self.place.claims, self.name)
-                if bytes(there.bytes()) == content:
-                    self._version = there.meta
-                    return True
-            return False
-        return True
+        # A renewal that finds no answer is left to the next one.
+        patience = 0 if store is self.place.claims else RETRIES["retry_timeout"].total_seconds()
+        for _ in range(ATTEMPTS):
+            try:
+                self._version = await put_instead(store, self.name, content, found, patience)
+            except FileNotFoundError:
+                # Creating an object fails so only if the bucket is missing.
+                if found is None:
+                    raise
+                return False
+            except (AlreadyExistsError, PreconditionError):
+                found = await self._own(store)
+                if found is None:
+                    return False
+            else:
+                self._renewed = begun
+                return True
+        return False
 
-    def _renew(self) -> None:
-        while not self._ended.wait(LEASE_SECONDS / RENEWALS):
+    async def _own(self, store: Any) -> Mapping[str, Any] | None:
+        """The object as an earlier PUT of this process has stored it, whose answer was lost; None if it is another's, or gone."""
+        with suppress(FileNotFoundError):
+            there = await obstore.get_async(store, self.name)
+            with suppress(ValueError):
+                content = json.loads(await received(there, MOST_BYTES))
+                if isinstance(content, dict) and content.get("id") == self._id:
+                    return there.meta
+        return None
+
+    async def _keep(self) -> None:
+        while not self.is_lost:
+            await asyncio.sleep(LEASE_SECONDS / RENEWALS)
             # The network may come back before another process takes the lease over.
             with suppress(BaseError):
-                if not self._put(self._version):
-                    self.place.taken_over = True
-                    return
+                async with self._lock:
+                    await self._renew(self.place.claims)
 
-    def release(self) -> None:
-        """Give the lease up. Never raises: others take over an object that cannot be deleted now."""
+    async def _renew(self, store: Any) -> None:
+        self.is_lost = self.is_lost or not await self._put(store, self._version)
+        if self.is_lost:
+            log.debug("%s: another process has taken it over", self.name)
+
+    async def _give_up(self) -> None:
+        """Stop renewing and delete the object, if it is ours."""
         if self._renewing is None:
             return
-        self._ended.set()
-        self._renewing.join()
+        self._renewing.cancel()
         self._renewing = None
         with suppress(BaseError, FileNotFoundError):
-            if not self.place.taken_over:
-                obstore.delete(self.place.claims, self.name)
-
-    def remove(self) -> None:
-        self.release()
+            async with self._lock:
+                if time.monotonic() - self._renewed > LEASE_SECONDS / 2:
+                    await self._renew(self.place.claims)
+            if not self.is_lost:
+                await obstore.delete_async(self.place.claims, self.name)
+        self.place.leases.discard(self)

@@ -81,7 +81,7 @@ class Place(ABC):
 
     @abstractmethod
     def read(self, name: str) -> bytes | None:
-        """The content of a file; None if there is no such file."""
+        """The content of a file; None if there is no such file. Raises CacheDamaged: it is larger than any list in a cache."""
 
     @abstractmethod
     def write(self, name: str, content: bytes) -> None:
