@@ -14,10 +14,10 @@ from minicache.models.minimind import ROPE_THETA
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
-def save_pth(model: nn.Module, path: Path, dtype: str = "float16") -> str:
+def save_pth(model: nn.Module, path: Path, dtype: str = "float16", is_new: bool = False) -> str:
     """Write the state dict that the model's MiniMind generation loads: all its keys, none tied. Whole or not at all.
 
-    dtype: "float32" or "float16" (which MiniMind itself writes).
+    dtype: "float32" or "float16" (which MiniMind itself writes). is_new: as for `minicache.disk.written_whole`.
 
     Returns:
         The name under which `load_model` reads it as the same model: the path, and behind a colon the settings that the file
@@ -41,7 +41,7 @@ def save_pth(model: nn.Module, path: Path, dtype: str = "float16") -> str:
         raise ModelError(
             f"{path}: {broken[0]} holds numbers that are not finite in {dtype}; a larger dtype may hold them"
         )
-    _write(state, path)
+    _write(state, path, is_new)
     return _name(path, model.config, generation, counts)
 
 
@@ -68,8 +68,8 @@ def _plain(model: nn.Module, generation: Generation) -> tuple[State, Counts]:
     return turned(plain, generation, heads, back=True), counts
 
 
-def _write(state: State, path: Path) -> None:
-    with written_whole(path, is_new=True) as draft:
+def _write(state: State, path: Path, is_new: bool) -> None:
+    with written_whole(path, is_new) as draft:
         try:
             torch.save(state, draft)
         # torch's zip writer raises it when the disk is full

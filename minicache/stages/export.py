@@ -67,7 +67,7 @@ def _export(config: ExportConfig, source: str, world: World, tracker: Tracker) -
     tracker.begin(f"writing {config.out}", None)
     if config.out.suffix == ".pth":
         dtype = "float16" if config.dtype == "auto" else config.dtype
-        name = save_pth(model, config.out, dtype)
+        name = save_pth(model, config.out, dtype, is_new=True)
     else:
         if config.dtype != "auto":
             model = model.to(DTYPES[config.dtype])

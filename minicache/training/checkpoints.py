@@ -35,7 +35,7 @@ from minicache.disk import (
     system_error,
     writing,
 )
-from minicache.errors import MinicacheError, OutputError, in_words
+from minicache.errors import OutputError
 from minicache.processes.world import World, patient_group
 from minicache.strict import read_as
 from minicache.training.progress import Progress
@@ -254,11 +254,9 @@ def _allow_one_process() -> None:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
-def unreadable(what: Path, error: BaseException) -> MinicacheError:
+def unreadable(what: Path, error: BaseException) -> OutputError:
     """The error for a checkpoint, or a file of it, that cannot be read. Only of a damaged one it says to remove it."""
     error = _behind(error)
-    if full := in_words(error, f"what {what} holds"):
-        return full
     if isinstance(error, OSError) and error.errno in NOT_ITS_FAULT:
         return OutputError(
             f"{what}: the checkpoint cannot be read now: {error.strerror}; nothing says that it is damaged: try again"

@@ -58,6 +58,8 @@ class Directory(Place):
             raise OutputError(f"{path}: exists and is no reference cache; name another --ref-cache or remove it")
 
     def publish(self, draft: Path) -> None:
+        # of files that another program held, on Windows, when zarr would have removed them
+        self._unlink(list(draft.rglob("*.partial")))
         with writing(self):
             publish_folder(draft, self.home)
 
