@@ -256,11 +256,10 @@ def test_faults(
         figures.add("wrong", bool(code) and not any(each in said for each in ADVICE), f"{work.name}: no advice: {said}")
         figures.add("wrong", "damage" in said or "missing" in said, f"{work.name}: blames the cache: {said}")
         done = blocks_of(bucket.files(work.out), tmp_path / "scratch") if work.out else {}
-        if code or work.name != "stage one":
-            since = len(proxy.served)
-            if code:
-                code, said = attempt(orderly, work, figures)
-                figures.add("wrong", bool(code), f"{work.name}, when repeated: {said}")
+        since = len(proxy.served)
+        if code:
+            code, said = attempt(orderly, work, figures)
+            figures.add("wrong", bool(code), f"{work.name}, when repeated: {said}")
         figures.seconds = max(figures.seconds, time.monotonic() - begun)
         judge(figures, work, done, bucket, proxy.written(since) if code == 0 and done else [])
     figures.end()
