@@ -97,12 +97,12 @@ def _refusal(error: "Exception", what: str, id: str) -> MinicacheError:
 
 
 @contextmanager
-def quiet(bars: bool = False) -> Iterator[None]:
-    """Keep the library's remarks off the terminal, on which ours is shown, and its progress bars unless `bars`."""
+def quiet() -> Iterator[None]:
+    """Keep the library's remarks off the terminal, on which ours is shown, and its progress bars."""
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     logger = logging.getLogger("huggingface_hub")
-    hidden, level = not bars and not are_progress_bars_disabled(), logger.level
+    hidden, level = not are_progress_bars_disabled(), logger.level
     logger.setLevel(logging.ERROR)
     if hidden:
         disable_progress_bars()

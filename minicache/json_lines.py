@@ -1,13 +1,10 @@
 """JSON for files and the screen, and JSON lines: one object a line, read and written in one way."""
 
 import json
-import re
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from minicache.text import UNSAFE
-
-_UNSAFE = re.compile(f"[{UNSAFE}]")
 
 
 class JsonLine(NamedTuple):
@@ -36,7 +33,7 @@ def to_json(value: object, **options: Any) -> str:
 
     options: of `json.dumps`.
     """
-    return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=False, **options))
+    return UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, **{"ensure_ascii": False, **options}))
 
 
 def to_json_lines(rows: Iterable[object]) -> str:

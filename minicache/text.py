@@ -15,8 +15,7 @@ PLAIN = {
 # What a terminal obeys, turns text around or breaks a line: C0 but for tab and line feed, DEL, C1, the marks of direction
 # (Unicode's Bidi_Control), the separators of lines and paragraphs; and surrogates, which no encoding has: a file's name that is
 # not UTF-8 holds some.
-UNSAFE = "\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
-_UNSAFE = re.compile(f"[{UNSAFE}]")
+UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def guard_output() -> None:
@@ -90,7 +89,7 @@ def read_back(text: str, templates: Iterable[str]) -> str:
 
 def visible(text: str) -> str:
     """The text with what a terminal would obey shown as symbols (ESC as ␛, C1 as �), so that a user's data never controls it."""
-    return _UNSAFE.sub(_symbol, text)
+    return UNSAFE.sub(_symbol, text)
 
 
 def _symbol(found: re.Match[str]) -> str:

@@ -1,7 +1,6 @@
 """Shared parts of all commands: the consoles, running a stage in as many processes as asked for, errors of one line."""
 
 import errno
-import json
 import logging
 import os
 import stat
@@ -194,8 +193,6 @@ def print_json(console: Console, report: Any) -> None:
     def plain(value: Any) -> Any:
         return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
 
-    text = to_json(report, indent=2, default=plain)
-    if not (getattr(console.file, "encoding", None) or "utf-8").lower().startswith("utf"):
-        # where a character could not be printed, the escapes of JSON say which one it is
-        text = json.dumps(json.loads(text), indent=2)
-    console.out(text, highlight=False)
+    # where a character could not be printed, the escapes of JSON say which one it is
+    ascii_only = not (getattr(console.file, "encoding", None) or "utf-8").lower().startswith("utf")
+    console.out(to_json(report, indent=2, ensure_ascii=ascii_only, default=plain), highlight=False)

@@ -2,30 +2,40 @@
 
 import json
 import os
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 
-def count(
-    what: str,
-    trials: int,
-    faults: int,
-    *,
-    lost: int = 0,
-    wrong: int = 0,
-    tracebacks: int = 0,
-    hangs: int = 0,
-    leftovers: int = 0,
-    seconds: float = 0.0,
-) -> None:
-    """Append the figures of one test to the file named by TORTURE_TABLE, if that is set.
+@dataclass
+class Figures:
+    """Of one test.
 
     trials: disturbed runs, each with its resumption; faults: what disturbed them, in all trials together. lost: trials in which
     finished work was gone; wrong: those that ended with another result than an undisturbed run; seconds: the longest trial.
+    problems: each in words.
     """
-    table = os.environ.get("TORTURE_TABLE")
-    if not table:
-        return
-    figures: dict[str, object] = {"what": what, "trials": trials, "faults": faults, "lost": lost, "wrong": wrong}
-    figures |= {"tracebacks": tracebacks, "hangs": hangs, "leftovers": leftovers, "seconds": round(seconds, 1)}
-    with Path(table).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(figures) + "\n")
+
+    what: str
+    trials: int = 0
+    faults: int = 0
+    lost: int = 0
+    wrong: int = 0
+    tracebacks: int = 0
+    hangs: int = 0
+    leftovers: int = 0
+    seconds: float = 0.0
+    problems: list[str] = field(default_factory=list)
+
+    def add(self, kind: str, is_bad: bool, words: str) -> None:
+        if is_bad:
+            setattr(self, kind, getattr(self, kind) + 1)
+            self.problems.append(f"{kind}, trial {self.trials}: {words}")
+
+    def end(self) -> None:
+        """Append them to the file named by TORTURE_TABLE, if that is set. Raises AssertionError: there were problems."""
+        if table := os.environ.get("TORTURE_TABLE"):
+            found = {**asdict(self), "seconds": round(self.seconds, 1)}
+            del found["problems"]
+            with Path(table).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(found) + "\n")
+        assert not self.problems, "\n".join(self.problems)

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.torture.counting import count
-from tests.torture.writers import Writer, writers
+from tests.torture.counting import Figures
+from tests.torture.writers import Writer, judge, writers
 
 __all__ = ["writers"]  # a fixture
 FAULTS = int(os.environ.get("FAULTS", "4"))
@@ -105,11 +105,9 @@ def forker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forker]:
 class Injector:
     """One command, one kind of fault: at the calls in their turn."""
 
-    def __init__(self, forker: Forker, writer: Writer, fault: Fault, home: Path) -> None:
+    def __init__(self, what: str, forker: Forker, writer: Writer, fault: Fault, home: Path) -> None:
+        self.figures = Figures(what)
         self.forker, self.writer, self.fault, self.home = forker, writer, fault, home
-        self.trials = self.faults = self.wrong = self.tracebacks = self.hangs = self.leftovers = 0
-        self.seconds = 0.0
-        self.remarks: list[str] = []
         # what the command says is written elsewhere: a screen is not what fails
         self.output = home.with_name("said")
         self.whole = home / "whole"
@@ -138,40 +136,25 @@ class Injector:
         return code
 
     def trial(self, at: int) -> None:
-        place, begun = self.home / "place", time.monotonic()
-        self.trials += 1
+        place, begun, figures = self.home / "place", time.monotonic(), self.figures
+        figures.trials += 1
         code = self._run(place, at)
-        self.faults += self._count >= at
+        figures.faults += self._count >= at
         said = self.output.read_text(errors="replace")
         lines = [line for line in said.splitlines() if line.startswith("error: ")]
+        told = f"call {at} of {self.calls}: exit code {code}: {said}"
+        figures.add("hangs", code is None, told)
         if code is None:
-            self._remark("hangs", at, said)
             return
-        if "Traceback" in said:
-            self._remark("tracebacks", at, said)
-        elif (code, len(lines)) not in {(0, 0), (1, 1)} or (code and self.fault.harmless):
-            self._remark("wrong", at, f"exit code {code}: {said}")
-        if code and self._run(place, 0) and "exists already" not in (again := self.output.read_text(errors="replace")):
-            self._remark("wrong", at, f"called again: {again}\nbefore: {said}")
-        self._judge(place, at, said)
-        self.seconds = max(self.seconds, time.monotonic() - begun)
+        figures.add("tracebacks", "Traceback" in said, told)
+        is_orderly = (code, len(lines)) in {(0, 0), (1, 1)} and not (code and self.fault.harmless)
+        figures.add("wrong", not is_orderly and "Traceback" not in said, told)
+        if code and self._run(place, 0):
+            again = self.output.read_text(errors="replace")
+            figures.add("wrong", "exists already" not in again, f"called again: {again}\nbefore: {told}")
+        judge(figures, self.writer, self.whole, place, self.home / "scratch", told)
+        figures.seconds = max(figures.seconds, time.monotonic() - begun)
         shutil.rmtree(place)
-
-    def _judge(self, place: Path, at: int, said: str) -> None:
-        try:
-            self.writer.same(self.whole / self.writer.name, place / self.writer.name)
-        except (AssertionError, OSError, ValueError) as error:
-            self._remark("wrong", at, f"not as undisturbed: {error!r}"[:2000] + said)
-        usual = {file.relative_to(self.whole) for file in self.whole.rglob("*")}
-        left = [file for file in place.rglob("*") if file.relative_to(place) not in usual]
-        left += list((self.home / "scratch").iterdir())
-        if left:
-            self._remark("leftovers", at, ", ".join(str(file.relative_to(self.home)) for file in left[:10]) + said)
-            shutil.rmtree(self.home / "scratch")
-
-    def _remark(self, kind: str, at: int, text: str) -> None:
-        setattr(self, kind, getattr(self, kind) + 1)
-        self.remarks.append(f"{kind}, call {at} of {self.calls}: {text}")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -179,11 +162,9 @@ class Injector:
 def test_each_call_fails_in_its_turn(
     forker: Forker, writers: dict[str, Writer], tmp_path: Path, name: str, kind: str
 ) -> None:
-    injector = Injector(forker, writers[name], KINDS[kind], tmp_path / "home")
+    injector = Injector(f"{kind}: {name}", forker, writers[name], KINDS[kind], tmp_path / "home")
     assert injector.calls, "no such call was made: nothing is tested"
     for at in sorted({int(each) for each in np.linspace(1, injector.calls, FAULTS)}):
         injector.trial(at)
-    assert injector.faults
-    figures = {each: getattr(injector, each) for each in ("wrong", "tracebacks", "hangs", "leftovers")}
-    count(f"{kind}: {name}", injector.trials, injector.faults, seconds=injector.seconds, **figures)
-    assert not injector.remarks, "\n".join(injector.remarks)
+    assert injector.figures.faults
+    injector.figures.end()

@@ -19,8 +19,8 @@ import pytest
 
 from tests.helpers.stores import assert_same_store
 from tests.stages.test_crash import FORKS, Job, job, kill_all, run_here
-from tests.torture.counting import count
-from tests.torture.writers import Writer, writers
+from tests.torture.counting import Figures
+from tests.torture.writers import Writer, judge, writers
 
 __all__ = ["job", "writers"]  # fixtures
 KILLS = int(os.environ.get("KILLS", "4"))
@@ -102,29 +102,31 @@ def run_with(arguments: list[str], output: Path, scratch: Path) -> None:
 class Killer:
     """Kills a writer until it is done, again and again in fresh places."""
 
-    def __init__(self, writer: Writer, home: Path, seed: int) -> None:
-        self.writer, self.home, self.chance = writer, home, random.Random(seed)
-        self.kills = self.trials = self.lost = self.wrong = self.tracebacks = self.hangs = self.leftovers = 0
-        self.seconds = 0.0
-        self.remarks: list[str] = []
+    def __init__(self, name: str, writer: Writer, home: Path) -> None:
+        self.figures = Figures(f"killed: {name}")
+        self.writer, self.home, self.chance = writer, home, random.Random(name)
         self.scratch = home / "scratch"
         self.whole = home / "whole"
         begun = time.monotonic()
-        assert self._run(self.whole, None) and not self.remarks, self.remarks
+        assert self._run(self.whole, None) and not self.figures.problems, self.figures.problems
         self.usual = time.monotonic() - begun
 
     def trial(self) -> None:
-        place, begun, done = self.home / f"{self.trials}", time.monotonic(), self.writer.done(self.home / "none")
-        self.trials += 1
+        place, begun, done = (
+            self.home / f"{self.figures.trials}",
+            time.monotonic(),
+            self.writer.done(self.home / "none"),
+        )
+        self.figures.trials += 1
         for start in range(MOST_STARTS):
             if self._run(place, self.chance.random() * self.usual * (0.9 + start * 0.05)):
                 break
             now = self.writer.done(place)
-            if not done.items() <= now.items():
-                self._remark("lost", f"finished blocks are gone: {sorted(done.keys() - now.keys())}")
+            gone = sorted(name for name in done if now.get(name) != done[name])
+            self.figures.add("lost", bool(gone), f"finished blocks are gone: {gone}")
             done = now
-        self.seconds = max(self.seconds, time.monotonic() - begun)
-        self._judge(place)
+        self.figures.seconds = max(self.figures.seconds, time.monotonic() - begun)
+        judge(self.figures, self.writer, self.whole, place, self.scratch)
         shutil.rmtree(place)
 
     def _run(self, place: Path, seconds: float | None) -> bool:
@@ -142,12 +144,10 @@ class Killer:
             call.kill()
         for call in calls:
             said = call.output.read_text(errors="replace")
-            if "Traceback" in said:
-                self._remark("tracebacks", said)
+            self.figures.add("tracebacks", "Traceback" in said, said)
         if not all(ended):
-            if seconds is None:
-                self._remark("hangs", f"still at work after {TIMEOUT} s")
-            self.kills += 1
+            self.figures.add("hangs", seconds is None, f"still at work after {TIMEOUT} s")
+            self.figures.faults += 1
             return False
         for call in calls:
             said = call.output.read_text(errors="replace")
@@ -156,35 +156,16 @@ class Killer:
                 call.code == 1 and not self.writer.resumes and ("exists" in said or "holds a reference cache" in said)
             )
             # of two at once one may be told of the other that was killed just now
-            if call.code and not is_there:
-                self._remark("wrong", f"exit code {call.code}: {said}")
+            self.figures.add("wrong", bool(call.code) and not is_there, f"exit code {call.code}: {said}")
         return True
-
-    def _judge(self, place: Path) -> None:
-        try:
-            self.writer.same(self.whole / self.writer.name, place / self.writer.name)
-        except (AssertionError, OSError, ValueError) as error:
-            self._remark("wrong", f"not as undisturbed: {error!r}"[:2000])
-        usual = {file.relative_to(self.whole) for file in self.whole.rglob("*")}
-        left = [file for file in place.rglob("*") if file.relative_to(place) not in usual]
-        left += list(self.scratch.iterdir()) if self.scratch.exists() else []
-        if left:
-            self._remark("leftovers", ", ".join(str(file.relative_to(self.home)) for file in left[:10]))
-            shutil.rmtree(self.scratch, ignore_errors=True)
-
-    def _remark(self, kind: str, text: str) -> None:
-        setattr(self, kind, getattr(self, kind) + 1)
-        self.remarks.append(f"{kind}, trial {self.trials}: {text}")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_killed_at_any_moment_until_it_is_done(name: str, writers: dict[str, Writer], tmp_path: Path) -> None:
-    killer = Killer(writers[name], tmp_path, seed=len(name))
-    while killer.kills < KILLS:
+    killer = Killer(name, writers[name], tmp_path)
+    while killer.figures.faults < KILLS:
         killer.trial()
-    figures = {kind: getattr(killer, kind) for kind in ("lost", "wrong", "tracebacks", "hangs", "leftovers")}
-    count(f"killed: {name}", killer.trials, killer.kills, seconds=killer.seconds, **figures)
-    assert not killer.remarks, "\n".join(killer.remarks)
+    killer.figures.end()
 
 
 def test_every_writer_is_killed(writers: dict[str, Writer]) -> None:

@@ -41,7 +41,7 @@ from tests.helpers.object_stores import set_times
 from tests.helpers.stores import contents
 from tests.stages.test_crash import FORKS, finished, kill_all, run_here
 from tests.torture.conftest import Orderly
-from tests.torture.counting import count
+from tests.torture.counting import Figures
 
 TRIALS = int(os.environ.get("TRIALS", "3"))
 PAIRS, BLOCK = 20, 4
@@ -71,34 +71,6 @@ KINDS = {
     "credentials expired": Kind((FAULTS["expired, 400"], FAULTS["expired, 403"]), passes=False),
 }
 ADVICE = ("run the same command again", "wait for its end", "check the credentials")
-
-
-@dataclass
-class Figures:
-    """Of one kind. problems: each in words."""
-
-    what: str
-    trials: int = 0
-    faults: int = 0
-    lost: int = 0
-    wrong: int = 0
-    tracebacks: int = 0
-    hangs: int = 0
-    leftovers: int = 0
-    seconds: float = 0.0
-    problems: list[str] = field(default_factory=list)
-
-    def add(self, kind: str, is_bad: bool, words: str) -> None:
-        if is_bad:
-            setattr(self, kind, getattr(self, kind) + 1)
-            self.problems.append(f"{kind}: {words}")
-
-    def end(self) -> None:
-        counted = {name: getattr(self, name) for name in ("lost", "wrong", "tracebacks", "hangs", "leftovers")}
-        print(f"{self.what}: {self.trials} trials, {self.faults} faults, {counted}, longest {self.seconds:.1f} s")
-        count(self.what, self.trials, self.faults, **counted, seconds=self.seconds)
-        assert not self.problems, "\n".join(self.problems)
-        assert self.faults >= self.trials / 2, "hardly anything was disturbed"
 
 
 class Bucket:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.cache.test_cache import DAMAGE
 from tests.torture.conftest import Orderly
-from tests.torture.counting import count
+from tests.torture.counting import Figures
 from tests.training.test_resume import SETTINGS, assert_same_run, killed_at
 from tests.training.test_resume import run as train_run
 
@@ -57,7 +57,7 @@ def test_every_file_of_the_newest_checkpoint(
             assert_same_run(whole, out)
         shutil.rmtree(out)
     assert refused >= (2 if damage == "flip" else 4)
-    count(f"each file of a checkpoint damaged: {damage}", len(damaged), len(damaged))
+    Figures(f"each file of a checkpoint damaged: {damage}", len(damaged), len(damaged)).end()
 
 
 @pytest.mark.parametrize("content", FACTS)

@@ -14,7 +14,7 @@ from tests.cache.test_cache import DAMAGE
 from tests.conftest import Cli
 from tests.helpers.stores import assert_same_store, chunk_files, contents
 from tests.torture.conftest import Orderly, StageOne
-from tests.torture.counting import count
+from tests.torture.counting import Figures
 
 Commands = tuple[Cli, Orderly, StageOne]
 
@@ -54,7 +54,7 @@ def test_every_chunk(small: tuple[Path, Path], tmp_path: Path, commands: Command
         else:
             DAMAGE[damage](chunk)
         require_noticed_and_mended(cache, sound, commands, chunk)
-    count(f"each chunk damaged: {damage}", len(chunks), len(chunks))
+    Figures(f"each chunk damaged: {damage}", len(chunks), len(chunks)).end()
 
 
 def test_every_two_chunks_swapped(small: tuple[Path, Path], tmp_path: Path, commands: Commands) -> None:
@@ -68,7 +68,7 @@ def test_every_two_chunks_swapped(small: tuple[Path, Path], tmp_path: Path, comm
         require_noticed_and_mended(cache, small[0], commands, (first, second))
         swapped += 1
     assert swapped == 10 * 3 + 45
-    count("two chunks swapped: each two", swapped, swapped)
+    Figures("two chunks swapped: each two", swapped, swapped).end()
 
 
 def test_all_chunks_of_another_cache_of_the_same_identity(
@@ -131,7 +131,7 @@ def test_every_zarr_json(small: tuple[Path, Path], tmp_path: Path, commands: Com
         file.write_bytes(content)
         assert_same_store(cache, sound)
     assert cli("inspect-cache", cache, "--verify")[0] == 0
-    count(f"each zarr.json damaged: {damage}", metadata, metadata)
+    Figures(f"each zarr.json damaged: {damage}", metadata, metadata).end()
 
 
 CHANGES: list[Any] = [None, -1, 0, 10**30, "x", "", [], {}, True, 1.5, "../../etc/passwd", "\x00", [[]] * 3]

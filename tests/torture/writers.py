@@ -1,6 +1,7 @@
 """The commands that write, each with what it reads and how its result is compared with an undisturbed one."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from tests.conftest import make_rows, precompute_into, tiny_llama, write_jsonl
 from tests.helpers.stores import assert_same_store
 from tests.stages.test_crash import finished
+from tests.torture.counting import Figures
 from tests.training.test_resume import assert_same_run
 
 Same = Callable[[Path, Path], None]
@@ -46,6 +48,19 @@ class Writer:
     def done(self, place: Path) -> dict[tuple[str, int], bytes]:
         """What is finished at a place and may not be lost."""
         return finished(place / self.name) if self.option == "--ref-cache" and self.resumes else {}
+
+
+def judge(figures: Figures, writer: Writer, whole: Path, place: Path, scratch: Path, said: str = "") -> None:
+    """Count what is not as an undisturbed call left it at `whole`: the result, and what lies beside it or in `scratch`, which is
+    emptied. said: by the command."""
+    try:
+        writer.same(whole / writer.name, place / writer.name)
+    except (AssertionError, OSError, ValueError) as error:
+        figures.add("wrong", True, f"not as undisturbed: {error!r}"[:2000] + said)
+    usual = {file.relative_to(whole) for file in whole.rglob("*")}
+    left = [file for file in place.rglob("*") if file.relative_to(place) not in usual] + list(scratch.iterdir())
+    figures.add("leftovers", bool(left), ", ".join(str(file) for file in left[:10]) + said)
+    shutil.rmtree(scratch)
 
 
 def plain(value: Any) -> Any:

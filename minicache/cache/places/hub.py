@@ -6,7 +6,6 @@ them without a network. A repository may hold other files; those are left.
 
 import re
 import shutil
-import sys
 from collections.abc import Iterable
 from functools import cache, cached_property
 from pathlib import Path
@@ -70,7 +69,7 @@ class Snapshot(Directory):
         from huggingface_hub import constants, snapshot_download
 
         patterns = [f"{self.below}/{pattern}".lstrip("/") for pattern in PATTERNS]
-        with in_one_line(self.url, "dataset", self.id), quiet(bars=sys.stderr.isatty()):
+        with in_one_line(self.url, "dataset", self.id), quiet():
             folder = snapshot_download(
                 self.id,
                 repo_type="dataset",
