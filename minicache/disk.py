@@ -1,51 +1,27 @@
-"""Writing files and folders whole: beside their place, flushed, renamed. A failure of the disk becomes one line.
-
-What is under way has a name of its own, `.{name}.{machine}-{pid}-{token}-{token}.draft`. One rule says which drafts are leftovers
-of a killed call: those of a process of this machine that is gone, and all others that nothing has touched for a day.
-"""
+"""Writing files and folders whole: to a draft beside their place, flushed, renamed."""
 
 import atexit
 import errno
 import json
 import os
-import re
 import shutil
 import stat
 import time
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import cache
-from glob import escape
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
 
-import psutil
-
+from minicache.drafts import draft_beside, draft_of
 from minicache.errors import OutputError
+from minicache.failures import writing
 from minicache.json_lines import to_json
 
-DRAFT = re.compile(r"\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<process>[0-9a-f]{8})-[0-9a-f]{8}\.draft$")
-# A folder or file that is under way, by this rule and by that of caches (cache/places).
-UNDER_WAY = re.compile(
-    r"(?P<before>^|[/\\])\.(?P<name>[^/\\]+)\.(?:[0-9a-f]{8}-\d+-[0-9a-f]{8}-[0-9a-f]{8}\.draft|[a-z]+ing-[0-9a-f]{8})(?![^/\\])"
-)
-LONGEST_NAME = 180  # bytes of a name that its draft repeats; file systems allow 255 in all
-MOST_PID = 2**31 - 1  # of any system; the name of a file may hold any number
-OLD_AFTER = 24 * 3600  # seconds; no file or folder takes so long to write
 WINDOWS = os.name == "nt"
 # Seconds to wait: on Windows another program, such as a virus scanner, may hold a new file for a moment.
 PAUSES = (0.05, 0.1, 0.2, 0.4)
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# What the system may say of any file at any moment, as of one on a disk that fails or was taken away.
-NAMES = "ENOENT EACCES EPERM EROFS EIO EMFILE ENFILE ESTALE ENODEV ENXIO ETIMEDOUT ENOTCONN EHOSTDOWN ELOOP"
-REFUSED = tuple(getattr(errno, name) for name in NAMES.split() if hasattr(errno, name))
-# A number of the system in the text of a library: "No space left on device (os error 28)", "[errno 28] …".
-NUMBER = re.compile(r"\b(?:os error|errno) (\d+)", re.IGNORECASE)
 MEANWHILE = "{place}: another process has made it meanwhile; name another or remove it"
-OF_MACHINE = f"pid:[{0xEFFFFFFC}]"  # PROC_PID_INIT_INO of Linux, include/linux/proc_ns.h
-LITTLE = 2**16  # bytes that are left on a full disk
 NOT_TO_BE_FLUSHED = (errno.EACCES, errno.EINVAL)  # folders on Windows, those without a right to read, some file systems
 
 
@@ -54,70 +30,6 @@ def usual_directory() -> Path:
     if WINDOWS:
         return Path(gettempdir())
     return Path(os.environ.get("TMPDIR") or "/var/tmp")
-
-
-@contextmanager
-def writing(path: object) -> Iterator[None]:
-    """Turn a failure of the disk into one line that names the place."""
-    try:
-        yield
-    except OSError as error:
-        path = _without_drafts(str(path))
-        if error.errno in FULL:
-            raise OutputError(f"{path}: the disk is full; free some space and run the same command again") from error
-        # which file or folder in it is gone
-        gone = (
-            f" ({_without_drafts(os.fsdecode(error.filename))})"
-            if isinstance(error, FileNotFoundError) and error.filename
-            else ""
-        )
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}{gone}") from error
-
-
-def _without_drafts(path: str) -> str:
-    """The path by which a user knows a place in a draft, or in the draft of a draft."""
-    while (known := UNDER_WAY.sub(r"\g<before>\g<name>", path)) != path:
-        path = known
-    return path
-
-
-def of_the_machine(error: OSError) -> OutputError | None:
-    """The line for an error of the system that no code at its place has turned into one; None for what may be a bug."""
-    if error.errno == errno.ENOENT and not _has_working_directory():
-        return OutputError("the working directory was removed; change to another one, and run the same command again")
-    if error.errno in FULL:
-        return OutputError(
-            f"{error.filename or 'a file'}: the disk is full; free some space and run the same command again"
-        )
-    if error.errno in REFUSED and error.filename is not None:
-        return OutputError(f"{os.fsdecode(error.filename)}: {error.strerror}")
-    return None
-
-
-def _has_working_directory() -> bool:
-    try:
-        Path.cwd()
-    except OSError:
-        return False
-    return True
-
-
-def system_error(error: BaseException, place: Path) -> OSError:
-    """The system's error behind that of a library which failed to write: torch, safetensors and tokenizers pass on a text at most.
-
-    place: an existing file or folder on the disk that was written to, by which a full one is known where nothing names it.
-    """
-    behind: BaseException | None = error
-    while behind is not None:
-        if isinstance(behind, OSError) and behind.errno:
-            return behind
-        if found := NUMBER.search(str(behind)):
-            number = int(found[1])
-            return OSError(number, os.strerror(number))
-        behind = behind.__cause__ or behind.__context__
-    if shutil.disk_usage(place).free < LITTLE:
-        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    return OSError(" ".join(str(error).split())[-300:])
 
 
 def with_folders(files: list[Path]) -> list[Path]:
@@ -274,78 +186,6 @@ def temporary_directory() -> Path:
         raise OutputError(
             "no directory for temporary files can be written to, or none has room; name one in the variable TMPDIR"
         ) from error
-
-
-@contextmanager
-def draft_beside(place: Path) -> Iterator[Path]:
-    """A new draft's name, removed at the end if it is still there; leftovers of killed calls are removed first."""
-    remove_leftovers(place.parent, place.name)
-    draft = draft_of(place)
-    try:
-        yield draft
-    finally:
-        _remove(draft)
-
-
-def draft_of(place: Path) -> Path:
-    """A name beside `place` that nothing else uses, not even another attempt of this process."""
-    return place.with_name(
-        f".{_shortened(place.name)}.{_machine()}-{os.getpid()}-{_process()}-{os.urandom(4).hex()}.draft"
-    )
-
-
-def drafts(folder: Path, name: str) -> list[Path]:
-    """The drafts of what is called `name` in a folder, under way or left over, also those of earlier versions."""
-    return list(folder.glob(f".{escape(_shortened(name))}.*.draft"))
-
-
-def remove_leftovers(folder: Path, name: str) -> None:
-    """Remove the drafts of `name` whose calls were killed."""
-    for draft in drafts(folder, name):
-        if _is_left_over(draft):
-            _remove(draft)
-
-
-def _is_left_over(draft: Path) -> bool:
-    found = DRAFT.search(draft.name)
-    if found and found["machine"] == _machine():
-        pid = int(found["pid"])
-        # a container's processes have the same few numbers in each of its lives
-        return found["process"] != _process() if pid == os.getpid() else pid > MOST_PID or not psutil.pid_exists(pid)
-    with suppress(OSError):
-        return time.time() - draft.lstat().st_mtime > OLD_AFTER
-    return False
-
-
-def _remove(draft: Path) -> None:
-    if draft.is_dir() and not draft.is_symlink():
-        shutil.rmtree(draft, ignore_errors=True)
-        return
-    with suppress(OSError):
-        draft.unlink(missing_ok=True)
-
-
-def _shortened(name: str) -> str:
-    return name.encode("utf-8", "ignore")[:LONGEST_NAME].decode("utf-8", "ignore")
-
-
-@cache
-def _machine() -> str:
-    """A digest of what numbers the processes: the machine, or a container of it, which may share the machine's name."""
-    import socket
-
-    name = socket.gethostname()
-    with suppress(OSError):
-        # of Linux; the number of the machine's own never changes
-        if (space := os.readlink("/proc/self/ns/pid")) != OF_MACHINE:  # noqa: PTH115
-            name += space
-    return f"{zlib.crc32(name.encode()):08x}"
-
-
-@cache
-def _process() -> str:
-    """Tells this process from an earlier one of the same number. A forked child has another number."""
-    return os.urandom(4).hex()
 
 
 class Journal:

@@ -11,18 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from minicache import disk
-from minicache.disk import (
-    draft_of,
-    drafts,
-    flush_to_disk,
-    folder_written_whole,
-    make_folder,
-    read_json,
-    remove_leftovers,
-    write_json,
-    written_whole,
-)
+from minicache import disk, failures
+from minicache import drafts as naming
+from minicache.disk import flush_to_disk, folder_written_whole, make_folder, read_json, write_json, written_whole
+from minicache.drafts import draft_of, drafts, remove_leftovers
 from minicache.errors import OutputError
 
 Steps = list[tuple[str, str]]
@@ -171,10 +163,12 @@ def named(place: Path, old: str, new: str) -> Path:
 def test_which_drafts_are_leftovers(tmp_path: Path) -> None:
     place, pid = tmp_path / "out", os.getpid()
     ours = named(place, "", "")
-    earlier_life = named(place, disk._process(), "00000000")  # of a container whose processes had the same numbers
+    earlier_life = named(place, naming._process(), "00000000")  # of a container whose processes had the same numbers
     of_parent = named(place, f"-{pid}-", f"-{os.getppid()}-")
     of_dead = named(place, f"-{pid}-", "-99999999999-")
-    elsewhere, old_elsewhere = (named(place, f".{disk._machine()}-", f".{machine}-") for machine in ("0" * 8, "f" * 8))
+    elsewhere, old_elsewhere = (
+        named(place, f".{naming._machine()}-", f".{machine}-") for machine in ("0" * 8, "f" * 8)
+    )
     earlier_version, old_version = tmp_path / ".out.123.draft", tmp_path / ".out.456.draft"
     for draft in (earlier_version, old_version):
         draft.touch()
@@ -199,12 +193,12 @@ def test_drafts_of_a_container_are_not_those_of_its_machine(tmp_path: Path, monk
     live = draft_of(tmp_path / "out")
     gone = live.with_name(live.name.replace(f"-{os.getpid()}-", "-99999999999-"))
     gone.touch()
-    disk._machine.cache_clear()
+    naming._machine.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(os, "readlink", lambda path: "pid:[4026539999]")
         remove_leftovers(tmp_path, "out")
-        assert gone.exists() and disk._machine() != disk.DRAFT.search(live.name)["machine"]  # type: ignore[index]
-    disk._machine.cache_clear()
+        assert gone.exists() and naming._machine() != naming.DRAFT.search(live.name)["machine"]  # type: ignore[index]
+    naming._machine.cache_clear()
     remove_leftovers(tmp_path, "out")
     assert not gone.exists()
 
@@ -291,13 +285,16 @@ def wrapped(inner: Exception) -> Exception:
     ],
 )
 def test_the_error_of_the_system_behind_that_of_a_library(tmp_path: Path, error: Exception, number: int | None) -> None:
-    assert disk.system_error(error, tmp_path).errno == number
+    assert failures.system_error(error, tmp_path).errno == number
 
 
 def test_messages_name_the_place_and_not_its_draft(tmp_path: Path) -> None:
     draft = draft_of(tmp_path / "step-000002") / "model"
     for place in (draft, tmp_path / "..step-000002.merging-12345678.creating-0123abcd" / "model"):
-        with pytest.raises(OutputError, match=f"^{tmp_path}/step-000002/model: the disk is full"), disk.writing(place):
+        with (
+            pytest.raises(OutputError, match=f"^{tmp_path}/step-000002/model: the disk is full"),
+            failures.writing(place),
+        ):
             raise OSError(errno.ENOSPC, "full")
 
 

@@ -13,7 +13,20 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "minicache"
 LAYERS = [
-    {"errors", "pairs", "disk", "interpreter", "hub", "json_lines", "machine", "objects", "strict", "text"},
+    {
+        "errors",
+        "pairs",
+        "disk",
+        "drafts",
+        "failures",
+        "interpreter",
+        "hub",
+        "json_lines",
+        "machine",
+        "objects",
+        "strict",
+        "text",
+    },
     {"data", "trackers", "processes"},
     {"options"},
     {"cache", "models"},
@@ -34,6 +47,8 @@ LIGHT_ROOMS = ("data", "options", "cache", "judge", "reports", "pictures", "page
 LIGHT_FILES = (
     "cli",
     "disk",
+    "drafts",
+    "failures",
     "json_lines",
     "strict",
     "pairs",

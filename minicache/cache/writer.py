@@ -27,7 +27,7 @@ from minicache.cache.places.directory import draft_of, remove_drafts
 from minicache.cache.places.opening import place_at
 from minicache.cache.places.place import ROOT, Place
 from minicache.cache.schema import RefBlock, array_specs, pairs_row, ref_row
-from minicache.disk import writing
+from minicache.failures import writing
 from minicache.options.where import Where
 from minicache.pairs import PairTable
 

@@ -18,8 +18,8 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from minicache.disk import of_the_machine
 from minicache.errors import CacheMismatch, ConfigError, MinicacheError, ProcessLost, in_words, is_lost_peer
+from minicache.failures import of_the_machine
 from minicache.json_lines import to_json
 from minicache.options.declare import flag
 from minicache.options.dictionaries import flat

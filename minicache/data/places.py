@@ -13,7 +13,8 @@ from typing import IO
 from minicache.data import hub, urls
 from minicache.data.files import SUFFIXES, DataFile, suffix_of
 from minicache.data.folders import Folder, Note, is_data
-from minicache.disk import draft_beside, usual_directory
+from minicache.disk import usual_directory
+from minicache.drafts import draft_beside
 from minicache.errors import ConfigError, DataError
 
 STDIN = "-"

@@ -17,8 +17,8 @@ from urllib.request import Request, urlopen
 
 from minicache.data.files import DataFile
 from minicache.data.folders import MOST_ABOUT, Folder, Note, glob_pattern
-from minicache.disk import writing
 from minicache.errors import ConfigError, DataError, StoreError
+from minicache.failures import writing
 
 # Seconds without a byte.
 PATIENCE = 60

@@ -15,8 +15,9 @@ from safetensors import SafetensorError
 from torch import nn
 
 from minicache.data.tokenizer_files import TEMPLATE, copy_to_policy
-from minicache.disk import folder_written_whole, system_error
+from minicache.disk import folder_written_whole
 from minicache.errors import ModelError, fits
+from minicache.failures import system_error
 from minicache.models import huggingface, lora, minimind, precision, quantized, tokenizers
 from minicache.models.adapter_files import ADAPTER, settings_of
 from minicache.models.adapter_places import adapter_place, base_name, own_template, tokenizer_place

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from minicache.disk import system_error, written_whole
+from minicache.disk import written_whole
 from minicache.errors import ModelError
+from minicache.failures import system_error
 from minicache.models.generations import GENERATIONS, Counts, Generation, State, file_keys, turned, unstack
 from minicache.models.minimind import ROPE_THETA
 

@@ -14,8 +14,9 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from minicache.data.tokenizer_files import SOURCE, copy_to_policy, copy_tokenizer, is_tokenizer_file, tokenizer_files
-from minicache.disk import scratch_folder, system_error, writing
+from minicache.disk import scratch_folder
 from minicache.errors import ModelError
+from minicache.failures import system_error, writing
 from minicache.models.huggingface import from_pretrained
 from minicache.text import one_line
 
@@ -94,7 +95,7 @@ def save_tokenizer(source: str, directory: Path, trust_remote_code: bool, model_
 
 @contextmanager
 def _writing(directory: Path) -> Iterator[None]:
-    """As `minicache.disk.writing`; the library of tokenizers raises an Exception without a number."""
+    """As `minicache.failures.writing`; the library of tokenizers raises an Exception without a number."""
     with writing(directory):
         try:
             yield

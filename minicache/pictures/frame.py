@@ -8,8 +8,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minicache.disk import system_error, written_whole
+from minicache.disk import written_whole
 from minicache.errors import ConfigError
+from minicache.failures import system_error
 from minicache.text import visible
 
 if TYPE_CHECKING:

@@ -13,8 +13,9 @@ import numpy as np
 
 from minicache.cache.reader import JoinedCaches, ReferenceCache
 from minicache.cache.schema import CachedPairs
-from minicache.disk import read_json, write_json, writing
+from minicache.disk import read_json, write_json
 from minicache.errors import ConfigError, RunDiverged
+from minicache.failures import writing
 from minicache.models import LoadedModel, load_model
 from minicache.options.sweep import SweepConfig, SweepRun
 from minicache.options.train import TrainConfig

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from minicache.disk import writing
 from minicache.errors import ConfigError
+from minicache.failures import writing
 from minicache.models import LoadedModel, load_model, save_model
 from minicache.models.adapter_files import settings_of
 from minicache.models.adapter_places import MERGED_BASE, adapter_place, base_name

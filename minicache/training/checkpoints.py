@@ -25,17 +25,10 @@ from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
-from minicache.disk import (
-    draft_of,
-    make_folder,
-    move,
-    publish_folder,
-    remove_folder,
-    require_file,
-    system_error,
-    writing,
-)
+from minicache.disk import make_folder, move, publish_folder, remove_folder, require_file
+from minicache.drafts import draft_of
 from minicache.errors import OutputError
+from minicache.failures import system_error, writing
 from minicache.processes.world import World, patient_group
 from minicache.strict import read_as
 from minicache.training.progress import Progress

@@ -3,8 +3,9 @@
 import shutil
 from pathlib import Path
 
-from minicache.disk import folder_written_whole, remove_folder, writing
+from minicache.disk import folder_written_whole, remove_folder
 from minicache.errors import OutputError, RunBusy
+from minicache.failures import writing
 from minicache.models import load_model, save_model
 from minicache.options.train import TrainConfig
 from minicache.scoring.scorer import DTYPES

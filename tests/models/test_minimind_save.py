@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from minicache import disk
+from minicache import drafts
 from minicache.errors import ModelError, OutputError
 from minicache.models import load_model, save_model, save_pth
 from minicache.options.train import TrainConfig
@@ -108,7 +108,7 @@ def test_a_full_disk_leaves_the_file_that_was_there(
     before = target.read_bytes()
     draft = tmp_path / "draft"
     draft.symlink_to("/dev/full")
-    monkeypatch.setattr(disk, "draft_of", lambda place: draft)
+    monkeypatch.setattr(drafts, "draft_of", lambda place: draft)
     with pytest.raises(OutputError, match="cannot be written"):
         save_pth(load_model(str(checkpoints / "minimind3-moe.pth")).model, target, "float32")
     assert target.read_bytes() == before

@@ -26,8 +26,9 @@ from minicache.cache.places import bounded
 from minicache.cache.places.claims import CLAIM_FILE, Claim
 from minicache.cache.places.leases import Lease
 from minicache.cache.places.place import POLL_SECONDS, ROOT, Place
-from minicache.disk import kept_scratch_folder, temporary_directory, writing
+from minicache.disk import kept_scratch_folder, temporary_directory
 from minicache.errors import CacheNotFound, OutputError, StoreError
+from minicache.failures import writing
 from minicache.objects import RETRIES, Answer, in_one_line, noted_if_silent, open_store, put_instead, received, wait_for
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import Protocol
 
 from filelock import has_fcntl, lock_descriptor
 
-from minicache.disk import writing
 from minicache.errors import OutputError
+from minicache.failures import writing
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,9 @@ from zarr.abc.store import Store
 from minicache.cache.places.bounded import BoundedStore, read_list
 from minicache.cache.places.claims import SHARD_CLAIMS, Claim, FileClaim
 from minicache.cache.places.place import ROOT, Place
-from minicache.disk import flush_to_disk, move, publish_folder, with_folders, writing, written_whole
+from minicache.disk import flush_to_disk, move, publish_folder, with_folders, written_whole
 from minicache.errors import CacheNotFound, OutputError
+from minicache.failures import writing
 
 # Leftovers of killed writers: claims of shards; drafts of single files, by their present names and by those of 0.1.0.
 LEFTOVERS = (f"{SHARD_CLAIMS}*", ".*.draft", "refused.tmp")

@@ -15,8 +15,9 @@ from zarr.abc.store import Store
 from minicache.cache.places.claims import Claim
 from minicache.cache.places.directory import Directory
 from minicache.cache.places.place import ROOT
-from minicache.disk import kept_scratch_folder, writing
+from minicache.disk import kept_scratch_folder
 from minicache.errors import CacheNotFound, ConfigError, OutputError
+from minicache.failures import writing
 from minicache.hub import ID, endpoint, in_one_line, quiet
 from minicache.options.where import HUB, Where
 
