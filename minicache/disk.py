@@ -116,30 +116,39 @@ def folder_written_whole(folder: Path) -> Iterator[Path]:
         with draft_beside(folder) as draft:
             draft.mkdir()
             yield draft
-            try:
-                publish_folder(draft, folder)
-            except OSError as error:
-                if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                    raise OutputError(MEANWHILE.format(place=folder)) from error
-                raise
+            publish_folder(draft, folder)
 
 
 def publish_folder(draft: Path, folder: Path) -> None:
     """Flush a finished draft and rename it to `folder`, where nothing or an empty folder lies.
 
     Raises:
-        OSError: the disk refuses; then it is not at `folder`.
+        OutputError: something lies there. OSError: the disk refuses; then the draft is not at `folder`.
     """
-    flush_to_disk([*draft.rglob("*"), draft])
+    inside = list(draft.rglob("*"))
+    _share(inside, draft.stat().st_mode)
+    flush_to_disk([*inside, draft])
     if WINDOWS and folder.is_dir():
         # Elsewhere an empty folder is replaced.
         folder.rmdir()
-    move(draft, folder)
+    try:
+        move(draft, folder)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise OutputError(MEANWHILE.format(place=folder)) from error
+        raise
     try:
         flush_to_disk([folder.parent])
     except OSError:
         move(folder, draft)
         raise
+
+
+def _share(files: Iterable[Path], mode: int) -> None:
+    """Let all read and write files who may do so in their folder of this mode: safetensors makes them for their owner alone."""
+    for file in files:
+        if file.is_file() and (shared := file.stat().st_mode | mode & 0o666) != file.stat().st_mode:
+            file.chmod(shared)
 
 
 def remove_folder(folder: Path) -> None:

@@ -54,7 +54,7 @@ def drafts(folder: Path, name: str) -> list[Path]:
 def remove_leftovers(folder: Path, name: str) -> None:
     """Remove the drafts of `name` whose calls were killed."""
     for draft in drafts(folder, name):
-        if _is_left_over(draft):
+        if is_left_over(draft):
             _remove(draft)
 
 
@@ -65,7 +65,8 @@ def without_drafts(path: str) -> str:
     return path
 
 
-def _is_left_over(draft: Path) -> bool:
+def is_left_over(draft: Path) -> bool:
+    """Whether the call whose draft has this name was killed, as far as this machine can tell."""
     found = DRAFT.search(draft.name)
     if found and found["machine"] == _machine():
         pid = int(found["pid"])

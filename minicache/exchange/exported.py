@@ -14,7 +14,7 @@ import numpy as np
 from minicache.cache.complete import ledgers
 from minicache.cache.manifest import ATTRIBUTE, Manifest
 from minicache.cache.places.drafts import drafted
-from minicache.cache.places.opening import claimed, place_at
+from minicache.cache.places.opening import place_at
 from minicache.cache.reader import ReferenceCache
 from minicache.cache.schema import LEDGER_COLUMNS, CachedPairs, pairs_row, ref_row
 from minicache.cache.writer import CacheWriter
@@ -57,16 +57,12 @@ def import_exported(config: ImportConfig, document: dict[str, Any], tracker: Tra
     _require_stated(config, manifest, tracker)
     out = place_at(config.ref_cache)
     tracker.begin("writing", manifest.log.pairs)
-    with (
-        drafted(out, "importing") as (draft, claims),
-        scratch_folder("import") as scratch,
-    ):
+    with drafted(out) as draft, scratch_folder("import") as scratch:
         tokenizer = scratch / "tokenizer"
         unpack(document.get("tokenizer"), tokenizer, config.file)
         require_fit(tokenizer, manifest.identity, config.file)
         empty = replace(manifest.log, sources=[], blocks=0, pairs=0, shards=0)
         cache = CacheWriter.create(draft, Manifest(manifest.identity, empty), partial(shutil.copytree, tokenizer))
-        claims.enter_context(claimed(draft))
         _write_blocks(cache, _blocks(config.file, manifest, ledger), tracker)
         cache.write_log(replace(manifest.log, shards=0))
     log.debug("%s: %d rows imported, %.1f s", config.file, manifest.log.pairs, time.monotonic() - started)

@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,7 @@ def import_foreign(config: ImportConfig, files: list[DataFile], tracker: Tracker
     tracker.begin(f"loading {config.model}", None)
     loaded = load_model(config.model, config.trust_remote_code, config.base.quantization)
     options: dict[str, Any] = {"block_pairs": BLOCK_PAIRS, **config.of_encoding, "dtype": config.dtype}
-    with drafted(place_at(config.ref_cache), "importing") as (draft, claims):
+    with drafted(place_at(config.ref_cache)) as draft, ExitStack() as claims:
         request = PrecomputeConfig(
             model=config.model,
             data=(config.file,),

@@ -14,7 +14,7 @@ from minicache.cache.blocks import TOKENIZER
 from minicache.cache.identity import TOLERANCE
 from minicache.cache.manifest import Log, Manifest, Source
 from minicache.cache.places.drafts import drafted
-from minicache.cache.places.opening import claimed, place_at
+from minicache.cache.places.opening import place_at
 from minicache.cache.places.place import Place
 from minicache.cache.reader import ReferenceCache
 from minicache.cache.refusals import read_refusals, source_of, write_refusals
@@ -168,10 +168,9 @@ def write_merged(out: Place, inputs: list[Input], kept: list[NDArray[np.bool_]],
     first = inputs[0].cache
     if not first.tokenizer_dir.is_dir():
         raise CacheDamaged(f"{first.place.locate(TOKENIZER)}: is missing; run its precompute-ref again, then merge")
-    with drafted(out, "merging") as (draft, claims):
+    with drafted(out) as draft:
         empty = Manifest(first.identity, replace(log, sources=[], blocks=0, pairs=0))
         cache = CacheWriter.create(draft, empty, lambda tokenizer: copy_tokenizer(first.tokenizer_dir, tokenizer))
-        claims.enter_context(claimed(draft))
         for block, (table, scores) in enumerate(repack(_kept_parts(inputs, kept), first.identity.block_pairs)):
             cache.grow(block + 1)
             cache.write_pairs(block, table)

@@ -2,7 +2,7 @@
    the environment at each call, so that a process that has it loaded can be forked and then told.
 
    FAULT_UNDER    calls on files below this directory count
-   FAULT_CALLS    which: names out of "write open rename sync mkdir truncate", separated by spaces
+   FAULT_CALLS    which: names out of "write open rename sync mkdir truncate remove", separated by spaces
    FAULT_AT       the number of the call that fails, from 1; 0: none does
    FAULT_STICKY   if set, all calls from then on fail too, as on a full disk
    FAULT_ERRNO    the error; 0: a write takes only half of what it is given
@@ -125,4 +125,12 @@ int ftruncate(int file, off_t size) { return is_open_below(file) && fails("trunc
 
 int ftruncate64(int file, off64_t size) {
     return is_open_below(file) && fails("truncate") ? -1 : REAL(ftruncate64)(file, size);
+}
+
+int unlink(const char *path) { return below(path) && fails("remove") ? -1 : REAL(unlink)(path); }
+
+int rmdir(const char *path) { return below(path) && fails("remove") ? -1 : REAL(rmdir)(path); }
+
+int unlinkat(int folder, const char *path, int flags) {
+    return (below(path) || is_open_below(folder)) && fails("remove") ? -1 : REAL(unlinkat)(folder, path, flags);
 }

@@ -46,6 +46,7 @@ KINDS = {
     "a write takes half": Fault("write", 0, sticky=True, harmless=True),
     "a rename fails": Fault("rename", errno.EIO),
     "a flush fails": Fault("sync", errno.EIO),
+    "the file system turns read-only": Fault("write open mkdir rename truncate remove", errno.EROFS, sticky=True),
     "no file can be made": Fault("open mkdir", errno.EACCES, sticky=True),
 }
 NAMES = [
