@@ -73,7 +73,7 @@ def _is(hint: Any, value: object) -> bool:
     if get_origin(hint) is Literal:
         return any(type(value) is type(each) and value == each for each in get_args(hint))
     if hint is float:
-        return type(value) in (int, float)
+        return type(value) is float or (type(value) is int and abs(value) < 2**63)
     if hint is int:
         return type(value) is int and 0 <= value < 2**63
     return type(value) is (NoneType if hint is None else hint)

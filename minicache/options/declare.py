@@ -14,6 +14,7 @@ from minicache.errors import ConfigError
 
 # The key of an `Option` in the metadata of a field.
 KEY = "option"
+MOST_WHOLE = 2**63  # whole numbers are below, as those of numpy and torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +59,8 @@ class Option:
                 continue
             if self.choices and each not in (allowed := tuple(self.choices())):
                 raise ConfigError(f"{name}: expected one of {', '.join(allowed)}, got {each!r}")
-            if isinstance(each, int | float) and not (self._is_within(each) and abs(each) < math.inf):
-                raise ConfigError(f"{name}: expected {self._bounds()}, got {each}")
+            if isinstance(each, int | float) and not (self._is_within(each) and abs(each) < _limit(each)):
+                raise ConfigError(f"{name}: expected {self._bounds()}, got {str(each)[:40]}")
 
     def _is_within(self, value: float) -> bool:
         return (
@@ -94,6 +95,10 @@ class Rules(TypedDict, total=False):
     what: str
     choices: Callable[[], Iterable[str]]
     movable: bool
+
+
+def _limit(value: float) -> float:
+    return MOST_WHOLE if isinstance(value, int) else math.inf
 
 
 def option(default: Any, help: str, **rules: Unpack[Rules]) -> Any:

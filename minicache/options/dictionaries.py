@@ -7,7 +7,7 @@ from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin
 
 from minicache.errors import ConfigError
-from minicache.options.declare import flag
+from minicache.options.declare import KEY, flag
 
 Config = TypeVar("Config")
 
@@ -35,16 +35,18 @@ def _typed(kind: Any, value: Any) -> Any:
 
 
 def require_types(config: type, given: Mapping[str, Any]) -> None:
-    """Check the types of values by name. Names that are no options of the config are ignored.
+    """Check the types of values by name, and the bounds of numbers. Names that are no options of the config are ignored.
 
     Raises:
-        ConfigError: a value has a type that the option never has.
+        ConfigError: a value has a type that the option never has, or is out of its bounds.
     """
     for item in fields(config):
         if isinstance(item.type, type) and is_dataclass(item.type):
             require_types(item.type, given)
         elif item.name in given and not _fits(item.type, given[item.name]):
             raise ConfigError(f"{flag(item.name)}: expected another kind of value, got {str(given[item.name])[:40]!r}")
+        elif KEY in item.metadata and isinstance(given.get(item.name), int | float):
+            item.metadata[KEY].check(flag(item.name), given[item.name])
 
 
 def _fits(kind: Any, value: object) -> bool:

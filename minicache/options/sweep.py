@@ -13,7 +13,7 @@ from minicache.options.checks import split_share
 from minicache.options.declare import Option, flag, options_of
 from minicache.options.dictionaries import fill, flat
 from minicache.options.train import TrainConfig
-from minicache.options.unused import require_read, why_unread
+from minicache.options.unused import require_read, unread, why_unread
 
 # Options of train that may have several values: those that change how a run learns. The values in a run's name have this order.
 _KINDS: dict[str, Any] = {item.name: item.type for item, _ in options_of(TrainConfig)}
@@ -103,6 +103,11 @@ def sweep_values(config: SweepConfig, given: Mapping[str, Any], defaults: Mappin
     of_recipe = {name: [str(value)] for name, value in defaults.items()}
     swept = {name: given.get(name) or of_recipe.get(name) for name in SWEPT}
     return {**shared, **swept, "out": str(config.out), "shard": config.shard}
+
+
+def unread_by_all(runs: Sequence[SweepRun], names: Collection[str]) -> list[str]:
+    """A line for each of these options of a recipe that none of the runs would read, with the first run's reason."""
+    return unread(runs[0].config, [name for name in names if all(why_unread(run.config, name) for run in runs)])
 
 
 def _require_read(runs: Sequence[SweepRun], given: Mapping[str, Any], varied: Collection[str]) -> None:

@@ -1,5 +1,6 @@
 """The curves of a run, read from its metrics.jsonl."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from minicache.json_lines import json_lines
 
 # Steps, and a value for each.
 Curve = tuple[list[int], list[float]]
+MOST_STEP = 2**53  # whole numbers that a float holds
+MOST_DRAWN = 1e300  # matplotlib multiplies
 METRICS, FACTS, PICTURE = "metrics.jsonl", "run.json", "curves.png"
 
 
@@ -34,12 +37,19 @@ def read_curves(run: Path) -> dict[str, Curve]:
         step = int(line["step"])
         for name, value in line.items():
             if name != "step" and isinstance(value, (int, float)) and not isinstance(value, bool):
-                found.setdefault(name, {})[step] = float(value)
+                found.setdefault(name, {})[step] = _number(value)
     if not found:
         raise DataError(
             f"{run / METRICS}: no metrics yet; expected a line for each logged step. Wait for the first one"
         )
     return {name: (sorted(values), [values[step] for step in sorted(values)]) for name, values in found.items()}
+
+
+def _number(value: float) -> float:
+    """As a float; infinite if no picture can be drawn of it, as of a whole number of hundreds of digits."""
+    if abs(value) > MOST_DRAWN:
+        return math.inf if value > 0 else -math.inf
+    return float(value)
 
 
 def _lines(run: Path) -> Iterator[dict[str, Any]]:
@@ -53,7 +63,8 @@ def _lines(run: Path) -> Iterator[dict[str, Any]]:
         raise DataError(f"{file}: cannot be read: {error.strerror}") from error
     for line in lines:
         try:
-            int(line.value["step"])
+            if not 0 <= int(line.value["step"]) < MOST_STEP:
+                raise ValueError("a step that no run reaches")
         except (ValueError, TypeError, KeyError, OverflowError):
             # A kill may truncate the last line.
             if line is lines[-1]:

@@ -37,10 +37,12 @@ def mcnemar(gained: int, lost: int) -> float:
 
 def interval_of_mean(values: "NDArray[np.float64]", seed: int = 0) -> tuple[float, float]:
     """The 95% interval of a mean by the percentile bootstrap (Efron 1979); of many values by the normal distribution, which it
-    approaches. values: (n,)."""
+    approaches. values: (n,). Of values that are not all finite: not a number, twice."""
     # not for the commands that print intervals
     import numpy as np
 
+    if not np.isfinite(values).all():
+        return math.nan, math.nan
     if len(values) < 2:
         return float(values.mean()), float(values.mean())
     if len(values) > MOST_RESAMPLED:

@@ -1,5 +1,6 @@
 """Progress and live metrics in a terminal or a log file. rich only; no torch."""
 
+import math
 import sys
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -157,6 +158,8 @@ def _number(metrics: Mapping[str, float], name: str) -> str:
 
 
 def duration(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "?"  # of a run.json that was changed by hand
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"

@@ -14,7 +14,7 @@ import numpy as np
 from minicache.cache.reader import JoinedCaches, ReferenceCache
 from minicache.cache.schema import CachedPairs
 from minicache.disk import read_json, write_json
-from minicache.errors import ConfigError, RunDiverged
+from minicache.errors import ConfigError, OutputError, RunDiverged
 from minicache.failures import writing
 from minicache.models import LoadedModel, load_model
 from minicache.options.sweep import SweepConfig, SweepRun
@@ -30,6 +30,7 @@ from minicache.scoring.loading import Sources, load_pairs
 from minicache.scoring.spread import is_sharded, spread
 from minicache.scoring.tables import score_table
 from minicache.stages.train import train_locked
+from minicache.strict import read_as
 from minicache.trackers import Tracker
 from minicache.training.lock import RunLock
 from minicache.training.losses import Objective
@@ -56,13 +57,22 @@ def sweep(config: SweepConfig, world: World, tracker: Tracker) -> SweepReport:
     """
     _check(config)
     kept = _Kept()
-    before, worked = world.first(lambda: read_json(config.out / REPORT)), False
+    rate, worked = world.first(lambda: _known_rate(config.out / REPORT)), False
     for run in config.mine:
         worked |= _do(run, config, kept, world, tracker)
-    rate = before.get("reference_pairs_per_second")
     if rate is None or worked:
         rate = _forward_rate(config.runs[0].config, kept, world, tracker)
     return world.first(lambda: _reported(config, rate, tracker))
+
+
+def _known_rate(file: Path) -> float | None:
+    """Pairs a second of a forward pass by an earlier call. Raises OutputError: the file is not of this program's."""
+    name = "reference_pairs_per_second"
+    try:
+        rate: float | None = read_as(float | None, read_json(file).get(name), name)
+    except ValueError as error:
+        raise OutputError(f"{file}: {error}; remove it, and the same command writes it anew") from error
+    return rate
 
 
 def _reported(config: SweepConfig, rate: float, tracker: Tracker) -> SweepReport:

@@ -301,6 +301,7 @@ def work_at_shard(environment: dict[str, str], arguments: list[str], output: Pat
     run_here(arguments, output)
 
 
+@pytest.mark.slow
 def test_shards_started_at_once_of_which_one_is_killed_make_the_cache_of_one_run(
     url: str, model_dir: Path, tmp_path: Path
 ) -> None:

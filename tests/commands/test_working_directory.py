@@ -83,7 +83,7 @@ def test_as_a_module_only_what_python_reads_before_the_program_is(theirs: Path, 
     assert (done.returncode, ran(theirs)) == (0, []), done.stderr
 
 
-@pytest.mark.parametrize("form", [SCRIPT, SAFE_MODULE])
+@pytest.mark.parametrize("form", [SCRIPT, pytest.param(SAFE_MODULE, marks=pytest.mark.slow)])
 def test_processes_of_nproc_import_nothing_from_there(theirs: Path, ref_cache: Path, form: list[str]) -> None:
     options = ["--max-steps", "2", "--batch-size", "8", "--device", "cpu"]
     arguments = ["train", "--ref-cache", str(ref_cache), "--out", str(theirs.parent / "run"), *options]

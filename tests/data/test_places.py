@@ -562,6 +562,7 @@ def test_errors_and_refusals_name_what_was_given(
     assert code == 1 and "x: no such file or directory" in stderr
 
 
+@pytest.mark.slow
 def test_several_processes_read_one_standard_input(model_dir: Path, tmp_path: Path, plain: Path) -> None:
     command = [sys.executable, "-m", "minicache", "precompute-ref", "--model", model_dir, "--data", "-"]
     done = subprocess.run(

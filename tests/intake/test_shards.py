@@ -185,6 +185,7 @@ def go_on(process: ForkServerProcess) -> None:
     assert process.exitcode == 0
 
 
+@pytest.mark.slow
 def test_while_a_shard_is_at_work_others_score_but_neither_the_same_nor_a_whole_run(
     start: Start, whole: Path, tmp_path: Path
 ) -> None:

@@ -93,6 +93,7 @@ def whole(ref_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attempt", ATTEMPTS)
 def test_a_killed_rank_ends_training_and_the_same_command_goes_on(
     attempt: int, ref_cache: Path, whole: Path, tmp_path: Path

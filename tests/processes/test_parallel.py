@@ -169,6 +169,7 @@ def test_any_number_of_processes_gives_the_curve_of_one(
     assert_same_curve(runs(kind), runs(kind, size, parallel))
 
 
+@pytest.mark.slow
 def test_gradients_are_there_once(few: Path, tmp_path: Path) -> None:
     """DDP's buckets hold them, in every micro-batch of every step."""
     options = options_of("plain", few, tmp_path / "none", tokens_per_micro_batch=80, dtype="float32")

@@ -20,6 +20,7 @@ from tests.processes.test_parallel import run_world
 SETTINGS: dict[str, Any] = {"batch_size": 6, "epochs": 2, "lr": 1e-2, "log_every": 1, "lora_rank": 2}
 
 
+@pytest.mark.slow
 def test_two_processes_with_a_copy_each_give_the_run_of_one(model_dir: Path, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "pairs.jsonl", make_rows(20))
     jobs: list[tuple[str, dict[str, Any]]] = []

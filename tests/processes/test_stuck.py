@@ -123,6 +123,7 @@ def test_a_run_ends_though_one_process_never_comes(
     assert "process 0 of 2 waited for others that do not come" in said
 
 
+@pytest.mark.slow
 def test_a_process_that_saves_is_waited_for(ref_cache: Path, tmp_path: Path) -> None:
     process = start(tmp_path, ref_cache, SAVE.format(seconds=3 * SHORT))
     said = end(process, signal.SIGINT, 60)
@@ -130,6 +131,7 @@ def test_a_process_that_saves_is_waited_for(ref_cache: Path, tmp_path: Path) -> 
     assert len(checkpoints.steps(tmp_path / "run")) == 1
 
 
+@pytest.mark.slow
 def test_a_slow_step_is_no_standstill(ref_cache: Path, tmp_path: Path) -> None:
     """Steps of one second with a limit of a half; they are asked in every fourth."""
     code = f"RANKS = (0, 1)\n{STEP.format(what='time.sleep(1)')}"

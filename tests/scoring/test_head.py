@@ -125,6 +125,7 @@ def test_it_takes_the_bytes_that_it_says(
     assert 0.97 < made.bytes("cpu", dtype, training) / allocated(profiled) < 1.03
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "all"])
 def test_compiled_it_gives_the_same(kind: str) -> None:
     made = head_of(kind)

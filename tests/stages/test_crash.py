@@ -120,7 +120,7 @@ def test_killed_at_random_moments_and_resumed_the_store_is_the_same(job: Job, tm
     cache, chance = tmp_path / "cache", random.Random(0)
     done: dict[tuple[str, int], bytes] = {}
     kills = 0
-    for what in ["pairs"] * 5 + ["ref"] * 5:  # five fall into encoding, five into scoring
+    for what in ["pairs"] * 3 + ["ref"] * 3:  # make torture: a hundred, at any moment
         process = fork(job.arguments, cache)
         goal = rows(cache, what) + chance.randrange(5)
         wait_for(lambda: rows(cache, what) >= goal, process.is_alive)  # noqa: B023
@@ -131,7 +131,7 @@ def test_killed_at_random_moments_and_resumed_the_store_is_the_same(job: Job, tm
         now = finished(cache)
         assert done.items() <= now.items(), "a finished block was lost or rewritten"
         done = now
-    assert kills >= 8, f"{kills} of 10 processes were still running when they were to be killed"
+    assert kills >= 4, f"{kills} of 6 processes were still running when they were to be killed"
     finish(job.arguments, cache)
     assert done.items() <= finished(cache).items()
     assert_same_store(cache, job.whole)

@@ -66,6 +66,15 @@ def test_what_another_loss_leaves_unused_of_a_recipe_is_listed(ref_cache: Path, 
     assert code == 0 and "not used" not in stderr
 
 
+def test_what_no_run_of_a_sweep_uses_of_a_recipe_is_listed(ref_cache: Path, tmp_path: Path, cli: Cli) -> None:
+    arguments = ("sweep", "--ref-cache", ref_cache, "--max-steps", 1, "--recipe", "simpo", "--holdout", 0.2, "--out")
+    code, _, stderr = cli(*arguments, tmp_path / "none", "--loss", "sigmoid,ipo")
+    assert code == 0 and stderr.count("of the recipe is not used") == 1
+    assert "--simpo-gamma of the recipe is not used: --loss sigmoid does not read it" in stderr
+    code, _, stderr = cli(*arguments, tmp_path / "one", "--loss", "sigmoid,simpo")
+    assert code == 0 and "not used" not in stderr
+
+
 def test_a_recipe_and_resume(ref_cache: Path, tmp_path: Path, cli: Cli) -> None:
     run = tmp_path / "run"
     arguments = ("train", "--ref-cache", ref_cache, "--out", run, "--max-steps", 1, "--recipe", "minimind-3")

@@ -215,6 +215,7 @@ def test_what_does_not_go_with_it_is_named(cache: Path, tmp_path: Path, monkeypa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @needs_torchao
 def test_two_processes_end_with_the_same_weights(cache: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {**SETTINGS, **OURS, "ref_cache": str(cache), "lr": 1e-5}
