@@ -145,7 +145,7 @@ def test_page_and_json_say_what_was_found() -> None:
 # --- the checks themselves ---
 
 
-LONG = [name for name in CHECKS if name in ("fit", "attention") or name.startswith("speed")]
+LONG = [name for name in CHECKS if name in ("fit", "attention", "compile") or name.startswith("speed")]
 
 
 @pytest.mark.parametrize(

@@ -91,9 +91,8 @@ def test_processes_of_nproc_import_nothing_from_there(theirs: Path, ref_cache: P
     assert (done.returncode, ran(theirs)) == (0, []), done.stderr
 
 
-@pytest.mark.parametrize(
-    "safe", ["1", pytest.param("", marks=pytest.mark.slow)], ids=["as the documentation says", "without the variable"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("safe", ["1", ""], ids=["as the documentation says", "without the variable"])
 def test_processes_of_torchrun_import_nothing_from_there(theirs: Path, ref_cache: Path, safe: str) -> None:
     if not safe:
         (theirs / "minicache.py").unlink()

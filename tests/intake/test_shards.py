@@ -83,7 +83,8 @@ def scoring(jobs: dict[str, tuple[ForkServerProcess, Path]]) -> list[str]:
     return [shard for shard, (process, output) in jobs.items() if process.is_alive() and "scoring" in said(output)]
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
 def test_started_at_once_killed_and_repeated_they_write_the_store_of_one(
     start: Start, whole: Path, tmp_path: Path, seed: int
 ) -> None:

@@ -182,6 +182,7 @@ def test_what_does_not_fit_on_one_process_is_loaded_by_none(few: Path, tmp_path:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_shards_of_a_tied_model_write_its_head_once_and_go_on(tied: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -47,7 +47,7 @@ def train_until(lines: int, ref_cache: Path, out: Path, *more: object) -> subpro
 
 
 @pytest.mark.parametrize("seconds", [0.2, pytest.param(0.9, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_burst_ends_a_run_with_130_and_its_state_saved(
     ref_cache: Path, tmp_path: Path, seconds: float, processes: int
 ) -> None:

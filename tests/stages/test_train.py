@@ -119,7 +119,8 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(ref_cache: Pa
     assert not np.array_equal(curve(tmp_path / "a", "logps/chosen"), curve(tmp_path / "c", "logps/chosen"))
 
 
-@pytest.mark.parametrize("launcher", ["--nproc", pytest.param("torchrun", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["--nproc", "torchrun"])
 def test_two_ranks_give_the_curve_of_one(ref_cache: Path, tmp_path: Path, launcher: str) -> None:
     """40 pairs in batches of 13: the last of an epoch has one pair, so a rank has none."""
     options = ["--batch-size", "13", "--lr", "1e-3", "--epochs", "2", "--log-every", "1", "--beta", "0.1"]

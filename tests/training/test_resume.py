@@ -84,7 +84,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 # the others do all that these do
-LONG = {"plain", "beta and schedule", "8-bit"}
+LONG = {"plain", "beta and schedule", "8-bit", "float16"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in VARIANTS])
