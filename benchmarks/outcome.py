@@ -206,7 +206,9 @@ def by_trl(asked: Asked, caches: Caches, out: Path) -> Callable[[], object]:
 
     def run() -> None:
         policy, reference = (load_model(caches.model).model.float() for _ in range(2))
+        policy.requires_grad_(True)
         settings = {"beta": chosen["beta"], "learning_rate": lr, "use_cpu": True}
+        settings["bf16"] = False  # TRL's default is True
         trainer = trainer_of(policy, reference, rows, cache.tokenizer_dir, **settings)
         policy = trainer.accelerator.prepare_model(trainer.model)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0)
