@@ -47,14 +47,15 @@ def draft_of(place: Path) -> Path:
 
 
 def drafts(folder: Path, name: str) -> list[Path]:
-    """The drafts of what is called `name` in a folder, under way or left over, also those of earlier versions."""
-    return list(folder.glob(f".{escape(_shortened(name))}.*.draft"))
+    """The drafts of what is called `name` in a folder, and their own drafts, under way or left over; also of earlier versions."""
+    known = escape(_shortened(name))
+    return [*folder.glob(f".{known}.*.draft"), *folder.glob(f"..{known}.*.draft")]
 
 
 def remove_leftovers(folder: Path, name: str) -> None:
     """Remove the drafts of `name` whose calls were killed."""
     for draft in drafts(folder, name):
-        if is_left_over(draft):
+        if _is_left_over(draft):
             _remove(draft)
 
 
@@ -65,8 +66,7 @@ def without_drafts(path: str) -> str:
     return path
 
 
-def is_left_over(draft: Path) -> bool:
-    """Whether the call whose draft has this name was killed, as far as this machine can tell."""
+def _is_left_over(draft: Path) -> bool:
     found = DRAFT.search(draft.name)
     if found and found["machine"] == _machine():
         pid = int(found["pid"])

@@ -180,6 +180,15 @@ def test_which_drafts_are_leftovers(tmp_path: Path) -> None:
     assert not earlier_life.exists() and not of_dead.exists()
 
 
+def test_a_draft_of_a_draft_is_left_over_with_its_process(tmp_path: Path) -> None:
+    place = tmp_path / "cache"
+    ours = draft_of(draft_of(place))
+    killed = named(draft_of(place), f"-{os.getpid()}-", f"-{2**31}-")
+    ours.touch()
+    remove_leftovers(tmp_path, place.name)
+    assert list(tmp_path.iterdir()) == [ours] and not killed.exists()
+
+
 def test_long_names_have_drafts(tmp_path: Path) -> None:
     place = tmp_path / ("很" * 80 + ".json")
     write_json(place, {})

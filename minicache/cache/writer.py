@@ -7,7 +7,6 @@ keeps other runs out.
 """
 
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -23,10 +22,11 @@ from minicache.cache.identity import Identity
 from minicache.cache.manifest import Log, Manifest
 from minicache.cache.places.bounded import BoundedStore
 from minicache.cache.places.claims import CLAIM_FILE
-from minicache.cache.places.directory import draft_of, remove_drafts
+from minicache.cache.places.directory import remove_drafts
 from minicache.cache.places.opening import place_at
 from minicache.cache.places.place import ROOT, Place
 from minicache.cache.schema import RefBlock, array_specs, pairs_row, ref_row
+from minicache.drafts import draft_beside
 from minicache.failures import writing
 from minicache.options.where import Where
 from minicache.pairs import PairTable
@@ -67,16 +67,13 @@ class CacheWriter:
         """
         place = place_at(where)
         place.require_free()
-        draft = draft_of(place.home)
-        try:
+        with draft_beside(place.home) as draft:
             with writing(place):
                 draft.parent.mkdir(parents=True, exist_ok=True)
                 _create_arrays(draft, manifest)
                 write_tokenizer(draft / TOKENIZER)
                 (draft / CLAIM_FILE).touch()
             place.publish(draft)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
         remove_drafts(place.home)
         return cls(where)
 

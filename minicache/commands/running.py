@@ -6,7 +6,7 @@ import os
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
 from getpass import getuser
@@ -156,6 +156,13 @@ def errors_as_one_line(interrupted: str = "nothing was written") -> Iterator[Non
 def is_first() -> bool:
     """Whether this is the process that speaks for all, so far as its variables say."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def note(lines: Iterable[str]) -> None:
+    """Show lines before a command begins, once for all its processes."""
+    if is_first():
+        for line in lines:
+            err.print(f"  {line}", highlight=False, soft_wrap=True)
 
 
 def _show_interruption(text: str) -> None:

@@ -14,7 +14,7 @@ from minicache.commands.assemble import (
     in_panel,
     parameter_of,
 )
-from minicache.commands.running import err, errors_as_one_line, is_first, print_json, run_stage
+from minicache.commands.running import errors_as_one_line, note, print_json, run_stage
 from minicache.commands.train import single_cache
 from minicache.options.declare import Option, options_of
 from minicache.options.recipes import recipe
@@ -58,8 +58,6 @@ def sweep(given: Given) -> None:
     with errors_as_one_line("the same command goes on with the sweep"):
         defaults = recipe(given.extras["recipe"])
         config = sweep_config(single_cache(given.options), defaults)
-        if is_first():
-            for line in unread_by_all(config.runs, defaults.keys() - given.options.keys()):
-                err.print(f"  {line}", highlight=False, soft_wrap=True)
+        note(unread_by_all(config.runs, defaults.keys() - given.options.keys()))
         given.print_if_asked(TrainConfig, sweep_values(config, given.options, defaults))
         run_stage("sweep", config, given.nproc, print_json if given.json else show_sweep, given.device)

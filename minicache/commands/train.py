@@ -6,7 +6,7 @@ from typing import Any
 import typer
 
 from minicache.commands.assemble import DEVICE, NPROC, RECIPE, Given, command_of, in_panel, parameters_of
-from minicache.commands.running import err, errors_as_one_line, is_first, run_stage
+from minicache.commands.running import errors_as_one_line, note, run_stage
 from minicache.errors import OutputError
 from minicache.options.recipes import recipe
 from minicache.options.train import MEMORY, TrainConfig
@@ -28,9 +28,7 @@ def train(given: Given) -> None:
         of_recipe = recipe(given.extras["recipe"])
         config = Given(options, given.extras).config(TrainConfig, {**before, **of_recipe})
         require_read(config, options)
-        if is_first():
-            for line in unread(config, of_recipe.keys() - options.keys()):
-                err.print(f"  {line}", highlight=False, soft_wrap=True)
+        note(unread(config, of_recipe.keys() - options.keys()))
         run_stage("train", config, given.nproc, show_train, given.device)
 
 

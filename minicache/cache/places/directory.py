@@ -13,6 +13,7 @@ from minicache.cache.places.bounded import BoundedStore, read_list
 from minicache.cache.places.claims import SHARD_CLAIMS, Claim, FileClaim
 from minicache.cache.places.place import ROOT, Place
 from minicache.disk import flush_to_disk, move, publish_folder, with_folders, written_whole
+from minicache.drafts import draft_of
 from minicache.errors import CacheNotFound, OutputError
 from minicache.failures import writing
 
@@ -128,12 +129,7 @@ class Directory(Place):
         flush_to_disk(with_folders(files) if folders else files)
 
 
-def draft_of(place: Path) -> Path:
-    """A new name beside `place`, different each time: zarr's threads may still write into the draft of a failed attempt."""
-    return place.with_name(f".{place.name}.creating-{os.urandom(4).hex()}")
-
-
 def remove_drafts(place: Path) -> None:
-    """Remove the drafts of killed attempts, and those of processes at work, for which `place` is no longer free."""
+    """Remove what killed calls of 0.1.0 left of drafts, for which `place` is no longer free."""
     for leftover in place.parent.glob(f".{escape(place.name)}.creating-*"):
         shutil.rmtree(leftover, ignore_errors=True)
