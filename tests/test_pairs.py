@@ -5,6 +5,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
+from minicache.errors import ConfigError
 from minicache.pairs import COUNTED_AT_ONCE, EncodedPair, PairTable, count_tokens
 from minicache.scoring.batching import balance, by_length
 from minicache.training.order import Mixture, global_batches, pairs_in, shares, training_steps
@@ -125,4 +126,7 @@ def test_steps_are_counted_in_whole_batches() -> None:
     assert training_steps(100, 32, 1, None) == 4
     assert training_steps(100, 32, 0.5, None) == 2
     assert training_steps(100, 32, 0.01, None) == 1
-    assert training_steps(100, 32, 1, 7) == 7
+    assert training_steps(100, 32, 1, 7) == training_steps(100, 32, 1e300, 7) == 7
+    for epochs, max_steps in ((1e300, None), (1e308, None), (1, 2**53)):
+        with pytest.raises(ConfigError, match="expected fewer than 9,007,199,254,740,992 steps"):
+            training_steps(100, 32, epochs, max_steps)

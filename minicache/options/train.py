@@ -20,7 +20,6 @@ from minicache.options.validation import ValidationOptions as ValidationOptions
 from minicache.options.where import Where, split_weight
 from minicache.trackers import TRACKERS
 
-MOST_EPOCHS = 1_000_000
 OPTIMIZER, MEMORY, LOGS = "Optimizer", "Memory and speed", "Checkpoints and logs"
 
 
@@ -57,7 +56,7 @@ class TrainConfig:
     )
     init_from: str | None = option(None, "Start from these weights instead of the reference's.")
     resume: bool = option(False, "Continue from the run's newest checkpoint, with the run's own options.", movable=True)
-    epochs: float = option(1.0, "Passes over the data; may be a fraction.", above=0, most=MOST_EPOCHS)
+    epochs: float = option(1.0, "Passes over the data; may be a fraction.", above=0)
     max_steps: int | None = option(None, "Number of optimizer steps; overrides --epochs.", least=1)
     batch_size: int = option(32, "Pairs per optimizer step, over all processes.", least=1)
     seed: int = option(42, "Seed of the order of pairs, and of new adapters.", least=0, most=2**63 - 1)

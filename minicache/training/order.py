@@ -5,12 +5,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from minicache.errors import ConfigError
+from minicache.reports.curves import MOST_STEP
 from minicache.scoring.batching import Indices, balance
 
 
 def training_steps(pairs: int, batch_size: int, epochs: float, max_steps: int | None) -> int:
-    """Optimizer steps of a run: `max_steps` if given, else those of `epochs`, rounded up."""
-    return max_steps or max(1, int(np.ceil(-(-pairs // batch_size) * epochs - 1e-9)))
+    """Optimizer steps of a run: `max_steps` if given, else those of `epochs`, rounded up.
+
+    Raises:
+        ConfigError: more steps than can be counted.
+    """
+    steps = max_steps or max(1.0, np.ceil(-(-pairs // batch_size) * epochs - 1e-9))
+    if steps >= MOST_STEP:
+        raise ConfigError(f"--epochs, --max-steps: expected fewer than {MOST_STEP:,} steps, got {steps:.3g}")
+    return int(steps)
 
 
 def pairs_in(steps: int, pairs: int, batch_size: int) -> int:
