@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import math
 import time
 from copy import deepcopy
 from dataclasses import asdict, replace
@@ -70,6 +71,8 @@ def _known_rate(file: Path) -> float | None:
     name = "reference_pairs_per_second"
     try:
         rate: float | None = read_as(float | None, read_json(file).get(name), name)
+        if rate is not None and not 0 < rate < math.inf:
+            raise ValueError(f"{name}: expected a number above 0, got {rate:g}")
     except ValueError as error:
         raise OutputError(f"{file}: {error}; remove it, and the same command writes it anew") from error
     return rate
