@@ -51,6 +51,18 @@ def of_the_machine(error: OSError) -> OutputError | None:
     return None
 
 
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Turn a panic of a library that is written in Rust, which no `except Exception` catches, into a RuntimeError."""
+    try:
+        yield
+    except BaseException as error:
+        # each such library has a class of its own, under a name that cannot be imported
+        if type(error).__name__ != "PanicException":
+            raise
+        raise RuntimeError(str(error)) from error
+
+
 def _has_working_directory() -> bool:
     try:
         Path.cwd()

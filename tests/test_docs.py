@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.torture.table import BEGIN, END, section
+
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md"), *(ROOT / ".github").rglob("*.md")])
@@ -100,6 +102,11 @@ def test_the_figures_of_the_readme_are_those_of_the_benchmark(name: str) -> None
         assert re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d.])", results), (
             f"{figure} is not in benchmarks/RESULTS.md"
         )
+
+
+def test_the_figures_of_reliability_are_those_of_the_torture() -> None:
+    page = (DOCS / "reliability.md").read_text(encoding="utf-8")
+    assert f"{BEGIN}{section()}{END}" in page, "python -m tests.torture.table"
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ boundary of prompt and answer, tokenizing them apart would give other ids than t
 boundary belongs to the answer.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
@@ -14,7 +14,7 @@ import numpy as np
 
 from minicache.data.differences import Span
 from minicache.data.records import Note, Pair
-from minicache.data.spans import Renderer
+from minicache.data.spans import Renderer, Side
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import RowRefused
 from minicache.pairs import EncodedPair, Ints
@@ -62,14 +62,13 @@ class Encoder:
             rendered = [row if isinstance(row, RowRefused) else _try(row, self._renderer.render, row) for row in chunk]
             all_sides = [side for item in rendered if not isinstance(item, RowRefused) for side in item[0]]
             hiding = [at for at, side in enumerate(all_sides) if side.hides]
-            encoded = iter(self.tokenizer.encode([side.text for side in all_sides], hiding))
+            encoded = iter(self._tokens([side.text for side in all_sides], hiding))
             for row, item in zip(chunk, rendered, strict=True):
                 if isinstance(item, RowRefused):
                     yield item
                     continue
                 assert isinstance(row, Pair)
-                sides = [(*next(encoded), side.spans, side.begin) for side in item[0]]
-                result = _try(row, self._assemble, sides, (file, row.line))
+                result = _try(row, self._assemble, item[0], [next(encoded) for _ in item[0]], (file, row.line))
                 yield result if isinstance(result, RowRefused) else Encoded(*result, tuple(dict.fromkeys(item[1])))
 
     def encode(self, pair: Pair, file: int = 0) -> Encoded:
@@ -87,11 +86,25 @@ class Encoder:
     def _renderer(self) -> Renderer:
         return Renderer(self.tokenizer, self.loss_on, self.think, self.special_text)
 
+    def _tokens(self, texts: list[str], hiding: list[int]) -> list[tuple[Ints, Ints] | RowRefused]:
+        """As `ChatTokenizer.encode`, with a refusal for each text that cannot be encoded."""
+        try:
+            return [*self.tokenizer.encode(texts, hiding)]
+        except RowRefused as refusal:
+            if len(texts) == 1:
+                return [refusal]
+        return [each for at, text in enumerate(texts) for each in self._tokens([text], [0] if at in hiding else [])]
+
     def _assemble(
-        self, sides: list[tuple[Ints, Ints, list[Span], int]], source: tuple[int, int]
+        self, sides: Sequence[Side], encoded: Sequence[tuple[Ints, Ints] | RowRefused], source: tuple[int, int]
     ) -> tuple[EncodedPair, bool]:
-        ids = [tokens for tokens, _, _, _ in sides]
-        masks = [_mask(offsets, spans) for _, offsets, spans, _ in sides]
+        tokens: list[tuple[Ints, Ints]] = []
+        for each in encoded:
+            if isinstance(each, RowRefused):
+                raise each
+            tokens.append(each)
+        ids = [numbers for numbers, _ in tokens]
+        masks = [_mask(offsets, side.spans) for (_, offsets), side in zip(tokens, sides, strict=True)]
         for name, mask in zip(("chosen", "rejected"), masks, strict=True):
             if not mask.any():
                 raise RowRefused("empty-answer", f"{name} has no token that counts")
@@ -101,7 +114,9 @@ class Encoder:
             if self.truncate == "refuse":
                 raise RowRefused("too-long", f"{longest} tokens; --max-length is {self.max_length}")
             if self.truncate == "left":
-                prompt_tokens = [int((offsets[:, 1] > begin).argmax()) for _, offsets, _, begin in sides]
+                prompt_tokens = [
+                    int((offsets[:, 1] > side.begin).argmax()) for (_, offsets), side in zip(tokens, sides, strict=True)
+                ]
                 cut = min(longest - self.max_length, *prompt_tokens)
         window = slice(cut, cut + self.max_length)
         ids, masks = [tokens[window] for tokens in ids], [mask[window] for mask in masks]

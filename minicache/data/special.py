@@ -8,7 +8,8 @@ the contents as plain text.
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -18,7 +19,9 @@ from tokenizers import Encoding, Tokenizer
 
 from minicache.data.records import NO_CONTEXT, Context, Pair, Turn, texts_in
 from minicache.errors import ModelError, RowRefused
+from minicache.failures import panics_as_errors
 from minicache.pairs import Ints
+from minicache.text import one_line
 
 # Private-use characters in plane 16, which hardly any font uses.
 FIRST_HIDDEN = 0x108000
@@ -27,6 +30,24 @@ MOST = 0x10FFFE - FIRST_HIDDEN
 ESCAPED = re.compile(r"\\udb[ef]", re.IGNORECASE)
 # Part of an answer: templates and --think look for them.
 MEANT = ("<think>", "</think>")
+
+
+@contextmanager
+def encoding() -> Iterator[None]:
+    """Within this context texts are encoded.
+
+    Raises:
+        RowRefused: that fails. A vocabulary may lack a token for some character and for the unknown, a pattern may take too many
+            steps on a long run of spaces.
+    """
+    try:
+        with panics_as_errors():
+            yield
+    except RowRefused:
+        raise
+    # the tokenizers library raises bare Exception
+    except Exception as error:
+        raise RowRefused("tokenizer", f"the tokenizer cannot encode it: {one_line(error, 200)}") from error
 
 
 class SpecialText:
@@ -102,8 +123,11 @@ class SpecialText:
                 "special-text", "a content holds private-use characters, which minidpo uses in place of special tokens"
             )
         hidden = self._text.sub(lambda found: self.hidden[found[0]], text) if found else text
-        if self._made.pattern != NOTHING and self._made.search(self.backend.normalizer.normalize_str(hidden)):
-            raise RowRefused("special-text", f"the tokenizer makes a special token of what {what} holds")
+        if self._made.pattern != NOTHING:
+            with encoding():
+                normalized = self.backend.normalizer.normalize_str(hidden)
+            if self._made.search(normalized):
+                raise RowRefused("special-text", f"the tokenizer makes a special token of what {what} holds")
         return hidden
 
     def hide_context(self, context: Context, refuse: bool = False) -> Context:
@@ -126,9 +150,14 @@ class SpecialText:
         return ""
 
     def encode(self, texts: list[str]) -> list[Encoding]:
-        """The encodings of rendered texts by the twin, hidden text as plain text; see `ids` for the tokenizer's own ids."""
+        """The encodings of rendered texts by the twin, hidden text as plain text; see `ids` for the tokenizer's own ids.
+
+        Raises:
+            RowRefused: it cannot encode one of them.
+        """
         swapped = [self._either.sub(lambda found: self._other(found[0]), text) for text in texts]
-        return self._twin.encode_batch(swapped, add_special_tokens=False)
+        with encoding():
+            return self._twin.encode_batch(swapped, add_special_tokens=False)
 
     def ids(self, encoding: Encoding) -> Ints:
         """(n,) int32: the tokenizer's own ids of an encoding by the twin."""

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, processors
 
 from minicache.data.records import NO_CONTEXT, Context, Turn
-from minicache.data.special import SpecialText
+from minicache.data.special import SpecialText, encoding
 from minicache.data.template import Template
 from minicache.errors import ModelError
+from minicache.failures import panics_as_errors
 from minicache.pairs import Ints
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,8 @@ class ChatTokenizer:
         file = directory / "tokenizer.json"
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-            backend = Tokenizer.from_file(str(file))
+            with panics_as_errors():
+                backend = Tokenizer.from_file(str(file))
         # the tokenizers library raises bare Exception
         except Exception as error:
             raise ModelError(f"{file}: cannot be read as a tokenizer: {error}") from error
@@ -83,17 +85,14 @@ class ChatTokenizer:
         hiding: indices of texts in which `special_text` has hidden text, which is encoded as the plain text that it replaces.
 
         Raises:
-            ModelError: the tokenizer has no token for some text, and no unknown token.
+            RowRefused: the tokenizer cannot encode one of them.
         """
-        try:
+        with encoding():
             encodings = self.backend.encode_batch(texts, add_special_tokens=False)
-            ids: list[Ints] = [np.array(encoding.ids, np.int32) for encoding in encodings]
-            for at, encoding in zip(hiding, self.special_text.encode([texts[at] for at in hiding]), strict=True):
-                encodings[at], ids[at] = encoding, self.special_text.ids(encoding)
-        # the tokenizers library raises bare Exception
-        except Exception as error:
-            raise ModelError(f"the tokenizer cannot encode the data: {error}") from error
-        offsets = (np.array(encoding.offsets, np.int64).reshape(-1, 2) for encoding in encodings)
+            ids: list[Ints] = [np.array(each.ids, np.int32) for each in encodings]
+        for at, each in zip(hiding, self.special_text.encode([texts[at] for at in hiding]), strict=True):
+            encodings[at], ids[at] = each, self.special_text.ids(each)
+        offsets = (np.array(each.offsets, np.int64).reshape(-1, 2) for each in encodings)
         return list(zip(ids, offsets, strict=True))
 
     def decode(self, ids: Ints) -> str:

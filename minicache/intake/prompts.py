@@ -95,9 +95,9 @@ def _render(place: str, turns: tuple[Turn, ...], context: Context, tokenizer: Ch
         hides = hidden != (turns, context)
         if hides:
             special.require_plain(text)
+        ((ids, _),) = tokenizer.encode([text], [0] if hides else [])
     except RowRefused as refusal:
         raise DataError(f"{place}: {refusal}") from refusal
-    ((ids, _),) = tokenizer.encode([text], [0] if hides else [])
     if not len(ids):
         raise DataError(f"{place}: has no token; expected some text")
     shown = "\n\n".join(f"{turn.role}: {turn.content}" for turn in turns) if len(turns) > 1 else turns[0].content

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from minicache.errors import ModelError
+from minicache.failures import panics_as_errors
 from minicache.models import stored
 from minicache.models.directories import broken_file, missing_file, require_plain_files
 from minicache.models.file_kinds import SAVE, is_path
@@ -75,7 +76,7 @@ def from_pretrained(cls: Any, source: str, trust_remote_code: bool, **options: A
     if said := IN_VAIN.get((cls.__name__, source)):
         raise ModelError(said)
     try:
-        with without_reports():
+        with without_reports(), panics_as_errors():
             return cls.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
     # transformers may raise anything on a damaged file
     except Exception as error:

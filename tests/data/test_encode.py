@@ -1,10 +1,12 @@
 """Where the answer begins, what counts, what is cut: each against a plain computation on bytes or lists."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from minicache.data.encode import CHUNK, Encoder
 from minicache.data.formats import to_pair
@@ -432,6 +434,40 @@ def test_results_come_in_the_order_of_rows_whatever_is_between(tokenizer_dir: Pa
             continue
         assert line % 7 > 2 and item[0].source == (3, line)
         assert isinstance(row, Pair) and encoder.encode(row, 3)[0].digest == item[0].digest
+
+
+WORDWISE = pre_tokenizers.WhitespaceSplit()
+PATIENT = pre_tokenizers.Sequence([WORDWISE, pre_tokenizers.Split(Regex("(a+)+b"), "isolated")])
+UNKNOWN = {
+    "no token, not even for the unknown": (
+        models.WordLevel({"the": 0, "cat": 1}, unk_token="[UNK]"),
+        WORDWISE,
+        "the dog",
+    ),
+    "a pattern that gives up": (models.WordLevel({"the": 0, "cat": 1}, unk_token="cat"), PATIENT, "a" * 40),
+}
+
+
+@pytest.mark.parametrize("case", UNKNOWN)
+@pytest.mark.parametrize("place", ["prompt", "chosen", "rejected"])
+def test_what_the_tokenizer_cannot_encode_costs_its_row(tmp_path: Path, case: str, place: str) -> None:
+    """The second is a panic of a library in Rust, which is no `Exception`."""
+    model, pattern, text = UNKNOWN[case]
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pattern
+    backend.save(str(tmp_path / "tokenizer.json"))
+    template = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
+    encoder = Encoder(replace(ChatTokenizer.load(tmp_path), template=template), 99)
+    texts = {"prompt": "the", "chosen": "the the", "rejected": "the cat"}
+    sound, broken = ({**texts, "chosen": chosen} for chosen in ("the the", "cat the")), {**texts, place: text}
+    rows = [pair_of(row["prompt"], chosen=row["chosen"], rejected=row["rejected"]) for row in sound]
+    rows.insert(1, pair_of(broken["prompt"], chosen=broken["chosen"], rejected=broken["rejected"], line=7))
+    first, refused, last = encoder.encode_all(rows, 0)
+    assert isinstance(refused, RowRefused) and (refused.reason, refused.line) == ("tokenizer", 7)
+    assert str(refused).startswith("the tokenizer cannot encode it: ")
+    for row, found in ((rows[0], first), (rows[2], last)):
+        assert not isinstance(found, RowRefused)
+        assert np.array_equal(found.pair.tokens, encoder.encode(row).pair.tokens)
 
 
 def test_rows_are_taken_only_as_they_are_needed(chatml: ChatTokenizer) -> None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from minicache.data.encode import CHUNK, Encoder
 from minicache.data.files import read_rows
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.data.workers import Result, Row, RowEncoder
-from minicache.errors import DataError, ModelError, OutputError, RowRefused
+from minicache.errors import ConfigError, DataError, OutputError, RowRefused
 from tests.conftest import make_rows, precompute_into, write_jsonl
 from tests.helpers.stores import assert_same_store
 
@@ -113,11 +113,12 @@ def test_what_is_wrong_with_a_file_is_told_after_the_rows_before_it(encoder: Row
 
 
 def test_an_error_in_a_worker_is_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tokenizer that has no token for a text, not even one for the unknown."""
+    """A chat template that cannot be compiled."""
     Tokenizer(models.WordLevel({"a": 0}, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
-    encoder = RowEncoder(Encoder(ChatTokenizer.load(tmp_path), 40), "pairs.jsonl", Reading(), 0)
+    tokenizer = replace(ChatTokenizer.load(tmp_path), template="{% if %}")
+    encoder = RowEncoder(Encoder(tokenizer, 40), "pairs.jsonl", Reading(), 0)
     monkeypatch.setattr(workers, "ALONE", 0)
-    with pytest.raises(ModelError, match="the tokenizer cannot encode the data"):
+    with pytest.raises(ConfigError, match="the chat template cannot be compiled"):
         list(encoder.encode_by_all_cores(numbered(CHUNK)))
 
 

@@ -287,7 +287,7 @@ def two_blocks(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> tup
     return precompute_into(place / "cache", model_dir, data, block_pairs=2, per_token=True), data
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("damage", [pytest.param(each, marks=[pytest.mark.slow] * (each != "flip")) for each in DAMAGE])
 def test_the_same_command_repairs_any_damaged_chunk(
     two_blocks: tuple[Path, Path], model_dir: Path, tmp_path: Path, damage: str
 ) -> None:

@@ -2,8 +2,30 @@
 
 import json
 import os
+import platform
 from dataclasses import asdict, dataclass, field
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+import psutil
+
+# Hours of work: `make torture LONG=1` adds to it, test by test.
+FILE = Path(__file__).with_name("figures.jsonl")
+
+
+def known(file: Path) -> dict[str, dict[str, Any]]:
+    """The figures in a file by test: of one that was made again, the last."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return {line["test"]: line for line in map(json.loads, lines)}
+
+
+def machine() -> str:
+    return (
+        f"{os.cpu_count()} cores, {psutil.virtual_memory().total / 1e9:.0f} GB, {platform.system()}, "
+        f"Python {platform.python_version()}, torch {version('torch').split('+')[0]}, zarr {version('zarr')}"
+    )
 
 
 @dataclass
@@ -34,8 +56,9 @@ class Figures:
     def end(self) -> None:
         """Append them to the file named by TORTURE_TABLE, if that is set. Raises AssertionError: there were problems."""
         if table := os.environ.get("TORTURE_TABLE"):
-            found = {**asdict(self), "seconds": round(self.seconds, 1)}
-            del found["problems"]
+            test = os.environ["PYTEST_CURRENT_TEST"].removesuffix(" (call)")
+            found = {"test": test, **asdict(self), "seconds": round(self.seconds, 1)}
+            found |= {"problems": len(self.problems), "date": str(date.today()), "machine": machine()}
             with Path(table).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(found) + "\n")
         assert not self.problems, "\n".join(self.problems)

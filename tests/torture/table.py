@@ -1,17 +1,11 @@
-"""The figures of `make torture LONG=1` as the table of docs/reliability.md: `python -m tests.torture.table FILE`."""
+"""The figures of `make torture LONG=1` as the table of docs/reliability.md: `python -m tests.torture.table`."""
 
-import json
-import os
-import platform
 import re
-import sys
-from collections.abc import Iterable, Mapping
-from datetime import date
-from importlib.metadata import version
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
+from tests.torture.counting import FILE, known
 
 PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
 BEGIN, END = "<!-- figures of make torture LONG=1 -->\n", "<!-- end of the figures -->\n"
@@ -52,19 +46,22 @@ def table(rows: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def machine() -> str:
-    memory = psutil.virtual_memory().total / 1e9
-    return (
-        f"{date.today()}, {os.cpu_count()} cores, {memory:.0f} GB, {platform.system()} {platform.release().split('-')[0]}, "
-        f"Python {platform.python_version()}, torch {version('torch').split('+')[0]}, zarr {version('zarr')}"
-    )
+def made(lines: Collection[Mapping[str, Any]]) -> str:
+    """When and where, by machine."""
+    machines = dict.fromkeys(line["machine"] for line in lines)
+    dates = {each: [line["date"] for line in lines if line["machine"] == each] for each in machines}
+    return ";\n".join(f"{' to '.join(sorted({min(days), max(days)}))}, {each}" for each, days in dates.items())
+
+
+def section() -> str:
+    """What stands between BEGIN and END."""
+    lines = known(FILE).values()
+    return f"\nMeasured {made(lines)}.\n\n{table(added(lines))}\n\n"
 
 
 def main() -> None:
-    lines = [json.loads(line) for line in Path(sys.argv[1]).read_text(encoding="utf-8").splitlines()]
-    text = f"{BEGIN}\nMeasured on {machine()}.\n\n{table(added(lines))}\n\n{END}"
     page = PAGE.read_text(encoding="utf-8")
-    found = re.sub(re.escape(BEGIN) + ".*" + re.escape(END), lambda _: text, page, flags=re.DOTALL)
+    found = re.sub(f"(?<={re.escape(BEGIN)}).*(?={re.escape(END)})", lambda _: section(), page, flags=re.DOTALL)
     PAGE.write_text(found, encoding="utf-8", newline="\n")
 
 

@@ -174,7 +174,7 @@ def test_the_curve_is_that_of_float32_weights(cache: Path, tmp_path: Path, monke
 
 
 @needs_torchao
-@pytest.mark.parametrize("options", [{}, {"async_save": True}], ids=["", "async"])
+@pytest.mark.parametrize("options", [pytest.param({}, marks=pytest.mark.slow), {"async_save": True}], ids=["", "async"])
 def test_a_killed_run_resumes_bit_for_bit(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
