@@ -92,8 +92,8 @@ def main() -> None:
                     report(options, known, console, quietly=True)
     except MinicacheError as error:
         sys.exit(f"outcome: {error}")
-    report(options, known, console)
     draw_outcome(known)
+    report(options, known, console)
 
 
 def known_runs(options: argparse.Namespace) -> dict[str, Any]:

@@ -34,32 +34,42 @@ def draw() -> Path | None:
 
 
 def draw_outcome(known: dict[str, dict[str, Any]]) -> Path | None:
-    """Draw held-out accuracy by run, a panel for each data set, a point for each seed. known: the runs of outcome.json."""
+    """Draw held-out accuracy and margin by run: a column for each data set, a point for each seed.
+
+    known: the runs of outcome.json.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    runs = [run for run in known.values() if run]
-    sets = list(dict.fromkeys(run["data"] for run in runs))
-    figure = Figure(figsize=(6 * len(sets), 5), layout="constrained")
-    for axis, data in zip(figure.subplots(1, len(sets), squeeze=False)[0], sets, strict=True):
-        here = [run for run in runs if run["data"] == data]
-        names = list(dict.fromkeys(run["name"] for run in here))
-        for run in here:
-            held = run["held_out"]
-            at, share = names.index(run["name"]), held["right"] / held["pairs"]
-            color = COLORS[TRL if "TRL" in run["name"] else OURS]
-            axis.plot([held["accuracy_low"], held["accuracy_high"]], [at, at], color=color, linewidth=1, alpha=0.5)
-            axis.plot([share], [at], "o", color=color, markersize=5)
-        axis.axvline(0.5, color=COLORS[LIVE], linewidth=0.8, linestyle="--")
-        axis.set_yticks(range(len(names)), names, fontsize=8)
-        axis.set_title(f"{data}: held-out reward accuracy, 95% intervals", fontsize=9, loc="left")
-        axis.set_xlim(0, 1)
-        axis.invert_yaxis()
-        axis.spines[["top", "right"]].set_visible(False)
+    sets = list(dict.fromkeys(run["data"] for run in known.values()))
+    figure = Figure(figsize=(7 * len(sets), 9), layout="constrained")
+    for column, data in zip(figure.subplots(2, len(sets), squeeze=False).T, sets, strict=True):
+        here = [run for run in known.values() if run["data"] == data]
+        for axis, figure_of in zip(column, ("accuracy", "margin"), strict=True):
+            _points(axis, here, figure_of)
+            axis.axvline({"accuracy": 0.5, "margin": 0.0}[figure_of], color=COLORS[LIVE], linewidth=0.8, linestyle="--")
+            axis.set_title(f"{data}: held-out reward {figure_of}, 95% intervals", fontsize=9, loc="left")
+        column[0].set_xlim(0, 1)
     path = RESULTS / "outcome.png"
     figure.savefig(path, dpi=110)
     return path
+
+
+def _points(axis: Any, runs: list[dict[str, Any]], name: str) -> None:
+    """A line for each kind of run, on it a point and an interval for each seed, one below the other."""
+    kinds = list(dict.fromkeys(run["name"] for run in runs))
+    for kind in kinds:
+        seeds = [run["held_out"] for run in runs if run["name"] == kind]
+        color = COLORS[TRL if "TRL" in kind else OURS]
+        for seed, held in enumerate(seeds):
+            at = kinds.index(kind) + 0.2 * (seed - (len(seeds) - 1) / 2)
+            value = held["margin"] if name == "margin" else held["right"] / held["pairs"]
+            axis.plot([held[f"{name}_low"], held[f"{name}_high"]], [at, at], color=color, linewidth=1, alpha=0.5)
+            axis.plot([value], [at], "o", color=color, markersize=4)
+    axis.set_yticks(range(len(kinds)), kinds, fontsize=8)
+    axis.invert_yaxis()
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _bars(axis: Any, values: dict[str, float]) -> None:

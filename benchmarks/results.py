@@ -63,6 +63,8 @@ def write_results() -> Path:
         file = RESULTS / f"{name}.json"
         parts += [f"## {title}\n"]
         parts += _told(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else ["Not measured.\n"]
+        if (picture := file.with_suffix(".png")).exists():
+            parts.append(f"![{title}](results/{picture.name})\n")
     gpu = RESULTS / "gpu.json"
     parts += ["## One visit to a GPU\n"]
     parts += section(json.loads(gpu.read_text(encoding="utf-8"))) if gpu.exists() else ["Not measured.\n"]

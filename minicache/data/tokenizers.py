@@ -20,9 +20,11 @@ from tokenizers import Tokenizer, processors
 from minicache.data.records import NO_CONTEXT, Context, Turn
 from minicache.data.special import SpecialText, encoding
 from minicache.data.template import Template
+from minicache.data.tokenizer_bounds import require_bounded
 from minicache.errors import ModelError
 from minicache.failures import panics_as_errors
 from minicache.pairs import Ints
+from minicache.text import one_line
 
 log = logging.getLogger(__name__)
 
@@ -55,16 +57,19 @@ class ChatTokenizer:
         """Read a directory of tokenizer files.
 
         Raises:
-            ModelError: there is no readable tokenizer.json, or a file beside it is damaged.
+            ModelError: there is no readable tokenizer.json, it is beyond bounds, or a file beside it is damaged.
         """
         file = directory / "tokenizer.json"
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
+            require_bounded(file, content)
             with panics_as_errors():
                 backend = Tokenizer.from_file(str(file))
+        except ModelError:
+            raise
         # the tokenizers library raises bare Exception
         except Exception as error:
-            raise ModelError(f"{file}: cannot be read as a tokenizer: {error}") from error
+            raise ModelError(f"{file}: cannot be read as a tokenizer: {one_line(error, 300)}") from error
         # Text is encoded without added special tokens, so a post-processor could only trim the spans.
         backend.post_processor = processors.ByteLevel(trim_offsets=False)
         backend.no_truncation()

@@ -13,6 +13,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from minicache.data.tokenizer_bounds import require_bounded_files
 from minicache.data.tokenizer_files import SOURCE, copy_to_policy, copy_tokenizer, is_tokenizer_file, tokenizer_files
 from minicache.disk import scratch_folder
 from minicache.errors import ModelError
@@ -59,10 +60,17 @@ def save_tokenizer(source: str, directory: Path, trust_remote_code: bool, model_
     model_type: that of the policy's config, by which transformers may choose the tokenizer's class.
 
     Raises:
-        ModelError: there is none, transformers cannot load or convert it, or what is written gives other ids.
+        ModelError: there is none, it is beyond bounds, transformers cannot load or convert it, or what is written gives other ids.
     """
     from transformers import AutoTokenizer
 
+    files = None
+    if Path(source).suffix != ".gguf":
+        # what is missing is told below, by transformers
+        with suppress(ModelError):
+            files = _files_at(source)
+    if files:
+        require_bounded_files(files)
     try:
         tokenizer = from_pretrained(AutoTokenizer, source, trust_remote_code)
     except ModelError as error:
@@ -77,7 +85,7 @@ def save_tokenizer(source: str, directory: Path, trust_remote_code: bool, model_
     _require_same(texts, expected, _ids_of_file(directory), source)
     if Path(source).suffix == ".gguf":
         return
-    files = _files_at(source)
+    files = files or _files_at(source)
     with _writing(directory):
         copy_tokenizer(files, directory / SOURCE)
     differs = _difference_of_file(directory / SOURCE, texts, expected)

@@ -1,6 +1,8 @@
 """Chat templates render as transformers renders them, today as on any other day; what cannot work is a clean error."""
 
 import json
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -13,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models
 from minicache.data.records import Turn
 from minicache.data.tokenizers import PLAIN_TEMPLATE, ChatTokenizer
 from minicache.errors import ConfigError, ModelError, RowRefused
+from minicache.models.tokenizers import save_tokenizer
 from tests.conftest import TEMPLATE
 from tests.references.checkpoints import GENERATIONS
 
@@ -235,6 +238,33 @@ def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path, content: byt
         ChatTokenizer.load(tmp_path)
 
 
+BOUNDS = {
+    "an id": ({"vocab": {"a": 2**31}}, "the token 'a' has the id 2,147,483,648; expected ids below 16,777,216"),
+    "a prefix": ({"continuing_subword_prefix": "x"}, "does not go on with the prefix 'x'; expected all to do so"),
+}
+
+
+@pytest.mark.parametrize("case", BOUNDS)
+@pytest.mark.parametrize("load", [ChatTokenizer.load, lambda place: save_tokenizer(str(place), place / "out", False)])
+def test_what_the_library_would_end_the_process_over_is_refused_before(
+    tokenizer_dir: Path, tmp_path: Path, case: str, load: Callable[[Path], object]
+) -> None:
+    """Tables as long as the largest id; a merge that is cut within a character."""
+    shutil.copytree(tokenizer_dir, tmp_path, dirs_exist_ok=True)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    changes, said = BOUNDS[case]
+    content["model"] |= changes
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=rf"tokenizer\.json: .*{said}"):
+        load(tmp_path)
+
+
+def test_so_are_the_ids_of_a_vocabulary_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text('{"a": 4294967295}')
+    with pytest.raises(ModelError, match=r"vocab\.json: the token 'a' has the id 4,294,967,295"):
+        save_tokenizer(str(tmp_path), tmp_path / "out", False)
+
+
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja"])
 @pytest.mark.parametrize("content", [b"{\xff", None])
 def test_a_file_that_cannot_be_read_is_named(
@@ -308,7 +338,7 @@ def test_the_digest_knows_what_changes_ids(tokenizer_dir: Path, tmp_path: Path) 
 
 def test_text_that_a_tokenizer_has_no_token_for_is_a_clean_error(tmp_path: Path) -> None:
     Tokenizer(models.WordLevel({"a": 0}, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ModelError, match="cannot encode"):
+    with pytest.raises(RowRefused, match="cannot encode"):
         ChatTokenizer.load(tmp_path).encode(["b"])
 
 
