@@ -1,7 +1,7 @@
 """Scoring many pairs of a table, in batches that fit in memory."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -38,11 +38,13 @@ def score_table(
     device: torch.device,
     distribution: bool = False,
     references: LookUp | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[Indices, Batch, PairScores]]:
     """Score some pairs of a table in batches of similar length, without gradients.
 
     indices: (n,) of the pairs. budget: token slots of a batch; None begins with SLOTS. If a batch does not fit in memory, it is
-    halved for it and the batches after it, and a `Budget` stays so. references: makes what the batches bring with them.
+    halved for it and the batches after it, and a `Budget` stays so. references: makes what the batches bring with them. stop: asked
+    before each batch, whether to leave the rest.
 
     If the model is sharded, every process must call this equally often, with any number of pairs: a process without pairs left
     joins the forward passes of the others.
@@ -56,8 +58,10 @@ def score_table(
     """
     left = np.ones(len(table), bool)
     kept = budget if isinstance(budget, Budget) else Budget(budget or by_kind(SLOTS, device))
-    while len(rest := indices[left[indices]]):
+    while len(rest := indices[left[indices]]) and not stop():
         for chosen, batch in ahead(scorer.batches(table, rest, kept.slots, references)):
+            if stop():
+                break
             with fits(f"a batch of {batch.input_ids.numel():,} token slots", TO_SCORE):
                 moved = batch.to(device)
             if scorer.lockstep:

@@ -22,7 +22,7 @@ from minicache.training.run_directory import final_beta
 from minicache.training.snapshot import begin, save
 from minicache.training.state import Run, Training
 from minicache.training.step import Share, count_step, is_logged, plan, take_step
-from minicache.training.validation import evaluate_policy
+from minicache.training.validation import Stopped, evaluate_policy
 
 log = logging.getLogger(__name__)
 
@@ -144,37 +144,20 @@ def _eval_every(run: Run) -> int:
     return run.config.validation.eval_every or max(1, -(-run.steps // VALIDATIONS))
 
 
-class _Stopped(Exception):
-    """A validation was left half-way. It is done again by the run that goes on."""
-
-
-class _UntilStopped(Silent):
-    """Raises `_Stopped` after the batch in which a stop was asked for."""
-
-    def __init__(self, stop: StopFlag) -> None:
-        self.stop = stop
-
-    def advance(self, pairs: int, tokens: int) -> None:
-        if self.stop:
-            raise _Stopped
-
-
 def _validate(run: Run, training: Training, stop: StopFlag) -> None:
     """Score the held-out pairs with the beta that the run ends at; save a checkpoint of the best policy.
 
-    A request to stop ends it at once where there is one process; several would have to agree on the batch.
-
     Raises:
-        KeyboardInterrupt: then, after a checkpoint was saved.
+        KeyboardInterrupt: a process was asked to stop, after a checkpoint was saved. The run that goes on validates again.
     """
     assert run.held_out
     started = time.monotonic()
     progress, options = training.progress, run.config.validation
     objective = replace(run.objective, beta=final_beta(run.config.beta, run.config.beta_end))
-    watched = _UntilStopped(stop) if run.world.size == 1 else Silent()
+    given = (run.scorer, run.held_out, objective, run.budget, run.world, Silent())
     try:
-        found = evaluate_policy(run.scorer, run.held_out, objective, run.budget, run.world, watched)
-    except _Stopped:
+        found = evaluate_policy(*given, stop=lambda: bool(stop))
+    except Stopped:
         _save_if_asked_to_stop(run, training, stop)
         raise
     metrics, loss = found.metrics, found.metrics["loss"]

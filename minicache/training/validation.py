@@ -1,6 +1,7 @@
 """Metrics of a policy over held-out pairs; the logprobs of policy and reference of a batch."""
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, reduce
 from hashlib import blake2b
@@ -66,13 +67,24 @@ class Evaluation:
         return held_out(margins, policy > 0, reference > 0)
 
 
+class Stopped(Exception):
+    """A validation was left half-way."""
+
+
 def evaluate_policy(
-    scorer: Scorer, pairs: EvalSet, objective: Objective, budget: int | None, world: World, tracker: Tracker
+    scorer: Scorer,
+    pairs: EvalSet,
+    objective: Objective,
+    budget: int | None,
+    world: World,
+    tracker: Tracker,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
-    """How a policy does on these pairs, which the processes share out. budget: see `score_table`.
+    """How a policy does on these pairs, which the processes share out. budget, stop: see `score_table`.
 
     Raises:
-        ConfigError: the loss sorts over a batch, so it is not defined for a data set.
+        ConfigError: the loss sorts over a batch, so it is not defined for a data set. Stopped: `stop` was true on some process; on
+            all of them.
     """
     if name := objective.over_the_batch:
         raise ConfigError(
@@ -84,7 +96,7 @@ def evaluate_policy(
     references = partial(references_of, pairs.cached, objective.options)
     load, preferences = None, []
     for indices, batch, scores in score_table(
-        scorer, table, mine, budget, world.device, distribution=True, references=references
+        scorer, table, mine, budget, world.device, distribution=True, references=references, stop=stop
     ):
         logps = pair_logps(scores, batch, objective)
         means.add(objective(logps, chosen_tokens), logps, objective.beta, scores)
@@ -92,6 +104,8 @@ def evaluate_policy(
         if scores.load:
             load = scores.load + load if load else scores.load
         tracker.advance(len(indices) * world.size, int(table.side_lengths[indices].sum()) * world.size)
+    if any(world.gather(stop())):
+        raise Stopped
     # the share of one process may take longer than that of another
     metrics = means.reduce(world, patient=True)
     # over all pairs of the set together, because batches differ with the memory and the processes

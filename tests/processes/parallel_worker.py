@@ -1,6 +1,7 @@
 """One of several processes that run the same stages one after another: python -m tests.processes.parallel_worker JOBS.json."""
 
 import json
+import signal
 import sys
 from itertools import islice
 from pathlib import Path
@@ -23,6 +24,7 @@ from minicache.stages.precompute import precompute
 from minicache.stages.train import FROM_DISK, _prepare, train
 from minicache.trackers import Silent
 from minicache.training import step as steps
+from minicache.training import validation
 from minicache.training.losses import Logps
 from minicache.training.snapshot import begin
 from minicache.training.step import plan
@@ -81,6 +83,24 @@ def see_same_weights(config: TrainConfig) -> None:
         seen.add(digest)
 
 
+def see_a_stop_within_a_validation(config: TrainConfig) -> None:
+    """Rank 1 alone is asked, in its first batch: it leaves its share, and both leave the run."""
+    batches: list[int] = []
+
+    def asked(*arguments: Any) -> Logps:
+        batches.append(1)
+        if not world.is_main and len(batches) == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return pair_logps(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(validation, "pair_logps", asked)
+        with pytest.raises(KeyboardInterrupt, match="steps is saved; the same command with --resume goes on"):
+            train(config, world, Silent())
+    first, second = world.gather(len(batches))
+    assert first > second == 1
+
+
 world = join_world()
 for stage, options in json.loads(Path(sys.argv[1]).read_text()):
     if stage == "buckets":
@@ -89,6 +109,8 @@ for stage, options in json.loads(Path(sys.argv[1]).read_text()):
         see_all_refuse(fill(TrainConfig, options))
     elif stage == "weights":
         see_same_weights(fill(TrainConfig, options))
+    elif stage == "stopped":
+        see_a_stop_within_a_validation(fill(TrainConfig, options))
     elif stage == "train":
         train(fill(TrainConfig, options), world, Silent())
     else:

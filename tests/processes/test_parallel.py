@@ -238,6 +238,19 @@ def test_checkpoints_go_on_in_another_world(few: Path, runs: Callable[..., Path]
         assert_same_curve(runs(kind), out)
 
 
+@pytest.mark.slow
+def test_a_stop_of_one_process_within_a_validation_ends_all_and_loses_nothing(
+    few: Path, runs: Callable[..., Path], tmp_path: Path
+) -> None:
+    jobs = []
+    for how in ("ddp", "fsdp"):
+        options = options_of("validated", few, tmp_path / how, parallel=how, tokens_per_micro_batch=60)
+        jobs += [("stopped", options), ("train", {**options, "resume": True})]
+    run_world(2, jobs, tmp_path / "world")
+    for how in ("ddp", "fsdp"):
+        assert_same_curve(runs("validated"), tmp_path / how)
+
+
 def test_shards_score_the_cache_that_one_process_scores(few: Path, model_dir: Path, tmp_path: Path) -> None:
     """Three blocks on two processes, the second with fewer pairs: each waits for the other in every forward pass."""
     data = write_jsonl(tmp_path / "pairs.jsonl", make_rows(20))

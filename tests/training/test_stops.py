@@ -24,9 +24,9 @@ def test_in_a_validation(ref_cache: Path, tmp_path: Path, monkeypatch: pytest.Mo
     """It ends half-way, the steps are saved, and the run that goes on validates again. -1: the last one."""
     validations, real = list[int](), loop.evaluate_policy
 
-    def counted(*given: Any) -> Any:
+    def counted(*given: Any, **more: Any) -> Any:
         validations.append(1)
-        return real(*given)
+        return real(*given, **more)
 
     monkeypatch.setattr(loop, "evaluate_policy", counted)
     train_run(ref_cache, tmp_path / "whole", **OPTIONS)
@@ -34,11 +34,11 @@ def test_in_a_validation(ref_cache: Path, tmp_path: Path, monkeypatch: pytest.Mo
     due = len(validations) if which < 0 else which + 1
     validations.clear()
 
-    def asked(*given: Any) -> Any:
+    def asked(*given: Any, **more: Any) -> Any:
         validations.append(1)
         if len(validations) == due:
             signal.raise_signal(signal.SIGTERM)
-        found = real(*given)
+        found = real(*given, **more)
         assert len(validations) != due, "went on to its end"
         return found
 
