@@ -30,7 +30,7 @@ PROMPT ?= What should I pack for a beach day?
 BENCHMARK := $(BIN)/python -m benchmarks.bench
 FULL_DATA ?= ../shared/data/dpo_en_chat.jsonl
 
-PYTEST := $(BIN)/python -m pytest -n auto
+PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 EMPTY := build/empty
 
 .PHONY: demo test test-all coverage torture fuzz zoo package bench bench-full bench-gpu bench-growth bench-outcome

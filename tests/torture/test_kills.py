@@ -6,6 +6,7 @@ until it comes to its end; then the result is compared with that of a call that 
 
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -15,10 +16,13 @@ from contextlib import suppress
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from tests.helpers.hub_repos import Hub
 from tests.helpers.stores import assert_same_store
 from tests.stages.test_crash import FORKS, Job, job, kill_all, run_here
+from tests.stages.test_push import train_into
 from tests.torture.counting import Figures
 from tests.torture.writers import Writer, judge, writers
 
@@ -166,6 +170,47 @@ def test_killed_at_any_moment_until_it_is_done(name: str, writers: dict[str, Wri
     while killer.figures.faults < KILLS:
         killer.trial()
     killer.figures.end()
+
+
+@pytest.mark.parametrize("kind", ["dataset", "model"])
+def test_a_push_is_killed_at_any_request(repos: Hub, ref_cache: Path, tmp_path: Path, kind: str) -> None:
+    """Repeated, it sends what an undisturbed one sends, and leaves nothing of the killed one on this machine."""
+    source = ref_cache if kind == "dataset" else train_into(tmp_path / "run", ref_cache)
+    figures, scratch = Figures(f"killed: push of a {'cache' if kind == 'dataset' else 'policy'}"), tmp_path / "scratch"
+    scratch.mkdir()
+
+    def push(name: str, at: int | None = None) -> int:
+        """The exit code; negative if it was killed, when the hub had so many of its requests."""
+        begun = len(repos.asked)
+        command = [sys.executable, "-m", "minicache", "push", str(source), name]
+        with (tmp_path / "said").open("wb") as said:
+            process = subprocess.Popen(command, stderr=said, stdout=said, env={**os.environ, "TMPDIR": str(scratch)})
+            while at is not None and process.poll() is None and len(repos.asked) - begun < at:
+                time.sleep(0.001)
+            if at is not None:
+                process.kill()
+            return process.wait(TIMEOUT)
+
+    def plain(content: bytes, name: str) -> bytes:
+        """A file without the repository's name, which a card and its digest have."""
+        return re.sub(rb"digest [0-9a-f]{32}", b"digest", content.replace(name.encode(), b"name"))
+
+    assert push("org/undisturbed") == 0, (tmp_path / "said").read_text()
+    requests, files = len(repos.asked), repos.repos[kind, "org/undisturbed"].files
+    whole = {file: plain(content, "undisturbed") for file, content in files.items()}
+    for at in sorted({int(each) for each in np.linspace(1, requests, max(2, KILLS // 2))}):
+        begun, name = time.monotonic(), f"org/killed-{at}"
+        figures.trials += 1
+        figures.faults += push(name, at) < 0
+        figures.add("wrong", push(name) != 0, (tmp_path / "said").read_text())
+        figures.add("tracebacks", "Traceback" in (tmp_path / "said").read_text(), (tmp_path / "said").read_text())
+        sent = {file: plain(content, f"killed-{at}") for file, content in repos.repos[kind, name].files.items()}
+        odd = sorted(file for file in {*sent, *whole} if sent.get(file) != whole.get(file))
+        figures.add("wrong", bool(odd), f"killed at request {at} of {requests}: {odd[:5]}")
+        left = [str(each) for each in scratch.iterdir()]
+        figures.add("leftovers", bool(left), f"killed at request {at} of {requests}: {left[:5]}")
+        figures.seconds = max(figures.seconds, time.monotonic() - begun)
+    figures.end()
 
 
 def test_every_writer_is_killed(writers: dict[str, Writer]) -> None:
