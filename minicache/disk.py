@@ -144,6 +144,22 @@ def publish_folder(draft: Path, folder: Path) -> None:
         raise
 
 
+def replace_folder(draft: Path, folder: Path) -> None:
+    """As `publish_folder`, in place of what lies there. Only between two renames there is neither. Raises as it does."""
+    if not folder.exists():
+        publish_folder(draft, folder)
+        return
+    flush_to_disk([*draft.rglob("*"), draft])
+    old = draft_of(folder)
+    move(folder, old)
+    try:
+        publish_folder(draft, folder)
+    except BaseException:
+        move(old, folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def _share(files: Iterable[Path], mode: int) -> None:
     """Let all read and write files who may do so in their folder of this mode: safetensors makes them for their owner alone."""
     for file in files:

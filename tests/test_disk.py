@@ -13,7 +13,15 @@ import pytest
 
 from minicache import disk, failures
 from minicache import drafts as naming
-from minicache.disk import flush_to_disk, folder_written_whole, make_folder, read_json, write_json, written_whole
+from minicache.disk import (
+    flush_to_disk,
+    folder_written_whole,
+    make_folder,
+    read_json,
+    replace_folder,
+    write_json,
+    written_whole,
+)
 from minicache.drafts import draft_of, drafts, remove_leftovers
 from minicache.errors import OutputError
 
@@ -60,6 +68,30 @@ def test_a_folder_is_flushed_with_all_that_is_in_it(tmp_path: Path, steps: Steps
 
 
 @needs_proc
+def test_a_folder_that_takes_another_s_place_is_flushed_before_the_other_leaves(tmp_path: Path, steps: Steps) -> None:
+    for name, content in (("folder", "old"), ("draft", "new")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a").write_text(content)
+    replace_folder(tmp_path / "draft", tmp_path / "folder")
+    renames = [at for at, (what, _) in enumerate(steps) if what == "rename"]
+    assert steps[: renames[0]] == [("flush", "a"), ("flush", "draft")] and steps[renames[1]] == ("rename", "folder")
+    assert (tmp_path / "folder" / "a").read_text() == "new" and [each.name for each in tmp_path.iterdir()] == ["folder"]
+
+
+def test_where_it_cannot_the_other_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("folder", "draft"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a").write_text(name)
+
+    def refuse(draft: Path, folder: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(disk, "publish_folder", refuse)
+    with pytest.raises(OSError, match="Input/output"):
+        replace_folder(tmp_path / "draft", tmp_path / "folder")
+    assert (tmp_path / "folder" / "a").read_text() == "folder"
+
+
 def test_new_folders_are_flushed_into_those_above_them(tmp_path: Path, steps: Steps) -> None:
     make_folder(tmp_path / "a" / "b")
     assert sorted(steps) == sorted([("flush", "a"), ("flush", tmp_path.name)])

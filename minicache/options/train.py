@@ -128,10 +128,10 @@ class TrainConfig:
     )
     scratch: Path | None = option(None, texts.SCRATCH, panel=MEMORY, movable=True)
     activation_checkpointing: bool = option(
-        False, "Compute layers again in backward: less memory, a third more time.", panel=MEMORY
+        False, "Compute layers again in backward: less memory, a third more time.", panel=MEMORY, movable=True
     )
     selective_checkpointing: bool = option(
-        False, "The same, but only of the layers whose activations do not fit in memory.", panel=MEMORY
+        False, "The same, but only of the layers whose activations do not fit in memory.", panel=MEMORY, movable=True
     )
     compile: bool = option(False, texts.COMPILE, panel=MEMORY)
     validation: ValidationOptions = NO_VALIDATION

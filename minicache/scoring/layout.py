@@ -31,8 +31,12 @@ log = logging.getLogger(__name__)
 LONG = 4096
 
 
-def settle_layout(scorer: Scorer, table: PairTable, asked: str, world: World, tracker: Tracker) -> None:
+def settle_layout(
+    scorer: Scorer, table: PairTable, asked: str, world: World, tracker: Tracker, before: str = ""
+) -> None:
     """Set the scorer's layout: the one asked for, or for `auto` the first with which the model gives the values of `padded`.
+
+    before: that of the run that goes on, which `auto` tries first.
 
     All ranks must call this, and all get the same layout: one that a single rank cannot use is used by none.
     The tracker notes why `auto` did not use its first choice. table: it must hold the longest side that will be scored.
@@ -44,7 +48,8 @@ def settle_layout(scorer: Scorer, table: PairTable, asked: str, world: World, tr
     meets = bool(scorer.lockstep)
     trial = _Trial(scorer, table, world.device)
     problems: list[str] = []
-    for name in LAYOUTS if asked == "auto" else (asked,):
+    names = dict.fromkeys((before, *LAYOUTS) if before in LAYOUTS else LAYOUTS)
+    for name in names if asked == "auto" else (asked,):
         found, kernels = [], trial.kernels(name)
         for kernel in kernels:
             problem = _weakest(world, world.together(partial(trial.problem, name, kernel), meets))

@@ -63,6 +63,10 @@ def precompute(config: PrecomputeConfig, world: World, tracker: Tracker) -> Prec
         files = world.first(lambda: _located(config, claims, tracker))
         scorer = _reference(config, files, world, tracker, claims)
         cache = world.each(lambda: CacheWriter(config.ref_cache))
+        # the others write under the claims that rank 0 holds
+        held = world.broadcast(cache.place.held())
+        if not world.is_main:
+            claims.enter_context(cache.place.following(held))
         # read once; and all processes must decide by the same pairs
         pairs = world.first(cache.blocks.telling_pairs)
         settle_layout(scorer, pairs, config.layout, world, tracker)

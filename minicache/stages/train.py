@@ -138,7 +138,8 @@ def _prepare(
         _require_room(config, caches.caches[0], cached.table, world)
     scorer, policy = _load(config, caches.caches[0], begun, world, tracker, sources)
     _weigh_balance(scorer, config, begun, tracker)
-    settle_layout(scorer, cached.table, config.layout, world, tracker)
+    before = begun.record.layout_used if begun else ""
+    settle_layout(scorer, cached.table, config.layout, world, tracker, before)
     kept = begun.record.token_budget if begun else None
     budget = (
         config.tokens_per_micro_batch
@@ -173,10 +174,11 @@ def _prepare(
 
 
 def _weigh_balance(scorer: Scorer, config: TrainConfig, begun: Begun | None, tracker: Tracker) -> None:
-    """Apply --balance. A run that records no weight is one without experts, or of before there was the option."""
+    """Apply --balance, of a resumed run its own. One that records none is without experts, or of before there was the option."""
     if config.balance is None:
         if begun:
-            scorer.weigh_balance(weight_before(scorer.model))
+            recorded = begun.record.options.get("balance")
+            scorer.weigh_balance(weight_before(scorer.model) if recorded is None else recorded)
     elif not scorer.weigh_balance(config.balance) and config.balance:
         tracker.note(
             f"--balance {config.balance:g}: not used, the model has no experts whose routers transformers records"

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
-from minicache.disk import make_folder, move, publish_folder, remove_folder, require_file
+from minicache.disk import make_folder, move, remove_folder, replace_folder, require_file
 from minicache.drafts import draft_of
 from minicache.errors import OutputError
 from minicache.failures import system_error, writing
@@ -125,7 +125,7 @@ class Saver:
                     write_model(draft / "model")
                     torch.save(state, draft / STATE)
                     size = sum(file.stat().st_size for file in draft.rglob("*") if file.is_file())
-                    _put_in_place(draft, final)
+                    replace_folder(draft, final)
                     prune(self.run, keep(steps(self.run)))
                     log.debug("checkpoint of step %d: %d bytes, %.1f s", step, size, time.monotonic() - started)
 
@@ -164,12 +164,6 @@ def _new_draft(final: Path) -> Path:
         draft = draft_of(final)
         draft.mkdir()
         return draft
-
-
-def _put_in_place(draft: Path, final: Path) -> None:
-    """Publish a finished draft, in place of an older checkpoint of the same step if there is one."""
-    remove_folder(final)
-    publish_folder(draft, final)
 
 
 @contextmanager

@@ -46,31 +46,34 @@ def optimize(run: Run, resumed: dict[str, Any] | None, tracker: Tracker) -> Outc
         stopped = _take_steps(run, training, stop, tracker)
         if run.held_out and progress.validated != progress.step:
             _validate(run, training, stop)
-        log_pending(training, progress.step, tracker)
         with run.world.watch.saving():
             run.world.each(training.saver.wait)
         # all steps are done, but what they made is not saved before the caller does so
         _save_if_asked_to_stop(run, training, stop)
+        # after it: the run that goes on keeps no line of this step
+        log_pending(training, progress.step, tracker)
     return Outcome(model_step=progress.model_step, stopped=stopped, progress=progress)
 
 
 def _take_steps(run: Run, training: Training, stop: StopFlag, tracker: Tracker) -> str | None:
     """Take the remaining steps; returns why they ended early, or None."""
-    pace = Pace(run)
-    for mine in ahead(plan(run, training.progress.step)):
+    pace, progress = Pace(run), training.progress
+    if progress.stopped:
+        return progress.stopped
+    for mine in ahead(plan(run, progress.step)):
         if stopped := _between_steps(run, training, stop):
             return stopped
         started = time.monotonic()
-        with pace.step(training.progress.step):
+        with pace.step(progress.step):
             norm = _step_that_fits(run, training, mine)
             tokens = count_step(run, training, mine.indices, time.monotonic() - started)
             tracker.advance(len(mine.indices), tokens)
-            stopped = log_step(run, training, norm, tracker)
+            progress.stopped = log_step(run, training, norm, tracker)
         # several processes ask each other at logged steps only: asking costs a message between them
-        if run.world.size == 1 or is_logged(run, training.progress.step - 1):
+        if run.world.size == 1 or is_logged(run, progress.step - 1):
             _save_if_asked_to_stop(run, training, stop)
-        if stopped:
-            return stopped
+        if progress.stopped:
+            return progress.stopped
     return None
 
 
@@ -132,7 +135,8 @@ def _save_if_asked_to_stop(run: Run, training: Training, stop: StopFlag) -> None
     step = training.progress.step
     if run.world.any(bool(stop)):
         with run.world.watch.saving():
-            save(run, training)
+            if training.progress.saved != step:
+                save(run, training)
             training.saver.wait()
             # all leave together: a launcher ends those that stay behind
             run.world.barrier()

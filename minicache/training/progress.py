@@ -15,7 +15,7 @@ class Progress:
     loss, step and metrics of the best validation; held_out: its figures with intervals. anchor: the loss to improve on by
     --min-gain; waited: validations since the last that did. pending: validation metrics for the next log line. first, last:
     metrics of the first and the last log line; last_step: the step of the last. warned: whether the warning of --max-kl was
-    given.
+    given; stopped: why it ends the run.
     """
 
     step: int = 0
@@ -33,6 +33,7 @@ class Progress:
     anchor: float | None = None
     pending: dict[str, float] = field(default_factory=dict)
     warned: bool = False
+    stopped: str | None = None
     first: dict[str, float] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
     last_step: int = 0

@@ -54,7 +54,9 @@ def _check_same_options(config: TrainConfig, record: RunRecord) -> None:
     """
     for name, value in flat(config).items():
         before = record.options.get(name)
-        if name not in MOVABLE and value != before and not why_unread(config, name):
+        # the record has the weight that the model's own config gave
+        is_left_to_the_run = name == "balance" and value is None
+        if name not in MOVABLE and value != before and not is_left_to_the_run and not why_unread(config, name):
             raise ConfigError(
                 f"{config.out}: {flag(name)}: this run was started with {before}, asked for {value}; a resumed run "
                 "keeps its options: ask for the same, or name another --out"

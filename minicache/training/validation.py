@@ -90,13 +90,20 @@ def evaluate_policy(
         raise ConfigError(
             f"--loss {name}: sorts over a training batch, so it says nothing of a data set; try --loss sigmoid"
         )
+    asked = False
+
+    def is_asked() -> bool:
+        nonlocal asked
+        asked = asked or stop()
+        return asked
+
     table = pairs.cached.table
     means, chosen_tokens = Means(world.device), float(table.token_counts[pairs.indices, 0].mean())
     mine = pairs.indices[world.rank :: world.size]
     references = partial(references_of, pairs.cached, objective.options)
     load, preferences = None, []
     for indices, batch, scores in score_table(
-        scorer, table, mine, budget, world.device, distribution=True, references=references, stop=stop
+        scorer, table, mine, budget, world.device, distribution=True, references=references, stop=is_asked
     ):
         logps = pair_logps(scores, batch, objective)
         means.add(objective(logps, chosen_tokens), logps, objective.beta, scores)
@@ -104,7 +111,10 @@ def evaluate_policy(
         if scores.load:
             load = scores.load + load if load else scores.load
         tracker.advance(len(indices) * world.size, int(table.side_lengths[indices].sum()) * world.size)
-    if any(world.gather(stop())):
+    # those that were not asked come when they have scored their share
+    with world.watch.saving():
+        stopped = any(world.gather(is_asked()))
+    if stopped:
         raise Stopped
     # the share of one process may take longer than that of another
     metrics = means.reduce(world, patient=True)

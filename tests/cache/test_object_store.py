@@ -230,6 +230,30 @@ def test_a_claim_is_ours_though_the_answer_was_lost(
     assert not place.has(CLAIM_FILE)
 
 
+def test_who_writes_under_another_s_claim_loses_it_with_that_one(
+    url: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 of a run whose rank 0 was stopped: it replaces nothing of what the run wrote that took over."""
+    set_times(monkeypatch, lease=3.0)
+    first, second, third = (bucket_at.__wrapped__(url) for _ in range(3))
+    claim = Lease(first, CLAIM_FILE)
+    assert claim.take(alone=True) and first.held() == [(CLAIM_FILE, claim.id)]
+    with second.following(first.held()):
+        second.write("x", b"of rank 1")
+        assert claim._renewing
+        claim._renewing.cancel()
+        other = Lease(third, CLAIM_FILE)
+        while not other.take(alone=True):
+            time.sleep(0.1)
+        third.write("x", b"of the other")
+        with pytest.raises(StoreError, match="another run went on with this cache"):
+            second.write("x", b"of rank 1, later")
+        assert third.read("x") == b"of the other"
+    other.release()
+    second.write("x", b"of a run of its own")
+    assert not second.held()
+
+
 def test_a_signal_is_heard_while_a_request_waits(url: str, proxy: FaultyProxy) -> None:
     """The library's own calls would hear it only when they end."""
     heard: list[float] = []

@@ -130,6 +130,15 @@ def test_a_full_memory_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatc
     assert scorer.layout_name == "padded" and model.config._attn_implementation == attention
 
 
+@pytest.mark.parametrize(("before", "taken"), [("", "packed"), ("sequences", "sequences"), ("no such", "packed")])
+def test_a_run_that_goes_on_tries_its_own_layout_first(before: str, taken: str) -> None:
+    """What it has learned may have moved the model to where another one passes or fails."""
+    scorer = Scorer(tiny_llama(), "float32")
+    table = PairTable.from_pairs(random_pairs(8), "int32")
+    settle_layout(scorer, table, "auto", one_process(), Silent(), before)
+    assert scorer.layout_name == taken
+
+
 class Two(World):
     """Rank 0 of two whose other rank says what it is told to."""
 

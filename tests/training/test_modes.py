@@ -289,6 +289,26 @@ def test_a_run_of_before_goes_on_with_the_weight_that_it_had(
         assert np.array_equal(curve(tmp_path / "run", metric), curve(tmp_path / "whole", metric))
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_weight_that_was_left_to_the_model_is_the_run_s_when_it_goes_on(
+    checkpoints: Path, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: bool
+) -> None:
+    """run.json has what the model's config said. A sweep, or torchrun after a restart, repeats the command without --resume."""
+    data = write_jsonl(tmp_path / "pairs.jsonl", make_rows(8))
+    cache = precompute_into(tmp_path / "cache", checkpoints / "minimind3-moe.pth", data, tokenizer=str(tokenizer_dir))
+    options: dict[str, Any] = {"balance": BALANCE if recorded else None, "save_every": 2}
+    run(cache, tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+        patch.setattr("minicache.training.loop._save_if_asked_to_stop", stop_after_two)
+        run(cache, tmp_path / "run", **options)
+    for _ in range(2):
+        run(cache, tmp_path / "run", resume=True, **{**options, "balance": None})
+    for metric in ("loss", "aux_loss"):
+        assert np.array_equal(curve(tmp_path / "run", metric), curve(tmp_path / "whole", metric))
+    with pytest.raises(ConfigError, match=r"--balance: this run was started with .*, asked for 0\.7"):
+        run(cache, tmp_path / "run", resume=True, **{**options, "balance": 0.7})
+
+
 def stop_after_two(run: Any, training: Any, stop: Any) -> None:
     """Ends a run after its second step, which is saved."""
     if training.progress.step == 2:

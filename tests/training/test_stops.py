@@ -52,6 +52,62 @@ def test_in_a_validation(ref_cache: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert_same_run(tmp_path / "whole", out)
 
 
+FINAL = {
+    "best checkpoint": ("save", OPTIONS),
+    "kl": ("evaluate_policy", {**OPTIONS, "max_kl": 1e-9, "on_max_kl": "stop"}),
+}
+
+
+@pytest.mark.parametrize("case", FINAL)
+def test_in_the_last_validation_of_all(
+    ref_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    """While its checkpoint is saved: its line is not lost. Of a run that --max-kl ended: it stays ended."""
+    name, options = FINAL[case]
+    options = {**options, "validation": ValidationOptions(holdout=0.4, eval_every=1000), "log_every": 1}
+    whole = train_run(ref_cache, tmp_path / "whole", **options)
+    real = getattr(loop, name)
+
+    def asked(*given: Any, **more: Any) -> Any:
+        run, training = given[:2] if name == "save" else (None, None)
+        if run is None or training.progress.step == run.steps:
+            signal.raise_signal(signal.SIGTERM)
+        return real(*given, **more)
+
+    def last(*given: Any) -> Any:
+        """The second: the first is before the first step."""
+        with monkeypatch.context() as patch:
+            if given[1].progress.step:
+                patch.setattr(loop, name, asked)
+            return validate(*given)
+
+    validate = loop._validate
+    monkeypatch.setattr(loop, "_validate", last)
+    with pytest.raises(KeyboardInterrupt, match=r"the state after \d+ steps is saved"):
+        train_run(ref_cache, tmp_path / "run", **options)
+    monkeypatch.setattr(loop, "_validate", validate)
+    resumed = train_run(ref_cache, tmp_path / "run", resume=True, **options)
+    assert (resumed.stopped, resumed.model_step) == (whole.stopped, whole.model_step)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_checkpoint_that_is_there_is_not_written_again(
+    ref_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stop that comes while it is saved costs no second one, and no moment without any."""
+    saved, real = list[int](), loop.save
+
+    def asked(run: Any, training: Any) -> None:
+        saved.append(training.progress.step)
+        signal.raise_signal(signal.SIGTERM)
+        real(run, training)
+
+    monkeypatch.setattr(loop, "save", asked)
+    with pytest.raises(KeyboardInterrupt, match="the state after 0 steps is saved"):
+        train_run(ref_cache, tmp_path / "run", **OPTIONS)
+    assert saved == [0]
+
+
 def test_while_the_policy_is_saved(ref_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No checkpoint holds the last steps: it is saved first."""
     real = stage.save_policy

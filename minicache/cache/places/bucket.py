@@ -8,8 +8,8 @@ fails once another process has changed the object; then this one looks whether i
 """
 
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
 from functools import cache
 from hashlib import blake2b
@@ -24,7 +24,7 @@ from zarr.storage import ObjectStore
 
 from minicache.cache.places import bounded
 from minicache.cache.places.claims import CLAIM_FILE, Claim
-from minicache.cache.places.leases import Lease
+from minicache.cache.places.leases import Followed, Lease
 from minicache.cache.places.place import POLL_SECONDS, ROOT, Place
 from minicache.disk import kept_scratch_folder, temporary_directory
 from minicache.errors import CacheNotFound, OutputError, StoreError
@@ -47,13 +47,13 @@ class Bucket(Place):
     """A place in an object store.
 
     objects: the store, with names relative to the place; claims: the same store with short timeouts. leases: the claims that this
-    process holds, or has lost to another.
+    process holds or follows, or has lost to another.
     """
 
     def __init__(self, url: str, objects: Any, claims: Any) -> None:
         self.where = self.url = url
         self.objects, self.claims = objects, claims
-        self.leases: set[Lease] = set()
+        self.leases: set[Lease | Followed] = set()
         # The objects that this process has put, by their names, as it left them.
         self._known: dict[str, Mapping[str, Any]] = {}
         self.home = temporary_directory() / f"minidpo-{blake2b(url.encode(), digest_size=8).hexdigest()}"
@@ -105,6 +105,18 @@ class Bucket(Place):
 
     def claim(self, name: str) -> Claim:
         return Lease(self, name)
+
+    def held(self) -> list[tuple[str, str]]:
+        return [(lease.name, lease.id) for lease in self.leases]
+
+    @contextmanager
+    def following(self, held: Iterable[tuple[str, str]]) -> Iterator[None]:
+        followed = {Followed(self, name, id) for name, id in held}
+        self.leases |= followed
+        try:
+            yield
+        finally:
+            self.leases -= followed
 
     def total_bytes(self) -> int:
         return sum(item["size"] for item in self._listed())

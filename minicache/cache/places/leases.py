@@ -40,13 +40,13 @@ class Leased(Protocol):
     """The parts of a place that a lease needs.
 
     url: what it is called. objects: the object store. claims: the same with short timeouts. leases: those that this process
-    holds, or has lost.
+    holds or follows, or has lost.
     """
 
     url: str
     objects: Any
     claims: Any
-    leases: "set[Lease]"
+    leases: "set[Lease | Followed]"
 
     def in_one_line(self) -> AbstractContextManager[None]:
         """Turn the library's exceptions into a `StoreError`."""
@@ -68,7 +68,8 @@ class Lease:
         self._version: Mapping[str, Any] | None = None
         self._renewed = 0.0
         self._renewing: asyncio.Task[None] | None = None
-        self._id, self._count = secrets.token_hex(8), 0
+        # id: by which the object tells its holder
+        self.id, self._count = secrets.token_hex(8), 0
         self._lock = asyncio.Lock()
 
     def take(self, alone: bool) -> bool:
@@ -133,9 +134,7 @@ class Lease:
         """Replace the object `found` (None: create it); returns whether no other process had changed it meanwhile."""
         self._count += 1
         begun, host, pid = time.monotonic(), socket.gethostname(), os.getpid()
-        content = json.dumps(
-            {"host": host, "pid": pid, "written": now(), "count": self._count, "id": self._id}
-        ).encode()
+        content = json.dumps({"host": host, "pid": pid, "written": now(), "count": self._count, "id": self.id}).encode()
         # A renewal that finds no answer is left to the next one.
         patience = 0 if store is self.place.claims else RETRIES["retry_timeout"].total_seconds()
         for _ in range(ATTEMPTS):
@@ -157,13 +156,8 @@ class Lease:
 
     async def _own(self, store: Any) -> Mapping[str, Any] | None:
         """The object as an earlier PUT of this process has stored it, whose answer was lost; None if it is another's, or gone."""
-        with suppress(FileNotFoundError):
-            there = await obstore.get_async(store, self.name)
-            with suppress(ValueError):
-                content = json.loads(await received(there, MOST_BYTES))
-                if isinstance(content, dict) and content.get("id") == self._id:
-                    return there.meta
-        return None
+        there, holder = await _holder(store, self.name)
+        return there if holder == self.id else None
 
     async def _keep(self) -> None:
         while not self.is_lost:
@@ -191,3 +185,33 @@ class Lease:
             if not self.is_lost:
                 await obstore.delete_async(self.place.claims, self.name)
         self.place.leases.discard(self)
+
+
+class Followed:
+    """The lease of another process, under which this one writes too: rank 0's, for the other ranks of its run.
+
+    is_lost: whether the object is no longer that process's.
+    """
+
+    def __init__(self, place: Leased, name: str, id: str) -> None:
+        self.place, self.name, self.id, self.is_lost = place, name, id, False
+        self._seen = time.monotonic()
+
+    async def confirm(self, is_doubtful: bool = False) -> None:
+        """Look at the object if that was long ago, or with `is_doubtful`. Raises as `Lease.confirm`."""
+        if is_doubtful or time.monotonic() - self._seen > LEASE_SECONDS / 2:
+            begun = time.monotonic()
+            self.is_lost = self.is_lost or (await _holder(self.place.objects, self.name))[1] != self.id
+            self._seen = begun
+
+
+async def _holder(store: Any, name: str) -> tuple[Mapping[str, Any] | None, str | None]:
+    """What is known of the object of a lease, and the id of its holder; None where there is none."""
+    with suppress(FileNotFoundError):
+        there = await obstore.get_async(store, name)
+        with suppress(ValueError):
+            content = json.loads(await received(there, MOST_BYTES))
+            if isinstance(content, dict) and isinstance(content.get("id"), str):
+                return there.meta, content["id"]
+        return there.meta, None
+    return None, None

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from zarr.abc.store import Store
@@ -57,6 +58,14 @@ class Place(ABC):
     @abstractmethod
     def claim(self, name: str) -> Claim:
         """A claim of this name, not held yet."""
+
+    def held(self) -> list[tuple[str, str]]:
+        """Names and holders of the claims that this process may lose to another while it works; a lock is none of them."""
+        return []
+
+    def following(self, held: Iterable[tuple[str, str]]) -> AbstractContextManager[None]:
+        """Within this context this process writes under claims that another one holds. held: what that one's `held` says."""
+        return nullcontext()
 
     @abstractmethod
     def total_bytes(self) -> int:
