@@ -121,7 +121,16 @@ class Blocks:
 
     def whole(self, block: int) -> CachedPairs:
         """The pairs of a block and their scores. Raises as `pairs`."""
-        return CachedPairs(self.pairs(block), self.ref(block))
+        found = CachedPairs(self.pairs(block), self.ref(block))
+        if problem := self.disagreement(block, found):
+            raise problem
+        return found
+
+    def disagreement(self, block: int, found: CachedPairs) -> CacheDamaged | None:
+        """The error of a block whose scores are not of its pairs, though each fits its ledger; None: they may be."""
+        if np.array_equal(found.table.token_counts, found.reference.token_count):
+            return None
+        return self._impossible(block, "as many tokens in ref/token_count as count by the mask")
 
     def pairs(self, block: int) -> PairTable:
         """The pairs of a block, checked against the ledger.
@@ -140,6 +149,10 @@ class Blocks:
         )
         if not np.array_equal(pairs_row(self.identity, table), row):
             raise self._unfitting("pairs/", block)
+        self._require_possible(table.lengths, table.source, tokens, block)
+        ids, mask = table.tokens, table.loss_mask
+        if tokens and (ids.min() < 0 or ids.max() >= self.identity.vocabulary or mask.max() > 1):
+            raise self._impossible(block, f"ids from 0 to {self.identity.vocabulary - 1} and a mask of 0 and 1")
         return table
 
     def ref(self, block: int, whole: bool = True) -> RefBlock:
@@ -159,6 +172,8 @@ class Blocks:
         known = slice(-1) if per_token and not whole else slice(None)
         if not np.array_equal(ref_row(self.identity, scored, pairs)[known], row[known]):
             raise self._unfitting("ref/", block)
+        if not np.isfinite(scored.logp_mean).all() or (scored.token_count < 1).any():
+            raise self._impossible(block, "finite logprobs, of at least one token a side")
         return scored
 
     def outline(self, block: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
@@ -179,6 +194,7 @@ class Blocks:
         )
         if row[0] != identity_number(self.identity) or lengths.sum() != tokens:
             raise self._unfitting("pairs/", block)
+        self._require_possible(lengths, source, tokens, block)
         return lengths, source
 
     def counted(self, block: int, lengths: NDArray[np.int32]) -> NDArray[np.int32]:
@@ -202,6 +218,20 @@ class Blocks:
         """Tokens of the longest side of a block's pairs, by their lengths alone. Raises as `pairs`."""
         lengths = self.arrays.column("pairs/lengths", block, self.size(block)[0])
         return int((lengths[:, 0] + lengths[:, 1:].max(1)).max())
+
+    def _require_possible(self, lengths: NDArray[np.int32], source: NDArray[np.int64], tokens: int, block: int) -> None:
+        """Raises CacheDamaged: no pairs of this cache could have these, whatever its ledger says: a stranger may have made both."""
+        wide, most, files = lengths.astype(np.int64), self.identity.max_length, len(self.log.sources)
+        sides = wide[:, :1] + wide[:, 1:]
+        if wide.sum() != tokens or (wide < (0, 1, 1)).any() or (sides > most).any():
+            raise self._impossible(block, f"pairs of {tokens} tokens in all, and of 1 to {most} on each side")
+        if ((source[:, 0] < 0) | (source[:, 0] >= files)).any():
+            raise self._impossible(block, f"pairs of the {files} files in the log")
+
+    def _impossible(self, block: int, expected: str) -> CacheDamaged:
+        return CacheDamaged(
+            f"{self.path}: block {block} holds what no run of precompute-ref writes; expected {expected}"
+        )
 
     def _unfitting(self, group: str, block: int) -> CacheDamaged:
         names = ", ".join(name for name in self.arrays.specs if name.startswith(group))

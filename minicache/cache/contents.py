@@ -96,8 +96,9 @@ class Contents:
 def _read_into(cached: CachedPairs, place: tuple[Blocks, int], ends: NDArray[np.int64]) -> None:
     """Read a block into its place. ends: the numbers of pairs and of tokens up to its end."""
     blocks, block = place
-    _put(cached.table, blocks.pairs(block), ends)
-    _put(cached.reference, blocks.ref(block), ends)
+    found = blocks.whole(block)
+    _put(cached.table, found.table, ends)
+    _put(cached.reference, found.reference, ends)
 
 
 def _put(whole: Columns, part: Columns, ends: NDArray[np.int64]) -> None:

@@ -176,6 +176,11 @@ class ReferenceCache:
             for what, (_, found) in (("pairs", pairs), ("ref", ref)):
                 if isinstance(found, CacheError):
                     yield what, found
+            table, scores = pairs[1], ref[1]
+            if isinstance(table, CacheError) or isinstance(scores, CacheError):
+                continue
+            if problem := self.blocks.disagreement(pairs[0], CachedPairs(table, scores)):
+                yield "ref", problem
 
     def _digested_pairs(self, block: int) -> PairTable:
         """The pairs of a block, each checked against its own digest too."""

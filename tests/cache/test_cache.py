@@ -122,8 +122,8 @@ def test_what_is_written_comes_back(
 
 @pytest.mark.parametrize("vocabulary", [65535, 65536])
 def test_the_largest_token_id_is_no_hole(tmp_path: Path, vocabulary: int) -> None:
-    identity = replace(IDENTITY, vocabulary=vocabulary)
-    cache = CacheWriter.create(tmp_path / "cache", Manifest(identity, Log("m", "d", {})), lambda place: place.mkdir())
+    identity, log = replace(IDENTITY, vocabulary=vocabulary), Log("m", "d", {}, [Source("a.jsonl", 1, "x")])
+    cache = CacheWriter.create(tmp_path / "cache", Manifest(identity, log), lambda place: place.mkdir())
     ids, mask = np.full(3, vocabulary - 1, np.int32), np.array([0, 1, 1], np.uint8)
     table = PairTable.from_pairs([EncodedPair.join(ids, mask, ids[:2], mask[:2], (0, 1))], identity.token_dtype)
     cache.grow(1)
@@ -203,6 +203,45 @@ def test_every_damaged_chunk_is_found_and_named(pristine: Path, tmp_path: Path, 
         assert problems and all(array in line and f"block {block}" in line for line in problems), (relative, problems)
         with pytest.raises((CacheDamaged, CacheIncomplete), match=f"{array}.*, block {block}.*precompute-ref again"):
             ReferenceCache(store).load()
+
+
+IMPOSSIBLE: dict[str, tuple[Callable[[PairTable, RefBlock], object], str]] = {
+    "an id below 0": (lambda table, ref: table.tokens.__setitem__(3, -2), "ids from 0 to 99999"),
+    "an id beyond the vocabulary": (lambda table, ref: table.tokens.__setitem__(3, 10**5), "ids from 0 to 99999"),
+    "a mask of 2": (lambda table, ref: table.loss_mask.__setitem__(0, 2), "a mask of 0 and 1"),
+    "no answer": (lambda table, ref: table.lengths.__setitem__(0, (len(table[0].tokens), 0, 0)), "of 1 to 32 on each"),
+    "a prompt of 2^31": (
+        lambda table, ref: table.lengths.__setitem__(0, (2**31 - 1, len(table[0].tokens) - 2**31, 1)),
+        "of 1 to 32 on each",
+    ),
+    "a file that is not in the log": (lambda table, ref: table.source.__setitem__(0, (9, 1)), "pairs of the 1 files"),
+    "a file from the end": (lambda table, ref: table.source.__setitem__(0, (-2, 1)), "pairs of the 1 files"),
+    "no logprob": (lambda table, ref: ref.logp_mean.__setitem__(0, np.inf), "finite logprobs"),
+    "no token": (lambda table, ref: ref.token_count.__setitem__(0, 0), "of at least one token a side"),
+    "other counts": (lambda table, ref: ref.token_count.__setitem__(0, 99), "as many tokens in ref/token_count"),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_values_that_no_pair_can_have_are_refused_though_they_fit_their_ledger(tmp_path: Path, case: str) -> None:
+    """Whoever writes a cache can write its ledger too."""
+    change, said = IMPOSSIBLE[case]
+    identity = replace(IDENTITY, vocabulary=10**5)
+    build(tmp_path / "cache", identity)
+    cache = CacheWriter(tmp_path / "cache")
+    table, ref = cache.blocks.whole(1)
+    table = replace(table, **{item.name: getattr(table, item.name).copy() for item in fields(table)})
+    ref = replace(ref, **{item.name: getattr(ref, item.name).copy() for item in fields(ref)})
+    change(table, ref)
+    cache.write_pairs(1, table)
+    # `write_ref` itself refuses what is not finite
+    row = schema.ref_row(identity, ref, cache._arrays.row("ledger/pairs", 1))
+    cache._commit("ledger/ref", 1, row, {f"ref/{item.name}": getattr(ref, item.name) for item in fields(ref)})
+    reader = ReferenceCache(tmp_path / "cache")
+    with pytest.raises(CacheDamaged, match=rf"block 1 holds what no run of precompute-ref writes; expected .*{said}"):
+        reader.load()
+    ((_, problem),) = list(reader.verify())
+    assert "block 1 holds" in str(problem)
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

@@ -64,7 +64,7 @@ def test_in_the_last_validation_of_all(
 ) -> None:
     """While its checkpoint is saved: its line is not lost. Of a run that --max-kl ended: it stays ended."""
     name, options = FINAL[case]
-    options = {**options, "validation": ValidationOptions(holdout=0.4, eval_every=1000), "log_every": 1}
+    options = {**options, "validation": ValidationOptions(eval_cache=ref_cache, eval_every=1000), "log_every": 1}
     whole = train_run(ref_cache, tmp_path / "whole", **options)
     real = getattr(loop, name)
 
