@@ -355,6 +355,32 @@ def test_a_vocabulary_within_bounds_and_a_binary_one_are_left_to_the_library(tmp
     require_bounded_files(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_json_too_deep_for_python_is_one_line(tokenizer_dir: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(tokenizer_dir, tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).write_text("[" * 100_000)
+    with pytest.raises(ModelError, match=rf"{name}: cannot be read as .*recursion") as caught:
+        ChatTokenizer.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_decoder_that_panics_is_one_line(tokenizer_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(tokenizer_dir, tmp_path, dirs_exist_ok=True)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["decoder"] = {"type": "Strip", "content": "a", "start": 1, "stop": 1}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = ChatTokenizer.load(tmp_path)
+    ids = tokenizer.encode(["a"])[0][0]
+    for decode in (
+        tokenizer.decode,
+        lambda ids: tokenizer.decode_after(ids, 0),
+        lambda ids: tokenizer.decode(ids, False),
+    ):
+        with pytest.raises(ModelError, match="the tokenizer cannot decode token ids: slice index") as caught:
+            decode(ids)
+        assert "\n" not in str(caught.value)
+
+
 def test_so_are_the_ids_of_a_vocabulary_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "vocab.json").write_text('{"a": 4294967295}')
     with pytest.raises(ModelError, match=r"vocab\.json: the token 'a' has the id 4,294,967,295"):
