@@ -19,7 +19,7 @@ from minicache.data.tokenizers import reading
 from minicache.disk import scratch_folder
 from minicache.errors import ModelError
 from minicache.failures import panics_as_errors, system_error, writing
-from minicache.models.huggingface import from_pretrained
+from minicache.models.huggingface import from_pretrained, without_cache_of_tiktoken
 from minicache.text import one_line
 
 log = logging.getLogger(__name__)
@@ -166,7 +166,7 @@ def _convert(tokenizer: Any, directory: Path, source: str) -> None:
     from transformers.convert_slow_tokenizer import convert_slow_tokenizer
 
     try:
-        with panics_as_errors():
+        with panics_as_errors(), without_cache_of_tiktoken():
             converted = convert_slow_tokenizer(tokenizer)
     # it raises anything on a class that it does not know
     except Exception as error:

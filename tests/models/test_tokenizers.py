@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -304,6 +305,32 @@ def test_a_tiktoken_vocabulary_is_converted_and_kept(tmp_path: Path) -> None:
     copy_to_policy(tmp_path / "saved", tmp_path / "policy")
     assert (tmp_path / "policy" / "tokenizer.model").read_bytes() == tiktoken_vocabulary()
     assert ids_of(tmp_path / "policy", "the  你<|end|>") == ids_of(source, "the  你<|end|>")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("own", [None, "caches"])
+def test_no_copy_of_a_tiktoken_vocabulary_is_kept_or_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str | None
+) -> None:
+    """Neither in the folder for temporary files nor in the user's own: the same path may hold another vocabulary by now."""
+    pytest.importorskip("tiktoken")
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    monkeypatch.delenv("DATA_GYM_CACHE_DIR", raising=False)
+    monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
+    if own:
+        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / own))
+    source = write_vocabulary(tmp_path / "model", tiktoken_vocabulary(), tokenizer_class="PreTrainedTokenizerFast")
+    save_tokenizer(str(source), tmp_path / "before", None, model_type="llama")
+    later = (
+        tiktoken_vocabulary().replace(b" 258\n", b" 260\n").replace(b" 257\n", b" 258\n").replace(b" 260\n", b" 257\n")
+    )
+    (source / "tokenizer.model").write_bytes(later)
+    save_tokenizer(str(source), tmp_path / "after", None, model_type="llama")
+    assert ids_of(tmp_path / "before", "the 你") == [257, 258] and ids_of(tmp_path / "after", "the 你") == [258, 257]
+    assert not list(temporary.glob("data-gym-cache/*")) and not (tmp_path / "caches").exists()
+    assert os.environ.get("TIKTOKEN_CACHE_DIR") == (own and str(tmp_path / own))
 
 
 # --- patterns that panic ---
