@@ -12,9 +12,12 @@ from minicache.errors import ModelError
 MOST_IDS = 2**24
 # Four times that vocabulary. Beside a tiktoken vocabulary transformers makes up a token for each id below an added one.
 MOST_ADDED = 2**20
+# How many tokens transformers makes up: of T5, Pegasus, XGLM and Mistral.
+MADE_UP = ("extra_ids", "offset", "num_madeup_words", "default_num_special_tokens")
 # How many times as long as before a text may become. A text takes some twenty bytes a character while it is changed.
 MOST_GROWTH = 256
-# Steps that make a text longer, by at most so much; of Precompiled what Unicode's normal forms do, with others it is one at most.
+# Steps that make a text longer, by about so much at most. Precompiled is a normal form of Unicode, in which one character may
+# become eighteen; no tokenizer in use has more than one.
 GROWTH = {"ByteLevel": 2, "BPEDecoder": 2, "CTC": 2, "Precompiled": 16}
 # The lists of steps in a step, by its kind.
 LISTS = ("normalizers", "pretokenizers", "decoders")
@@ -26,7 +29,7 @@ def require_bounded_files(directory: Path) -> None:
     """As `require_bounded`, for the files of a model's directory. What cannot be read is left to the library, which says so.
 
     Raises:
-        ModelError: as there.
+        ModelError: as there, or an id or a number of tokens is beyond bounds in a file beside tokenizer.json.
     """
     config = _json(directory / "tokenizer_config.json")
     config = config if isinstance(config, dict) else {}
@@ -38,6 +41,9 @@ def require_bounded_files(directory: Path) -> None:
         _require_ids(directory / name, _items(_json(directory / name)), most)
     added = ((token, _number(text)) for text, token in _items(config.get("added_tokens_decoder")))
     _require_ids(directory / "tokenizer_config.json", added, MOST_ADDED)
+    _require_made_up(directory / "tokenizer_config.json", config)
+    tekken = _json(directory / "tekken.json")
+    _require_made_up(directory / "tekken.json", tekken.get("config") if isinstance(tekken, dict) else None)
     for file in sorted((*directory.glob("*.model"), *directory.glob("*.tiktoken"))):
         _require_ids(file, _ranks(file), MOST_IDS)
 
@@ -68,6 +74,13 @@ def _require_ids(file: Path, ids: Iterable[tuple[Any, Any]], most: int) -> None:
             raise ModelError(
                 f"{file}: the token {str(token)[:40]!r} has the id {number:,}; expected ids below {most:,}"
             )
+
+
+def _require_made_up(file: Path, settings: Any) -> None:
+    """Raises ModelError: a setting asks for more than MOST_ADDED tokens."""
+    for name, count in _items(settings):
+        if name in MADE_UP and isinstance(count, int) and count > MOST_ADDED:
+            raise ModelError(f"{file}: {name} is {count:,}; expected {MOST_ADDED:,} or fewer")
 
 
 def _require_prefix(file: Path, prefix: Any, merges: Any) -> None:

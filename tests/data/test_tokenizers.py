@@ -348,6 +348,27 @@ def test_files_beside_the_tokenizer_are_bounded_too(tokenizer_dir: Path, tmp_pat
         save_tokenizer(str(tmp_path), tmp_path / "out", False)
 
 
+@pytest.mark.parametrize("name", ["extra_ids", "offset", "num_madeup_words"])
+def test_tokens_that_transformers_makes_up_are_bounded(tokenizer_dir: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(tokenizer_dir, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps({name: 2**20}))
+    require_bounded_files(tmp_path)
+    file.write_text(json.dumps({name: 2**20 + 1}))
+    with pytest.raises(ModelError, match=rf"tokenizer_config\.json: {name} is 1,048,577; expected 1,048,576 or fewer"):
+        save_tokenizer(str(tmp_path), tmp_path / "out", False)
+
+
+def test_so_are_those_of_mistral(tmp_path: Path) -> None:
+    within: list[Any] = [[], {"config": []}, {"config": {"default_num_special_tokens": 1000}}]
+    for content in within:
+        (tmp_path / "tekken.json").write_text(json.dumps(content))
+        require_bounded_files(tmp_path)
+    (tmp_path / "tekken.json").write_text(json.dumps({"config": {"default_num_special_tokens": 10**10}}))
+    with pytest.raises(ModelError, match=r"tekken\.json: default_num_special_tokens is 10,000,000,000"):
+        require_bounded_files(tmp_path)
+
+
 @pytest.mark.parametrize("content", [b"\n\x0e\n\x05<unk>\nx 99999999\n", b"YQ== 0\nYg== 16777215\n\nx y z\nx y\n", b""])
 def test_a_vocabulary_within_bounds_and_a_binary_one_are_left_to_the_library(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tokenizer.model").write_bytes(content)
