@@ -6,7 +6,8 @@ writes such a directory for any model; a cache keeps one in `cache/tokenizer/`.
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
@@ -60,16 +61,10 @@ class ChatTokenizer:
             ModelError: there is no readable tokenizer.json, it is beyond bounds, or a file beside it is damaged.
         """
         file = directory / "tokenizer.json"
-        try:
+        with reading(file):
             content = json.loads(file.read_text(encoding="utf-8"))
             require_bounded(file, content)
-            with panics_as_errors():
-                backend = Tokenizer.from_file(str(file))
-        except ModelError:
-            raise
-        # the tokenizers library raises bare Exception
-        except Exception as error:
-            raise ModelError(f"{file}: cannot be read as a tokenizer: {one_line(error, 300)}") from error
+            backend = Tokenizer.from_file(str(file))
         # Text is encoded without added special tokens, so a post-processor could only trim the spans.
         backend.post_processor = processors.ByteLevel(trim_offsets=False)
         backend.no_truncation()
@@ -100,12 +95,25 @@ class ChatTokenizer:
         offsets = (np.array(each.offsets, np.int64).reshape(-1, 2) for each in encodings)
         return list(zip(ids, offsets, strict=True))
 
-    def decode(self, ids: Ints) -> str:
-        """The text of ids, (n,), special tokens included."""
-        return self.backend.decode([int(token) for token in ids], skip_special_tokens=False)
+    def decode(self, ids: Ints | list[int], special: bool = True) -> str:
+        """The text of ids, (n,). special: special tokens included.
+
+        Raises:
+            ModelError: the tokenizer cannot decode them.
+        """
+        try:
+            with panics_as_errors():
+                return self.backend.decode([int(token) for token in ids], skip_special_tokens=not special)
+        # as in `reading`
+        except Exception as error:
+            raise ModelError(f"the tokenizer cannot decode token ids: {one_line(error, 200)}") from error
 
     def decode_after(self, ids: Ints, count: int) -> str:
-        """The text of ids after the first `count`. They are decoded too: some decoders drop the space before the first word."""
+        """The text of ids after the first `count`. They are decoded too: some decoders drop the space before the first word.
+
+        Raises:
+            ModelError: as `decode`.
+        """
         before, text = self.decode(ids[:count]), self.decode(ids)
         # Where a character begins before, the two texts differ there.
         return text[len(before) :] if text.startswith(before) else self.decode(ids[count:])
@@ -123,6 +131,23 @@ class ChatTokenizer:
     def chat(self) -> Template:
         """The chat template, ready to render."""
         return Template(self.template, self.special, self.date, json.loads(self.arguments or "{}"))
+
+
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Within this context a tokenizer.json is read.
+
+    Raises:
+        ModelError: that fails.
+    """
+    try:
+        with panics_as_errors():
+            yield
+    except ModelError:
+        raise
+    # the tokenizers library raises bare Exception
+    except Exception as error:
+        raise ModelError(f"{file}: cannot be read as a tokenizer: {one_line(error, 300)}") from error
 
 
 def template_of(directory: Path, config: dict[str, Any]) -> tuple[str, str]:
@@ -158,8 +183,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     file = directory / "tokenizer_config.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file}: cannot be read as JSON: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{file}: cannot be read as JSON: {one_line(error, 300)}") from error
     if not isinstance(content, dict):
         raise ModelError(f"{file}: expected a JSON object, got a {type(content).__name__}")
     return content

@@ -128,6 +128,6 @@ def _until_end(ids: list[int], ends: list[int]) -> list[int]:
 
 
 def _answer(ids: list[int], ends: list[int], tokenizer: ChatTokenizer) -> Answer:
-    text, is_cut = tokenizer.backend.decode(ids, skip_special_tokens=True).strip(), ids[-1] not in ends
+    text, is_cut = tokenizer.decode(ids, special=False).strip(), ids[-1] not in ends
     # the cut may fall within a character of several tokens
     return Answer(text.rstrip("\ufffd") if is_cut else text, is_cut)

@@ -1,5 +1,6 @@
 """Hugging Face directories, hub ids and .gguf files, through transformers. Weights keep the precision they were stored in."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -15,6 +16,7 @@ from minicache.models.file_kinds import SAVE, is_path
 from minicache.models.whole import require_language_model, require_whole
 from minicache.text import one_line
 
+TIKTOKEN_CACHE = "TIKTOKEN_CACHE_DIR"  # "" is none
 # What was asked of the hub in vain, by class and id, and what was said: it is not asked once more, which may take a minute.
 IN_VAIN: dict[tuple[str, str], str] = {}
 
@@ -76,7 +78,7 @@ def from_pretrained(cls: Any, source: str, trust_remote_code: bool, **options: A
     if said := IN_VAIN.get((cls.__name__, source)):
         raise ModelError(said)
     try:
-        with without_reports(), panics_as_errors():
+        with without_reports(), without_cache_of_tiktoken(), panics_as_errors():
             return cls.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
     # transformers may raise anything on a damaged file
     except Exception as error:
@@ -105,6 +107,20 @@ def without_reports() -> Iterator[None]:
         yield
     finally:
         library.set_verbosity(before)
+
+
+@contextmanager
+def without_cache_of_tiktoken() -> Iterator[None]:
+    """Let tiktoken read a vocabulary itself: it keeps copies by their paths alone, in a folder that others may write to."""
+    before = os.environ.get(TIKTOKEN_CACHE)
+    os.environ[TIKTOKEN_CACHE] = ""
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[TIKTOKEN_CACHE]
+        else:
+            os.environ[TIKTOKEN_CACHE] = before
 
 
 def _require_gguf(source: str) -> None:

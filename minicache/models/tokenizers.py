@@ -15,10 +15,11 @@ from tokenizers import Tokenizer
 
 from minicache.data.tokenizer_bounds import require_bounded_files
 from minicache.data.tokenizer_files import SOURCE, copy_to_policy, copy_tokenizer, is_tokenizer_file, tokenizer_files
+from minicache.data.tokenizers import reading
 from minicache.disk import scratch_folder
 from minicache.errors import ModelError
-from minicache.failures import system_error, writing
-from minicache.models.huggingface import from_pretrained
+from minicache.failures import panics_as_errors, system_error, writing
+from minicache.models.huggingface import from_pretrained, without_cache_of_tiktoken
 from minicache.text import one_line
 
 log = logging.getLogger(__name__)
@@ -106,7 +107,8 @@ def _writing(directory: Path) -> Iterator[None]:
     """As `minicache.failures.writing`; the library of tokenizers raises an Exception without a number."""
     with writing(directory):
         try:
-            yield
+            with panics_as_errors():
+                yield
         except Exception as error:
             raise system_error(error, directory.parent) from error
 
@@ -164,7 +166,8 @@ def _convert(tokenizer: Any, directory: Path, source: str) -> None:
     from transformers.convert_slow_tokenizer import convert_slow_tokenizer
 
     try:
-        converted = convert_slow_tokenizer(tokenizer)
+        with panics_as_errors(), without_cache_of_tiktoken():
+            converted = convert_slow_tokenizer(tokenizer)
     # it raises anything on a class that it does not know
     except Exception as error:
         raise ModelError(
@@ -182,8 +185,8 @@ def _own_tokens(tokenizer: Any) -> list[str]:
 def _ids_of(tokenizer: Any) -> Ids:
     @cache
     def ids(text: str, special: bool) -> list[int] | None:
-        # a tokenizer without an unknown token raises at a character that it lacks
-        with suppress(Exception):
+        # a tokenizer without an unknown token raises at a character that it lacks, and a pattern may panic
+        with suppress(Exception), panics_as_errors():
             return list(tokenizer(text, add_special_tokens=special)["input_ids"])
         return None
 
@@ -191,13 +194,15 @@ def _ids_of(tokenizer: Any) -> Ids:
 
 
 def _ids_of_file(directory: Path) -> Ids:
-    """Of tokenizer.json alone, as the data is encoded."""
-    backend = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    """Of tokenizer.json alone, as the data is encoded. Raises ModelError: it cannot be read."""
+    file = directory / "tokenizer.json"
+    with reading(file):
+        backend = Tokenizer.from_file(str(file))
     backend.no_truncation()
     backend.no_padding()
 
     def ids(text: str, special: bool) -> list[int] | None:
-        with suppress(Exception):
+        with suppress(Exception), panics_as_errors():
             return list(backend.encode(text, add_special_tokens=special).ids)
         return None
 

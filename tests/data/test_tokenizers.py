@@ -13,6 +13,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 
 from minicache.data.records import Turn
+from minicache.data.tokenizer_bounds import require_bounded, require_bounded_files
 from minicache.data.tokenizers import PLAIN_TEMPLATE, ChatTokenizer
 from minicache.errors import ConfigError, ModelError, RowRefused
 from minicache.models.tokenizers import save_tokenizer
@@ -257,6 +258,148 @@ def test_what_the_library_would_end_the_process_over_is_refused_before(
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(ModelError, match=rf"tokenizer\.json: .*{said}"):
         load(tmp_path)
+
+
+def replacing(content: str, **pattern: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def sequence(key: str, steps: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"type": "Sequence", key: steps}
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+GROWING = {
+    "normalizer": sequence("normalizers", [replacing("aa", String="a")] * 9),
+    "nested": {"normalizer": sequence("normalizers", [sequence("normalizers", [replacing("aaaa", String="aa")] * 9)])},
+    "without a type": {"normalizer": {"normalizers": [{"pattern": {"String": "a"}, "content": "aa"}] * 9}},
+    "pattern": {"normalizer": sequence("normalizers", [replacing("a", Regex="(?=a)")] * 9)},
+    "nothing": {"normalizer": replacing("a" * 256, String="")},
+    "bytes": {"normalizer": {"type": "ByteLevel"}, "pre_tokenizer": sequence("pretokenizers", [BYTES] * 8)},
+    "decoder": sequence("decoders", [replacing("aa", String="a")] * 9),
+    "suffix": {"decoder": sequence("decoders", [{"type": "BPEDecoder", "suffix": ""}] * 9)},
+}
+SANE = {
+    "normalizer": sequence("normalizers", [{"type": "Prepend", "prepend": "▁"}, *[replacing("▁", String=" ")] * 40]),
+    "shrinking": {
+        "normalizer": sequence("normalizers", [*[replacing("", Regex="x+")] * 40, replacing("▁", Regex=" {2,}")])
+    },
+    "growing": {"normalizer": sequence("normalizers", [replacing("aa", String="a")] * 8)},
+    "precompiled": {"normalizer": sequence("normalizers", [{"type": "Precompiled"}, replacing("...", String="…")])},
+    "decoder": sequence("decoders", [replacing(" ", String="▁"), {"type": "ByteFallback"}, {"type": "Fuse"}]),
+}
+
+
+def as_content(name: str, change: dict[str, Any]) -> dict[str, Any]:
+    return {name: change} if name in ("normalizer", "decoder") else change
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_steps_that_make_a_text_too_long_are_refused(tokenizer_dir: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(tokenizer_dir, tmp_path, dirs_exist_ok=True)
+    content = json.loads((tmp_path / "tokenizer.json").read_text()) | as_content(name, GROWING[name])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=r"tokenizer\.json: its .* may make a text more than 256 times as long"):
+        ChatTokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", SANE)
+def test_steps_that_do_not_are_taken(name: str) -> None:
+    require_bounded(Path("tokenizer.json"), as_content(name, SANE[name]))
+
+
+def test_pieces_of_no_length_are_refused(tokenizer_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(tokenizer_dir, tmp_path, dirs_exist_ok=True)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["pre_tokenizer"] = sequence("pretokenizers", [{"type": "FixedLength", "length": 0}])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError, match="cuts texts into pieces of 0 characters"):
+        ChatTokenizer.load(tmp_path)
+
+
+def test_steps_may_lie_deep() -> None:
+    deep: dict[str, Any] = GROWING["normalizer"]
+    for _ in range(5000):
+        deep = sequence("normalizers", [deep])
+    with pytest.raises(ModelError, match="as long"):
+        require_bounded(Path("tokenizer.json"), {"normalizer": deep})
+
+
+ADDED = {"content": "<x>", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+BESIDE = {
+    "of a later version": ("tokenizer.5.json", b'{"model": {"vocab": {"a": 16777216}}}'),
+    "of any name": ("b/a.tokenizer.5.json", b'{"model": {"vocab": {"a": 16777216}}}'),
+    "settings": ("tokenizer_config.json", json.dumps({"added_tokens_decoder": {"16777216": ADDED}}).encode()),
+    "added tokens": ("added_tokens.json", b'{"a": 16777216}'),
+    "ranks": ("tokenizer.model", b"YQ== 0\nYg== 16777216\n"),
+    "ranks that end with returns": ("qwen.tiktoken", b"\r\rYQ== 0\rYg== 16_777_216"),
+}
+
+
+@pytest.mark.parametrize("case", BESIDE)
+def test_files_beside_the_tokenizer_are_bounded_too(tokenizer_dir: Path, tmp_path: Path, case: str) -> None:
+    shutil.copytree(tokenizer_dir, tmp_path, dirs_exist_ok=True)
+    name, content = BESIDE[case]
+    settings = {"fast_tokenizer_files": ["tokenizer.json", "b/a.tokenizer.5.json", 3]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ModelError, match=rf"{name}: .*has the id 16,777,216; expected ids below"):
+        save_tokenizer(str(tmp_path), tmp_path / "out", False)
+
+
+@pytest.mark.parametrize("name", ["extra_ids", "offset", "num_madeup_words"])
+def test_tokens_that_transformers_makes_up_are_bounded(tokenizer_dir: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(tokenizer_dir, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps({name: 2**20}))
+    require_bounded_files(tmp_path)
+    file.write_text(json.dumps({name: 2**20 + 1}))
+    with pytest.raises(ModelError, match=rf"tokenizer_config\.json: {name} is 1,048,577; expected 1,048,576 or fewer"):
+        save_tokenizer(str(tmp_path), tmp_path / "out", False)
+
+
+def test_so_are_those_of_mistral(tmp_path: Path) -> None:
+    within: list[Any] = [[], {"config": []}, {"config": {"default_num_special_tokens": 1000}}]
+    for content in within:
+        (tmp_path / "tekken.json").write_text(json.dumps(content))
+        require_bounded_files(tmp_path)
+    (tmp_path / "tekken.json").write_text(json.dumps({"config": {"default_num_special_tokens": 10**10}}))
+    with pytest.raises(ModelError, match=r"tekken\.json: default_num_special_tokens is 10,000,000,000"):
+        require_bounded_files(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"\n\x0e\n\x05<unk>\nx 99999999\n", b"YQ== 0\nYg== 16777215\n\nx y z\nx y\n", b""])
+def test_a_vocabulary_within_bounds_and_a_binary_one_are_left_to_the_library(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    (tmp_path / "a.model").mkdir()
+    require_bounded_files(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_json_too_deep_for_python_is_one_line(tokenizer_dir: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(tokenizer_dir, tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).write_text("[" * 100_000)
+    with pytest.raises(ModelError, match=rf"{name}: cannot be read as .*recursion") as caught:
+        ChatTokenizer.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_decoder_that_panics_is_one_line(tokenizer_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(tokenizer_dir, tmp_path, dirs_exist_ok=True)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["decoder"] = {"type": "Strip", "content": "a", "start": 1, "stop": 1}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = ChatTokenizer.load(tmp_path)
+    ids = tokenizer.encode(["a"])[0][0]
+    for decode in (
+        tokenizer.decode,
+        lambda ids: tokenizer.decode_after(ids, 0),
+        lambda ids: tokenizer.decode(ids, False),
+    ):
+        with pytest.raises(ModelError, match="the tokenizer cannot decode token ids: slice index") as caught:
+            decode(ids)
+        assert "\n" not in str(caught.value)
 
 
 def test_so_are_the_ids_of_a_vocabulary_of_its_own(tmp_path: Path) -> None:

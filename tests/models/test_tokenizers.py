@@ -2,22 +2,24 @@
 
 import base64
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer
 from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from tokenizers.trainers import BpeTrainer
 
 from minicache.cache.reader import ReferenceCache
 from minicache.data.tokenizer_files import copy_to_policy, copy_tokenizer, tokenizer_files
 from minicache.data.tokenizers import ChatTokenizer
-from minicache.errors import ModelError
+from minicache.errors import ModelError, OutputError
 from minicache.intake.tokenizer_files import pack, template_digest, unpack
 from minicache.models import save_tokenizer, tokenizers
 from minicache.options.train import TrainConfig
@@ -303,6 +305,77 @@ def test_a_tiktoken_vocabulary_is_converted_and_kept(tmp_path: Path) -> None:
     copy_to_policy(tmp_path / "saved", tmp_path / "policy")
     assert (tmp_path / "policy" / "tokenizer.model").read_bytes() == tiktoken_vocabulary()
     assert ids_of(tmp_path / "policy", "the  你<|end|>") == ids_of(source, "the  你<|end|>")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("own", [None, "caches"])
+def test_no_copy_of_a_tiktoken_vocabulary_is_kept_or_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str | None
+) -> None:
+    """Neither in the folder for temporary files nor in the user's own: the same path may hold another vocabulary by now."""
+    pytest.importorskip("tiktoken")
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    monkeypatch.delenv("DATA_GYM_CACHE_DIR", raising=False)
+    monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
+    if own:
+        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / own))
+    source = write_vocabulary(tmp_path / "model", tiktoken_vocabulary(), tokenizer_class="PreTrainedTokenizerFast")
+    save_tokenizer(str(source), tmp_path / "before", None, model_type="llama")
+    later = (
+        tiktoken_vocabulary().replace(b" 258\n", b" 260\n").replace(b" 257\n", b" 258\n").replace(b" 260\n", b" 257\n")
+    )
+    (source / "tokenizer.model").write_bytes(later)
+    save_tokenizer(str(source), tmp_path / "after", None, model_type="llama")
+    assert ids_of(tmp_path / "before", "the 你") == [257, 258] and ids_of(tmp_path / "after", "the 你") == [258, 257]
+    assert not list(temporary.glob("data-gym-cache/*")) and not (tmp_path / "caches").exists()
+    assert os.environ.get("TIKTOKEN_CACHE_DIR") == (own and str(tmp_path / own))
+
+
+# --- patterns that panic ---
+
+
+def test_a_text_over_which_both_panic_is_no_difference(source: Path, tmp_path: Path) -> None:
+    write_panicking(source)
+    save_tokenizer(str(source), tmp_path / "saved", None)
+    text = "a" * 70 + "!" * 20 + "1234567890" * 3
+    assert text in tokenizers.TEXTS and tokenizers._ids_of_file(tmp_path / "saved")(text, False) is None
+
+
+def test_a_text_over_which_one_panics_is_a_difference(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def copy(directory: Path, target: Path) -> None:
+        copy_to_policy(directory, target)
+        write_panicking(target)
+
+    monkeypatch.setattr(tokenizers, "copy_to_policy", copy)
+    with pytest.raises(ModelError, match=r"'aaaaa.* becomes, from its token 1 on, no ids, where the source gives"):
+        save_tokenizer(str(source), tmp_path / "saved", None)
+
+
+def write_panicking(directory: Path) -> None:
+    """Let the tokenizer of a directory try more ways to split a run of "a" than its library does before it panics."""
+    backend = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    pattern = Split(Regex("(a|aa)+$"), "isolated")
+    backend.pre_tokenizer = Sequence([pattern, ByteLevel(add_prefix_space=False, use_regex=True)])
+    backend.save(str(directory / "tokenizer.json"))
+
+
+def test_a_panic_while_a_tokenizer_is_converted_is_one_line(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def panic(*_: object) -> None:
+        Tokenizer.from_file(str(tmp_path / "panicking" / "tokenizer.json")).encode("a" * 70 + "!")
+
+    shutil.copytree(source, tmp_path / "panicking")
+    write_panicking(tmp_path / "panicking")
+    monkeypatch.setattr(import_module("transformers.convert_slow_tokenizer"), "convert_slow_tokenizer", panic)
+    with pytest.raises(ModelError, match="has no fast"):
+        tokenizers._convert(None, tmp_path, "a")
+    with pytest.raises(OutputError, match="cannot be written: Onig"), tokenizers._writing(tmp_path):
+        panic()
 
 
 # --- from the hub ---
