@@ -23,15 +23,13 @@ def parquet_rows(path: Path, name: str) -> Rows:
     arrow = _pyarrow(name)
 
     def batches() -> Iterator[Any]:
-        with arrow.parquet.ParquetFile(path) as file:
-            columns = map(file.schema.column, range(len(file.schema)))
-            texts = [
-                each.path
-                for each in columns
-                if each.physical_type == "BYTE_ARRAY" and each.logical_type.type != "DECIMAL"
-            ]
-            groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
-            is_large = any(group.total_byte_size > MOST_GROUP for group in groups)
+        found = arrow.parquet.read_metadata(path)
+        columns = map(found.schema.column, range(found.num_columns))
+        texts = [
+            each.path for each in columns if each.physical_type == "BYTE_ARRAY" and each.logical_type.type != "DECIMAL"
+        ]
+        groups = map(found.row_group, range(found.num_row_groups))
+        is_large = any(group.total_byte_size > MOST_GROUP for group in groups)
         # a text that stands in a file once may stand in every row: it is not copied before it is measured
         with arrow.parquet.ParquetFile(path, read_dictionary=texts) as file:
             yield from file.iter_batches(batch_size=LARGE_ROWS if is_large else PARQUET_ROWS)
