@@ -14,7 +14,7 @@ from tempfile import gettempdir
 from typing import Any
 
 from minicache.drafts import draft_beside, draft_of
-from minicache.errors import OutputError
+from minicache.errors import MinicacheError, OutputError
 from minicache.failures import writing
 from minicache.json_lines import to_json
 
@@ -249,14 +249,14 @@ def require_file(file: Path) -> None:
         raise OSError(errno.EINVAL, "expected a file, got something else", str(file))
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """What a file of this program's says; nothing where there is none. Raises OutputError: it cannot be read."""
+def read_json(file: Path, problem: type[MinicacheError] = OutputError) -> dict[str, Any]:
+    """What a file of one JSON object says; nothing where there is none. Raises `problem`: it cannot be read."""
     try:
         facts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except (OSError, ValueError, RecursionError) as error:
-        raise OutputError(f"{file}: cannot be read: {error}") from error
+        raise problem(f"{file}: cannot be read: {error}") from error
     if not isinstance(facts, dict):
-        raise OutputError(f"{file}: expected a JSON object, got {str(facts)[:40]!r}")
+        raise problem(f"{file}: expected a JSON object, got {str(facts)[:40]!r}")
     return facts
 
 

@@ -198,17 +198,25 @@ def is_data(name: str) -> bool:
 
 
 def glob_pattern(glob: str) -> re.Pattern[str]:
-    """A glob as a regular expression: `*` and `?` stay within a folder, `**` goes through all below."""
+    """A glob as a regular expression: `*` and `?` stay within a folder, `**` goes through all below.
+
+    Raises:
+        DataError: its brackets hold a range from a later sign to an earlier one, or nothing.
+    """
     parts = re.split(r"(\*\*/|\*\*|\*|\?|\[!?[^\]]+\])", glob)
     signs = {"**/": "(?:[^/]+/)*", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    return re.compile(
-        "".join(signs.get(part) or (_class(part) if at % 2 else re.escape(part)) for at, part in enumerate(parts)),
-        re.DOTALL,
-    )
+    try:
+        return re.compile(
+            "".join(signs.get(part) or (_class(part) if at % 2 else re.escape(part)) for at, part in enumerate(parts)),
+            re.DOTALL,
+        )
+    except re.error as error:
+        raise DataError(f"{glob}: is no pattern of files' names: {error}") from None
 
 
 def _class(part: str) -> str:
-    inner = part[1:-1].replace("\\", "\\\\").replace("[", "\\[")
+    # the signs that a set in brackets may one day be combined with
+    inner = re.sub(r"([\\\[&~|])", r"\\\1", part[1:-1])
     return f"[^{inner[1:]}]" if inner.startswith("!") else f"[{inner}]"
 
 

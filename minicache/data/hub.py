@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minicache.data.files import DataFile
-from minicache.data.folders import Folder, Note
+from minicache.data.folders import MOST_ABOUT, Folder, Note
 from minicache.errors import DataError, MinicacheError, StoreError
 from minicache.hub import PART, endpoint
 from minicache.text import one_line
@@ -57,7 +57,8 @@ def fetch(value: str, note: Note) -> list[DataFile] | None:
         commit, names = _listing(asked)
 
         def read(name: str) -> str:
-            return _download(asked, commit, name).path.read_text(encoding="utf-8", errors="replace")
+            with _download(asked, commit, name).path.open(encoding="utf-8", errors="replace") as stream:
+                return stream.read(MOST_ABOUT)
 
         chosen = Folder(asked.id, names, read).select(asked.config, asked.split, note)
         return [_download(asked, commit, name) for name in chosen]

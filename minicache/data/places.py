@@ -12,7 +12,7 @@ from typing import IO
 
 from minicache.data import hub, urls
 from minicache.data.files import SUFFIXES, DataFile, suffix_of
-from minicache.data.folders import Folder, Note, is_data
+from minicache.data.folders import MOST_ABOUT, Folder, Note, is_data
 from minicache.disk import usual_directory
 from minicache.drafts import draft_beside
 from minicache.errors import ConfigError, DataError
@@ -100,7 +100,8 @@ def _in_folder(path: Path, name: str, asked: tuple[str, str], note: Note) -> lis
     shown = name.rstrip("/" + os.sep) or "/"
 
     def read(inside: str) -> str:
-        return (path / inside).read_text(encoding="utf-8", errors="replace")
+        with (path / inside).open(encoding="utf-8", errors="replace") as stream:
+            return stream.read(MOST_ABOUT)
 
     try:
         chosen = Folder(shown, _files_below(path), read).select(*asked, note)

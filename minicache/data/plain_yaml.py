@@ -1,10 +1,14 @@
 """YAML from somebody else: plain values only, and no more of them than the file has room for."""
 
+from collections import Counter
 from typing import Any
 
 from minicache.text import one_line
 
 MOST_VALUES = 100_000
+# Most characters of an integer: Python writes none of more than 4,300 digits, whichever base it was read in.
+MOST_INTEGER = 1000
+INTEGER = "tag:yaml.org,2002:int"
 
 
 def read_yaml(text: str) -> Any:
@@ -13,7 +17,7 @@ def read_yaml(text: str) -> Any:
     An alias stands for what it names each time: a few lines of aliases of aliases are more values than a memory holds.
 
     Raises:
-        ValueError: it is not YAML, nested too deeply, or has more than MOST_VALUES values.
+        ValueError: it is not YAML, is nested too deeply, has a name twice, or has more or larger values than the bounds above.
     """
     # a package that transformers needs
     import yaml
@@ -25,6 +29,9 @@ def read_yaml(text: str) -> Any:
         return yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(one_line(error, 300)) from error
+    # what a value raises that is not what its tag says, as `!!bool x` and `!!int ""`
+    except (LookupError, AttributeError, OverflowError) as error:
+        raise ValueError(f"a value is not of the type that its tag names: {one_line(error, 200)}") from error
 
 
 def _values(node: Any, known: dict[int, int]) -> int:
@@ -35,6 +42,12 @@ def _values(node: Any, known: dict[int, int]) -> int:
         return found
     known[id(node)] = 0
     count = 1
+    if node.tag == INTEGER and len(node.value) > MOST_INTEGER:
+        raise ValueError(f"an integer of {len(node.value):,} characters; expected {MOST_INTEGER:,} or fewer")
+    if node.id == "mapping":
+        names = Counter((key.tag, key.value) for key, _ in node.value if key.id == "scalar")
+        if twins := [name for (_, name), times in names.items() if times > 1]:
+            raise ValueError(f"{twins[0][:80]} stands in it twice")
     if isinstance(node.value, list):
         for each in node.value:
             count += sum(_values(part, known) for part in (each if isinstance(each, tuple) else (each,)))

@@ -117,7 +117,7 @@ def _without_paths(file: Path, base: str | None) -> bytes | None:
     """The JSON of a model's file in which the names of models are public; None if nothing has to be replaced."""
     try:
         content: Any = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise OutputError(f"{file}: cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         return None

@@ -1,10 +1,10 @@
 """Where an adapter, its base and its tokenizer lie: directories, hub ids, or the directory of the run that made them."""
 
-import json
 from functools import cache
 from pathlib import Path
 
 from minicache.data.tokenizer_files import TEMPLATE
+from minicache.disk import read_json
 from minicache.errors import ModelError
 from minicache.models.adapter_files import ADAPTER
 from minicache.models.file_kinds import is_path
@@ -67,10 +67,7 @@ def base_of(directory: Path) -> str | None:
     file = directory / ADAPTER
     if not file.is_file():
         return None
-    try:
-        name = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{file}: cannot be read as an adapter's configuration: {error}") from error
+    name = read_json(file, ModelError).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise ModelError(f"{file}: base_model_name_or_path: expected the name of the base model, got {name!r}")
     return name

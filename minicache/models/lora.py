@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from minicache.disk import read_json
 from minicache.errors import ConfigError, ModelError
 from minicache.models.adapter_files import ADAPTER, PREFIX, repeated, require_all, resize, settings_of
 from minicache.models.adapter_targets import targets
@@ -144,14 +145,10 @@ def quantization_of(directory: Path) -> str:
 
 def _facts(directory: Path) -> dict[str, Any]:
     file = directory / BASE
-    try:
-        facts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        if file.is_file():
-            str(facts["weights"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{file}: cannot be read: {error}") from error
-    found: dict[str, Any] = facts
-    return found
+    facts = read_json(file, ModelError)
+    if file.is_file() and "weights" not in facts:
+        raise ModelError(f"{file}: cannot be read: it names no weights")
+    return facts
 
 
 def check_base(directory: Path, name: str, fingerprint: str) -> None:

@@ -4,7 +4,6 @@ transformers fills missing weights with random numbers and drops what it has no 
 the user's model.
 """
 
-import json
 import re
 import zipfile
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from minicache.disk import read_json
 from minicache.errors import ModelError
 from minicache.models.file_kinds import is_path
 from minicache.text import listed
@@ -200,8 +200,17 @@ def _type_of(weight: torch.Tensor) -> str:
 
 
 def _files(directory: Path, name: str) -> list[Path]:
-    """The files of this name, or those that its index lists."""
-    index, names = directory / f"{name}.index.json", {name}
-    if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    return [directory / each for each in sorted(names) if (directory / each).is_file()]
+    """The file of this name; where there is none, those that its index lists. transformers prefers it too.
+
+    Raises:
+        ModelError: the index cannot be read.
+    """
+    if (directory / name).is_file():
+        return [directory / name]
+    index = directory / f"{name}.index.json"
+    listed_files = read_json(index, ModelError).get("weight_map", {})
+    if not isinstance(listed_files, dict):
+        raise ModelError(f"{index}: weight_map: expected names of files, got {str(listed_files)[:40]!r}")
+    return [
+        file for file in (directory / each for each in sorted(set(map(str, listed_files.values())))) if file.is_file()
+    ]

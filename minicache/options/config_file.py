@@ -25,6 +25,8 @@ from minicache.options.train import TrainConfig
 from minicache.text import one_line
 
 MOST_BYTES = 1_000_000
+# Of an integer.
+MOST_BITS = 4096
 SUFFIXES = (".toml", ".yaml", ".yml", ".json")
 MANY_PARTS = re.compile(r"""(?<![\w"'-])(?:[\w"'-]+[ \t]*\.[ \t]*){64}""")
 # Entries of run.json that only a run's record has.
@@ -111,6 +113,9 @@ def _text(file: Path, name: str, value: Any) -> Any:
         return texts
     if isinstance(value, dict):
         raise ConfigError(f"{file}: {name}: expected a value, got a table; tables are named like commands")
+    # TOML's hexadecimal integers; Python writes none of more than 4,300 digits
+    if isinstance(value, int) and value.bit_length() > MOST_BITS:
+        raise ConfigError(f"{file}: {name}: expected a number, got one of {value.bit_length():,} bits")
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

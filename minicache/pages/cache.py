@@ -135,7 +135,7 @@ def _refusal(line: str) -> list[str] | None:
     try:
         row = json.loads(line)
         return [f"{row['file']}:{row['line']}", str(row["reason"]), str(row["message"])]
-    except (ValueError, KeyError, TypeError):  # a list that a person has edited is no reason to stop
+    except (ValueError, KeyError, TypeError, RecursionError):  # a list that a person has edited is no reason to stop
         return None
 
 

@@ -3,6 +3,7 @@
 What all kinds of places have in common is tested in test_places.py.
 """
 
+import asyncio
 import http.server
 import json
 import os
@@ -20,13 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import obstore
+import obstore.store
 import pytest
 
 from minicache.cache.manifest import Log, Manifest
 from minicache.cache.places import bounded, leases
 from minicache.cache.places.bucket import bucket_at
 from minicache.cache.places.claims import CLAIM_FILE
-from minicache.cache.places.leases import Lease
+from minicache.cache.places.leases import Lease, _holder
 from minicache.cache.places.opening import claimed, place_at
 from minicache.cache.reader import ReferenceCache
 from minicache.cache.writer import CacheWriter
@@ -63,6 +66,14 @@ def proxy(url: str, s3_port: int, endpoint: Callable[[int], None]) -> Iterator[F
     with faulty_proxy(s3_port) as between:
         endpoint(between.port)
         yield between
+
+
+@pytest.mark.parametrize("content", [b"[" * 60_000, b"[]", b"{", b"\xff", b'{"id": 1}'])
+def test_the_object_of_a_lease_that_says_no_id_is_nobodys(content: bytes) -> None:
+    store = obstore.store.MemoryStore()
+    obstore.put(store, "lease", content)
+    seen, id = asyncio.run(_holder(store, "lease"))
+    assert seen and id is None
 
 
 def cutting(at: str) -> Plan:

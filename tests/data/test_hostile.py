@@ -11,6 +11,8 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -153,6 +155,77 @@ def test_a_line_of_100_MB_is_refused_and_the_next_is_read(tmp_path: Path) -> Non
     long = b'{"prompt": "' + b"x" * 100_000_000 + b'"}\n'
     (tmp_path / "file").write_bytes(row + long + b" " * 2 * MOST_ROW + b"\n" + row + long[:-3])
     assert read_in_memory_of(900, tmp_path / "file") == ["1 ok", "2 too-large", "4 ok", "5 too-large"]
+
+
+def write_table(file: Path, table: pa.Table) -> None:
+    """As parquet or as arrow, by the file's suffix."""
+    if file.suffix == ".parquet":
+        pq.write_table(table, file, dictionary_pagesize_limit=2**30)
+        return
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+TIMES = {
+    "date": (pa.date32(), 2**31 - 1), "date in ms": (pa.date64(), 2**62), "time of day": (pa.time32("s"), 2**31 - 1),
+    "timestamp": (pa.timestamp("us"), 2**62), "zone": (pa.timestamp("us", "UTC"), 2**62),
+    "unknown zone": (pa.timestamp("us", "Mars/Olympus"), 0), "nanoseconds": (pa.timestamp("ns"), 1),
+    "duration": (pa.duration("s"), 2**62), "negative": (pa.timestamp("us"), -(2**62)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+@pytest.mark.parametrize("name", TIMES)
+def test_times_beyond_those_of_python_cost_no_row(tmp_path: Path, name: str, suffix: str) -> None:
+    """As PostgreSQL's 'infinity'; alone, in a list, an object, a map and a dictionary."""
+    kind, value = TIMES[name]
+    times = pa.array([value, None], pa.int32() if kind.bit_width == 32 else pa.int64()).view(kind)
+    columns: dict[str, Any] = {
+        "plain": times,
+        "list": pa.ListArray.from_arrays([0, 1, 2], times),
+        "object": pa.StructArray.from_arrays([times], ["at"]),
+        "map": pa.MapArray.from_arrays([0, 1, 2], pa.array(["a", "b"]), times),
+        "set": pa.DictionaryArray.from_arrays([0, 0], times[:1]),
+    }
+    # parquet's library has no empty object to write, nor a dictionary of durations
+    if suffix == "parquet":
+        del columns["set"]
+    write_table(tmp_path / f"file.{suffix}", pa.table({"chosen": ["a", "b"], **columns}))
+    rows: list[Any] = [row for _, row in read_rows(str(tmp_path / f"file.{suffix}"))]
+    assert [row["chosen"] for row in rows] == ["a", "b"]
+    assert isinstance(rows[0]["plain"], str) and [rows[0]["plain"]] == rows[0]["list"]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_a_text_that_many_rows_refer_to_is_decoded_for_few_at_once(tmp_path: Path, suffix: str) -> None:
+    """A dictionary's entry of 20 MB for 150 rows, of which each is small enough; and all of them in a list, which is not."""
+    long, indices = pa.array(["x" * 20_000_000]), pa.array([0] * 150, pa.int32())
+    write_table(tmp_path / f"file.{suffix}", pa.table({"chosen": pa.DictionaryArray.from_arrays(indices, long)}))
+    assert len(read_in_memory_of(1200, tmp_path / f"file.{suffix}")) == 150
+    lists = pa.ListArray.from_arrays([0, 150], pa.DictionaryArray.from_arrays(indices, long))
+    write_table(tmp_path / f"file.{suffix}", pa.table({"chosen": lists}))
+    assert read_in_memory_of(1200, tmp_path / f"file.{suffix}") == ["1 too-large"]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_of_a_table_that_is_not_UTF_8_the_one_row_is_refused(tmp_path: Path, suffix: str) -> None:
+    """In a list too, and where the rows refer to the texts."""
+    texts = pa.array([b"a", b"\xff", b"c"]).view(pa.string())
+    columns = {"text": texts, "list": pa.ListArray.from_arrays([0, 1, 2, 3], texts)}
+    if suffix == "arrow":
+        columns["set"] = pa.DictionaryArray.from_arrays([0, 1, 2], texts)
+    for name, column in columns.items():
+        write_table(tmp_path / f"file.{suffix}", pa.table({name: column}))
+        rows = [row for _, row in read_rows(str(tmp_path / f"file.{suffix}"))]
+        assert [isinstance(row, RowRefused) and row.reason for row in rows] == [False, "bad-unicode", False], name
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_a_table_with_two_columns_of_one_name_is_refused(tmp_path: Path, suffix: str) -> None:
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["chosen", "chosen"])
+    write_table(tmp_path / f"file.{suffix}", table)
+    with pytest.raises(DataError, match="expected each column once, got two named 'chosen'"):
+        list(read_rows(str(tmp_path / f"file.{suffix}")))
 
 
 def test_what_is_nested_too_deeply_is_refused_alone_or_among_many(tokenizer_dir: Path, tmp_path: Path) -> None:

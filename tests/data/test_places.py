@@ -7,6 +7,7 @@ import io
 import json
 import lzma
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -277,6 +278,10 @@ def test_globs_go_through_folders_as_the_shell_does(tmp_path: Path, find: Find, 
         ("[!a]?.c", "bb.c", True),
     ):
         assert bool(glob_pattern(glob).fullmatch(name)) == fits, glob
+    for glob in ("[z-a].parquet", "[!]"):
+        with pytest.raises(DataError, match=f"{re.escape(glob)}: is no pattern of files' names"):
+            glob_pattern(glob)
+    assert glob_pattern("[a&&b].c").fullmatch("&.c") and glob_pattern("[a||b]").fullmatch("|")
 
 
 def test_what_datasets_wrote_is_read_in_its_order(tmp_path: Path, find: Find, notes: list[str]) -> None:
@@ -434,9 +439,10 @@ def test_a_readme_says_which_files_make_a_configuration_and_a_split(hub: Hub, fi
     hub.add("org/open", {"README.md": README.replace(b"default: true", b"x: 1"), **dict.fromkeys(names, LINES)})
     with pytest.raises(DataError, match="has the configurations one, two, three; add one of them, as in org/open:one"):
         find("org/open")
-    hub.add("org/bad", {"README.md": b"---\nconfigs: [\n---\n", "x.jsonl": LINES})
-    with pytest.raises(DataError, match="are no YAML"):
-        find("org/bad")
+    for front in ("[", "!!bool x", '!!int ""', '!!float ""', "!!timestamp x", "0x" + "F" * 4000, "{a: 1, a: 2}"):
+        hub.add("org/bad", {"README.md": f"---\nconfigs: {front}\n---\n".encode(), "x.jsonl": LINES})
+        with pytest.raises(DataError, match="are no YAML"):
+            find("org/bad")
 
 
 def test_a_local_path_wins_and_a_name_of_neither_says_both(

@@ -195,7 +195,11 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "unknown kind": (lambda adapter: change_settings(adapter, peft_type="GIZMO"), "peft cannot read it"),
     "settings that are no object": (
         lambda adapter: (adapter / "adapter_config.json").write_text("[1]"),
-        "cannot be read as an adapter's configuration",
+        r"adapter_config.json: expected a JSON object, got '\[1\]'",
+    ),
+    "settings too deep": (
+        lambda adapter: (adapter / "adapter_config.json").write_text("[" * 100_000),
+        "adapter_config.json: cannot be read: maximum recursion depth",
     ),
     "no base": (
         lambda adapter: change_settings(adapter, base_model_name_or_path=None),

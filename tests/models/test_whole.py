@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from minicache.errors import ModelError
 from minicache.models import load_model
+from minicache.models.whole import _stored
 from minicache.options.train import TrainConfig
 from minicache.stages.train import train
 from minicache.trackers import Silent
@@ -85,6 +86,27 @@ def test_float8_in_a_pickled_checkpoint_is_refused_too(tmp_path: Path) -> None:
 def test_old_tables_that_are_no_weights_are_no_reason_to_refuse(tmp_path: Path) -> None:
     table = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     assert load_model(saved(tmp_path / "model", lambda state: state | table)).left_out is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{}", "[]", '{"weight_map": {', '{"weight_map": 1}', "version https://git-lfs.github.com/spec/v1", "[" * 100_000,
+     '{"weight_map": {"lm_head.weight": "old.safetensors"}}'],
+)  # fmt: skip
+def test_an_index_left_beside_the_weights_is_not_read(content: str, tmp_path: Path) -> None:
+    """As transformers does, which loads the one file."""
+    source = saved(tmp_path / "model", lambda state: state)
+    save_file({"old.visual.weight": torch.ones(1).to(torch.float8_e4m3fn)}, tmp_path / "model" / "old.safetensors")
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(content)
+    assert load_model(source).left_out is None
+
+
+@pytest.mark.parametrize("content", ["[]", '{"weight_map": 1}', "{", "[" * 100_000])
+def test_an_index_that_cannot_be_read_is_one_line(content: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ModelError, match=r"model.safetensors.index.json: ") as error:
+        _stored(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from minicache.cache.reader import ReferenceCache
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import ConfigError, DataError
 from minicache.options.others import InspectConfig, ReportConfig
-from minicache.pages.cache import _manifest, _sources
+from minicache.pages.cache import _manifest, _refusal, _sources
 from minicache.pages.cache_report import EXTREMES, gather
 from minicache.pages.charts import HEIGHT, Bars, Line, curves, histogram, thinned
 from minicache.pages.compare import Answers
@@ -306,6 +306,11 @@ def test_what_the_template_was_given_is_among_the_facts(odd_cache: Path) -> None
     given = replace(it, identity={**it.identity, "date": "2025-02-01", "template_args": '{"thinking": false}'})
     facts = dict(_manifest(given)["facts"])
     assert (facts["date"], facts["template args"]) == ("2025-02-01", '{"thinking": false}')
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, "[]", "{", '{"file": 1}'])
+def test_a_refused_row_that_a_person_has_edited_is_passed_over(line: str) -> None:
+    assert _refusal(line) is None
 
 
 def test_files_refused_rows_and_problems_are_told(odd_page: Path) -> None:

@@ -15,7 +15,8 @@ import yaml
 
 from minicache.cache.places.hub import snapshot_at
 from minicache.cache.reader import ReferenceCache
-from minicache.exchange.parcels import machine_paths
+from minicache.errors import OutputError
+from minicache.exchange.parcels import machine_paths, model_files
 from minicache.models.adapter_places import MERGED_BASE
 from minicache.options.lora import LoraOptions
 from minicache.options.train import TrainConfig, ValidationOptions
@@ -114,6 +115,12 @@ def test_many_files_go_in_parts_and_the_root_is_last(
     assert len(parts) > 2 and ["zarr.json" in files for files in parts] == [False] * (len(parts) - 1) + [True]
     snapshot_at.cache_clear()
     assert list(ReferenceCache("hf://datasets/org/name").verify()) == []
+
+
+def test_a_models_file_that_is_nested_too_deeply_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(OutputError, match=r"config.json: cannot be read as JSON: maximum recursion depth"):
+        model_files(tmp_path, None)
 
 
 def test_a_policy_loads_by_its_name(repos: Hub, trained: Path, cli: Cli) -> None:

@@ -348,10 +348,10 @@ def test_a_reference_may_be_an_adapter_that_was_merged_before_quantization(
     assert code == 0 and json.loads(stdout)["moved"]["mean"] > 0, stderr
 
 
-@pytest.mark.parametrize("text", ['{"weights": "0", "quantization": "nf2"}', "[]", "{"])
+@pytest.mark.parametrize("text", ['{"weights": "0", "quantization": "nf2"}', "[]", "{", "[" * 100_000])
 def test_a_damaged_note_about_the_base_is_one_line(runs: dict[str, Path], tmp_path: Path, text: str) -> None:
     model = shutil.copytree(runs["int8"] / "model", tmp_path / "model")
     (model / "base.json").write_text(text)
-    with pytest.raises(ModelError, match=r"base\.json: cannot be read") as error:
+    with pytest.raises(ModelError, match=r"base\.json: (cannot be read|expected a JSON object)") as error:
         load_model(str(model))
     assert "\n" not in str(error.value)

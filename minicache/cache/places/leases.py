@@ -209,7 +209,7 @@ async def _holder(store: Any, name: str) -> tuple[Mapping[str, Any] | None, str 
     """What is known of the object of a lease, and the id of its holder; None where there is none."""
     with suppress(FileNotFoundError):
         there = await obstore.get_async(store, name)
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             content = json.loads(await received(there, MOST_BYTES))
             if isinstance(content, dict) and isinstance(content.get("id"), str):
                 return there.meta, content["id"]
