@@ -12,6 +12,7 @@ from minicache.failures import panics_as_errors
 from minicache.models import stored
 from minicache.models.directories import broken_file, missing_file, require_plain_files
 from minicache.models.file_kinds import SAVE, is_path
+from minicache.models.gguf_header import require_header
 from minicache.models.whole import require_language_model, require_whole
 from minicache.text import one_line
 
@@ -67,6 +68,7 @@ def from_pretrained(cls: Any, source: str, trust_remote_code: bool, **options: A
         if not path.is_file():
             raise ModelError(f"{source}: no such file")
         _require_gguf(source)
+        require_header(path)
         source, options = str(path.parent), {**options, "gguf_file": path.name}
     elif not path.is_dir() and (path.exists() or is_path(source)):
         raise ModelError(f"{source}: expected a model directory, a .gguf or .pth file, or a hub id like org/name")
