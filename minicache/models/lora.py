@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minicache.errors import ConfigError, ModelError
-from minicache.models.adapter_files import ADAPTER, PREFIX, repeated, require_all, resize, settings_of
+from minicache.models.adapter_files import ADAPTER, PREFIX, repeated, require_all, require_ranks, resize, settings_of
 from minicache.models.adapter_targets import targets
 from minicache.models.directories import broken_file
 from minicache.models.joined import WEIGHTS, write_joined
@@ -186,6 +186,7 @@ def with_adapter(base: nn.Module, directory: Path) -> Any:
     try:
         weights = peft.load_peft_weights(str(directory), device="cpu")
         require_finite(weights.items(), str(directory))
+        require_ranks(config, weights, directory)
         with quiet():
             if not _only_adds(config, weights):
                 base = to_float32(base, torch.device("cpu"))
