@@ -15,6 +15,8 @@ from minicache.text import listed, one_line
 
 ADAPTER = "adapter_config.json"
 PREFIX = "base_model.model."
+# A rank that any machine has memory for: so many times that of the adapter's own matrices, or this one.
+FAR, SMALL_RANK = 8, 256
 
 
 def settings_of(directory: Path) -> Any:
@@ -73,6 +75,27 @@ def _why_not_merged(config: Any) -> str | None:
             f"revision and write its path to base_model_name_or_path in {ADAPTER}"
         )
     return None
+
+
+def require_ranks(config: Any, weights: Mapping[str, torch.Tensor], directory: Path) -> None:
+    """Require that no rank of a LoRA's settings is larger by far than those of its matrices: peft makes others of that rank first.
+
+    A rank may be of modules that the adapter does not have, and one that is a little too large is named where it does not fit.
+
+    Raises:
+        ModelError: one is.
+    """
+    if config.peft_type.value not in ("LORA", "ADALORA"):
+        return
+    held = max(
+        (len(each) for key, each in weights.items() if ".lora_A" in key or ".lora_embedding_A" in key), default=0
+    )
+    ranks = [config.r, getattr(config, "init_r", 0), *(config.rank_pattern or {}).values()]
+    largest = max(rank for rank in ranks if isinstance(rank, int))
+    if largest > max(FAR * held, SMALL_RANK):
+        raise ModelError(
+            f"{directory / ADAPTER}: a rank of {largest:,}, where the adapter's matrices have {held} at most; expected their rank"
+        )
 
 
 def resize(base: Any, weights: Mapping[str, torch.Tensor], directory: Path) -> None:

@@ -15,6 +15,8 @@ from minicache.errors import ModelError
 State = dict[str, torch.Tensor]
 # Tables that some versions saved and that are computed anew.
 NOT_WEIGHTS = ("freqs_cos", "freqs_sin", "pos_cis", "attention.mask")
+# A key with a longer number is that of no layer, and left over.
+LAYER = r"(?:^|\.)layers\.(\d{1,9})\."
 # The first version of transformers whose mixtures of experts can be used.
 MIXTURES_SINCE = (5, 14)
 
@@ -127,11 +129,20 @@ class Counts:
 
 
 def count(state: State, generation: Generation) -> Counts:
-    """The counts that follow from the keys of a file, which may be incomplete."""
+    """The counts that follow from the keys of a file, which may be incomplete.
+
+    Raises:
+        ValueError: they would be of many more tensors than the file has.
+    """
     gate = state.get(_file_key("model.layers.0.mlp.gate.weight", generation))
-    experts = max(len(gate) if gate is not None else 0, _highest(r"\.experts\.(\d+)\.", state))
-    shared = _highest(r"\.shared_experts\.(\d+)\.", state) or int(any(".shared_experts." in key for key in state))
-    return Counts(_highest(r"(?:^|\.)layers\.(\d+)\.", state), experts, shared)
+    experts = max(len(gate) if gate is not None else 0, _highest(r"\.experts\.(\d{1,9})\.", state))
+    shared = _highest(r"\.shared_experts\.(\d{1,9})\.", state) or int(any(".shared_experts." in key for key in state))
+    counts = Counts(_highest(LAYER, state), experts, shared)
+    # each expert of a layer has three tensors
+    if counts.layers * max(experts + shared, 1) > len(state):
+        per_layer = f" of {experts + shared:,} experts" if experts + shared else ""
+        raise ValueError(f"its keys number {counts.layers:,} layers{per_layer}, and it has {len(state):,} tensors")
+    return counts
 
 
 def file_keys(generation: Generation, counts: Counts) -> dict[str, str]:
@@ -189,7 +200,7 @@ def unstack(state: State, experts: Experts) -> tuple[State, Counts]:
     """The inverse of `stack`: one tensor for each expert, and the counts."""
     plain = {name: weight for name, weight in state.items() if ".mlp." not in name and ".block_sparse_moe." not in name}
     plain = {name: weight for name, weight in plain.items() if not experts.shared or experts.shared not in name}
-    layers, shared = _highest(r"(?:^|\.)layers\.(\d+)\.", state), 0
+    layers, shared = _highest(LAYER, state), 0
     for layer in range(layers):
         here, mlp = f"model.layers.{layer}.", f"model.layers.{layer}.mlp."
         plain[mlp + "gate.weight"] = state[here + experts.router]

@@ -11,8 +11,10 @@ from torch import nn
 from minicache.errors import ModelError
 from minicache.failures import panics_as_errors
 from minicache.models import stored
+from minicache.models.described import require_countable, require_held
 from minicache.models.directories import broken_file, missing_file, require_plain_files
 from minicache.models.file_kinds import SAVE, is_path
+from minicache.models.gguf_header import require_header
 from minicache.models.whole import require_language_model, require_whole
 from minicache.text import one_line
 
@@ -34,6 +36,8 @@ def load(source: str, trust_remote_code: bool) -> nn.Module:
     config = from_pretrained(AutoConfig, source, trust_remote_code)
     require_language_model(source, config)
     is_gguf = Path(source).suffix == ".gguf"
+    with without_reports():
+        require_held(source, config)
     # weights of another shape are refused below, by name
     options = {"dtype": "auto", "output_loading_info": True, "ignore_mismatched_sizes": True}
     how = {} if is_gguf else stored.loading_options(source, config)
@@ -64,11 +68,14 @@ def from_pretrained(cls: Any, source: str, trust_remote_code: bool, **options: A
     Raises:
         ModelError: there is none, or transformers cannot load it.
     """
+    from transformers import AutoConfig, PretrainedConfig
+
     path = Path(source)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"{source}: no such file")
         _require_gguf(source)
+        require_header(path)
         source, options = str(path.parent), {**options, "gguf_file": path.name}
     elif not path.is_dir() and (path.exists() or is_path(source)):
         raise ModelError(f"{source}: expected a model directory, a .gguf or .pth file, or a hub id like org/name")
@@ -79,7 +86,11 @@ def from_pretrained(cls: Any, source: str, trust_remote_code: bool, **options: A
         raise ModelError(said)
     try:
         with without_reports(), without_cache_of_tiktoken(), panics_as_errors():
+            if "gguf_file" not in options and (cls is AutoConfig or (path / "config.json").is_file()):
+                require_countable(source, PretrainedConfig.get_config_dict(source)[0])
             return cls.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+    except ModelError:
+        raise
     # transformers may raise anything on a damaged file
     except Exception as error:
         if path.is_dir() and (broken := broken_file(path) or missing_file(path, "Tokenizer" in cls.__name__)):

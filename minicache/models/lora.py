@@ -12,7 +12,7 @@ from torch import nn
 
 from minicache.disk import read_json
 from minicache.errors import ConfigError, ModelError
-from minicache.models.adapter_files import ADAPTER, PREFIX, repeated, require_all, resize, settings_of
+from minicache.models.adapter_files import ADAPTER, PREFIX, repeated, require_all, require_ranks, resize, settings_of
 from minicache.models.adapter_targets import targets
 from minicache.models.directories import broken_file
 from minicache.models.joined import WEIGHTS, write_joined
@@ -183,6 +183,7 @@ def with_adapter(base: nn.Module, directory: Path) -> Any:
     try:
         weights = peft.load_peft_weights(str(directory), device="cpu")
         require_finite(weights.items(), str(directory))
+        require_ranks(config, weights, directory)
         with quiet():
             if not _only_adds(config, weights):
                 base = to_float32(base, torch.device("cpu"))

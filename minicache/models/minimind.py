@@ -76,19 +76,23 @@ def load(path: Path, options: str = "") -> tuple[nn.Module, tuple[str, ...]]:
         raise ModelError(
             f"{path}: expected a checkpoint of {known}; found keys like {', '.join(list(state)[:3]) or 'none'}"
         )
-    counts, tied = count(state, generation), _tie(state, path, generation)
-    if counts.experts:
-        require_mixtures()
-    plain = _plain(state, path, generation, counts)
-    heads = _heads(plain, path, generation, named)
+    kind = f"MiniMind {generation.name}"
     try:
+        counts, tied = count(state, generation), _tie(state, path, generation)
+        if counts.experts:
+            require_mixtures()
+        kind = _kind(generation, counts)
+        plain = _plain(state, path, generation, counts)
+        heads = _heads(plain, path, generation, named)
         plain = turned(plain, generation, {"q": heads.q, "k": heads.kv}, back=False)
         config = _config(plain, generation, counts, heads) | _chosen(path, generation, counts, named)
         model = _build(stack(plain, generation.experts, counts) if counts.experts else plain, config)
         return model, (*file.notes, *tied)
-    except (KeyError, ValueError, RuntimeError) as error:
-        line = one_line(error, 300)
-        raise ModelError(f"{path}: not a whole {_kind(generation, counts)} checkpoint: {line}") from error
+    except ModelError:
+        raise
+    # transformers' checks of a config raise classes of their own
+    except Exception as error:
+        raise ModelError(f"{path}: not a whole {kind} checkpoint: {one_line(error, 300)}") from error
 
 
 def _parse(path: Path, options: str) -> Options:
@@ -235,6 +239,12 @@ def _build(state: State, settings: dict[str, Any]) -> nn.Module:
 
     family: Any = AutoModelForCausalLM
     config = AutoConfig.for_model(**settings)
+    # A few widths make the config: memory is taken for weights of these shapes only if the file has all of them.
+    with torch.device("meta"):
+        due = family.from_config(config, attn_implementation="sdpa", dtype=config.dtype).state_dict()
+    for name, weight in state.items():
+        if name in due and due[name].shape != weight.shape:
+            raise ValueError(f"{name} is {tuple(weight.shape)}, expected {tuple(due[name].shape)} beside the others")
     model: nn.Module = family.from_config(config, attn_implementation="sdpa", dtype=config.dtype)
     model.load_state_dict(state)
     return model

@@ -13,7 +13,7 @@ import torch
 
 from minicache.errors import ModelError
 from minicache.models.file_kinds import SAVE, require_torch_file
-from minicache.models.generations import State
+from minicache.models.generations import NOT_WEIGHTS, State
 from minicache.text import one_line
 
 # Keys under which programs keep the weights beside an optimizer and the like. Source: MiniMind's lm_checkpoint ("model"),
@@ -138,7 +138,7 @@ def _plain_names(state: State, path: Path) -> State:
 
 
 def _require_whole_weights(state: State, path: Path) -> None:
-    """Raises ModelError: LoRA matrices, tensors without numbers, or quantized ones."""
+    """Raises ModelError: LoRA matrices, tensors without numbers or with fewer than their shape says, or quantized ones."""
     ours, peft = ([key for key in state if re.search(part, key)] for part in (r"\.lora\.[AB]\.", r"\.lora_[ABE]\b"))
     if ours and len(ours) == len(state):
         raise ModelError(
@@ -164,3 +164,25 @@ def _require_whole_weights(state: State, path: Path) -> None:
             raise ModelError(
                 f"{path}: {key} is {value.dtype}: expected weights that are not quantized; use the file from before that"
             )
+        if key.endswith(NOT_WEIGHTS):
+            continue
+        if not value.dim() or not value.numel():
+            raise ModelError(f"{path}: {key} has the shape {tuple(value.shape)}; expected a weight with numbers in it")
+        if _size(value) > value.untyped_storage().nbytes():
+            raise ModelError(
+                f"{path}: {key} repeats few numbers as {tuple(value.shape)}; expected weights: .contiguous()"
+            )
+    needed, held = (
+        sum(_size(value) for key, value in state.items() if not key.endswith(NOT_WEIGHTS)),
+        path.stat().st_size,
+    )
+    # Loading copies each. A tied head is the embedding once more.
+    if needed > 2 * held:
+        raise ModelError(
+            f"{path}: its weights overlap: {needed:,} bytes in a file of {held:,}; expected each by itself"
+        )
+
+
+def _size(weight: torch.Tensor) -> int:
+    """Number of bytes of a weight by itself."""
+    return weight.numel() * weight.element_size()

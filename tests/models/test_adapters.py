@@ -432,3 +432,27 @@ def test_named_targets_that_cannot_be_read_back_are_refused() -> None:
         ConfigError, match=r"peft does not find the adapters of .*shared_experts.up_proj again in what it"
     ):
         add_lora(model, "base", options, 0, Silent())
+
+
+FAR = r"adapter_config\.json: a rank of (20,000|257), where the adapter's matrices have 8 at most"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"r": 20_000}, FAR),
+        ({"rank_pattern": {"q_proj": 20_000}}, FAR),
+        ({"r": 257}, FAR),
+        ({"r": 256}, "the adapter does not fit its base model"),
+    ],
+)
+def test_a_rank_far_from_that_of_the_matrices_is_refused_before_others_are_made(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], message: str
+) -> None:
+    adapter = sft_adapter(model_dir, tmp_path / "adapter")
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    if message == FAR:
+        monkeypatch.setattr("minicache.models.lora.seen_in_float32", lambda _: pytest.fail("made"))
+    with pytest.raises(ModelError, match=message):
+        load_model(str(adapter))

@@ -218,6 +218,93 @@ def test_tensors_that_do_not_belong_are_refused(checkpoints: Path, tmp_path: Pat
         assert "\n" not in str(caught.value)
 
 
+LAYER = "model.layers.{}.input_layernorm.weight"
+FIRST = "model.layers.0.self_attn."
+# What a file of a stranger can hold. It filled the memory, or ended in a traceback.
+ABSURD: dict[str, tuple[str, Callable[[State], State], str]] = {
+    "a layer of ten digits": (
+        "minimind3-dense", lambda state: {LAYER.format(9999999999): torch.ones(64)}, "not part of one: model.layers.9999999999."
+    ),
+    "a layer of nine digits": (
+        "minimind3-dense", lambda state: {LAYER.format(999999999): torch.ones(64)}, "its keys number 1,000,000,000 layers, and"
+    ),
+    "a layer of 5,000 digits": (
+        "minimind3-dense", lambda state: {LAYER.format("9" * 5000): torch.ones(64)}, "not part of one: model.layers.999"
+    ),
+    "an expert": (
+        "minimind3-moe", lambda state: {"model.layers.0.mlp.experts.999999999.up_proj.weight": torch.ones(1)}, "1,000,000,000 exp"
+    ),
+    "a shared expert": (
+        "minimind2-2510-moe",
+        lambda state: {"model.layers.0.mlp.shared_experts.999999999.up_proj.weight": torch.ones(1)},
+        "1,000,000,004 experts",
+    ),
+    "an expert of the first form": (
+        "minimind2-2504-moe", lambda state: {"layers.0.feed_forward.experts.999999999.w1.weight": torch.ones(1)}, "1,000,000,001"
+    ),
+    "a gate of many experts": (
+        "minimind3-moe", lambda state: {"model.layers.0.mlp.gate.weight": torch.ones(10**5, 1)}, "100,000 experts"
+    ),
+    "a norm of no width": (
+        "minimind3-dense", lambda state: {FIRST + "q_norm.weight": torch.zeros(0)}, r"q_norm.weight has the shape \(0,\); expected"
+    ),
+    "a projection of no rows": (
+        "minimind3-dense", lambda state: {FIRST + "k_proj.weight": torch.zeros(0, 64)}, r"k_proj.weight has the shape \(0, 64\)"
+    ),
+    "one number for a projection": (
+        "minimind2-2510-dense", lambda state: {FIRST + "q_proj.weight": torch.tensor(1.0)}, r"q_proj.weight has the shape \(\)"
+    ),
+    "one number for a gate": (
+        "minimind3-moe", lambda state: {"model.layers.0.mlp.gate.weight": torch.tensor(1.0)}, r"gate.weight has the shape \(\)"
+    ),
+    "a row for a projection": (
+        "minimind2-2510-dense", lambda state: {FIRST + "o_proj.weight": torch.ones(64)}, r"o_proj.weight is \(64,\), expected \(64"
+    ),
+    "an embedding no multiple of the heads": (
+        "minimind2-2510-dense",
+        lambda state: dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), torch.ones(400, 63)),
+        "not a whole dense MiniMind 2510 checkpoint: ",
+    ),
+    "one number as a wide embedding": (
+        "minimind3-dense",
+        lambda state: dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), torch.zeros(1).expand(10**6, 10**4)),
+        "weight repeats few numbers as",
+    ),
+    "weights in each other": (
+        "minimind3-dense",
+        lambda state: {
+            f"model.layers.{number}.mlp.up_proj.weight": torch.ones(2 * 10**6).as_strided((10**6, 64), (1, 1)) for number in (0, 1)
+        },
+        "weight repeats few numbers as",
+    ),
+    "narrow tensors of a wide model": (
+        "minimind3-dense",
+        lambda state: dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), torch.ones(1, 10**6))
+        | {"model.layers.0.mlp.gate_proj.weight": torch.ones(10**6, 1)},
+        r"is \(64,\), expected \(1000000,\) beside the others",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ABSURD)
+def test_what_no_training_wrote_is_one_line(checkpoints: Path, tmp_path: Path, what: str) -> None:
+    name, changed, message = ABSURD[what]
+    file = rewritten(checkpoints / f"{name}.pth", tmp_path / "x.pth", lambda state: state | changed(state))
+    with pytest.raises(ModelError, match=message) as caught:
+        load_model(str(file))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tensor_that_lies_in_every_layer_is_no_model(tmp_path: Path) -> None:
+    """A tied head alone is a copy of another weight."""
+    state, wide = draw("minimind3-dense"), torch.ones(10**6, 64)
+    for layer in (0, 1):
+        state |= {f"model.layers.{layer}.mlp.{part}_proj.weight": wide for part in ("gate", "up")}
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(ModelError, match=r"its weights overlap: 1,0.* bytes in a file of 2"):
+        load_model(str(tmp_path / "x.pth"))
+
+
 def test_two_shared_experts_lie_side_by_side(tmp_path: Path) -> None:
     """They compute what the reference does, and both come back."""
     state, ids = draw("minimind2-2510-moe", shared=2), some_ids()
