@@ -42,6 +42,7 @@ from minicache.trackers import Silent
 from minicache.training.order import Mixture, global_batches
 from minicache.training.schedules import learning_rate
 
+DATA = ("sample", "English pairs")
 WORLD = World(0, 1, torch.device("cpu"))
 FILE = RESULTS / "outcome.json"
 # Pairs of a step, and of TRL's micro-batch, which divides it.
@@ -82,8 +83,7 @@ def main() -> None:
     known = known_runs(options)
     try:
         with tempfile.TemporaryDirectory() as directory:
-            data = {"sample": SAMPLE, "English pairs": english(options, Path(directory))}
-            for name, (training, held_out) in data.items():
+            for name, (training, held_out) in zip(DATA, (SAMPLE, english(options, Path(directory))), strict=True):
                 missing = [each for each in wanted(options, name) if options.only in each.key and each.key not in known]
                 caches = Caches(options.model, Path(directory) / name.replace(" ", "-"), training, held_out)
                 for asked in missing:
@@ -232,7 +232,10 @@ def by_trl(asked: Asked, caches: Caches, out: Path) -> Callable[[], object]:
 
 def report(options: argparse.Namespace, known: dict[str, Any], console: Console, quietly: bool = False) -> None:
     """Write the table and all figures."""
+    every = [asked.key for data in DATA for asked in wanted(options, data)]
+    left = sum(key not in known for key in every)
     whole = {
+        "note": f"{left} of {len(every)} runs are not made yet: those that the table lacks." if left else "",
         "what": f"{short_name(options.model)}, float32 on a CPU, {options.epochs:g} epochs in steps of {BATCH} pairs at "
         f"{options.lr:g}, cosine with warm-up; with recipes their loss, logps, beta and schedule. Held-out pairs that no run was "
         "chosen by. Figures of several seeds are means, with the smallest and the largest; of one seed with their 95% intervals. "

@@ -50,7 +50,7 @@ def draw_outcome(known: dict[str, dict[str, Any]]) -> Path | None:
             _points(axis, here, figure_of)
             axis.axvline({"accuracy": 0.5, "margin": 0.0}[figure_of], color=COLORS[LIVE], linewidth=0.8, linestyle="--")
             axis.set_title(f"{data}: held-out reward {figure_of}, 95% intervals", fontsize=9, loc="left")
-        column[0].set_xlim(0, 1)
+        column[0].set_xlim(0, 1.02)
     path = RESULTS / "outcome.png"
     figure.savefig(path, dpi=110)
     return path

@@ -97,7 +97,7 @@ def readme_figures(name: str) -> list[str]:
 def test_the_figures_of_the_readme_are_those_of_the_benchmark(name: str) -> None:
     results = (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
     figures = readme_figures(name)
-    assert len(figures) == 8
+    assert len(figures) == 10
     for figure in figures:
         assert re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d.])", results), (
             f"{figure} is not in benchmarks/RESULTS.md"
