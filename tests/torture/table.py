@@ -55,7 +55,8 @@ def made(lines: Collection[Mapping[str, Any]]) -> str:
 
 def section() -> str:
     """What stands between BEGIN and END."""
-    lines = known(FILE).values()
+    if not (lines := known(FILE).values()):
+        return ""
     return f"\nMeasured {made(lines)}.\n\n{table(added(lines))}\n\n"
 
 
