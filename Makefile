@@ -100,7 +100,7 @@ bench-gpu: $(VENV)/bench $(MODEL)
 	$(BENCHMARK) --model $(MODEL) minimind-3 qwen3-0.6b qwen3-1.7b --data $(FULL_DATA) --pairs 64 --dtype bfloat16 $(BENCH)
 	$(BIN)/python -m benchmarks.noise --model $(MODEL) --data $(FULL_DATA) --pairs 256
 
-# Trains SmolLM2 some forty times: hours on two CPU cores. What is in the results already is not made again.
+# Trains SmolLM2 some thirty times: two hours on two CPU cores. What is in the results already is not made again.
 bench-outcome: $(VENV)/bench $(MODEL)
 	$(BIN)/python -m benchmarks.outcome --model $(MODEL) --data $(FULL_DATA) $(OUTCOME)
 
