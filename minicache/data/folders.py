@@ -162,11 +162,11 @@ class Folder:
                 f"{self.name}/README.md: its metadata are no YAML: {' '.join(str(error).split())}"
             ) from None
         configs = content.get("configs") if isinstance(content, dict) else None
-        return {
-            str(each.get("config_name")): each
-            for each in (configs if isinstance(configs, list) else ())
-            if isinstance(each, dict)
-        }
+        found: dict[str, Any] = {}
+        for each in configs if isinstance(configs, list) else ():
+            if isinstance(each, dict) and found.setdefault(name := str(each.get("config_name")), each) is not each:
+                raise DataError(f"{self.name}/README.md: two configurations are called {name[:80]!r}; expected one")
+        return found
 
 
 def splits_by_name(names: list[str]) -> Splits:

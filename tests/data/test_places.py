@@ -436,6 +436,9 @@ def test_a_readme_says_which_files_make_a_configuration_and_a_split(hub: Hub, fi
     ):
         with pytest.raises(DataError, match=said):
             find(value)
+    hub.add("org/twins", {"README.md": README.replace(b"name: three", b"name: one"), **dict.fromkeys(names, LINES)})
+    with pytest.raises(DataError, match="two configurations are called 'one'; expected one"):
+        find("org/twins")
     hub.add("org/open", {"README.md": README.replace(b"default: true", b"x: 1"), **dict.fromkeys(names, LINES)})
     with pytest.raises(DataError, match="has the configurations one, two, three; add one of them, as in org/open:one"):
         find("org/open")
