@@ -71,8 +71,9 @@ class RunRecord:
         found = {name: value for name, value in asdict(self).items() if name != "options" and value is not None}
         # 0.1.0 did not have it
         progress = (found.get("outcome") or {}).get("progress", {})
-        if progress.get("held_out") is None:
-            progress.pop("held_out", None)
+        for name in ("held_out", "stopped"):
+            if progress.get(name) is None:
+                progress.pop(name, None)
         options = {name: value for name, value in self.options.items() if name not in LATER or value != DEFAULTS[name]}
         return {**options, **found}
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from minicache import disk
 from minicache.training import checkpoints
 from minicache.training.checkpoints import OPTIMIZER, STATE, Saver
 from tests.conftest import one_process
@@ -44,7 +45,8 @@ def test_a_checkpoint_replaces_an_older_one_of_its_step(tmp_path: Path) -> None:
 
 
 def half_removed(folder: Path, **options: Any) -> None:
-    next(file for file in folder.rglob("*") if file.is_file()).unlink()
+    for file in [file for file in folder.rglob("*") if file.is_file()][:1]:
+        file.unlink()
     raise Killed
 
 
@@ -59,7 +61,7 @@ def test_a_kill_while_it_is_replaced_leaves_a_whole_one_or_none(
 
     dying: dict[str, tuple[Any, str, Callable[..., None]]] = {
         "while the old one is removed": (shutil, "rmtree", half_removed),
-        "before the new one is renamed": (checkpoints, "publish_folder", killed),
+        "before the new one is renamed": (disk, "publish_folder", killed),
     }
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(*dying[kill])
