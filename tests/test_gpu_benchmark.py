@@ -112,6 +112,7 @@ def _is_alive(process: int) -> bool:
     return state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
+@pytest.mark.slow
 def test_checks_that_no_longer_fit_are_listed_and_not_run() -> None:
     found = visit(checks(stuck=15, good=60), True, 0.12, lambda each: None)
     assert [each.status for each in found] == [CUT_OFF, NOT_RUN]
@@ -145,7 +146,7 @@ def test_page_and_json_say_what_was_found() -> None:
 # --- the checks themselves ---
 
 
-LONG = [name for name in CHECKS if name in ("fit", "attention", "compile") or name.startswith("speed")]
+LONG = [name for name in CHECKS if name in ("fit", "attention", "compile", "layouts") or name.startswith("speed")]
 
 
 @pytest.mark.parametrize(

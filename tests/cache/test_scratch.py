@@ -224,6 +224,7 @@ def in_world(size: int, cache: Path, scratch: Path) -> list[Any]:
     return [json.loads(process.communicate(timeout=120)[0]) for process in processes]
 
 
+@pytest.mark.slow
 def test_the_processes_of_a_machine_share_one_file(ref_cache: Path, tmp_path: Path) -> None:
     said = in_world(4, ref_cache, tmp_path)
     assert {tokens for tokens, _ in said} == {int(ReferenceCache(ref_cache).load().table.tokens.sum())}

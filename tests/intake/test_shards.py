@@ -237,6 +237,7 @@ def test_new_data_and_another_number_of_shards_wait_until_nobody_scores(
     assert_same_store(cache, precompute_into(tmp_path / "whole", model_dir, data, more, block_pairs=4))
 
 
+@pytest.mark.slow
 def test_bad_data_is_told_by_every_job_and_leaves_nothing(start: Start, tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text("".join(json.dumps(row) + "\n" for row in make_rows(40, seed=52)) + "{broken\n")

@@ -38,7 +38,7 @@ NONE = ("--ref-cache", "none")
         (("minicache", "train", *NONE, "--out", "run"), [GROWING]),
         (("minicache", "precompute-ref", *NONE, "--model", "none", "--data", "none", "--nproc", "2"), [GROWING] * 2),
         # torchrun itself imports torch, and uses no device
-        (
+        pytest.param(
             (
                 "torch.distributed.run",
                 "--nproc-per-node",
@@ -51,6 +51,7 @@ NONE = ("--ref-cache", "none")
                 "none",
             ),
             ["None", GROWING],
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["one process", "two", "torchrun"],

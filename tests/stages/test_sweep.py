@@ -207,6 +207,7 @@ def test_two_processes_make_the_same_runs(ref_cache: Path, tmp_path: Path) -> No
             assert one == pytest.approx(two, rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_without_matplotlib_there_is_a_note_and_no_picture(
     ref_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

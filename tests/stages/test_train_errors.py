@@ -163,6 +163,7 @@ def test_a_misspelt_option_is_named(ref_cache: Path, tmp_path: Path, cli: Cli) -
     assert code == 2 and "--ref-cache" in stderr
 
 
+@pytest.mark.slow
 def test_interrupted_twice_it_ends_at_once_and_says_what_is_left(ref_cache: Path, tmp_path: Path) -> None:
     """The second request comes in a step that lasts: here the whole process is as good as stuck in it."""
     stuck = (
