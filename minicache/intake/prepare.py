@@ -10,6 +10,7 @@ import torch
 
 from minicache.cache.blocks import TOKENIZER, Blocks
 from minicache.cache.places.claims import CLAIM_FILE, SHARD_CLAIMS, Claim
+from minicache.cache.places.directory import remove_drafts
 from minicache.cache.places.opening import claimed, take_alone
 from minicache.cache.places.place import POLL_SECONDS, ROOT
 from minicache.cache.writer import CacheWriter
@@ -55,6 +56,8 @@ def prepare(
 def _create_if_absent(request: Request) -> None:
     """Make an empty cache, unless there is one."""
     if request.place.has(ROOT):
+        # of one that was killed while another made the cache
+        remove_drafts(request.place.home)
         return
     try:
         CacheWriter.create(request.path, request.manifest, lambda place: shutil.copytree(request.tokenizer_dir, place))

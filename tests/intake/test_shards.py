@@ -21,6 +21,7 @@ from minicache.cache.places.claims import CLAIM_FILE, FileClaim
 from minicache.cache.places.opening import claimed
 from minicache.cache.places.place import POLL_SECONDS
 from minicache.cache.reader import ReferenceCache
+from minicache.drafts import draft_of
 from minicache.errors import CacheMismatch, ConfigError, DataError, OutputError
 from minicache.options.others import InspectConfig
 from minicache.options.stage_one import PrecomputeConfig
@@ -235,6 +236,19 @@ def test_new_data_and_another_number_of_shards_wait_until_nobody_scores(
     run(cache, model_dir, data, shard="2/2")
     run(cache, model_dir, data, shard="1/2")
     assert_same_store(cache, precompute_into(tmp_path / "whole", model_dir, data, more, block_pairs=4))
+
+
+@pytest.mark.parametrize("shard", [None, "1/2"])
+def test_what_a_job_left_that_was_killed_while_another_made_the_cache_is_removed(
+    whole: Path, data: Path, model_dir: Path, tmp_path: Path, shard: str | None
+) -> None:
+    cache = shutil.copytree(whole, tmp_path / "cache")
+    mine = draft_of(cache)
+    for draft in (mine, mine.with_name(mine.name.replace(f"-{os.getpid()}-", "-99999999999-"))):
+        (draft / "pairs").mkdir(parents=True)
+    run(cache, model_dir, data, shard=shard)
+    # that of a process at work stays
+    assert sorted(place.name for place in tmp_path.iterdir()) == sorted(["cache", mine.name])
 
 
 @pytest.mark.slow

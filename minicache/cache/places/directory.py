@@ -13,7 +13,7 @@ from minicache.cache.places.bounded import BoundedStore, read_list
 from minicache.cache.places.claims import SHARD_CLAIMS, Claim, FileClaim
 from minicache.cache.places.place import ROOT, Place
 from minicache.disk import flush_to_disk, move, publish_folder, with_folders, written_whole
-from minicache.drafts import draft_of
+from minicache.drafts import draft_of, remove_leftovers
 from minicache.errors import CacheNotFound, OutputError
 from minicache.failures import writing
 
@@ -130,6 +130,7 @@ class Directory(Place):
 
 
 def remove_drafts(place: Path) -> None:
-    """Remove what killed calls of 0.1.0 left of drafts, for which `place` is no longer free."""
+    """Remove what killed calls left of drafts of a cache at `place`, this version's and 0.1.0's."""
+    remove_leftovers(place.parent, place.name)
     for leftover in place.parent.glob(f".{escape(place.name)}.creating-*"):
         shutil.rmtree(leftover, ignore_errors=True)
