@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from minicache.disk import require_file
 from minicache.errors import ModelError
 
 # Sixty times the largest vocabulary in use. The library makes tables as long as the largest id.
@@ -131,7 +132,8 @@ def _steps(roots: list[Any]) -> Iterator[dict[str, Any]]:
 
 def _json(file: Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        # the settings may name any place, as a pipe, which would be waited for
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     except (OSError, ValueError, RecursionError):
         return None
 
@@ -150,6 +152,7 @@ def _number(text: str | bytes) -> int | None:
 def _ranks(file: Path) -> Iterator[tuple[str, int | None]]:
     """Tokens and ranks of a vocabulary of tiktoken; nothing of one of SentencePiece, which is binary."""
     try:
+        require_file(file)
         with file.open("rb") as stream:
             content = stream.read() if RANKS.match(stream.peek(4096)) else b""
     except OSError:

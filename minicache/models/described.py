@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from minicache.errors import ModelError
+from minicache.models.directories import broken_file
 
 # Numbers by which transformers makes lists or modules, and more than any language model has.
 COUNTS = re.compile(r"n_layers?|num(_\w+)?_layers|(encoder|decoder)_layers|(num|n)(_\w+)?_experts|num_labels")
@@ -60,6 +61,8 @@ def require_held(source: str, config: Any) -> None:
         is_quantized |= vars(each).pop("quantization_config", None) is not None
     described = _described(config)
     if described > FEW + held * (QUANTIZED_A_BYTE if is_quantized else WEIGHTS_A_BYTE):
+        if path.is_dir() and (problem := broken_file(path)):
+            raise ModelError(problem)
         of = "it" if path.is_file() else "its config.json"
         raise ModelError(
             f"{source}: {of} describes a model of {described:,} weights, and its weights take {held:,} bytes; expected those of "

@@ -1,6 +1,7 @@
 """Chat templates render as transformers renders them, today as on any other day; what cannot work is a clean error."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -346,6 +347,14 @@ def test_files_beside_the_tokenizer_are_bounded_too(tokenizer_dir: Path, tmp_pat
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ModelError, match=rf"{name}: .*has the id 16,777,216; expected ids below"):
         save_tokenizer(str(tmp_path), tmp_path / "out", False)
+
+
+def test_a_pipe_that_the_settings_name_is_not_waited_for(tokenizer_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(tokenizer_dir, tmp_path / "model")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("../pipe", "/dev/zero"):
+        (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps({"fast_tokenizer_files": [name]}))
+        require_bounded_files(tmp_path / "model")
 
 
 @pytest.mark.parametrize("name", ["extra_ids", "offset", "num_madeup_words"])

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from minicache.errors import ModelError
@@ -55,7 +57,9 @@ def test_a_config_of_another_model_takes_no_memory(tmp_path: Path, monkeypatch: 
     """The mismatch would be named after weights of the config's size were drawn."""
     source = changed(tmp_path / "model", intermediate_size=5_000_000)
     if form == "bin":
-        (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "pytorch_model.bin")
+        weights = tmp_path / "model" / "model.safetensors"
+        torch.save(load_file(weights), tmp_path / "model" / "pytorch_model.bin")
+        weights.unlink()
     monkeypatch.setattr("minicache.models.stored.loading_options", lambda *_: pytest.fail("loaded"))
     with pytest.raises(
         ModelError, match=r"config\.json describes a model of 960,0\d\d,\d\d\d weights, and its weights take"
@@ -94,3 +98,24 @@ def test_what_cannot_be_known_is_loaded(tmp_path: Path, monkeypatch: pytest.Monk
     source = changed(tmp_path / "model")
     require_held(source, AutoConfig.for_model("clip"))
     require_held(source, AutoConfig.for_model("llama", hidden_act="none of them"))
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 13476839424\n"
+
+
+@pytest.mark.parametrize("what", ["a pointer", "half of a download"])
+def test_a_large_model_that_is_not_all_there_is_named_by_what_it_lacks(tmp_path: Path, what: str) -> None:
+    directory = Path(changed(tmp_path / "model", intermediate_size=5_000_000))
+    weights = directory / "model.safetensors"
+    if what == "a pointer":
+        weights.write_bytes(POINTER)
+        said = r"model\.safetensors: .*Git LFS"
+    else:
+        weights.rename(directory / "model-00001-of-00002.safetensors")
+        files = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+        said = (
+            r"index\.json: names model-00002-of-00002\.safetensors, which is not beside it; copy or download it again"
+        )
+    with pytest.raises(ModelError, match=said):
+        load_model(str(directory))
