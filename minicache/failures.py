@@ -4,12 +4,13 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from minicache.drafts import without_drafts
-from minicache.errors import OutputError
+from minicache.errors import MinicacheError, OutputError
+from minicache.text import one_line
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What the system may say of any file at any moment, as of one on a disk that fails or was taken away.
@@ -61,6 +62,18 @@ def panics_as_errors() -> Iterator[None]:
         if type(error).__name__ != "PanicException":
             raise
         raise RuntimeError(str(error)) from error
+
+
+@contextmanager
+def told_by(tell: Callable[[str], MinicacheError]) -> Iterator[None]:
+    """Turn whatever a library raises, panics too, into the error that `tell` makes of its line. This program's own pass."""
+    try:
+        with panics_as_errors():
+            yield
+    except MinicacheError:
+        raise
+    except Exception as error:
+        raise tell(one_line(error, 300)) from error
 
 
 def _has_working_directory() -> bool:

@@ -8,8 +8,8 @@ the contents as plain text.
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -19,9 +19,8 @@ from tokenizers import Encoding, Tokenizer
 
 from minicache.data.records import NO_CONTEXT, Context, Pair, Turn, texts_in
 from minicache.errors import ModelError, RowRefused
-from minicache.failures import panics_as_errors
+from minicache.failures import told_by
 from minicache.pairs import Ints
-from minicache.text import one_line
 
 # Private-use characters in plane 16, which hardly any font uses.
 FIRST_HIDDEN = 0x108000
@@ -32,22 +31,14 @@ ESCAPED = re.compile(r"\\udb[ef]", re.IGNORECASE)
 MEANT = ("<think>", "</think>")
 
 
-@contextmanager
-def encoding() -> Iterator[None]:
+def encoding() -> AbstractContextManager[None]:
     """Within this context texts are encoded.
 
     Raises:
         RowRefused: that fails. A vocabulary may lack a token for some character and for the unknown, a pattern may take too many
             steps on a long run of spaces.
     """
-    try:
-        with panics_as_errors():
-            yield
-    except RowRefused:
-        raise
-    # the tokenizers library raises bare Exception
-    except Exception as error:
-        raise RowRefused("tokenizer", f"the tokenizer cannot encode it: {one_line(error, 200)}") from error
+    return told_by(lambda line: RowRefused("tokenizer", f"the tokenizer cannot encode it: {line}"))
 
 
 class SpecialText:

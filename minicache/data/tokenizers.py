@@ -6,8 +6,8 @@ writes such a directory for any model; a cache keeps one in `cache/tokenizer/`.
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
@@ -23,7 +23,7 @@ from minicache.data.special import SpecialText, encoding
 from minicache.data.template import Template
 from minicache.data.tokenizer_bounds import require_bounded
 from minicache.errors import ModelError
-from minicache.failures import panics_as_errors
+from minicache.failures import told_by
 from minicache.pairs import Ints
 from minicache.text import one_line
 
@@ -101,12 +101,8 @@ class ChatTokenizer:
         Raises:
             ModelError: the tokenizer cannot decode them.
         """
-        try:
-            with panics_as_errors():
-                return self.backend.decode([int(token) for token in ids], skip_special_tokens=not special)
-        # as in `reading`
-        except Exception as error:
-            raise ModelError(f"the tokenizer cannot decode token ids: {one_line(error, 200)}") from error
+        with told_by(lambda line: ModelError(f"the tokenizer cannot decode token ids: {line}")):
+            return self.backend.decode([int(token) for token in ids], skip_special_tokens=not special)
 
     def decode_after(self, ids: Ints, count: int) -> str:
         """The text of ids after the first `count`. They are decoded too: some decoders drop the space before the first word.
@@ -133,21 +129,13 @@ class ChatTokenizer:
         return Template(self.template, self.special, self.date, json.loads(self.arguments or "{}"))
 
 
-@contextmanager
-def reading(file: Path) -> Iterator[None]:
+def reading(file: Path) -> AbstractContextManager[None]:
     """Within this context a tokenizer.json is read.
 
     Raises:
         ModelError: that fails.
     """
-    try:
-        with panics_as_errors():
-            yield
-    except ModelError:
-        raise
-    # the tokenizers library raises bare Exception
-    except Exception as error:
-        raise ModelError(f"{file}: cannot be read as a tokenizer: {one_line(error, 300)}") from error
+    return told_by(lambda line: ModelError(f"{file}: cannot be read as a tokenizer: {line}"))
 
 
 def template_of(directory: Path, config: dict[str, Any]) -> tuple[str, str]:

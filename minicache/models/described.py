@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from minicache.errors import ModelError
 from minicache.models.directories import broken_file
@@ -70,6 +71,16 @@ def require_held(source: str, config: Any) -> None:
         )
 
 
+def without_weights(config: Any, **options: Any) -> nn.Module:
+    """The model of this config on the device `meta`: names and shapes. options: of `from_config`, which may raise anything."""
+    from transformers import AutoModelForCausalLM
+
+    family: Any = AutoModelForCausalLM
+    with torch.device("meta"):
+        model: nn.Module = family.from_config(config, **options)
+    return model
+
+
 def _described(config: Any) -> int:
     """The number of weights of the model of this config; 0 if its class is not transformers' own or cannot be built."""
     from transformers import AutoModelForCausalLM
@@ -78,8 +89,7 @@ def _described(config: Any) -> int:
     if type(config) not in family._model_mapping:
         return 0
     try:
-        with torch.device("meta"):
-            model = family.from_config(config)
+        model = without_weights(config)
     # loading says what is wrong: a family's own code may raise anything
     except Exception:
         return 0

@@ -9,6 +9,7 @@ import struct
 from pathlib import Path
 
 from minicache.errors import ModelError
+from minicache.models.described import MOST_COUNTED, QUANTIZED_A_BYTE
 from minicache.models.file_kinds import AGAIN, other_kind
 
 MAGIC = b"GGUF"
@@ -17,10 +18,8 @@ SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 STRING, ARRAY = 8, 9
 # Elements, values and tensors, about a kilobyte of memory each. A vocabulary of 262,144 with its merges has 1.3 million.
 MOST = 4_000_000
-# Numbers over which transformers loops, as of llama.block_count, and more than any model has.
-COUNTS, MOST_COUNTED = (".block_count", ".expert_count"), 10_000
-# The smallest formats take more than one bit.
-WEIGHTS_A_BYTE = 8
+# Numbers over which transformers loops, as of llama.block_count.
+COUNTS = (".block_count", ".expert_count")
 
 
 def require_header(path: Path) -> None:
@@ -85,7 +84,7 @@ def _walk(header: _Header) -> None:
         name = header.string().decode("utf-8", "replace")
         _value(header, name, header.number("I"))
     weights = sum(_weights(header) for _ in range(tensors))
-    if weights > WEIGHTS_A_BYTE * header.size:
+    if weights > QUANTIZED_A_BYTE * header.size:
         raise ValueError(f"tensors of {weights:,} weights, and {header.size:,} bytes")
 
 

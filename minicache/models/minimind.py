@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from minicache.errors import ModelError
+from minicache.models.described import without_weights
 from minicache.models.generations import (
     GENERATIONS,
     NOT_WEIGHTS,
@@ -240,8 +241,7 @@ def _build(state: State, settings: dict[str, Any]) -> nn.Module:
     family: Any = AutoModelForCausalLM
     config = AutoConfig.for_model(**settings)
     # A few widths make the config: memory is taken for weights of these shapes only if the file has all of them.
-    with torch.device("meta"):
-        due = family.from_config(config, attn_implementation="sdpa", dtype=config.dtype).state_dict()
+    due = without_weights(config, attn_implementation="sdpa", dtype=config.dtype).state_dict()
     for name, weight in state.items():
         if name in due and due[name].shape != weight.shape:
             raise ValueError(f"{name} is {tuple(weight.shape)}, expected {tuple(due[name].shape)} beside the others")

@@ -10,6 +10,7 @@ from torch import nn
 from minicache.errors import ModelError
 from minicache.models import huggingface, lora
 from minicache.models.adapter_places import adapter_place, base_name
+from minicache.models.described import without_weights
 from minicache.models.load import FAMILIES, split_source
 from minicache.models.precision import hold_for
 from minicache.models.quantized import quantizable, stand_in
@@ -53,7 +54,7 @@ def outline_of(source: str, trust_remote_code: bool = False) -> Outline:
 
 
 def _from_config(source: str, trust_remote_code: bool) -> Outline:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     config = huggingface.from_pretrained(AutoConfig, source, trust_remote_code)
     require_language_model(source, config)
@@ -69,11 +70,10 @@ def _from_config(source: str, trust_remote_code: bool) -> Outline:
             loading_options(source, config)
         vars(config).pop("quantization_config", None)
         vars(text).pop("quantization_config", None)
-    family: Any = AutoModelForCausalLM
     dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None) or torch.float32
     try:
-        with META, huggingface.without_reports():
-            model = family.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        with huggingface.without_reports():
+            model = without_weights(config, dtype=dtype, trust_remote_code=trust_remote_code)
     # a family's own code may raise anything
     except Exception as error:
         raise ModelError(f"{source}: its class cannot be built from its config: {one_line(error, 300)}") from error

@@ -34,7 +34,7 @@ from minicache.training.pinned import pins, with_pins
 from minicache.training.policy import Policy, load_policy, quantization_for
 from minicache.training.pool import choose_pairs
 from minicache.training.progress import Progress
-from minicache.training.resuming import Begun, find_begun
+from minicache.training.resuming import Begun, as_begun, find_begun
 from minicache.training.run_directory import RunRecord, holds_model, write_record
 from minicache.training.saving import open_run, save_dtype, save_policy
 from minicache.training.state import Run
@@ -85,6 +85,8 @@ def train_locked(config: TrainConfig, lock: RunLock, world: World, tracker: Trac
     if begun and begun.record.outcome:
         tracker.note(f"{config.out}: this run is finished; nothing to resume")
         return _report(config.out, begun.record)
+    if begun:
+        config = as_begun(config, begun.record)
     world.each(lambda: require(config, world.device, world.size))
     commits = world.first(lambda: pins(config))
     config = with_pins(config, commits)
@@ -174,11 +176,10 @@ def _prepare(
 
 
 def _weigh_balance(scorer: Scorer, config: TrainConfig, begun: Begun | None, tracker: Tracker) -> None:
-    """Apply --balance, of a resumed run its own. One that records none is without experts, or of before there was the option."""
+    """Apply --balance. A run that records no weight is one without experts, or of before there was the option."""
     if config.balance is None:
         if begun:
-            recorded = begun.record.options.get("balance")
-            scorer.weigh_balance(weight_before(scorer.model) if recorded is None else recorded)
+            scorer.weigh_balance(weight_before(scorer.model))
     elif not scorer.weigh_balance(config.balance) and config.balance:
         tracker.note(
             f"--balance {config.balance:g}: not used, the model has no experts whose routers transformers records"

@@ -158,9 +158,10 @@ def _validate(run: Run, training: Training, stop: StopFlag) -> None:
     started = time.monotonic()
     progress, options = training.progress, run.config.validation
     objective = replace(run.objective, beta=final_beta(run.config.beta, run.config.beta_end))
-    given = (run.scorer, run.held_out, objective, run.budget, run.world, Silent())
     try:
-        found = evaluate_policy(*given, stop=lambda: bool(stop))
+        found = evaluate_policy(
+            run.scorer, run.held_out, objective, run.budget, run.world, Silent(), stop=lambda: bool(stop)
+        )
     except Stopped:
         _save_if_asked_to_stop(run, training, stop)
         raise

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from minicache.errors import ConfigError, OutputError
 from minicache.options.declare import flag
@@ -41,10 +41,15 @@ def find_begun(config: TrainConfig) -> Begun | None:
     record = read_record(out)
     if record is None:
         raise OutputError(f"{out}: exists already, and its {RECORD} says nothing; name another --out or remove it")
-    _check_same_options(config, record)
+    _check_same_options(as_begun(config, record), record)
     done = checkpoints.steps(out)
     log.debug("%s: resuming, checkpoints after the steps %s", out, done)
     return Begun(record, done[-1] if done else None)
+
+
+def as_begun(config: TrainConfig, record: RunRecord) -> TrainConfig:
+    """The config with what it leaves to the model's own config as the run has it."""
+    return replace(config, balance=record.options.get("balance")) if config.balance is None else config
 
 
 def _check_same_options(config: TrainConfig, record: RunRecord) -> None:
@@ -54,9 +59,7 @@ def _check_same_options(config: TrainConfig, record: RunRecord) -> None:
     """
     for name, value in flat(config).items():
         before = record.options.get(name)
-        # the record has the weight that the model's own config gave
-        is_left_to_the_run = name == "balance" and value is None
-        if name not in MOVABLE and value != before and not is_left_to_the_run and not why_unread(config, name):
+        if name not in MOVABLE and value != before and not why_unread(config, name):
             raise ConfigError(
                 f"{config.out}: {flag(name)}: this run was started with {before}, asked for {value}; a resumed run "
                 "keeps its options: ask for the same, or name another --out"
