@@ -8,81 +8,22 @@ No command lists its options a second time.
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, replace
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import typer
 
+from minicache.commands.extras import CONFIG, DEVICE, NPROC, PRINT_CONFIG, VERBOSE, Extra
 from minicache.commands.running import errors_as_one_line, log_everything
 from minicache.options.config_file import config_as_toml, options_in
 from minicache.options.declare import Option, flag, options_of
 from minicache.options.dictionaries import fill, flat
-from minicache.options.recipes import RECIPES
 
 Config = TypeVar("Config")
 # Where click found a value that the user wrote: on the command line, or in the file of --config.
 WRITTEN = ("COMMANDLINE", "DEFAULT_MAP")
-
-
-@dataclass(frozen=True)
-class Extra:
-    """An option that is no field of a command's config: how the command runs, or how its result is shown."""
-
-    name: str
-    kind: Any
-    default: Any
-    option: Option
-    minimum: int | None = None
-
-
-NPROC = Extra(
-    name="nproc",
-    kind=int,
-    default=1,
-    option=Option(help="Number of processes on this machine, started as torchrun would."),
-    minimum=1,
-)
-DEVICE = Extra(
-    name="device",
-    kind=str,
-    default="auto",
-    option=Option(
-        help="auto (the GPU that torch reports, else the CPU), cuda, mps, xpu, npu or cpu; cuda:1 by number."
-    ),
-)
-JSON = Extra(name="json", kind=bool, default=False, option=Option(help="Print the result as JSON."))
-VERBOSE = Extra(
-    name="verbose",
-    kind=bool,
-    default=False,
-    option=Option(help="Log each step to stderr, and show the traceback behind a one-line error."),
-)
-RECIPE = Extra(
-    name="recipe",
-    kind=str | None,
-    default=None,
-    option=Option(
-        help=f"Use the options of a published recipe, in both stages: {', '.join(RECIPES)} (minidpo recipes shows them). "
-        "Other options override them."
-    ),
-)
-CONFIG = Extra(
-    name="config",
-    kind=Path | None,
-    default=None,
-    option=Option(
-        help="Options from a file: .toml, .yaml, .json, or a run.json. Those on the command line override it.",
-        metavar="FILE",
-    ),
-)
-PRINT_CONFIG = Extra(
-    name="print_config",
-    kind=bool,
-    default=False,
-    option=Option(help="Print all options as a file for --config, and do nothing else."),
-)
 
 
 @dataclass(frozen=True)
@@ -221,11 +162,6 @@ def _read_file(context: typer.Context, file: Path | None) -> Path | None:
         name: [value] if name in several and not isinstance(value, list) else value for name, value in values.items()
     }
     return file
-
-
-def in_panel(extra: Extra, panel: str) -> Extra:
-    """The same extra in a panel of `--help`."""
-    return replace(extra, option=replace(extra.option, panel=panel))
 
 
 def _info(name: str, declared: Option, is_flag: bool) -> Any:

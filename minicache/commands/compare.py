@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from minicache.commands.assemble import DEVICE, JSON, Given, command
+from minicache.commands.assemble import Given, command
+from minicache.commands.extras import DEVICE, JSON
 from minicache.commands.running import errors_as_one_line, out, print_json, run_stage
 from minicache.options.others import CompareConfig
 from minicache.screen.compare import show_compared

@@ -1,6 +1,7 @@
 """`minidpo env`."""
 
-from minicache.commands.assemble import JSON, Given, command_of, extra_parameter
+from minicache.commands.assemble import Given, command_of, extra_parameter
+from minicache.commands.extras import JSON
 from minicache.commands.running import errors_as_one_line, out, print_json
 
 

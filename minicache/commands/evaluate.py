@@ -1,6 +1,7 @@
 """`minidpo evaluate`."""
 
-from minicache.commands.assemble import DEVICE, JSON, NPROC, Given, command
+from minicache.commands.assemble import Given, command
+from minicache.commands.extras import DEVICE, JSON, NPROC
 from minicache.commands.running import errors_as_one_line, print_json, run_stage
 from minicache.options.others import EvaluateConfig
 from minicache.screen.results import show_evaluate

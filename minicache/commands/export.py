@@ -1,6 +1,7 @@
 """`minidpo export`."""
 
-from minicache.commands.assemble import DEVICE, JSON, Given, command_of, extra_parameter, parameter_of, parameters_of
+from minicache.commands.assemble import Given, command_of, extra_parameter, parameter_of, parameters_of
+from minicache.commands.extras import DEVICE, JSON
 from minicache.commands.running import err, errors_as_one_line, out, print_json, run_stage
 from minicache.errors import ConfigError
 from minicache.options.declare import flag, options_of

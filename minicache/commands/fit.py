@@ -1,6 +1,7 @@
 """`minidpo fit`."""
 
-from minicache.commands.assemble import JSON, Given, command
+from minicache.commands.assemble import Given, command
+from minicache.commands.extras import JSON
 from minicache.commands.running import errors_as_one_line, print_json, run_stage
 from minicache.options.fit import FitConfig
 from minicache.screen.fit import show_fit

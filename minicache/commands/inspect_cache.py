@@ -2,7 +2,8 @@
 
 import typer
 
-from minicache.commands.assemble import DEVICE, JSON, Given, command
+from minicache.commands.assemble import Given, command
+from minicache.commands.extras import DEVICE, JSON
 from minicache.commands.running import err, errors_as_one_line, out, print_json, run_stage
 from minicache.errors import ConfigError
 from minicache.options.others import InspectConfig

@@ -1,6 +1,7 @@
 """`minidpo precompute-ref`."""
 
-from minicache.commands.assemble import DEVICE, NPROC, RECIPE, Given, command
+from minicache.commands.assemble import Given, command
+from minicache.commands.extras import DEVICE, NPROC, RECIPE
 from minicache.commands.running import errors_as_one_line, run_stage
 from minicache.options.recipes import recipe
 from minicache.options.stage_one import PrecomputeConfig

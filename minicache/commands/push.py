@@ -1,6 +1,7 @@
 """`minidpo push`."""
 
-from minicache.commands.assemble import JSON, Given, command
+from minicache.commands.assemble import Given, command
+from minicache.commands.extras import JSON
 from minicache.commands.running import err, errors_as_one_line, out, print_json
 from minicache.options.push import PushConfig
 from minicache.screen.live import Screen

@@ -1,6 +1,7 @@
 """`minidpo recipes`."""
 
-from minicache.commands.assemble import JSON, Given, command
+from minicache.commands.assemble import Given, command
+from minicache.commands.extras import JSON
 from minicache.commands.running import errors_as_one_line, out, print_json
 from minicache.options.recipes import RECIPES, RecipesConfig
 from minicache.screen.recipes import show_recipe, show_recipes

@@ -3,17 +3,8 @@
 import inspect
 from dataclasses import MISSING, replace
 
-from minicache.commands.assemble import (
-    DEVICE,
-    JSON,
-    NPROC,
-    RECIPE,
-    Given,
-    command_of,
-    extra_parameter,
-    in_panel,
-    parameter_of,
-)
+from minicache.commands.assemble import Given, command_of, extra_parameter, parameter_of
+from minicache.commands.extras import DEVICE, JSON, NPROC, RECIPE, in_panel
 from minicache.commands.running import errors_as_one_line, note, print_json, run_stage
 from minicache.commands.train import single_cache
 from minicache.options.declare import Option, options_of

@@ -5,7 +5,8 @@ from typing import Any
 
 import typer
 
-from minicache.commands.assemble import DEVICE, NPROC, RECIPE, Given, command_of, in_panel, parameters_of
+from minicache.commands.assemble import Given, command_of, parameters_of
+from minicache.commands.extras import DEVICE, NPROC, RECIPE, in_panel
 from minicache.commands.running import errors_as_one_line, note, run_stage
 from minicache.errors import OutputError
 from minicache.options.recipes import recipe
