@@ -8,7 +8,7 @@ from minicache.text import one_line
 MOST_VALUES = 100_000
 # Most characters of an integer: Python writes none of more than 4,300 digits, whichever base it was read in.
 MOST_INTEGER = 1000
-INTEGER = "tag:yaml.org,2002:int"
+INTEGER, MERGE = "tag:yaml.org,2002:int", "tag:yaml.org,2002:merge"
 
 
 def read_yaml(text: str) -> Any:
@@ -45,11 +45,18 @@ def _values(node: Any, known: dict[int, int]) -> int:
     if node.tag == INTEGER and len(node.value) > MOST_INTEGER:
         raise ValueError(f"an integer of {len(node.value):,} characters; expected {MOST_INTEGER:,} or fewer")
     if node.id == "mapping":
-        names = Counter((key.tag, key.value) for key, _ in node.value if key.id == "scalar")
-        if twins := [name for (_, name), times in names.items() if times > 1]:
-            raise ValueError(f"{twins[0][:80]} stands in it twice")
+        names = Counter(_name(key) for key, _ in node.value if key.id == "scalar")
+        if twins := [name for name, times in names.items() if times > 1]:
+            raise ValueError(f"{str(twins[0])[:80]} stands in it twice")
     if isinstance(node.value, list):
         for each in node.value:
             count += sum(_values(part, known) for part in (each if isinstance(each, tuple) else (each,)))
     known[id(node)] = count
     return count
+
+
+def _name(key: Any) -> Any:
+    """A name as the object will have it: `true` and `True`, or 1 and 0x1, are one."""
+    import yaml
+
+    return key.value if key.tag == MERGE else yaml.SafeLoader("").construct_object(key)

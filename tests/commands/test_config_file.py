@@ -127,6 +127,7 @@ BROKEN = {
     "large": ("a.toml", "#" * 1_000_001, "1,000,001 bytes; at most 1,000,000"),
     "an object of Python": ("a.yaml", "lr: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
     "twice in YAML": ("a.yaml", "lr: 1\nlr: 2", "lr stands in it twice"),
+    "twice by its value": ("a.yaml", "true: 1\nTrue: 2", "True stands in it twice"),
     "a tag that lies": ("a.yaml", "lr: !!bool x", "cannot be read: a value is not of the type that its tag names: 'x'"),
     "a tag of nothing": ("a.yaml", 'lr: !!int ""', "a value is not of the type that its tag names"),
     "no number": ("a.yaml", 'lr: !!float ""', "a value is not of the type that its tag names"),
