@@ -19,8 +19,8 @@ PAGE = Path(__file__).with_name("commands.md")
 ABOUT = """# Commands and options
 
 Written by `make commands` from the program's own `--help`; a test keeps the two alike.
-Where no default is shown, an option is off, or follows from the rest. Exit codes: 0 done; 1 an error of input or data,
-in one line; 2 wrong usage; 130 interrupted, with what was done saved.
+Where no default is shown, an option is off, or follows from the rest. Exit codes: 0 done; 1 an error of input, data
+or an option's value, in one line; 2 a command line that cannot be parsed; 130 interrupted, with what was done saved.
 """
 
 

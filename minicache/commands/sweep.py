@@ -31,7 +31,7 @@ def parameters() -> list[inspect.Parameter]:
             continue
         text = HELP.get(item.name, declared.text)
         if item.name in SWEPT:
-            help = f"{text} (Default: {item.default}.)"
+            help = text if item.default is None else f"{text} (Default: {item.default}.)"
             made.append(parameter_of(item.name, tuple[str, ...], None, Option(help=help, panel=PANEL)))
         else:
             default = None if item.default is MISSING else item.default

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from minicache.errors import ConfigError
 from minicache.options.checks import split_share
@@ -18,7 +18,8 @@ from minicache.options.unused import require_read, unread, why_unread
 # Options of train that may have several values: those that change how a run learns. The values in a run's name have this order.
 _KINDS: dict[str, Any] = {item.name: item.type for item, _ in options_of(TrainConfig)}
 SWEPT: dict[str, type] = {
-    name: _KINDS[name]
+    # `float | None` takes numbers too
+    name: next(iter(get_args(_KINDS[name])), _KINDS[name])
     for name in (
         "loss",
         "logps",

@@ -1,6 +1,6 @@
 """Options of `train`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minicache.data.columns import Reading
@@ -29,7 +29,8 @@ class TrainConfig:
 
     ref_cache: one or several; either all have a weight behind a colon, the share of an epoch's pairs, or none has.
     batch_size: pairs per optimizer step, over all processes.
-    beta: None becomes the default for `logps`. balance: None is the weight in the model's configuration.
+    beta: None is the default for `logps`, or what a resumed run has.
+    balance: None is the weight in the model's configuration, or what a resumed run has.
     save_dtype: half precision loses small updates; auto is the precision of the weights that the run started from.
     """
 
@@ -71,7 +72,7 @@ class TrainConfig:
         panel=LOSS,
         choices=lambda: LOGPS,
     )
-    beta: float = option(
+    beta: float | None = option(
         None,
         f"The higher, the closer the policy stays to the reference. (Default: {BETAS['mean']:g} with --logps mean, "
         f"{BETAS['sum']:g} with sum.)",
@@ -172,8 +173,6 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_caches(self.caches)
         check_options(self)
-        if self.beta is None:
-            object.__setattr__(self, "beta", BETAS[self.logps])
         self.reading.require_sound()
         if (quantization := self.base.quantization) and not self.lora.wanted:
             raise ConfigError(
@@ -193,6 +192,10 @@ class TrainConfig:
     def checkpoints_layers(self) -> bool:
         """Whether layers are computed again in backward: all, or those whose activations do not fit."""
         return self.activation_checkpointing or self.selective_checkpointing
+
+    def settled(self) -> "TrainConfig":
+        """The config with the defaults that follow from other options."""
+        return replace(self, beta=BETAS[self.logps]) if self.beta is None else self
 
     @property
     def reading(self) -> Reading:

@@ -9,9 +9,8 @@ from typing import Any
 from urllib.parse import quote
 
 from minicache.options.declare import flag
-from minicache.options.dictionaries import flat
+from minicache.options.loss import BETAS
 from minicache.options.objective import starts_at_ln_2
-from minicache.options.train import TrainConfig
 from minicache.pages.charts import Line, curves
 from minicache.pages.markup import Table, report
 from minicache.pages.run_answers import Answer, answers_part
@@ -20,6 +19,7 @@ from minicache.reports.figures import end_of, held_out_figures, objective_of
 from minicache.reports.held_out import figures_of_run, words_on_run
 from minicache.reports.names import EVAL, METRICS, PANELS, SUMMARY, Metric, model_name
 from minicache.text import Phrase, phrase
+from minicache.training.run_directory import DEFAULTS, NEEDED
 
 PAGE = "report.html"
 ANSWERS = ("answers.jsonl", "compare.jsonl")  # looked for in the run
@@ -162,7 +162,7 @@ def _options(known: dict[str, Any]) -> list[Table] | None:
     """Options that are not the defaults, those that are, and the values derived from them."""
     if not known:
         return None
-    usual = flat(TrainConfig(ref_cache="", out=Path("run")))
+    usual = {**dict.fromkeys(NEEDED), **DEFAULTS, "beta": BETAS.get(known.get("logps", ""))}
     given = {name: value for name, value in known.items() if name in usual}
     changed = [[flag(name), _shown(value)] for name, value in given.items() if value != usual[name]]
     same = [[flag(name), _shown(value)] for name, value in given.items() if value == usual[name]]

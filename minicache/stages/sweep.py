@@ -57,6 +57,7 @@ def sweep(config: SweepConfig, world: World, tracker: Tracker) -> SweepReport:
         MinicacheError: as `train`. KeyboardInterrupt: on SIGINT or SIGTERM, after the run's state was saved.
     """
     _check(config)
+    config = world.first(lambda: _as_begun(config))
     kept = _Kept()
     rate, worked = world.first(lambda: _known_rate(config.out / REPORT)), False
     for run in config.mine:
@@ -95,6 +96,20 @@ def _check(config: SweepConfig) -> None:
             raise ConfigError(
                 f"--loss {name}: sorts over a training batch, so it cannot judge held-out pairs; leave it out of the sweep"
             )
+
+
+def _as_begun(config: SweepConfig) -> SweepConfig:
+    """The sweep with one beta for all runs that leave it open and compare logps alike: that of those which are begun.
+
+    The default of the release that began them may have been another.
+    """
+    records = [record for run in config.runs if (record := read_record(run.config.out))]
+    betas = {record.options["logps"]: record.options["beta"] for record in records}
+    runs = [
+        replace(run, config=replace(run.config, beta=betas.get(run.config.logps))) if run.config.beta is None else run
+        for run in config.runs
+    ]
+    return replace(config, runs=tuple(runs))
 
 
 def _do(run: SweepRun, config: SweepConfig, kept: "_Kept", world: World, tracker: Tracker) -> bool:

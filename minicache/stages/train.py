@@ -85,8 +85,7 @@ def train_locked(config: TrainConfig, lock: RunLock, world: World, tracker: Trac
     if begun and begun.record.outcome:
         tracker.note(f"{config.out}: this run is finished; nothing to resume")
         return _report(config.out, begun.record)
-    if begun:
-        config = as_begun(config, begun.record)
+    config = as_begun(config, begun.record) if begun else config.settled()
     world.each(lambda: require(config, world.device, world.size))
     commits = world.first(lambda: pins(config))
     config = with_pins(config, commits)

@@ -157,7 +157,7 @@ def _validate(run: Run, training: Training, stop: StopFlag) -> None:
     assert run.held_out
     started = time.monotonic()
     progress, options = training.progress, run.config.validation
-    objective = replace(run.objective, beta=final_beta(run.config.beta, run.config.beta_end))
+    objective = replace(run.objective, beta=final_beta(run.objective.beta, run.config.beta_end))
     try:
         found = evaluate_policy(
             run.scorer, run.held_out, objective, run.budget, run.world, Silent(), stop=lambda: bool(stop)

@@ -12,8 +12,8 @@ from torch.nn.functional import logsigmoid
 
 from minicache.errors import ConfigError
 from minicache.options.catalog import LOSSES, code_of
+from minicache.options.loss import BETAS, LossOptions
 from minicache.options.objective import parse_loss
-from minicache.options.train import LossOptions
 from minicache.training.divergences import divergence_named
 
 
@@ -228,12 +228,16 @@ class Objective:
     options: LossOptions
 
     @classmethod
-    def parse(cls, loss: str, kind: str, beta: float, options: LossOptions) -> "Objective":
-        """The objective of these options. Raises ConfigError: the loss is unknown, or the options do not suit it."""
+    def parse(cls, loss: str, kind: str, beta: float | None, options: LossOptions) -> "Objective":
+        """The objective of these options. beta: None is the default for `kind`.
+
+        Raises:
+            ConfigError: the loss is unknown, or the options do not suit it.
+        """
         losses = parse_loss(loss)
         if "exo_pair" in losses and options.label_smoothing == 0:
             raise ConfigError("--loss exo_pair: needs --label-smoothing above 0 (TRL's old default: 0.001), got 0")
-        objective = cls(losses, kind, beta, options)
+        objective = cls(losses, kind, BETAS[kind] if beta is None else beta, options)
         if options.wpo and objective.over_the_batch:
             raise ConfigError(
                 f"--wpo: weights single pairs, which --loss {objective.over_the_batch} sorts apart; use one of the two"

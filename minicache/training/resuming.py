@@ -48,8 +48,10 @@ def find_begun(config: TrainConfig) -> Begun | None:
 
 
 def as_begun(config: TrainConfig, record: RunRecord) -> TrainConfig:
-    """The config with what it leaves to the model's own config as the run has it."""
-    return replace(config, balance=record.options.get("balance")) if config.balance is None else config
+    """The config with what it leaves open as the run has it."""
+    balance = record.options.get("balance") if config.balance is None else config.balance
+    beta = record.options["beta"] if config.beta is None else config.beta
+    return replace(config, balance=balance, beta=beta)
 
 
 def _check_same_options(config: TrainConfig, record: RunRecord) -> None:

@@ -24,9 +24,8 @@ LATER = (
     *("balance", "decay_norms"),
 )
 # The defaults of the options. A record that lacks an option is of an earlier version, which behaved as by the default.
-DEFAULTS = {
-    name: value for name, value in flat(TrainConfig(ref_cache="cache", out=Path("run"))).items() if name not in NEEDED
-}
+_PLAIN = TrainConfig(ref_cache="cache", out=Path("run")).settled()
+DEFAULTS = {name: value for name, value in flat(_PLAIN).items() if name not in NEEDED}
 
 
 @dataclass(frozen=True)

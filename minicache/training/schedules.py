@@ -25,7 +25,7 @@ def constant(progress: float, floor: float) -> float:
 
 
 def minimind_25(progress: float, floor: float) -> float:
-    """MiniMind's train_dpo.py of 2504 and 2510: lr/10 + lr/2 (1 + cos), which begins at 1.1 lr."""
+    """MiniMind's train_dpo.py of 2504 and 2510: lr/10 + lr/2 (1 + cos), 1.1 lr at 0; 2510 counts steps from 1, 2504 from 0."""
     return 0.1 + _half_cosine(progress)
 
 

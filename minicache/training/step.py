@@ -32,7 +32,7 @@ def is_logged(run: Run, step: int) -> bool:
 
 def beta_of(run: Run, step: int) -> float:
     """The beta of a step, counted from 0."""
-    return beta_at(step, run.steps, run.config.beta, run.config.beta_end)
+    return beta_at(step, run.steps, run.objective.beta, run.config.beta_end)
 
 
 def learning_rate_of(run: Run, step: int) -> float:

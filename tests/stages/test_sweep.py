@@ -18,6 +18,7 @@ from minicache.commands import sweep as cli_sweep
 from minicache.commands.train import train as train_command
 from minicache.errors import ConfigError
 from minicache.options.dictionaries import fill
+from minicache.options.loss import BETAS
 from minicache.options.sweep import SWEPT, SweepConfig, sweep_config
 from minicache.options.train import TrainConfig
 from minicache.reports.sweep import SweepReport
@@ -220,6 +221,26 @@ def test_without_matplotlib_there_is_a_note_and_no_picture(
     pytest.importorskip("matplotlib", reason="the plot extra is not installed")
     run(ref_cache, tmp_path / "sweep", lr=["1e-3,1e-2"], loss=["sigmoid:0.5,hinge:0.5", "ipo"])
     assert (tmp_path / "sweep" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_beta_that_is_left_open_is_the_default_and_of_a_sweep_that_was_begun_the_begun_runs(
+    ref_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def betas(out: Path) -> list[float]:
+        return [
+            json.loads((run.config.out / "run.json").read_text())["beta"]
+            for run in config(ref_cache, out, **options).runs
+        ]
+
+    options: dict[str, Any] = {"logps": ["mean,sum"], "lr": ["1e-3,1e-2"]}
+    monkeypatch.setitem(BETAS, "mean", 0.3)  # another release's
+    with pytest.raises(KeyboardInterrupt):
+        run(ref_cache, tmp_path / "begun", Listener(interrupt_at=2), **options)
+    monkeypatch.undo()
+    run(ref_cache, tmp_path / "begun", **options)
+    assert betas(tmp_path / "begun") == [0.3, 0.3, 0.1, 0.1]
+    run(ref_cache, tmp_path / "new", **options)
+    assert betas(tmp_path / "new") == [5.0, 5.0, 0.1, 0.1]
 
 
 # --- what is asked for ---
