@@ -21,6 +21,8 @@ from minicache.json_lines import to_json
 WINDOWS = os.name == "nt"
 # Seconds to wait: on Windows another program, such as a virus scanner, may hold a new file for a moment.
 PAUSES = (0.05, 0.1, 0.2, 0.4)
+# Bytes of a file that is read whole, and of a journal of lines.
+MOST_WHOLE, MOST_JOURNAL = 2**28, 2**30
 MEANWHILE = "{place}: another process has made it meanwhile; name another or remove it"
 NOT_TO_BE_FLUSHED = (errno.EACCES, errno.EINVAL)  # folders on Windows, those without a right to read, some file systems
 
@@ -249,10 +251,22 @@ def require_file(file: Path) -> None:
         raise OSError(errno.EINVAL, "expected a file, got something else", str(file))
 
 
+def read_whole(file: Path, most: int = MOST_WHOLE) -> bytes:
+    """The content of a file that is parsed in memory.
+
+    Raises:
+        OSError: there is none, or a pipe or a device, or it has more than `most` bytes: a sparse one of terabytes takes no disk.
+    """
+    require_file(file)
+    if (size := file.stat().st_size) > most:
+        raise OSError(errno.EFBIG, f"has {size:,} bytes, expected {most:,} at most", str(file))
+    return file.read_bytes()
+
+
 def read_json(file: Path, problem: type[MinicacheError] = OutputError) -> dict[str, Any]:
     """What a file of one JSON object says; nothing where there is none. Raises `problem`: it cannot be read."""
     try:
-        facts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        facts = json.loads(read_whole(file).decode()) if file.is_file() else {}
     except (OSError, ValueError, RecursionError) as error:
         raise problem(f"{file}: cannot be read: {error}") from error
     if not isinstance(facts, dict):

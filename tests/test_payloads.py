@@ -28,10 +28,16 @@ from minicache.data.files import read_rows
 from minicache.data.folders import Folder
 from minicache.errors import CacheDamaged, ConfigError, MinicacheError, ModelError, OutputError
 from minicache.exchange.tables import read_document
+from minicache.judge.verdicts import read_verdicts
 from minicache.models import load_model, patterns
+from minicache.models.adapter_places import own_template
+from minicache.models.directories import require_plain_files
 from minicache.models.tokenizers import save_tokenizer
 from minicache.options.config_file import options_in
+from minicache.pages.run_answers import read_answers
+from minicache.reports.curves import read_curves
 from minicache.trackers.libraries import RunName, Wandb
+from minicache.training.run_directory import read_record
 from tests.conftest import Cli, precompute_into
 from tests.helpers.adapters import sft_adapter
 
@@ -463,3 +469,32 @@ def test_a_matplotlibrc_of_the_working_directory_starts_no_program(tmp_path: Pat
     done = subprocess.run([sys.executable, "-P", "-c", DRAWN], cwd=tmp_path, env=given, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "a.png").is_file() and not marker.exists()
+
+
+# --- files that are read whole ---
+
+# What reads a stranger's file whole, and the file below a folder.
+WHOLE: dict[str, Callable[[Path], Any]] = {
+    "run.json": read_record,
+    "metrics.jsonl": read_curves,
+    "answers.jsonl": lambda folder: read_answers(folder / "answers.jsonl"),
+    "verdicts.jsonl": lambda folder: read_verdicts(folder / "verdicts.jsonl"),
+    "table.jsonl.minicache.json": lambda folder: read_document(str(folder / "table.jsonl")),
+    "chat_template.jinja": own_template,
+    "adapter_config.json": require_plain_files,
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_file_of_a_terabyte_that_takes_no_disk_is_not_read(tmp_path: Path, name: str) -> None:
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(MinicacheError, match=r"has 1,099,511,627,776 bytes"):
+        WHOLE[name](tmp_path)
+
+
+@pytest.mark.parametrize("name", ["answers.jsonl", "verdicts.jsonl", "adapter_config.json"])
+def test_a_pipe_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(MinicacheError, match="expected a file"):
+        WHOLE[name](tmp_path)

@@ -32,7 +32,10 @@ MOST_TEXT = 2**26  # bytes
 
 @dataclass(frozen=True)
 class Parcel:
-    """What is sent. card: its text. last: the file that makes the others a whole. readable: what others can then read."""
+    """What is sent. card: its text. last: the file that makes the others a whole. readable: what others can then read.
+
+    learned: whether a policy is another than the model it started from.
+    """
 
     files: Files
     card: str
@@ -40,6 +43,7 @@ class Parcel:
     readable: str
     message: str
     notes: list[str] = field(default_factory=list)
+    learned: bool = True
 
 
 def cache_files(cache: ReferenceCache, folder: Path, model: str | None) -> Files:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minicache.data.files import is_parquet, read_rows
-from minicache.disk import folder_written_whole, written_whole
+from minicache.disk import folder_written_whole, read_whole, written_whole
 from minicache.errors import ConfigError, DataError, OutputError
 from minicache.json_lines import to_json
 
@@ -113,7 +113,7 @@ def read_document(file: str) -> dict[str, Any] | None:
         elif path.is_file() and is_parquet(path):
             text = (_pyarrow(path).parquet.read_schema(path).metadata or {}).get(KEY)
         elif document_beside(path).is_file():
-            text = document_beside(path).read_bytes()
+            text = read_whole(document_beside(path))
         document = None if text is None else json.loads(text)
     # pyarrow's exceptions are subclasses of these.
     except (OSError, ValueError, RecursionError) as error:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from minicache.cache.places.claims import FileClaim
-from minicache.disk import Journal, check_writable, written_whole
+from minicache.disk import Journal, check_writable, read_whole, written_whole
 from minicache.errors import DataError, OutputError
 from minicache.json_lines import json_lines, to_json_lines
 from minicache.judge.question import Verdict
@@ -80,7 +80,7 @@ class Verdicts:
         try:
             found = read_verdicts(self.file)
             self._found |= {each.digest: each for each in found}
-            if self.file.exists() and not self.file.read_bytes().endswith(b"\n"):
+            if self.file.exists() and not read_whole(self.file).endswith(b"\n"):
                 # a kill broke the last line off
                 with written_whole(self.file) as draft:
                     draft.write_text(to_json_lines(map(asdict, found)), encoding="utf-8", newline="\n")
@@ -104,7 +104,7 @@ def read_verdicts(file: Path) -> list[Ruling]:
         DataError: it is no file of verdicts.
     """
     try:
-        content = file.read_bytes()
+        content = read_whole(file)
     except FileNotFoundError:
         return []
     except OSError as error:

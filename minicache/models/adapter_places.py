@@ -4,7 +4,7 @@ from functools import cache
 from pathlib import Path
 
 from minicache.data.tokenizer_files import TEMPLATE
-from minicache.disk import read_json
+from minicache.disk import read_json, read_whole
 from minicache.errors import ModelError
 from minicache.models.adapter_files import ADAPTER
 from minicache.models.file_kinds import is_path
@@ -114,6 +114,6 @@ def own_template(directory: Path) -> str | None:
     """The chat template in a directory; None if there is none. Raises ModelError: it cannot be read."""
     file = directory / TEMPLATE
     try:
-        return file.read_text(encoding="utf-8") if file.is_file() else None
+        return read_whole(file).decode() if file.is_file() else None
     except (OSError, ValueError) as error:
         raise ModelError(f"{file}: cannot be read: {error}") from error

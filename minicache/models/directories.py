@@ -5,10 +5,12 @@ import re
 from pathlib import Path
 
 from minicache.data.tokenizer_files import is_tokenizer_file, tokenizer_files
+from minicache.disk import MOST_WHOLE
 from minicache.errors import ModelError
 from minicache.models.file_kinds import AGAIN, is_safetensors, other_kind, require_torch_file
 from minicache.text import one_line
 
+SMALL = {".json", ".jinja", ".txt"}  # files that libraries read whole
 MOST_HEADER = 100_000_000  # bytes, safetensors' own bound
 # Pickled weights and JSON files that transformers and peft read, beside a tokenizer's; a directory may hold others.
 PICKLED = re.compile(r"(pytorch_model|adapter_model)[\w.-]*\.bin")
@@ -24,10 +26,12 @@ def broken_file(directory: Path) -> str | None:
 
 
 def require_plain_files(directory: Path) -> None:
-    """Raises ModelError: there is a pipe or a device among the files, on which a library would wait for ever."""
+    """Raises ModelError: a pipe or a device, on which a library would wait for ever, or settings that would take all memory."""
     for file in directory.iterdir():
         if file.exists() and not file.is_file() and not file.is_dir():
             raise ModelError(f"{file}: a pipe or a device; expected a file")
+        if file.suffix in SMALL and file.is_file() and (size := file.stat().st_size) > MOST_WHOLE:
+            raise ModelError(f"{file}: has {size:,} bytes; expected {MOST_WHOLE:,} at most")
 
 
 def missing_file(directory: Path, tokenizer: bool) -> str | None:

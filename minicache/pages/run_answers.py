@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minicache.disk import read_whole
 from minicache.errors import DataError
 from minicache.json_lines import json_lines
 from minicache.text import phrase
@@ -28,7 +29,7 @@ def read_answers(file: Path) -> list[Answer]:
         DataError: the file cannot be read, or a line of it is none of compare's.
     """
     try:
-        content = file.read_bytes()
+        content = read_whole(file)
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error}") from error
     answers = []

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from minicache.disk import MOST_JOURNAL, read_whole
 from minicache.errors import DataError
 from minicache.json_lines import json_lines
 
@@ -58,7 +59,7 @@ def _lines(run: Path) -> Iterator[dict[str, Any]]:
     if not file.is_file():
         raise DataError(_no_run(run))
     try:
-        lines = list(json_lines(file.read_bytes()))
+        lines = list(json_lines(read_whole(file, MOST_JOURNAL)))
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror}") from error
     for line in lines:

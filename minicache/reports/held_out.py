@@ -135,6 +135,15 @@ def words_on_run(known: Mapping[str, Any]) -> list[str]:
     return said
 
 
+def learned(known: Mapping[str, Any]) -> bool:
+    """Whether the policy of a finished run has left the model that it started from, as far as was measured. known: run.json."""
+    outcome = known["outcome"]
+    progress = outcome["progress"]
+    # a line of the log is measured before its step's update
+    measured = progress.get("validation") or (progress.get("last") if progress.get("last_step") else None)
+    return outcome["model_step"] > 0 and not (measured and _moves_hardly(measured))
+
+
 def figures_of_run(known: Mapping[str, Any]) -> list[tuple[str, str]]:
     """As `figures`, of the saved policy of a run; none of a run without validation, or of before. known: run.json."""
     found = _held_out_of(known)

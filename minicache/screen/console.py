@@ -12,6 +12,8 @@ from minicache.text import visible
 
 # Before the line that says what a command has made.
 CHECK = ("✓", "bold green")
+# The same of a policy that is the model it started from, which is no success.
+UNMOVED = ("–", "yellow")
 
 
 class SafeConsole(Console):

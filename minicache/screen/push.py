@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from minicache.screen.console import CHECK
+from minicache.screen.console import CHECK, UNMOVED
 
 if TYPE_CHECKING:
     from minicache.stages.push import PushReport
@@ -21,4 +21,5 @@ def show_push(console: Console, report: "PushReport") -> None:
     size = f"{report.files:,} files, {report.bytes / 1e6:,.1f} MB"
     state = "would be sent to" if report.commit is None else f"commit {report.commit[:12]} of"
     readers = "" if report.private is None else " (private)" if report.private else " (public)"
-    console.print(Text.assemble(CHECK, f" {size}, {state} ", (report.url, "bold"), readers), soft_wrap=True)
+    mark = CHECK if report.learned else UNMOVED
+    console.print(Text.assemble(mark, f" {size}, {state} ", (report.url, "bold"), readers), soft_wrap=True)

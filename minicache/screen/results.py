@@ -15,7 +15,7 @@ from minicache.options.objective import starts_at_ln_2
 from minicache.reports.held_out import HeldOut, figures
 from minicache.reports.names import METRICS, moved
 from minicache.reports.notes import notes_on, together
-from minicache.screen.console import CHECK
+from minicache.screen.console import CHECK, UNMOVED
 from minicache.screen.live import duration, metrics_table
 from minicache.text import ranges
 
@@ -115,11 +115,9 @@ def show_train(console: Console, report: "TrainReport") -> None:
     if progress.held_out:
         _show_held_out(console, progress.held_out)
     _show_words(console, report.words)
-    # a policy that is the model it started from is no success
-    mark = CHECK if report.model_step else ("–", "yellow")
     console.print(
         Text.assemble(
-            mark,
+            CHECK if report.learned else UNMOVED,
             f" {progress.step:,} steps in {duration(progress.total_seconds)}: loss {first['loss']:.4f} → "
             f"{last['loss']:.4f}{start}; policy in ",
             (str(report.model_dir), "bold"),
@@ -189,7 +187,8 @@ def show_file(console: Console, file: Path) -> None:
 
 def show_export(console: Console, report: "ExportReport") -> None:
     size = f"{report.parameters / 1e6:,.1f} million parameters in {report.dtype}"
-    console.print(Text.assemble(CHECK, f" {size}; load it as ", (report.name, "bold")), soft_wrap=True)
+    mark = CHECK if report.learned else UNMOVED
+    console.print(Text.assemble(mark, f" {size}; load it as ", (report.name, "bold")), soft_wrap=True)
     if moved := report.moved:
         console.print(
             f"  without the base's quantization mean logprobs moved by {moved.mean:.2g} nats per token on average, "

@@ -7,7 +7,7 @@ from rich.text import Text
 
 from minicache.reports.names import METRICS, moved
 from minicache.reports.sweep import RunResult, SweepReport
-from minicache.screen.console import CHECK
+from minicache.screen.console import CHECK, UNMOVED
 
 MEASURED = ("rewards/accuracy", "rewards/margin", "kl", "loss")  # columns: first what the runs are sorted by
 
@@ -20,7 +20,7 @@ def show_sweep(console: Console, report: SweepReport) -> None:
     finished = sum(result.state == "done" for result in report.runs)
     console.print(
         Text.assemble(
-            CHECK,
+            CHECK if any(result.model_step for result in report.runs) else UNMOVED,
             f" {finished} of {len(report.runs)} runs in ",
             (str(report.out), "bold"),
             ": measured on pairs held out, with each run's saved model",

@@ -14,10 +14,11 @@ from minicache.models.load import load_unquantized
 from minicache.models.quantized import is_quantized
 from minicache.options.exchange import ExportConfig
 from minicache.processes.world import World
+from minicache.reports.held_out import learned
 from minicache.scoring.moved import Moved, Scored
 from minicache.scoring.scorer import DTYPES
 from minicache.trackers import Tracker
-from minicache.training.run_directory import reading, run_behind
+from minicache.training.run_directory import read_record, reading, run_behind
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class ExportReport:
 
     out: the file or directory written. name: the value of --model that loads it; for a .pth it may add the number of heads.
     dtype: precision of the weights. parameters: number of the weights. moved: by how much logprobs differ from those of a policy on
-    a quantized base, which is written without quantization; None for others, or where no cache of its run can be read.
+    a quantized base, which is written without quantization; None for others, or where no cache of its run can be read. learned:
+    whether the policy of a run is another than the model it started from.
     """
 
     out: Path
@@ -34,6 +36,7 @@ class ExportReport:
     dtype: str
     parameters: int
     moved: Moved | None = None
+    learned: bool = True
 
 
 def export(config: ExportConfig, world: World, tracker: Tracker) -> ExportReport:
@@ -73,7 +76,15 @@ def _export(config: ExportConfig, source: str, world: World, tracker: Tracker) -
             model = model.to(DTYPES[config.dtype])
         dtype, name = str(next(model.parameters()).dtype).removeprefix("torch."), str(config.out)
         _save_directory(model, source, config)
-    return ExportReport(out=config.out, name=name, dtype=dtype, parameters=parameters, moved=shift)
+    return ExportReport(
+        out=config.out, name=name, dtype=dtype, parameters=parameters, moved=shift, learned=_learned(config.policy)
+    )
+
+
+def _learned(policy: str) -> bool:
+    """As `learned`, of the policy of a finished run; True of all others."""
+    record = read_record(policy) or read_record(Path(policy).parent)
+    return not (record and record.outcome) or learned(record.flat)
 
 
 def _scored(model: nn.Module, policy: str, world: World, tracker: Tracker) -> Scored | None:

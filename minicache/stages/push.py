@@ -23,7 +23,7 @@ class PushReport:
 
     url: the page of the repository. commit: its newest; None after --dry-run. files, bytes: sent, or there already. names: of the
     files. private: whether it is; None if the network was not asked. card: the text of the card, as it was made. kept_card: whether
-    a card that a person had changed stays.
+    a card that a person had changed stays. learned: whether a policy is another than the model it started from.
     """
 
     repo: str
@@ -36,6 +36,7 @@ class PushReport:
     private: bool | None
     card: str
     kept_card: bool = False
+    learned: bool = True
 
 
 def push(config: PushConfig, tracker: Tracker) -> PushReport:
@@ -128,6 +129,7 @@ def _report(config: PushConfig, repository: Repository, parcel: Parcel) -> PushR
         names=sorted([FILE, *parcel.files]),
         private=None,
         card=parcel.card,
+        learned=parcel.learned,
     )
 
 

@@ -15,6 +15,7 @@ from minicache.options.where import HUB, local_path, split_weight
 from minicache.pages.model_card import PICTURE, PolicyFacts, model_card
 from minicache.pictures.runs import RunCurves, draw_runs
 from minicache.reports.curves import METRICS, Curve, read_curves
+from minicache.reports.held_out import learned
 from minicache.reports.public import hub_id
 from minicache.training.run_directory import RunRecord, holds_model, read_record
 
@@ -70,6 +71,7 @@ def parcel_of_policy(config: PushConfig, scratch: Path) -> Parcel:
         readable="the weights, the tokenizer, the curves and the options of the run",
         message=f"Policy after {outcome.model_step if outcome else 0:,} steps, by minidpo {__version__}",
         notes=notes,
+        learned=learned(known),
     )
 
 

@@ -14,7 +14,7 @@ from minicache.options.train import TrainConfig
 from minicache.pairs import PairTable
 from minicache.processes.signals import StopFlag
 from minicache.processes.world import World
-from minicache.reports.held_out import words_on_run
+from minicache.reports.held_out import learned, words_on_run
 from minicache.scoring.budget import layers_that_fit, training_budget
 from minicache.scoring.compiled import compile_layers
 from minicache.scoring.dtype import agreed_dtype
@@ -50,7 +50,8 @@ class TrainReport:
 
     model_step: optimizer steps behind the saved model. noise: the largest difference that the handshake found, nats per token;
     None for a run that began from other weights on purpose. stopped: the reason for an early end, or None. from_ln_2: whether
-    the loss is ln 2 where policy and reference agree. words: what the run came to, where there is something to say.
+    the loss is ln 2 where policy and reference agree. words: what the run came to, where there is something to say. learned:
+    whether the policy is another than the model it started from.
     """
 
     out: Path
@@ -61,6 +62,7 @@ class TrainReport:
     progress: Progress
     from_ln_2: bool
     words: list[str]
+    learned: bool
 
 
 def train(config: TrainConfig, world: World, tracker: Tracker, sources: Sources = FROM_DISK) -> TrainReport:
@@ -255,4 +257,5 @@ def _report(out: Path, record: RunRecord) -> TrainReport:
         progress=record.outcome.progress,
         from_ln_2=starts_at_ln_2(record.options),
         words=words_on_run(record.flat),
+        learned=learned(record.flat),
     )

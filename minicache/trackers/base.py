@@ -5,7 +5,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from minicache.disk import Journal, written_whole
+from minicache.disk import MOST_JOURNAL, Journal, read_whole, written_whole
 from minicache.json_lines import json_lines
 
 
@@ -80,7 +80,7 @@ def _line(step: int, metrics: dict[str, float]) -> str:
 def points_before(step: int, file: Path) -> list[tuple[int, dict[str, float]]]:
     """The points of metrics.jsonl below `step`, none if there is no file. Lines that a kill or a power loss broke are left out."""
     points = []
-    for line in json_lines(file.read_bytes()) if file.is_file() else []:
+    for line in json_lines(read_whole(file, MOST_JOURNAL)) if file.is_file() else []:
         at = line.value.pop("step", None) if isinstance(line.value, dict) else None
         if isinstance(at, int) and at < step:
             points.append((at, line.value))

@@ -6,7 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minicache.reports.held_out import HeldOut, figures, figures_of_run, held_out, words_on_policy, words_on_run
+from minicache.reports.held_out import (
+    HeldOut,
+    figures,
+    figures_of_run,
+    held_out,
+    learned,
+    words_on_policy,
+    words_on_run,
+)
 
 
 def pairs_of(n: int, right: float, policy: float = 0.6, reference: float = 0.5) -> HeldOut:
@@ -51,6 +59,19 @@ def test_what_no_run_writes_is_one_error_or_nothing() -> None:
         replace(GOOD, pairs=0)
     progress = {"validation": {"loss": 1.0}, "last": {"loss": 1.0}}
     assert words_on_run({"outcome": {"model_step": 3, "progress": progress}}) == []
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [
+        ({}, True),
+        ({"model_step": 0}, False),
+        ({"metrics": {"kl": 1e-9}}, False),
+        ({"metrics": {"kl_tokens": 1e-9, "kl": 1.0}}, False),
+    ],
+)
+def test_a_policy_that_is_its_start_or_hardly_left_it_has_learned_nothing(known: Any, expected: bool) -> None:
+    assert learned(run(**known)) == expected
 
 
 def test_a_run_of_one_step_was_measured_before_its_update() -> None:

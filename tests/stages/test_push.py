@@ -187,8 +187,10 @@ def test_an_adapter_names_its_base_as_others_know_it(
 def test_a_policy_that_did_not_move_says_so(repos: Hub, ref_cache: Path, tmp_path: Path, cli: Cli) -> None:
     run = train_into(tmp_path / "run", ref_cache, lr=1e-12)
     outcome = json.loads((run / "run.json").read_text())["outcome"]
-    code, _, stderr = cli("push", run, "org/name")
+    code, stdout, stderr = cli("push", run, "org/name")
     assert code == 0 and outcome["model_step"] == 0
+    _, exported, _ = cli("export", "--policy", run, "--out", tmp_path / "exported", "--device", "cpu")
+    assert "✓" not in stdout and "– " in stdout and "✓" not in exported and "– " in exported
     assert "no step was better than the start" in " ".join(stderr.split())
     card = repos.model().files["README.md"].decode()
     assert "the weights here are those of the model that training started from" in card
