@@ -2,12 +2,15 @@
 
 import importlib.util
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
+from minicache.cli import app
 from tests.torture.table import BEGIN, END, section
 
 ROOT = Path(__file__).parents[1]
@@ -119,3 +122,26 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert pages <= {file.stem for file in tmp_path.glob("*.html")}
     contents = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert all(f'href="{page}.html"' in contents for page in pages - {"index"})
+
+
+def shell_commands(page: Path) -> list[list[str]]:
+    """The words of each command in a page's blocks of shell, lines that go on joined, comments left out."""
+    blocks = re.findall(r"^ *```sh\n(.*?)^ *```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [words for line in lines if (words := shlex.split(line.replace("…", ""), comments=True))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_can_be_typed_as_they_stand(page: Path) -> None:
+    """Each begins with a program, and has options that its command knows."""
+    known = get_command(app).commands  # type: ignore[attr-defined]
+    for words in shell_commands(page):
+        assert re.match(r"[a-z~.][\w./~-]*$|[A-Za-z_]+=", words[0]), f"{page.name}: no program: {' '.join(words)}"
+        at = next((place for place, word in enumerate(words) if word in ("minidpo", "minicache")), None)
+        if at is None or words[at + 1].startswith("-"):
+            continue
+        options = {
+            name for parameter in known[words[at + 1]].params for name in [*parameter.opts, *parameter.secondary_opts]
+        }
+        given = {word.partition("=")[0] for word in words[at + 2 :] if word.startswith("--")}
+        assert given <= {*options, "--help"}, f"{page.name}: {given - options} in {' '.join(words)}"

@@ -138,7 +138,7 @@ class TrainConfig:
     validation: ValidationOptions = NO_VALIDATION
     max_kl: float | None = option(
         None,
-        "Largest distance of the policy from the reference (kl in the log), nats per token.",
+        "Largest distance of the policy from the reference, nats per token: of kl_tokens where the cache has --per-token, else kl.",
         panel=VALIDATION,
         above=0,
     )

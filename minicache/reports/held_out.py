@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-# Nats per token from the reference above which a policy has moved far, and below which hardly: of means, a lower bound; of tokens.
+# Nats per token from the reference above which a policy has moved far, and below which hardly: by k3 of means, and over tokens.
 FAR = {"kl": 0.3, "kl_tokens": 3.0}
 HARDLY = {"kl": 1e-6, "kl_tokens": 1e-5}
 # What a higher rate should reach: a hundred times that. The KL grows with the square of the rate, while it is small.

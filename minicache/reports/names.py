@@ -46,8 +46,8 @@ METRICS = {
     "accuracy/policy": Metric("likelier", "chosen is likelier", ".1%"),
     "rewards/accuracy": Metric("accuracy", "reward accuracy", ".1%"),
     "rewards/margin": Metric("margin", "reward margin", "+.4f"),
-    "kl": Metric("kl", "moved from the reference (KL of means, a lower bound), nats per token", ".3g"),
-    "kl_tokens": Metric("kl", "moved from the reference (KL over tokens), nats per token", ".3g"),
+    "kl": Metric("kl", "moved from the reference (k3 of means, at most k3 over tokens), nats per token", ".3g"),
+    "kl_tokens": Metric("kl", "moved from the reference (k3 over tokens), nats per token", ".3g"),
 }
 # The metrics that summarise a training.
 SUMMARY = ("loss", "rewards/accuracy", "rewards/margin", "kl", "kl_tokens")
