@@ -55,6 +55,8 @@ SHARED: dict[str, Any] = {
     "weight_decay": 0.0,
     "save_every": 0,
 }
+# Recipes that come to none of the other runs: zephyr's loss is that of sums at beta 0.01, smollm2's at 0.5.
+OWN_RECIPES = ("tulu-3", "trl", "minimind-3", "simpo")
 OF_RECIPE = ("loss", "logps", "beta", "simpo_gamma", "schedule", "warmup")
 COLUMNS = [
     *("data", "run", "seeds", "reward accuracy", "chosen likelier, gained / lost", "reward margin", "loss"),
@@ -80,7 +82,7 @@ class Asked:
 def main() -> None:
     options, console = parse(), Console()
     quiet()
-    known = known_runs(options)
+    known, stage_one = known_runs(options), stage_one_seconds()
     try:
         with tempfile.TemporaryDirectory() as directory:
             for name, (training, held_out) in zip(DATA, (SAMPLE, english(options, Path(directory))), strict=True):
@@ -89,17 +91,25 @@ def main() -> None:
                 for asked in missing:
                     console.print(asked.key)
                     known[asked.key] = made(asked, caches)
-                    report(options, known, console, quietly=True)
+                    stage_one.update({name: caches.seconds["train"]} if "train" in caches.seconds else {})
+                    report(options, known, stage_one, console, quietly=True)
     except MinicacheError as error:
         sys.exit(f"outcome: {error}")
     draw_outcome(known)
-    report(options, known, console)
+    report(options, known, stage_one, console)
 
 
 def known_runs(options: argparse.Namespace) -> dict[str, Any]:
     """The runs of the results that were made with these options, by key."""
     found = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
     return found["runs"] if found.get("settings") == settings_of(options) else {}
+
+
+def stage_one_seconds() -> dict[str, float]:
+    """CPU seconds of stage one over the training pairs, by data set, as they were measured last."""
+    found = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
+    seconds: dict[str, float] = found.get("stage_one_seconds", {})
+    return seconds
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
@@ -132,10 +142,11 @@ def english(options: argparse.Namespace, place: Path) -> tuple[str, str]:
 
 
 class Caches:
-    """The reference caches of a data set's two parts, each made when it is first asked for."""
+    """The reference caches of a data set's two parts, each made when it is first asked for. seconds: of the CPU, for training's."""
 
     def __init__(self, model: str, place: Path, training: str, held_out: str) -> None:
         self.model, self.place, self.files = model, place, {"train": training, "heldout": held_out}
+        self.seconds: dict[str, float] = {}
 
     @cached_property
     def training(self) -> Path:
@@ -147,7 +158,9 @@ class Caches:
 
     def _made(self, part: str) -> Path:
         options = PrecomputeConfig(self.model, (self.files[part],), self.place / part, max_length=512)
+        started = time.process_time()
         precompute(options, WORLD, Silent())
+        self.seconds[part] = time.process_time() - started
         return self.place / part
 
 
@@ -166,7 +179,7 @@ def wanted(options: argparse.Namespace, data: str) -> Iterator[Asked]:
     for logps, betas in (("mean", (0.1, 1.0, 20.0)), ("sum", (0.01, 0.03, 0.5))):
         for beta in betas:
             yield Asked(data, f"{logps}, beta {beta:g}", 0, {**shared, "logps": logps, "beta": beta})
-    for name in ("minimind-3", "zephyr", "smollm2", "simpo"):
+    for name in OWN_RECIPES:
         recipe = {key: value for key, value in RECIPES[name].options.items() if key in OF_RECIPE}
         yield Asked(data, f"recipe {name}", 0, {**shared, **recipe})
 
@@ -233,7 +246,13 @@ def by_trl(asked: Asked, caches: Caches, out: Path) -> Callable[[], object]:
     return run
 
 
-def report(options: argparse.Namespace, known: dict[str, Any], console: Console, quietly: bool = False) -> None:
+def report(
+    options: argparse.Namespace,
+    known: dict[str, Any],
+    stage_one: dict[str, float],
+    console: Console,
+    quietly: bool = False,
+) -> None:
     """Write the table and all figures."""
     every = [asked.key for data in DATA for asked in wanted(options, data)]
     left = sum(key not in known for key in every)
@@ -241,11 +260,14 @@ def report(options: argparse.Namespace, known: dict[str, Any], console: Console,
         "note": f"{left} of {len(every)} runs are not made yet: those that the table lacks." if left else "",
         "what": f"{short_name(options.model)}, float32 on a CPU, {options.epochs:g} epochs in steps of {BATCH} pairs at "
         f"{options.lr:g}, cosine with warm-up; with recipes their loss, logps, beta and schedule. Held-out pairs that no run was "
-        "chosen by. Figures of several seeds are means, with the smallest and the largest; of one seed with their 95% intervals. "
-        "CPU seconds and peak memory of training alone, above the loaded data.",
+        f"chosen by; of the English pairs the {options.pairs} shortest, a quarter of them held out. Figures of several seeds are "
+        "means, with the smallest and the largest; of one seed with their 95% intervals. CPU seconds and peak memory are of "
+        "training alone, above the loaded data; the micro-batch follows from the memory that was free."
+        + of_stage_one(stage_one),
         "machine": machine(),
         "command": command_line("outcome"),
         "settings": settings_of(options),
+        "stage_one_seconds": stage_one,
         "table": [COLUMNS, list(rows(known))],
         "runs": known,
     }
@@ -273,11 +295,23 @@ def rows(known: dict[str, Any]) -> Iterator[list[str]]:
             f"{statistics.mean(accuracy):.1%} ({ends[0][0]:.0%} to {ends[0][1]:.0%})",
             ", ".join(f"{each['gained']} / {each['lost']}" for each in held),
             f"{statistics.mean(margin):+.3f} ({ends[1][0]:+.3f} to {ends[1][1]:+.3f})",
-            f"{statistics.mean(run['metrics']['loss'] for run in runs):.4f}",
+            with_ends([run["metrics"]["loss"] for run in runs]),
             f"{statistics.mean(run['metrics']['kl'] for run in runs):.2g}",
             f"{statistics.median(run['seconds'] for run in runs):.0f}",
             f"{statistics.median(run['memory_gb'] for run in runs):.2f}",
         ]
+
+
+def of_stage_one(seconds: dict[str, float]) -> str:
+    return "".join(
+        f" Stage one over {name}, once for all runs: {each:.0f} CPU seconds." for name, each in seconds.items()
+    )
+
+
+def with_ends(losses: list[float]) -> str:
+    """Their mean, of several with the smallest and the largest."""
+    ends = f" ({min(losses):.4f} to {max(losses):.4f})" if len(losses) > 1 else ""
+    return f"{statistics.mean(losses):.4f}{ends}"
 
 
 if __name__ == "__main__":
