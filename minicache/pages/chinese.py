@@ -305,7 +305,9 @@ CHARTS = {
     "chosen is likelier": "chosen 更可能",
     "reward accuracy": "奖励准确率",
     "reward margin": "奖励间隔",
-    "moved from the reference (k3 of means, at most k3 over tokens), nats per token": "偏离参考模型（均值 k3，不大于逐 token 的），奈特/token",
+    "moved from the reference (k3 of means, at most k3 over tokens), nats per token": (
+        "偏离参考模型（均值 k3，不大于逐 token 的），奈特/token"
+    ),
     "moved from the reference (k3 over tokens), nats per token": "偏离参考模型（逐 token 的 k3），奈特/token",
 }
 WORDS = {  # reports/held_out.py
