@@ -92,7 +92,7 @@ def test_each_message_of_a_file_is_on_the_page(name: str) -> None:
     ]
     raised = [call.args[0] for call in calls if call.args and RAISED.fullmatch(ast.unparse(call.func).split(".")[-1])]
     texts = [text for text in map(template, raised) if len("".join(parts(text)).split()) > 2]
-    texts += [text for text in map(template, made) if len("".join(parts(text)).split()) > 4]
+    texts += [text for text in map(template, made) if len("".join(parts(text)).split()) > 5]
     assert len(texts) >= WHOLE[name], texts
     for text in texts:
         assert any(is_of(quotation, text) for quotation in quoted()), text
