@@ -84,11 +84,11 @@ def test_each_quotation_is_what_the_program_says(quotation: str) -> None:
 def test_each_message_of_a_file_is_on_the_page(name: str) -> None:
     nodes = list(ast.walk(ast.parse((PACKAGE / name).read_text(encoding="utf-8"))))
     calls = [node for node in nodes if isinstance(node, ast.Call)]
-    # what a function makes for others to raise, and what is named before it is said
+    # what a function makes for others to raise
     made = [
         node.value
         for node in nodes
-        if isinstance(node, ast.Return | ast.Assign) and isinstance(node.value, ast.JoinedStr | ast.Constant)
+        if isinstance(node, ast.Return) and isinstance(node.value, ast.JoinedStr | ast.Constant)
     ]
     raised = [call.args[0] for call in calls if call.args and RAISED.fullmatch(ast.unparse(call.func).split(".")[-1])]
     texts = [text for text in map(template, raised) if len("".join(parts(text)).split()) > 2]
