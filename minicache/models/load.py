@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from minicache.data.tokenizer_files import TEMPLATE, copy_to_policy
+from minicache.data.tokenizer_files import copy_to_policy, write_template
 from minicache.disk import folder_written_whole
 from minicache.errors import ModelError, fits
 from minicache.failures import system_error
@@ -247,4 +247,4 @@ def save_tokenizer(
     if chat_template is None and adapter:
         chat_template = own_template(adapter)
     if chat_template is not None:
-        (directory / TEMPLATE).write_text(chat_template, encoding="utf-8", newline="\n")
+        write_template(directory, chat_template)
