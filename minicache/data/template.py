@@ -27,12 +27,14 @@ class Template:
 
     source: Jinja. special: names like bos_token -> text. date: what `strftime_now` gives, ISO 8601; "" is FIXED_DATE, or none
     for a template that can do without. arguments: values of variables that the template reads, such as `enable_thinking`.
+    named: the names of the tokenizer's other templates.
     """
 
     source: str
     special: Mapping[str, str]
     date: str = ""
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    named: tuple[str, ...] = ()
 
     def render(self, turns: tuple[Turn, ...], open_answer: bool = False, context: Context = NO_CONTEXT) -> str:
         """The conversation as one string; with `open_answer` it ends in the generation prompt.

@@ -8,16 +8,21 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
-from minicache.data.tokenizers import read_config, template_of
+from minicache.data.tokenizers import CONFIG, NAMED, read_config, template_of
+from minicache.disk import read_json
 from minicache.errors import ModelError
 
 SOURCE = "source"
 TEMPLATE = "chat_template.jinja"
-FOLDERS = ("additional_chat_templates", "chat_templates")
+FOLDERS = (NAMED, "chat_templates")
+PROCESSOR = "processor_config.json"
 # The vocabularies of SentencePiece, tiktoken and Mistral, of tokenizers in Python, and those that transformers' settings name.
 FILES = re.compile(
     r"tokenizer(\.[\d.]+)?\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|chat_template\.json"
+    # of the processors of models of several modes, which hold their tokenizer
+    rf"|(video_)?preprocessor_config\.json|{re.escape(PROCESSOR)}"
     r"|vocab\.(json|txt)|merges\.txt|tekken\.json|emoji\.json|bpe[._]codes|.+\.(jinja|model|spm|tiktoken)|.+\.model\.v\d+\w*"
 )
 # Only a load with trust_remote_code runs these.
@@ -25,7 +30,7 @@ FILES_OF_CODE = re.compile(r"token\w+\.py")
 
 
 def is_tokenizer_file(name: str) -> bool:
-    """Whether a file belongs to a tokenizer, by its name in the directory; a model's directory holds many others."""
+    """Whether a file belongs to a tokenizer or a processor, by its name in a model's directory, which holds many others."""
     folder, _, file = name.rpartition("/")
     if folder:
         return folder in FOLDERS and file.endswith(".jinja")
@@ -53,7 +58,7 @@ def copy_to_policy(directory: Path, target: Path, alone: bool = False) -> None:
     """Copy the files that the tokenizer came with, and its chat template, as a policy's.
 
     alone: for an adapter's directory, which has no config.json by which transformers could choose the tokenizer's class: the files
-    as transformers writes them, which name it.
+    as transformers writes them, which name it, by the name that transformers 4 knows too.
 
     Files that were made of others (a tokenizer.json of a SentencePiece model) lie beside those. A directory without a copy of
     the source, as of caches of 0.1.0, is copied as it is.
@@ -61,6 +66,8 @@ def copy_to_policy(directory: Path, target: Path, alone: bool = False) -> None:
     source = directory / SOURCE
     if alone or not source.is_dir():
         _copy_files(directory, target)
+        if alone:
+            _name_class(target)
         return
     _copy_files(source, target)
     if not (target / "tokenizer.json").exists():
@@ -69,6 +76,30 @@ def copy_to_policy(directory: Path, target: Path, alone: bool = False) -> None:
         if not _has_template(source, (directory / TEMPLATE).read_text(encoding="utf-8")):
             _remove_templates(target)
         _copy(directory / TEMPLATE, target / TEMPLATE)
+        # beside that file transformers reads no others than these, where the source may name them in its configuration
+        shutil.rmtree(target / NAMED, ignore_errors=True)
+        for name in tokenizer_files(directory):
+            if name.startswith(NAMED):
+                _copy(directory / name, target / name)
+
+
+def write_template(directory: Path, text: str) -> None:
+    """Write the chat template of a tokenizer. In place of another one it is the only one: transformers would take `tool_use`."""
+    file = directory / TEMPLATE
+    if not file.exists() or file.read_text(encoding="utf-8") != text:
+        shutil.rmtree(directory / NAMED, ignore_errors=True)
+    file.write_text(text, encoding="utf-8", newline="\n")
+
+
+def _name_class(directory: Path) -> None:
+    """Replace the name of transformers 5 for a tokenizer without a class of its own; it knows the earlier one as well."""
+    config = read_config(directory)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        # transformers 4 expects an object under this name
+        if isinstance(config.get("extra_special_tokens"), list):
+            config["additional_special_tokens"] = config.pop("extra_special_tokens")
+        _write(directory / CONFIG, config)
 
 
 def _has_template(directory: Path, text: str) -> bool:
@@ -81,11 +112,15 @@ def _has_template(directory: Path, text: str) -> bool:
 
 def _remove_templates(directory: Path) -> None:
     """Remove the templates that another one replaces, so that no program reads them in its stead."""
-    config = read_config(directory)
-    if config.pop("chat_template", None) is not None:
-        text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
-        (directory / "tokenizer_config.json").write_text(text, encoding="utf-8", newline="\n")
+    for file in (directory / CONFIG, directory / PROCESSOR):
+        config = read_json(file, ModelError)
+        if config.pop("chat_template", None) is not None:
+            _write(file, config)
     (directory / "chat_template.json").unlink(missing_ok=True)
+
+
+def _write(file: Path, config: dict[str, Any]) -> None:
+    file.write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
 def _copy(file: Path, target: Path) -> None:

@@ -29,6 +29,10 @@ from minicache.text import one_line
 
 log = logging.getLogger(__name__)
 
+CONFIG = "tokenizer_config.json"
+# The folder of the templates beside the default one, as transformers writes them.
+NAMED = "additional_chat_templates"
+
 # The chat template of a tokenizer that has none: "User: …\n\nAssistant: …</s>\n\n".
 PLAIN_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}"
@@ -43,7 +47,7 @@ class ChatTokenizer:
 
     backend: the object of the tokenizers library. template: Jinja source. special: names like bos_token -> text.
     digest: of everything that turns text into ids. date, arguments: what the template gets besides, see `Template`; the
-    arguments as JSON text.
+    arguments as JSON text. named: the names of its other templates, which are not used.
     """
 
     backend: Tokenizer
@@ -52,6 +56,7 @@ class ChatTokenizer:
     digest: str
     date: str = ""
     arguments: str = ""
+    named: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, directory: Path) -> "ChatTokenizer":
@@ -73,7 +78,8 @@ class ChatTokenizer:
         special = {name: _token_text(value) for name, value in config.items() if name.endswith("_token") and value}
         template, source = template_of(directory, config)
         log.debug("tokenizer %s: chat template from %s", directory, source)
-        return cls(backend, template, special, _digest(content))
+        named = tuple(sorted(file.stem for file in (directory / NAMED).glob("*.jinja")))
+        return cls(backend, template, special, _digest(content), named=named)
 
     def render(self, turns: tuple[Turn, ...], open_answer: bool = False, context: Context = NO_CONTEXT) -> str:
         """The conversation as one string; see `Template.render`."""
@@ -126,7 +132,7 @@ class ChatTokenizer:
     @cached_property
     def chat(self) -> Template:
         """The chat template, ready to render."""
-        return Template(self.template, self.special, self.date, json.loads(self.arguments or "{}"))
+        return Template(self.template, self.special, self.date, json.loads(self.arguments or "{}"), self.named)
 
 
 def reading(file: Path) -> AbstractContextManager[None]:
@@ -156,10 +162,10 @@ def template_of(directory: Path, config: dict[str, Any]) -> tuple[str, str]:
         named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
         template = named.get("default")
     # named templates may also lie in files
-    elsewhere = not template and (directory / "additional_chat_templates").is_dir()
+    elsewhere = not template and (directory / NAMED).is_dir()
     if elsewhere or not isinstance(template, str):
         raise ModelError(f"{directory}: expected one chat template, or one named 'default'; add --chat-template FILE")
-    return (template, "tokenizer_config.json") if template else (PLAIN_TEMPLATE, "the plain form")
+    return (template, CONFIG) if template else (PLAIN_TEMPLATE, "the plain form")
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -168,7 +174,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     Raises:
         ModelError: they cannot be read.
     """
-    file = directory / "tokenizer_config.json"
+    file = directory / CONFIG
     try:
         content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     except (OSError, ValueError, RecursionError) as error:

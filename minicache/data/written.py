@@ -130,10 +130,11 @@ class Written:
             except RowRefused:
                 continue
             if rendered == text or not all(tool_name(tool) in rendered for tool in others.get("tools") or ()):
+                own = f"; the tokenizer's own are named default, {', '.join(self.template.named)}"
                 raise RowRefused(
                     "unused-field",
-                    f"{name!r} is not written by the chat template; expected one that does (--chat-template), or "
-                    f"--ignore-fields {name}",
+                    f"{name!r} is not written by the chat template; expected one that does (--chat-template FILE"
+                    f"{own if self.template.named else ''}), or --ignore-fields {name}",
                 )
         unread = [f"chat_template_kwargs.{name}" for name in sorted(context.arguments.keys() - self.template.variables)]
         unread += [f"{key} of a document" for key in self._unread_of_documents(text, turns, context)]

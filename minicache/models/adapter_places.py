@@ -21,19 +21,14 @@ def adapter_place(source: str) -> Path | None:
         return path
     if path.exists() or source.count("/") != 1 or is_path(source):
         return None
-    found = None
-    for name in (ADAPTER, "adapter_model.safetensors", "adapter_model.bin"):
-        file = _from_hub(source, name)
-        if name == ADAPTER and file is None:
-            return None
-        if file and name != ADAPTER:
-            found = file.parent
-            break
-    if found is None:
+    if _from_hub(source, ADAPTER) is None:
+        return None
+    file = _from_hub(source, "adapter_model.safetensors") or _from_hub(source, "adapter_model.bin")
+    if file is None:
         raise ModelError(f"{source}: this adapter has no adapter_model.safetensors")
     for name in (*TOKENIZERS, "special_tokens_map.json", "added_tokens.json", "merges.txt", TEMPLATE):
         _from_hub(source, name)
-    return found
+    return file.parent
 
 
 @cache

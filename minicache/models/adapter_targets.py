@@ -23,15 +23,21 @@ def targets(model: nn.Module, asked: str, lost: Sequence[str] = ()) -> dict[str,
     asked: "all-linear", or names as peft takes them: the end of a module's name (`q_proj`, `self_attn.q_proj`) or the whole.
     lost: names of modules that all-linear must leave out.
     The weights of stacked experts are no modules; such a name becomes a target parameter. The names that single experts had in
-    earlier transformers (Mixtral's w1) are peft's to convert.
+    earlier transformers (Mixtral's w1) are peft's to convert. Modules that text never reaches (a vision tower's) are left out.
 
     Raises:
-        ConfigError: the model has no such module, or its weights are those of another one too.
+        ConfigError: the model has no such module that text reaches, or its weights are those of another one too.
     """
     if asked == "all-linear":
         return {"target_modules": asked, "exclude_modules": [*_left_out(model), *lost] or None}
-    modules = {name: module for name, module in model.named_modules() if _is_adaptable(module)}
-    experts = [name for name, weight in model.named_parameters() if weight.ndim == 3 and "experts" in name]
+    beside = beside_text(model)
+    owners = {name.rpartition(".")[0] for name in beside}
+    modules = {name: each for name, each in model.named_modules() if _is_adaptable(each) and name not in owners}
+    experts = [
+        name
+        for name, weight in model.named_parameters()
+        if weight.ndim == 3 and "experts" in name and name not in beside
+    ]
     named = [name.strip() for name in asked.split(",") if name.strip()]
     if "all-linear" in named:
         raise ConfigError(
@@ -44,13 +50,15 @@ def targets(model: nn.Module, asked: str, lost: Sequence[str] = ()) -> dict[str,
     if strange:
         known = sorted({name.rpartition(".")[2] for name in [*modules, *experts, *earlier]})
         raise ConfigError(
-            f"--lora-targets: the model has no linear modules named {', '.join(strange)}; expected all-linear, or "
-            f"some of {', '.join(known)}"
+            f"--lora-targets: the model has no linear modules {'that text reaches ' if beside else ''}named "
+            f"{', '.join(strange)}; expected all-linear, or some of {', '.join(known)}"
         )
     chosen = [name for each in named for name in _ending_in(each, modules)]
     _require_untied(model, chosen)
     parameters = [name for name in named if not _ending_in(name, modules) and _ending_in(name, experts)]
     found: dict[str, Any] = {"target_modules": [name for name in named if name not in parameters]}
+    if left_out := sorted({owner for name in named for owner in _ending_in(name, owners)}):
+        found["exclude_modules"] = left_out
     if parameters:
         found["target_parameters"] = parameters
     if chosen and all(type(modules[name]).__name__ == "Conv1D" for name in chosen):

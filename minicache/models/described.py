@@ -57,9 +57,7 @@ def require_held(source: str, config: Any) -> None:
     if not held:
         return
     config = copy.deepcopy(config)
-    is_quantized = path.is_file()
-    for each in (config, config.get_text_config()):
-        is_quantized |= vars(each).pop("quantization_config", None) is not None
+    is_quantized = drop_quantization(config) or path.is_file()
     described = _described(config)
     if described > FEW + held * (QUANTIZED_A_BYTE if is_quantized else WEIGHTS_A_BYTE):
         if path.is_dir() and (problem := broken_file(path)):
@@ -69,6 +67,12 @@ def require_held(source: str, config: Any) -> None:
             f"{source}: {of} describes a model of {described:,} weights, and its weights take {held:,} bytes; expected those of "
             "one model"
         )
+
+
+def drop_quantization(config: Any) -> bool:
+    """Take `quantization_config` out of a config and of the one in it that is about text; returns whether there was one."""
+    found = [vars(part).pop("quantization_config", None) for part in (config, config.get_text_config())]
+    return any(each is not None for each in found)
 
 
 def without_weights(config: Any, **options: Any) -> nn.Module:

@@ -1,6 +1,5 @@
 """Loading and saving a model of any family: a Hugging Face directory or hub id, a .gguf file, a MiniMind .pth, an adapter."""
 
-import json
 import logging
 import re
 import time
@@ -14,11 +13,11 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from minicache.data.tokenizer_files import TEMPLATE, copy_to_policy
+from minicache.data.tokenizer_files import copy_to_policy, write_template
 from minicache.disk import folder_written_whole
 from minicache.errors import ModelError, fits
 from minicache.failures import system_error
-from minicache.models import huggingface, lora, minimind, precision, quantized, tokenizers
+from minicache.models import huggingface, lora, minimind, precision, quantized, saved_config, tokenizers
 from minicache.models.adapter_files import ADAPTER, settings_of
 from minicache.models.adapter_places import adapter_place, base_name, own_template, tokenizer_place
 from minicache.models.file_kinds import require_file
@@ -208,21 +207,9 @@ def save_model(model: Any, tokenizer_dir: Path, directory: Path, weights: dict[s
             model.save_pretrained(draft, **options, **({"state_dict": _tied(model, weights)} if weights else {}))
         except SafetensorError as error:
             raise system_error(error, draft) from error
-        _name_precision(model, draft / "config.json")
+        saved_config.complete(draft / "config.json", model)
         lora.write_base(model, draft)
         copy_to_policy(tokenizer_dir, draft, alone=hasattr(model, "get_base_model"))
-
-
-def _name_precision(model: nn.Module, config: Path) -> None:
-    """Write into the config of a model in several precisions that it is float32: transformers writes that of one of its weights.
-
-    It loads all of them in the precision that the config names, and would round the others.
-    """
-    if config.is_file() and len({each.dtype for each in model.parameters() if each.is_floating_point()}) > 1:
-        settings = json.loads(config.read_text(encoding="utf-8"))
-        for part in (settings, *(value for value in settings.values() if isinstance(value, dict))):
-            part |= {name: "float32" for name in ("dtype", "torch_dtype") if name in part}
-        config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8", newline="\n")
 
 
 def _tied(model: nn.Module, weights: dict[str, Any]) -> dict[str, Any]:
@@ -260,4 +247,4 @@ def save_tokenizer(
     if chat_template is None and adapter:
         chat_template = own_template(adapter)
     if chat_template is not None:
-        (directory / TEMPLATE).write_text(chat_template, encoding="utf-8", newline="\n")
+        write_template(directory, chat_template)

@@ -10,11 +10,11 @@ from torch import nn
 from minicache.errors import ModelError
 from minicache.models import huggingface, lora
 from minicache.models.adapter_places import adapter_place, base_name
-from minicache.models.described import without_weights
+from minicache.models.described import drop_quantization, without_weights
 from minicache.models.load import FAMILIES, split_source
 from minicache.models.precision import hold_for
 from minicache.models.quantized import quantizable, stand_in
-from minicache.models.stored import BITSANDBYTES, loading_options, method_of
+from minicache.models.stored import BITSANDBYTES, loading_options, method_of, quantization_of
 from minicache.models.whole import beside_text, require_language_model
 from minicache.options.lora import LoraOptions
 from minicache.text import one_line
@@ -59,17 +59,14 @@ def _from_config(source: str, trust_remote_code: bool) -> Outline:
     config = huggingface.from_pretrained(AutoConfig, source, trust_remote_code)
     require_language_model(source, config)
     text = config.get_text_config()
-    stored = getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None)
     quantization = ""
-    if stored:
-        settings = stored if isinstance(stored, dict) else stored.to_dict()
-        if method_of(settings) == BITSANDBYTES:
-            quantization = "nf4-double" if settings.get("load_in_4bit") else "int8"
+    if stored := quantization_of(config):
+        if method_of(stored) == BITSANDBYTES:
+            quantization = "nf4-double" if stored.get("load_in_4bit") else "int8"
         else:
             # refuses what cannot be loaded
             loading_options(source, config)
-        vars(config).pop("quantization_config", None)
-        vars(text).pop("quantization_config", None)
+        drop_quantization(config)
     dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None) or torch.float32
     try:
         with huggingface.without_reports():

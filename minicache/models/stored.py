@@ -33,8 +33,7 @@ def loading_options(source: str, config: Any) -> dict[str, Any]:
     Raises:
         ModelError: it is stored in a way that minidpo cannot train on, or a package is missing.
     """
-    text: Any = config.get_text_config()
-    stored = getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None)
+    stored = quantization_of(config)
     if not stored:
         return {}
     method = method_of(stored)
@@ -49,6 +48,13 @@ def loading_options(source: str, config: Any) -> dict[str, Any]:
     if method == TORCHAO:
         raise ModelError(f"{source}: is stored quantized by torchao, which is not installed: pip install torchao; {OR}")
     raise ModelError(f"{source}: is stored quantized by {method}, which minidpo cannot train on; {INSTEAD}")
+
+
+def quantization_of(config: Any) -> dict[str, Any]:
+    """The `quantization_config` of a config or of the one in it that is about text; {} if it has none."""
+    parts = (config, config.get_text_config())
+    stored: Any = next(filter(None, (getattr(part, "quantization_config", None) for part in parts)), {})
+    return dict(stored if isinstance(stored, dict) else stored.to_dict())
 
 
 def settle(model: Any, source: str) -> None:

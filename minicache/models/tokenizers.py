@@ -63,8 +63,6 @@ def save_tokenizer(source: str, directory: Path, trust_remote_code: bool, model_
     Raises:
         ModelError: there is none, it is beyond bounds, transformers cannot load or convert it, or what is written gives other ids.
     """
-    from transformers import AutoTokenizer
-
     files = None
     if Path(source).suffix != ".gguf":
         # what is missing is told below, by transformers
@@ -73,7 +71,7 @@ def save_tokenizer(source: str, directory: Path, trust_remote_code: bool, model_
     if files:
         require_bounded_files(files)
     try:
-        tokenizer = from_pretrained(AutoTokenizer, source, trust_remote_code)
+        tokenizer = _opened(source, trust_remote_code)
     except ModelError as error:
         raise _missing_library(source) or error from error
     with _writing(directory):
@@ -102,6 +100,20 @@ def save_tokenizer(source: str, directory: Path, trust_remote_code: bool, model_
         )
 
 
+def _opened(source: str, trust_remote_code: bool) -> Any:
+    """The tokenizer, by the tokenizers library: with mistral-common installed, transformers would read a tekken.json by that.
+
+    Raises:
+        ModelError: there is none, or transformers cannot load it.
+    """
+    from transformers import AutoTokenizer
+    from transformers.models.auto import tokenization_auto
+
+    # earlier transformers would take it for a setting of the tokenizer
+    knows = hasattr(tokenization_auto, "_use_mistral_format")
+    return from_pretrained(AutoTokenizer, source, trust_remote_code, **({"mistral_format": False} if knows else {}))
+
+
 @contextmanager
 def _writing(directory: Path) -> Iterator[None]:
     """As `minicache.failures.writing`; the library of tokenizers raises an Exception without a number."""
@@ -123,17 +135,23 @@ def _files_at(source: str) -> Path:
         return Path(source)
     from huggingface_hub import HfApi, snapshot_download
 
-    try:
-        try:
-            names = [name for name in HfApi().list_repo_files(source) if is_tokenizer_file(name)]
-        # offline: all that is in the hub's cache
-        except Exception:
-            names = None
-        return Path(snapshot_download(source, allow_patterns=names, local_files_only=names is None))
+    names, problem = None, None
     # huggingface_hub raises errors of three HTTP libraries
+    try:
+        listed = HfApi().list_repo_files(source)
     except Exception as error:
-        line = one_line(error, 200)
-        raise ModelError(f"{source}: its tokenizer's files cannot be downloaded: {line}") from error
+        log.info(
+            "%s: all that is in the hub's cache, because its files cannot be listed: %s", source, one_line(error, 200)
+        )
+        problem = error
+    else:
+        names = [name for name in listed if is_tokenizer_file(name)]
+    try:
+        return Path(snapshot_download(source, allow_patterns=names, local_files_only=names is None))
+    except Exception as error:
+        problem = problem or error
+        line = one_line(problem, 200)
+        raise ModelError(f"{source}: its tokenizer's files cannot be downloaded: {line}") from problem
 
 
 def _missing_library(source: str) -> ModelError | None:
@@ -255,8 +273,6 @@ def _reloaded_difference(
 
     expected: the ids that the source's tokenizer gives.
     """
-    from transformers import AutoTokenizer
-
     with scratch_folder("tokenizer") as place:
         with writing(place):
             copy_to_policy(directory, place)
@@ -265,7 +281,7 @@ def _reloaded_difference(
                     json.dumps({"model_type": model_type}), encoding="utf-8", newline="\n"
                 )
         try:
-            reloaded = from_pretrained(AutoTokenizer, str(place), trust_remote_code)
+            reloaded = _opened(str(place), trust_remote_code)
         except ModelError as error:
             return str(error).removeprefix(f"{place}: ")
     if reloaded.special_tokens_map != tokenizer.special_tokens_map:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils._triton import has_triton
 
+from minicache.processes.devices import by_kind
 from minicache.text import one_line
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class Head:
 
     def rows(self, kind: str) -> int:
         """The number of predictions in a chunk, on a kind of device."""
-        return max(1, CHUNK_NUMBERS.get(kind, CHUNK_NUMBERS["cpu"]) // len(self.linear.weight))
+        return max(1, by_kind(CHUNK_NUMBERS, torch.device(kind)) // len(self.linear.weight))
 
     def bytes(self, kind: str, dtype: torch.dtype, training: bool) -> int:
         """The most bytes that `logps` makes at once beside its inputs and outputs, with backward if training.

@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn.parameter import Parameter
 
 from minicache.models.quantized import weight_count
+from minicache.models.settings import setting
+from minicache.models.whole import beside_text
 from minicache.pairs import PairTable
 from minicache.processes.devices import facts_of, most_memory
 from minicache.scoring.batching import Indices
@@ -91,15 +93,30 @@ def step_flops(model: nn.Module, table: PairTable, indices: Indices) -> float:
     A weight takes 2 FLOPs per token forward and 4 backward (2 if it is frozen); the head works on counted tokens only; causal
     attention on half of the square. Source: Chowdhery et al. 2022, PaLM, arXiv:2204.02311, appendix B.
     """
-    config: Any = model.config
+    whole: Any = model
+    config: Any = whole.config.get_text_config()
     lengths = table.side_lengths[indices]
     tokens, counted = float(lengths.sum()), float(table.token_counts[indices].sum())
-    tables = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)  # type: ignore[operator]
-    body = sum(_flops(parameter, config) for parameter in model.parameters() if not any(parameter is t for t in tables))
-    heads = config.num_attention_heads
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    attention: float = 6.0 * config.num_hidden_layers * width * float((lengths.astype(float) ** 2).sum())
-    return body * tokens + _flops(tables[1], config) * counted + attention
+    head, beside = whole.get_output_embeddings().weight, set(beside_text(model))
+    tables = (whole.get_input_embeddings().weight, head)
+    body = sum(
+        _flops(parameter, config)
+        for name, parameter in model.named_parameters()
+        if name not in beside and not any(parameter is each for each in tables)
+    )
+    attention = 6.0 * _attention_widths(config) * float((lengths.astype(float) ** 2).sum())
+    return body * tokens + _flops(head, config) * counted + attention
+
+
+def _attention_widths(config: Any) -> float:
+    """Heads times their width, summed over the layers; 0 for a family without attention (Mamba, RWKV)."""
+    heads, sizes = setting(config, "num_attention_heads"), setting(config, "head_dim")
+    if not heads:
+        return 0.0
+    sizes = sizes or config.hidden_size // heads
+    layers = config.num_hidden_layers
+    each = [value if isinstance(value, list) else [value] * layers for value in (heads, sizes)]
+    return float(sum(count * size for count, size in zip(*each, strict=True) if count and size))
 
 
 def _flops(weight: Parameter, config: object) -> float:

@@ -17,9 +17,11 @@ from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from tokenizers.trainers import BpeTrainer
 
 from minicache.cache.reader import ReferenceCache
+from minicache.data.encode import Encoder
+from minicache.data.formats import to_pairs
 from minicache.data.tokenizer_files import copy_to_policy, copy_tokenizer, tokenizer_files
 from minicache.data.tokenizers import ChatTokenizer
-from minicache.errors import ModelError, OutputError
+from minicache.errors import ModelError, OutputError, RowRefused
 from minicache.intake.tokenizer_files import pack, template_digest, unpack
 from minicache.models import save_tokenizer, tokenizers
 from minicache.options.train import TrainConfig
@@ -103,6 +105,67 @@ def test_named_templates_in_files_are_kept(source: Path, tmp_path: Path) -> None
     policy, given = contents(tmp_path / "policy"), contents(source)
     for name in (*KEPT, "chat_template.jinja", "additional_chat_templates/rag.jinja"):
         assert policy[name] == given[name], name
+
+
+def named_in_configuration(source: Path) -> None:
+    """As Hermes 2 Pro and Command R have them."""
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    named = {"default": config["chat_template"], "tool_use": OTHER, "rag": "{{ documents }}"}
+    config["chat_template"] = [{"name": name, "template": text} for name, text in named.items()]
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_templates_named_in_the_configuration_are_those_of_the_policy(
+    source: Path, tmp_path: Path, alone: bool
+) -> None:
+    from transformers import AutoTokenizer
+
+    named_in_configuration(source)
+    save_tokenizer(str(source), tmp_path / "saved", None)
+    copy_to_policy(tmp_path / "saved", tmp_path / "policy", alone)
+    given, policy = (AutoTokenizer.from_pretrained(place) for place in (source, tmp_path / "policy"))
+    assert policy.chat_template == given.chat_template and set(given.chat_template) == {"default", "tool_use", "rag"}
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_another_template_replaces_named_ones_too(source: Path, tmp_path: Path, alone: bool) -> None:
+    from transformers import AutoTokenizer
+
+    named_in_configuration(source)
+    save_tokenizer(str(source), tmp_path / "saved", OTHER)
+    copy_to_policy(tmp_path / "saved", tmp_path / "policy", alone)
+    assert AutoTokenizer.from_pretrained(tmp_path / "policy").chat_template == OTHER
+
+
+def test_a_refused_row_names_the_other_templates(source: Path, tmp_path: Path) -> None:
+    named_in_configuration(source)
+    save_tokenizer(str(source), tmp_path / "saved", None)
+    tokenizer = ChatTokenizer.load(tmp_path / "saved")
+    assert tokenizer.template == TEMPLATE
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+    turns = {name: [{"role": role, "content": "x"}] for name, role in (("prompt", "user"), ("chosen", "assistant"))}
+    (pair,) = to_pairs({**turns, "rejected": [{"role": "assistant", "content": "y"}], "tools": tools}, "f", 1)
+    with pytest.raises(
+        RowRefused, match=r"FILE; the tokenizer's own are named default, rag, tool_use\), or --ignore-fields"
+    ):
+        Encoder(tokenizer, 64).encode(pair)
+
+
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+
+
+def test_files_of_a_processor_are_kept(source: Path, model_dir: Path, data_file: Path, tmp_path: Path) -> None:
+    """AutoProcessor and vLLM need them for a model of several modes."""
+    for name in PROCESSORS:
+        (source / name).write_text(json.dumps({"chat_template": "of old", "name": name}))
+    cache = precompute_into(tmp_path / "cache", model_dir, data_file, tokenizer=str(source))
+    report = train(TrainConfig(cache, tmp_path / "run", max_steps=1), one_process(), Silent())
+    for name in PROCESSORS:
+        assert (report.model_dir / name).read_bytes() == (source / name).read_bytes()
+    save_tokenizer(str(source), tmp_path / "saved", OTHER)
+    copy_to_policy(tmp_path / "saved", tmp_path / "policy")
+    assert json.loads((tmp_path / "policy" / PROCESSORS[1]).read_text()) == {"name": PROCESSORS[1]}
 
 
 def test_an_exported_policy_has_them_too(source: Path, model_dir: Path, tmp_path: Path, cli: Cli) -> None:
@@ -406,6 +469,48 @@ def test_of_a_hub_id_the_tokenizers_files_are_fetched_and_no_others(
         tokenizers._files_at("org/name")
 
 
+def test_what_the_hub_said_is_told_and_a_fault_of_ours_is_no_silence(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError("401: this repository is gated")
+
+    def not_there(*_: object, **__: object) -> None:
+        raise FileNotFoundError("no snapshot in the cache")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", refused)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", not_there)
+    with pytest.raises(ModelError, match="cannot be downloaded: 401: this repository is gated") as told:
+        tokenizers._files_at("org/name")
+    assert isinstance(told.value.__cause__, PermissionError)
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda self, name: [3])
+    with pytest.raises(AttributeError):
+        tokenizers._files_at("org/name")
+
+
+def test_a_tekken_json_is_read_by_the_tokenizers_library(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if mistral-common were installed: transformers then takes it for a Mistral model whose files have a tekken.json."""
+    from transformers.models.auto import tokenization_auto as auto
+
+    class Common:
+        @classmethod
+        def from_pretrained(cls, *_: object, **__: object) -> None:
+            raise AssertionError("mistral-common's")
+
+    Common.__name__ = "MistralCommonBackend"
+    by_name = auto.tokenizer_class_from_name
+    monkeypatch.setattr(
+        auto, "tokenizer_class_from_name", lambda name: Common if name == Common.__name__ else by_name(name)
+    )
+    monkeypatch.setitem(auto.TOKENIZER_MAPPING_NAMES, "mistral", Common.__name__)
+    monkeypatch.setitem(auto.TOKENIZER_MAPPING._extra_content, import_module("transformers").MistralConfig, Common)
+    monkeypatch.setattr(
+        "transformers.integrations.mistral.tokenizer.resolve_mistral_format", lambda *_, **__: (True, "x")
+    )
+    (source / "config.json").write_text(json.dumps({"model_type": "mistral"}))
+    assert tokenizers._opened(str(source), trust_remote_code=False).is_fast
+
+
 # --- no chat template ---
 
 
@@ -459,4 +564,7 @@ def test_an_adapter_s_tokenizer_needs_no_config(source: Path, tmp_path: Path) ->
     save_tokenizer(str(source), tmp_path / "saved", None)
     copy_to_policy(tmp_path / "saved", tmp_path / "adapter", alone=True)
     assert not (tmp_path / "adapter" / "source").exists()
+    config = json.loads((tmp_path / "adapter" / "tokenizer_config.json").read_text())
+    # transformers 4 knows no TokenizersBackend
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert ids_of(tmp_path / "adapter") == ids_of(source)

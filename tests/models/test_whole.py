@@ -9,10 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minicache.errors import ModelError
+from minicache.errors import ConfigError, ModelError
 from minicache.models import load_model
+from minicache.models.adapter_targets import targets
+from minicache.models.lora import add_lora
 from minicache.models.whole import _stored
-from minicache.options.train import TrainConfig
+from minicache.options.train import LoraOptions, TrainConfig
 from minicache.stages.train import train
 from minicache.trackers import Silent
 from tests.conftest import one_process, precompute_into, tiny_llama
@@ -147,10 +149,8 @@ def test_weights_that_a_class_leaves_out_by_design_are_listed(tmp_path: Path) ->
     assert "the policy is saved without them" in line
 
 
-def test_a_tower_beside_the_language_model_is_kept_as_it_is(
-    tmp_path: Path, tokenizer_dir: Path, data_file: Path
-) -> None:
-    """Gemma 3 from 4B on: text is scored and trained, also by several processes, and the policy is saved with its tower."""
+def of_two_modes(directory: Path) -> Path:
+    """As Gemma 3 from 4B on: a vision tower beside the language model."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     text = {
@@ -161,8 +161,42 @@ def test_a_tower_beside_the_language_model_is_kept_as_it_is(
     marks = {"image_token_index": 390, "boi_token_index": 391, "eoi_token_index": 392, "mm_tokens_per_image": 4}
     vision |= {"image_size": 16, "patch_size": 8}
     config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, **marks)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    loaded = load_model(str(tmp_path / "model"))
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("asked", "adapted"),
+    [
+        ("q_proj,v_proj", {"q_proj", "v_proj"}),
+        ("all-linear", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+    ],
+)
+def test_no_adapter_lies_where_text_never_comes(tmp_path: Path, asked: str, adapted: set[str]) -> None:
+    """Its gradient would never come, for which DDP would wait."""
+    model = load_model(str(of_two_modes(tmp_path / "model"))).model
+    with_adapters = add_lora(model, "base", LoraOptions(lora_rank=2, lora_targets=asked), 0, Silent())
+    names = [name.partition(".lora_A")[0] for name, _ in with_adapters.named_parameters() if "lora_A" in name]
+    assert {name.rpartition(".")[2] for name in names} == adapted and all("language_model" in name for name in names)
+    with_adapters(input_ids=torch.arange(3, 9)[None]).logits.sum().backward()
+    trained = [each for each in with_adapters.parameters() if each.requires_grad]
+    assert trained and all(each.grad is not None for each in trained)
+
+
+@pytest.mark.parametrize("asked", ["out_proj", "q_proj,fc1", "model.vision_tower.encoder.layers.0.self_attn.q_proj"])
+def test_modules_that_text_never_reaches_are_no_targets(tmp_path: Path, asked: str) -> None:
+    model = load_model(str(of_two_modes(tmp_path / "model"))).model
+    with pytest.raises(
+        ConfigError, match=r"no linear modules that text reaches named .*; expected all-linear, or some of"
+    ):
+        targets(model, asked)
+
+
+def test_a_tower_beside_the_language_model_is_kept_as_it_is(
+    tmp_path: Path, tokenizer_dir: Path, data_file: Path
+) -> None:
+    """Gemma 3 from 4B on: text is scored and trained, also by several processes, and the policy is saved with its tower."""
+    loaded = load_model(str(of_two_modes(tmp_path / "model")))
     assert loaded.left_out and "only the language model of Gemma3ForConditionalGeneration is used" in loaded.left_out
     cache = precompute_into(tmp_path / "cache", tmp_path / "model", data_file, tokenizer=str(tokenizer_dir))
     run = train(TrainConfig(cache, tmp_path / "run", max_steps=2, lr=1e-3), one_process(), Silent())

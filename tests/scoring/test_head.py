@@ -174,3 +174,10 @@ def test_it_moves_at_most_half_of_what_it_moved() -> None:
     """`before` is what 0.1.0 moved in the same count."""
     found = moved(positions=12_000, vocabulary=151_936, width=1024)
     assert found["eager"] < 0.5 * found["before"] and found["compiled"] < 0.25 * found["before"]
+
+
+def test_a_chunk_is_as_large_as_the_kind_of_device_bears() -> None:
+    """Another accelerator's is CUDA's; mps computes no faster than fits the CPU's."""
+    made = Head(nn.Linear(8, 1000), 1.0, None)
+    rows = {kind: made.rows(kind) for kind in ("cpu", "mps", "cuda", "xpu")}
+    assert rows["cpu"] == rows["mps"] < rows["cuda"] == rows["xpu"]

@@ -2,13 +2,17 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+from minicache.models.described import without_weights
+from minicache.pairs import EncodedPair, PairTable
 from minicache.processes.devices import Facts
 from minicache.training import log_lines, speed
 from minicache.training.progress import Progress
-from minicache.training.speed import peak_flops, peak_of
+from minicache.training.speed import peak_flops, peak_of, step_flops
+from tests.zoo.families import Family, families, nature, tiny_config
 
 # Names as the driver gives them, TFLOP/s; None: not known, or another card than the one whose name begins so.
 CARDS = {
@@ -101,3 +105,31 @@ def test_utilisation_is_of_all_devices(size: int, monkeypatch: pytest.MonkeyPatc
     log_lines.log_step(run, training, torch.tensor(1.0), tracker)  # type: ignore[arg-type]
     assert logged[0]["mfu"] == pytest.approx(4e15 / 1000 / (2e12 * size), rel=1e-3)
     assert progress.flops == 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_flops_of_a_step_are_counted_for_every_family() -> None:
+    """Mamba and RWKV have no heads, Gemma 3 from 4B on has them in a config within its config, Gemma 4 has some of each width."""
+    ids, mask = np.arange(5, 25), np.r_[np.zeros(3, int), np.ones(17, int)]
+    table = PairTable.from_pairs([EncodedPair.join(ids, mask, np.r_[ids[:3], ids[3:] + 50], mask)], "uint16")
+    counted = {}
+    for family in families():
+        if family.name != family.kind or nature(family) not in ("decoder", "multimodal"):
+            continue
+        try:
+            model = without_weights(tiny_config(family))
+        # a class that needs a package, or one that is refused as no language model
+        except (ImportError, KeyError, ValueError, AttributeError, RuntimeError):
+            continue
+        if model.get_output_embeddings() is not None:  # type: ignore[operator]
+            counted[family.kind] = step_flops(model, table, np.array([0]))
+    assert len(counted) > 100 and all(flops > 0 for flops in counted.values())
+    assert {"gemma3", "gemma4_text", "mamba", "rwkv", "gpt2", "qwen3_next"} <= counted.keys()
+
+
+def test_a_frozen_tower_costs_nothing() -> None:
+    family = Family("gemma3", "gemma3")
+    whole, text = (without_weights(config) for config in (tiny_config(family), tiny_config(family).text_config))
+    ids, mask = np.arange(5, 25), np.ones(20, int)
+    table = PairTable.from_pairs([EncodedPair.join(ids, mask, ids + 50, mask)], "uint16")
+    assert step_flops(whole, table, np.array([0])) == step_flops(text, table, np.array([0]))
