@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from minicache.data.records import Note, is_empty, texts_in
+from minicache.data.records import Note, is_blank, is_empty, texts_in
 from minicache.data.turns import MEDIA, ROLE_NAMES, listed
 from minicache.errors import ConfigError, RowRefused
 
@@ -113,8 +113,8 @@ class Columns:
         return None if name is None else self[name]
 
     def left(self, *names: str) -> Any:
-        """As `get`, of the columns that were not read yet."""
-        return self.get(*(name for name in names if name in self.unread))
+        """As `get`, of the columns that were not read yet and do not hold the JSON text of something empty."""
+        return self.get(*(name for name in names if name in self.unread and not is_blank(self.values[name])))
 
     def leave(self, name: str, item: Mapping[str, Any], read: tuple[str, ...]) -> None:
         """Count the keys of a column's object that were not read as columns of their own."""
@@ -134,7 +134,7 @@ class Columns:
         notes, texts = [], [text.strip() for text in used]
         for name in self.unread:
             value = self.values[name]
-            if is_empty(value) or (name in SEEN and name not in MEDIA and _repeats(name, value, texts)):
+            if is_blank(value) or (name in SEEN and name not in MEDIA and _repeats(name, value, texts)):
                 continue
             if name in MEDIA:
                 raise RowRefused(

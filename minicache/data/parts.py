@@ -145,6 +145,11 @@ def tool_name(tool: Any) -> str:
     return str(function.get("name", "")) if isinstance(function, dict) else ""
 
 
+def is_bare(tool: Any) -> bool:
+    """Whether a tool is a function's name, description and parameters, without {type, function} around them."""
+    return isinstance(tool, dict) and "name" in tool and not {"type", "function"} & tool.keys()
+
+
 def marked_tool(tool: Any, at: int) -> Any:
     """A tool with a name that occurs nowhere else."""
     if not tool_name(tool):

@@ -121,6 +121,11 @@ def is_empty(value: object) -> bool:
     return value in (None, "", [], {})
 
 
+def is_blank(value: object) -> bool:
+    """As `is_empty`, of the JSON text of such a value too, such as the `"[]"` that LLaMA-Factory's rows hold for no tools."""
+    return is_empty(value) or (isinstance(value, str) and value.strip() in ("", "null", '""', "[]", "{}"))
+
+
 def texts_in(value: object) -> Iterator[str]:
     """Every text in a JSON value, the names of its objects' entries included."""
     if isinstance(value, str):

@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 from minicache.data.files import MOST_ROW
-from minicache.data.records import ROLES, THOUGHTS, Turn, is_empty
+from minicache.data.records import ROLES, THOUGHTS, Turn, is_blank, is_empty
 from minicache.errors import RowRefused
 
 ROLE_NAMES = {
@@ -30,6 +30,10 @@ CALLERS = ("function_call", "tool_call")
 # Keys with the text of a turn; the first that is not empty counts.
 CONTENTS = ("content", "value", "text")
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+# Keys with the calls of a turn; the first that is not empty counts.
+CALLS = ("tool_calls", "function_call")
+# Keys that may hold the JSON text of what they mean.
+AS_JSON = ("tools", *CALLS, *MEDIA)
 
 
 def text_of(value: object, field: str) -> str:
@@ -82,7 +86,7 @@ def turn_of(item: object, field: str) -> Turn:
     role_key = "from" if "from" in item else "role"
     text_keys = sorted((key for key in CONTENTS if key in item), key=lambda key: item[key] in (None, "", []))
     text_key = next(iter(text_keys), "")
-    is_call = bool(item.get("tool_calls") or item.get("function_call"))
+    is_call = any(not is_blank(item.get(key)) for key in CALLS)
     for key, is_there in (
         (role_key, role_key in item),
         ("value" if role_key == "from" else "content", text_key or is_call),
@@ -95,7 +99,11 @@ def turn_of(item: object, field: str) -> Turn:
         raise RowRefused("unknown-role", f"role {item[role_key][:40]!r} in {field!r}; known: {', '.join(ROLE_NAMES)}")
     if len(item) == 2 and type(item.get(text_key)) is str and name not in CALLERS:
         return Turn(role, text_of(item[text_key], text_key))
-    more = {key: value for key, value in item.items() if key not in (role_key, text_key) and not is_empty(value)}
+    more = {
+        key: value
+        for key, value in item.items()
+        if key not in (role_key, text_key) and not (is_blank if key in AS_JSON else is_empty)(value)
+    }
     for key in ("role", *CONTENTS):
         if key in more and (
             more[key] != item[text_key] if key in CONTENTS else ROLE_NAMES.get(str(more[key]).lower()) != role
@@ -156,7 +164,7 @@ def _no_media(kind: str, field: str) -> RowRefused:
 
 def _calls(more: dict[str, Any]) -> list[Any]:
     """The calls of a message, removed from its keys: `tool_calls`, or `function_call` of older APIs."""
-    for key in ("tool_calls", "function_call"):
+    for key in CALLS:
         if key in more:
             value = more.pop(key)
             return _call_list(_json(value, key) if isinstance(value, str) else value, key)
@@ -192,11 +200,13 @@ def _json(text: str, field: str) -> Any:
 
 
 def json_list(value: object, field: str) -> list[Any]:
-    """A list of objects, or the JSON text of one, or of a list of JSON texts (`tools`, `documents`).
+    """A list of objects, or the JSON text of one, or of a list of JSON texts (`tools`, `documents`); [] of what is empty.
 
     Raises:
         RowRefused: it is none.
     """
+    if is_blank(value):
+        return []
     if isinstance(value, str):
         value = _json(value, field)
     if isinstance(value, dict):

@@ -10,6 +10,7 @@ from minicache.text import Phrase, joined, phrase
 KINDS = {
     "system-turn": "{rows}: the conversation's own system turn is used, not the system column",
     "left-out": "{rows}: the chat template leaves thoughts of earlier turns, or the text beside a call, out of the prompt",
+    "bare-tools": "{rows}: their tools have no type and function around them, which most chat templates expect",
     "tie": "{rows}: answers that are equally good make no pair with each other",
     "both-unsafe": "{rows}: both answers are marked unsafe; the more helpful one is preferred, as the data's authors do",
     "special-text": "{rows} with the text of a special token, the first in {example}",
