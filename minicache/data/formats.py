@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from minicache.data import layouts, lists, votes
-from minicache.data.columns import Columns, Reading, Row, with_reading
+from minicache.data.columns import Columns, Reading, Row, columns_of
 from minicache.data.layouts import Sample
 from minicache.data.ranking import pairs_of
 from minicache.data.records import Context, Pair, Turn, is_empty
@@ -90,9 +90,7 @@ def to_pairs(row: object, file: str, line: int, reading: Reading = AUTO) -> list
         raise RowRefused(
             "exported", f"a table that minidpo exported: minidpo import-cache {file} --ref-cache CACHE reads it"
         )
-    if reading.columns or reading.ignore_fields:
-        row = with_reading(row, reading)
-    columns = Columns(row)
+    columns = columns_of(row, reading)
     read = _reader(columns, reading.format)
     sample = read(columns)
     notes = [*sample.notes]
@@ -127,7 +125,7 @@ def to_prompt(row: object, reading: Reading = AUTO) -> tuple[tuple[Turn, ...], C
     if "chosen" in row or "rejected" in row or "response_j" in row:
         pair = to_pairs(row, "", 0, reading)[0]
         return pair.prompt, pair.context
-    columns = Columns(with_reading(row, reading))
+    columns = columns_of(row, reading)
     field = next((name for name in ("messages", "conversations", "prompt") if name in columns), None)
     if field is None:
         raise RowRefused(

@@ -18,6 +18,10 @@ MOST_BYTES = 4 * MOST_ROW
 Rows = Iterator[tuple[int, object]]
 
 
+class FilledRow(dict[str, Any]):
+    """A row of parquet or arrow, where an object within a value has a null for each key that another row's has."""
+
+
 def parquet_rows(path: Path, name: str) -> Rows:
     """The rows of a parquet file. name: of the file, for errors."""
     arrow = _pyarrow(name)
@@ -75,7 +79,7 @@ def _numbered(batches: Callable[[], Iterator[Any]], arrow: Any, where: str) -> R
                 raise ValueError(f"expected each column once, got two named {twins[0][:80]!r}")
             for row in _rows(arrow, batch):
                 number += 1
-                yield number, row
+                yield number, FilledRow(row) if isinstance(row, dict) else row
     except (arrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(f"{where} after {number} rows: {' '.join(str(error).split())}") from None
 

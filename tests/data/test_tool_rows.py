@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 
+from minicache.data.columns import Reading
 from minicache.data.encode import Encoder
+from minicache.data.files import read_rows
 from minicache.data.formats import to_pairs, to_prompt
 from minicache.data.records import Context, Note, is_blank, is_empty
+from minicache.data.sampling import digest_of
 from minicache.errors import RowRefused
 from tests.conftest import Row
-from tests.data.test_families import TEMPLATES, say
+from tests.data.test_families import TEMPLATES, call, say
 from tests.data.test_tokenizers import with_template
 
 BARE = {"name": "look", "description": "Looks.", "parameters": {"type": "object"}}
@@ -104,21 +107,19 @@ def test_an_answer_that_says_so_is_an_answer(text: str) -> None:
 def test_bare_tools_of_llama_factory_are_made_whole_and_others_are_counted(
     form: str, given: Any, qwen: Encoder
 ) -> None:
-    pair = to_pairs({**ROWS[form], "tools": given}, "f", 1, *reading_of(form))[0]
+    pair = to_pairs({**ROWS[form], "tools": given}, "f", 1, reading_of(form))[0]
     count = 2 if isinstance(given, list) and len(given) == 2 else 1
     if form in FACTORY:
         assert pair.context.tools == [WHOLE] * count and not pair.notes
-        whole = to_pairs({**ROWS[form], "tools": [WHOLE] * count}, "f", 1, *reading_of(form))[0]
+        whole = to_pairs({**ROWS[form], "tools": [WHOLE] * count}, "f", 1, reading_of(form))[0]
         assert qwen.encode(pair).pair.digest == qwen.encode(whole).pair.digest
     else:
         assert pair.context.tools == ([WHOLE, BARE] if count == 2 else [BARE])
         assert pair.notes == (Note("bare-tools"),)
 
 
-def reading_of(form: str) -> tuple[Any, ...]:
-    from minicache.data.columns import Reading
-
-    return (Reading(pairs="best-worst"),) if form == "outputs" else ()
+def reading_of(form: str) -> Reading:
+    return Reading(pairs="best-worst" if form == "outputs" else "")
 
 
 @pytest.mark.parametrize("tool", [WHOLE, {"type": "code"}, {"function": BARE}, {"name": "x", "type": "custom"}, "look"])
@@ -134,3 +135,87 @@ def test_a_prompt_gets_the_tools_that_its_rows_were_trained_with() -> None:
     assert to_prompt(asked)[1].tools == [WHOLE]
     # MiniMind's dialogues
     assert to_prompt({"conversations": [say("system", "s", tools=[BARE]), ASKED]})[1].tools == [BARE]
+
+
+# --- nulls that a table in columns fills in ---
+
+CALLS = [
+    call("look", {"city": "x"}),
+    call("add", {"a": 1, "b": {"c": 2}}),
+    call("list", {"all": [{"n": "m"}, {"k": 1}]}),
+]
+SCHEMAS = [
+    {
+        "type": "function",
+        "function": {"name": name, "parameters": {"type": "object", "properties": {name: {"type": "x"}}}},
+    }
+    for name in ("look", "add", "list")
+]
+FILLED: list[Row] = [
+    {
+        "prompt": [say("system", "s"), ASKED],
+        "chosen": [say("assistant", None, tool_calls=[each])],
+        "rejected": [say("assistant", "b")],
+        "tools": [schema],
+        "chat_template_kwargs": {"mood": "x"} if at else {"tone": "y"},
+    }
+    for at, (each, schema) in enumerate(zip(CALLS, SCHEMAS, strict=True))
+]
+
+
+def written(rows: list[Row], folder: Path, kind: str) -> Path:
+    """A file with these rows."""
+    import pyarrow
+    import pyarrow.parquet
+
+    file, table = folder / f"rows.{kind}", pyarrow.Table.from_pylist(rows)
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, file)
+    else:
+        with pyarrow.ipc.new_stream(str(file), table.schema) as stream:
+            stream.write_table(table)
+    return file
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_table_in_columns_gives_the_pairs_of_its_rows_as_json(qwen: Encoder, tmp_path: Path, kind: str) -> None:
+    read = [row for _, row in read_rows(str(written(FILLED, tmp_path, kind)))]
+    assert '"city": null' in json.dumps(read[1])
+    for row, given in zip(read, FILLED, strict=True):
+        (pair,), (expected,) = to_pairs(row, "f", 1), to_pairs(given, "f", 1)
+        assert pair == expected and pair.context == expected.context
+        assert qwen.encode(pair).pair.digest == qwen.encode(expected).pair.digest
+        assert to_prompt(row)[1] == pair.context
+
+
+def test_a_null_of_an_author_in_json_stays() -> None:
+    asked = [say("assistant", None, tool_calls=[call("look", {"city": None})])]
+    (pair,) = to_pairs({"prompt": [ASKED], "chosen": asked, "rejected": [BAD], "tools": [{**WHOLE, "x": None}]}, "f", 1)
+    assert pair.chosen[0].message["tool_calls"] == asked[0]["tool_calls"] and "x" in (pair.context.tools or [{}])[0]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_sample_of_a_table_is_chosen_by_all_that_it_says(tmp_path: Path, kind: str) -> None:
+    """Caches keep the last digest of their sample, so that the same rows are read again."""
+    import pyarrow
+
+    read = [row for _, row in read_rows(str(written(FILLED, tmp_path, kind)))]
+    plain = pyarrow.Table.from_pylist(FILLED).to_pylist()
+    assert [digest_of(row, 3) for row in read] == [digest_of(row, 3) for row in plain]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_null_of_a_turn_or_of_an_answer_is_what_it_was(tmp_path: Path, kind: str) -> None:
+    ranked = {"prompt": "q", "answers": [{"answer": "a", "rank": 1}, {"answer": "b", "rank": None}]}
+    beside = {"prompt": "q", "chosen": "a", "rejected": "b", "meta": {"system": None, "n": 1}}
+    for rows, reading, said in (
+        ([ranked], Reading(pairs="best-worst"), "'rank' must be a number, got null"),
+        ([beside], Reading(columns="system=meta.system"), ""),
+        ([{**ROWS["prompt"], "rejected": None}], Reading(), "'rejected' must be text or a list of turns, got null"),
+    ):
+        ((_, row),) = read_rows(str(written(rows, tmp_path, kind)))
+        if said:
+            with pytest.raises(RowRefused, match=said):
+                to_pairs(row, "f", 1, reading)
+        else:
+            assert to_pairs(row, "f", 1, reading)[0].prompt == to_pairs(ROWS["prompt"], "f", 1)[0].prompt
