@@ -106,7 +106,8 @@ def marked(turn: Turn, at: int, names: bool = True) -> Turn:
     )
     if not turn.more:
         return Turn(turn.role, content)
-    more = dict(turn.more)
+    # not a content that is a value: the words take its place
+    more = {key: value for key, value in turn.more.items() if key != "content" or value is None}
     for key, number in _thoughts(turn):
         more[key] = _with_word(more[key], f"qx{at}t{number}xq")
     if more.get("tool_calls"):

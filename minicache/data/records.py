@@ -23,7 +23,8 @@ class Turn:
     """One message of a conversation.
 
     role: one of ROLES. content: the text, "" without any. more: the message's other keys as the template gets them
-    (`tool_calls`, `reasoning_content`, …); `content` stands among them where the message says null.
+    (`tool_calls`, `reasoning_content`, …); `content` stands among them where the message says null, or has a value of which the
+    text is JSON.
     """
 
     role: str

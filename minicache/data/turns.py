@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from typing import Any
 
 from minicache.data.files import MOST_ROW
@@ -25,10 +26,13 @@ ROLE_NAMES = {
     "function_call": "assistant",
     "tool_call": "assistant",
 }
-# Roles whose content is a call as JSON text (LLaMA-Factory, ms-swift).
+# Roles whose content is a call as JSON text (LLaMA-Factory, ms-swift), perhaps behind a thought.
 CALLERS = ("function_call", "tool_call")
+THOUGHT = re.compile(r"\s*(<think>.*?</think>)\s*", re.DOTALL)
 # Keys with the text of a turn; the first that is not empty counts.
 CONTENTS = ("content", "value", "text")
+# Types of parts that are text.
+TEXTS = ("text", "input_text", "output_text")
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 # Keys with the calls of a turn; the first that is not empty counts.
 CALLS = ("tool_calls", "function_call")
@@ -123,10 +127,16 @@ def _with_keys(role: str, name: str, content: object, more: dict[str, Any], fiel
             raise _no_media(key, field)
     calls = _calls(more)
     if name in CALLERS:
-        calls = _call_list(_json(text_of(content, name), name), name)
-        content = None
+        text = text_of(content, name)
+        thought = THOUGHT.match(text)
+        calls = _call_list(_json(text[thought.end() :] if thought else text, name), name)
+        # In the content, as the thoughts of LLaMA-Factory's other answers.
+        content = thought[1] if thought else None
     if calls:
         more["tool_calls"] = calls
+    if role == "tool" and _is_data(content):
+        # Llama 3's templates write the value, others its text (`template.Template`).
+        more["content"], content = content, json.dumps(content, ensure_ascii=False)
     if isinstance(content, list):
         content = _text_of_parts(content, field)
     if content is None and calls:
@@ -138,6 +148,18 @@ def _with_keys(role: str, name: str, content: object, more: dict[str, Any], fiel
     return Turn(role, text_of(content, "content"), more or None)
 
 
+def _is_data(content: object) -> bool:
+    """Whether the content of a tool's turn is a value that the tool returned: an object, or a list of what are no parts."""
+    return isinstance(content, dict) or (isinstance(content, list) and not all(map(_is_part, content)))
+
+
+def _is_part(part: object) -> bool:
+    if not isinstance(part, dict):
+        return isinstance(part, str)
+    kind = str(part.get("type", "text" if part.keys() == {"text"} else ""))
+    return (kind in TEXTS and "text" in part) or any(name in kind for name in MEDIA)
+
+
 def _text_of_parts(parts: list[Any], field: str) -> str:
     """The text of a content that is a list of parts. Raises RowRefused: a part is no text."""
     texts = []
@@ -147,7 +169,7 @@ def _text_of_parts(parts: list[Any], field: str) -> str:
         if not isinstance(part, dict):
             raise RowRefused("wrong-type", f"a part of a content in {field!r} must be an object, got {kind_of(part)}")
         kind = str(part.get("type", "text"))
-        if kind not in ("text", "input_text", "output_text") or "text" not in part:
+        if kind not in TEXTS or "text" not in part:
             raise _no_media(kind, field)
         texts.append(text_of(part["text"], "text"))
     return "".join(texts)

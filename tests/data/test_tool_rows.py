@@ -1,6 +1,8 @@
 """Tools, documents and calls in the spellings of TRL, LLaMA-Factory and MiniMind: what the template gets of them."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from minicache.data.records import Context, Note, is_blank, is_empty
 from minicache.data.sampling import digest_of
 from minicache.errors import RowRefused
 from tests.conftest import Row
-from tests.data.test_families import TEMPLATES, call, say
+from tests.data.test_families import DATE, TEMPLATES, call, say
+from tests.data.test_families import fixed_day as fixed_day
 from tests.data.test_tokenizers import with_template
 
 BARE = {"name": "look", "description": "Looks.", "parameters": {"type": "object"}}
@@ -219,3 +222,101 @@ def test_a_null_of_a_turn_or_of_an_answer_is_what_it_was(tmp_path: Path, kind: s
                 to_pairs(row, "f", 1, reading)
         else:
             assert to_pairs(row, "f", 1, reading)[0].prompt == to_pairs(ROWS["prompt"], "f", 1)[0].prompt
+
+
+# --- what a template leaves out, and the remedy ---
+
+
+def test_the_refusal_of_a_system_text_that_mistral_drops_says_what_to_do(tokenizer_dir: Path, tmp_path: Path) -> None:
+    mistral = encoder_of("mistral3", tokenizer_dir, tmp_path)
+    row = {**ROWS["prompt"], "system": "be brief"}
+    with pytest.raises(RowRefused, match=r"the system says.*'be brief'.*--chat-template.*--ignore-fields"):
+        mistral.encode(to_pairs(row, "f", 1)[0])
+    mistral.encode(to_pairs(row, "f", 1, Reading(ignore_fields="system"))[0])
+    with pytest.raises(RowRefused, match=r"(?!.*ignore-fields)the assistant says.*\(--chat-template\)$"):
+        calling = say("assistant", "and text", tool_calls=[call("f", {})])
+        mistral.encode(to_pairs({"prompt": "q", "chosen": [calling], "rejected": [BAD]}, "f", 1)[0])
+
+
+def encoder_of(family: str, tokenizer_dir: Path, folder: Path) -> Encoder:
+    source = (TEMPLATES / f"{family}.jinja").read_text(encoding="utf-8")
+    return Encoder(with_template(tokenizer_dir, folder / family, source), 4096)
+
+
+# --- calls behind a thought, results that are no text ---
+
+SAID = '{"name": "look", "arguments": {"city": "x"}}'
+
+
+@pytest.mark.parametrize("role", ["function_call", "tool_call"])
+@pytest.mark.parametrize("calls", [SAID, f"[{SAID}, {SAID}]"], ids=["one", "two"])
+@pytest.mark.parametrize("between", ["", "\n\n"])
+def test_a_call_behind_a_thought_has_both(role: str, calls: str, between: str, qwen: Encoder) -> None:
+    asked = [{"from": "human", "value": "q"}]
+    ends = [{"from": role, "value": f"<think>\nhm\n</think>{between}{calls}"}, {"from": "gpt", "value": "b"}]
+    pair = to_pairs({"conversations": asked, "chosen": ends[0], "rejected": ends[1]}, "f", 1)[0]
+    (turn,) = pair.chosen
+    assert turn.content == "<think>\nhm\n</think>" and turn.more
+    assert len(turn.more["tool_calls"]) == (2 if calls[0] == "[" else 1)
+    text = qwen.tokenizer.decode(qwen.encode(pair).pair.side(0)[0])
+    assert "<think>" in text and "hm" in text and '"city": "x"' in text
+
+
+@pytest.mark.parametrize("value", [f"<think>\nhm {SAID}", f"hm <think>a</think>{SAID}", "<think>a</think>", "look"])
+def test_a_call_that_is_no_json_is_refused(value: str) -> None:
+    with pytest.raises(RowRefused, match="expected JSON") as refused:
+        to_pairs({"prompt": "q", "chosen": [{"role": "function_call", "content": value}], "rejected": [BAD]}, "f", 1)
+    assert refused.value.reason == "wrong-type"
+
+
+VALUES: tuple[Any, ...] = (
+    {"temp": 20, "é": "ü"},
+    {"text": "x"},
+    [{"temp": 20}, {"temp": 3}],
+    [{"title": "t", "text": "x"}],
+    [{"type": "car", "price": 3}],
+    [1, 2],
+)
+
+
+@pytest.mark.usefixtures("fixed_day")
+@pytest.mark.parametrize("value", VALUES, ids=repr)
+@pytest.mark.parametrize("family", ["llama31", "qwen25", "qwen3", "mistral3", "gptoss"])
+def test_a_result_that_is_a_value_is_written_as_transformers_writes_it_or_as_json(
+    family: str, value: Any, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    encoder = encoder_of(family, tokenizer_dir, tmp_path)
+    if encoder.tokenizer.template and "strftime_now" in encoder.tokenizer.template:
+        encoder = replace(encoder, tokenizer=replace(encoder.tokenizer, date=DATE))
+    asked = [ASKED, say("assistant", None, tool_calls=[call("look", {"city": "x"})])]
+    result = say("tool", value, tool_call_id="c00000001")
+    pair, as_text = (
+        to_pairs({"prompt": [*asked, each], "chosen": [GOOD], "rejected": [BAD]}, "f", 1)[0]
+        for each in (result, {**result, "content": json.dumps(value, ensure_ascii=False)})
+    )
+    said = encoder._renderer.render(pair)[0][0].text
+    encoder.encode(pair)
+    if family in ("llama31", "gptoss"):
+        theirs = AutoTokenizer.from_pretrained(tmp_path / family)
+        assert said == theirs.apply_chat_template([*asked, result, GOOD], tokenize=False)
+        assert re.search(rf"(\n\n|\|>){re.escape(json.dumps(value, ensure_ascii=False))}<\|(eot_id|end)\|>", said)
+    else:
+        assert said == encoder._renderer.render(as_text)[0][0].text
+
+
+@pytest.mark.parametrize("kind", ["image", "image_url", "input_audio", "video"])
+def test_a_picture_that_a_tool_returned_is_media(kind: str) -> None:
+    turns = [ASKED, say("tool", [{"type": kind, "data": "…"}])]
+    with pytest.raises(RowRefused) as refused:
+        to_pairs({"prompt": turns, "chosen": [GOOD], "rejected": [BAD]}, "f", 1)
+    assert refused.value.reason == "media"
+
+
+@pytest.mark.parametrize(
+    "parts", [["a", "b"], [{"type": "text", "text": "a"}, "b"], [{"text": "a"}, {"text": "b"}]], ids=repr
+)
+def test_parts_of_a_result_are_its_text(parts: list[Any]) -> None:
+    (pair,) = to_pairs({"prompt": [ASKED, say("tool", parts)], "chosen": [GOOD], "rejected": [BAD]}, "f", 1)
+    assert pair.prompt[1].message == say("tool", "ab")
