@@ -47,22 +47,16 @@ class Reading:
     sample: int | None = None
     sample_seed: int = 0
 
-    @classmethod
-    def stored(cls, format: str, others: Mapping[str, str]) -> "Reading":
-        """The options that a cache's log holds: `format` and the result of `others`."""
-        numbers = {name: int(others[name]) for name in ("limit", "sample", "sample_seed") if name in others}
-        return cls(format, **{**others, **numbers})  # type: ignore[arg-type]
-
     @property
     def others(self) -> dict[str, str]:
         """The options beside `format` that are not as they are by default."""
         given = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "format"}
         return {name: str(value) for name, value in given.items() if value not in ("", None, 0)}
 
-    def __str__(self) -> str:
-        """The options as they are typed."""
-        given = {"format": self.format, **self.others}
-        return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
+    @property
+    def options(self) -> dict[str, str]:
+        """`format` and the other options that are not as they are by default, as a cache's log holds them."""
+        return {"format": self.format, **self.others}
 
     def require_sound(self) -> None:
         """Raises ConfigError: `columns` is not NAME=COLUMN,…"""
@@ -85,6 +79,11 @@ class Reading:
     def ignored(self) -> frozenset[str]:
         """The columns, and keys of turns, to pass over."""
         return frozenset(name.strip() for name in self.ignore_fields.split(",") if name.strip())
+
+
+def as_typed(options: Mapping[str, str]) -> str:
+    """Options as they are typed."""
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
 
 
 class Columns:

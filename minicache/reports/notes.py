@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from minicache.data.columns import as_typed
 from minicache.text import Phrase, joined, phrase
 
 # Kind of a note (`data.records.Note`) -> what it says of so many rows.
@@ -28,8 +29,7 @@ def notes_on(source: Mapping[str, Any]) -> list[str]:
     """Lines on a source, a dict as `cache.manifest.Source`: its options, columns that nothing reads, and notes."""
     lines: list[str] = []
     if options := source.get("reading"):
-        given = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
-        lines.append(phrase("read with {options}", options=given))
+        lines.append(phrase("read with {options}", options=as_typed(options)))
     if unused := source.get("unused"):
         lines.append(phrase("not used: {columns}", columns=_columns(unused, source["rows"])))
     used = source["rows"] - sum(source["refused"].values())
