@@ -96,7 +96,11 @@ def turn_of(item: object, field: str) -> Turn:
         ("value" if role_key == "from" else "content", text_key or is_call),
     ):
         if not is_there:
-            raise RowRefused("missing-field", f"a turn of {field!r} has no {key!r}; it has {listed(item)}")
+            raise RowRefused(
+                "missing-field",
+                f"a turn of {field!r} has no {key!r}; it has {listed(item)}; expected role and content, or from and value: rename "
+                "other keys, such as those that tags of LLaMA-Factory's dataset_info.json name",
+            )
     name = text_of(item[role_key], role_key).lower()
     role = ROLE_NAMES.get(name)
     if role is None:

@@ -320,3 +320,13 @@ def test_a_picture_that_a_tool_returned_is_media(kind: str) -> None:
 def test_parts_of_a_result_are_its_text(parts: list[Any]) -> None:
     (pair,) = to_pairs({"prompt": [ASKED, say("tool", parts)], "chosen": [GOOD], "rejected": [BAD]}, "f", 1)
     assert pair.prompt[1].message == say("tool", "ab")
+
+
+# --- LLaMA-Factory's tags ---
+
+
+def test_turns_with_other_keys_say_that_tags_name_them() -> None:
+    renamed = {"speaker": "human", "words": "q"}
+    with pytest.raises(RowRefused, match=r"has no 'role'; it has 'speaker', 'words'.*tags of LLaMA-Factory") as refused:
+        to_pairs({"conversations": [renamed], "chosen": "a", "rejected": "b"}, "f", 1)
+    assert refused.value.reason == "missing-field"
