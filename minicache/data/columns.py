@@ -9,9 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from minicache.data.arguments import LISTS
 from minicache.data.records import Note, is_blank, is_empty, texts_in
-from minicache.data.tables import FilledRow
+from minicache.data.tables import FilledRow, unfilled
 from minicache.data.turns import MEDIA, ROLE_NAMES, listed
 from minicache.errors import ConfigError, RowRefused
 
@@ -188,23 +187,7 @@ def columns_of(row: Row, reading: Reading) -> Columns:
     is_filled = isinstance(row, FilledRow)
     if reading.columns or reading.ignore_fields:
         row = with_reading(row, reading)
-    return Columns({name: _unfilled(value, name) for name, value in row.items()} if is_filled else row)
-
-
-def _unfilled(value: Any, name: str) -> Any:
-    """A column without nulls within its turns or answers; their own say what a row lacks, those of a schema nothing."""
-    if name in (*LISTS, "chat_template_kwargs"):
-        return _without_nulls(value)
-    if isinstance(value, list):
-        return [_unfilled(item, "") if isinstance(item, dict) else item for item in value]
-    return {key: _without_nulls(each) for key, each in value.items()} if isinstance(value, dict) else value
-
-
-def _without_nulls(value: Any) -> Any:
-    """A JSON value without the keys that are null, as TRL's remove_none_values makes it."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
-    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+    return Columns({name: unfilled(value, name) for name, value in row.items()} if is_filled else row)
 
 
 def with_reading(row: Row, reading: Reading) -> Row:

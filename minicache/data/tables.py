@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from minicache.data.arguments import LISTS
 from minicache.data.packed import MOST_ROW
 from minicache.errors import DataError, RowRefused
 
@@ -184,3 +185,22 @@ def _changed(arrow: Any, kind: Any, change: Callable[[Any, Any], Any]) -> Any:
             return arrow.list_(inner, kind.list_size)
         return arrow.large_list(inner) if types.is_large_list(kind) else arrow.list_(inner)
     return change(arrow, kind)
+
+
+# --- what a table fills in ---
+
+
+def unfilled(value: Any, name: str) -> Any:
+    """A column of a `FilledRow` without nulls within its turns or answers; their own say what they lack, a schema's nothing."""
+    if name in (*LISTS, "chat_template_kwargs"):
+        return _without_nulls(value)
+    if isinstance(value, list):
+        return [unfilled(item, "") if isinstance(item, dict) else item for item in value]
+    return {key: _without_nulls(each) for key, each in value.items()} if isinstance(value, dict) else value
+
+
+def _without_nulls(value: Any) -> Any:
+    """A JSON value without the keys that are null, as TRL's remove_none_values makes it."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
