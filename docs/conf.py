@@ -15,7 +15,7 @@ html_show_copyright = False
 smartquotes = False  # they would bend the quotes of options
 
 NAV = {
-    "Tutorials": ["minimind", "minimind.zh", "messages.zh", "trl"],
+    "Tutorials": ["minimind", "minimind.zh", "messages.zh", "trl", "llama-factory"],
     "Guides": [
         "data",
         "training",

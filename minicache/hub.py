@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from minicache.errors import ConfigError, DataError, MinicacheError, OutputError, StoreError
+from minicache.failures import of_the_machine
 from minicache.text import one_line
 
 PART = r"[A-Za-z0-9][\w.-]*"
@@ -67,14 +68,18 @@ def _line(error: Exception, what: str, repository: str, id: str) -> MinicacheErr
             f"{what}: the Hub cannot be asked, and the {repository} is not, or not whole, among what was downloaded; check the "
             "network, HF_HUB_OFFLINE and HF_ENDPOINT, then run the same command again"
         )
+    if isinstance(error, errors.EntryNotFoundError):
+        return DataError(f"{what}: the {repository} has no such file at this commit")
     if isinstance(error, errors.HFValidationError):
         return ConfigError(f"{what}: expected org/name as the Hub allows it: {one_line(error, 200)}")
     if isinstance(error, errors.HfHubHTTPError):
         return _refusal(error, what, id)
     if isinstance(error, ValueError) and "metadata in README.md" in str(error):
         return ConfigError(f"{what}: {hub} refuses the card's front matter; check --license: {one_line(error, 300)}")
-    if isinstance(error, OSError) and error.errno and error.filename:
-        return OutputError(f"{error.filename}: {error.strerror}; HF_HOME names another place for what is downloaded")
+    if isinstance(error, OSError) and error.errno:
+        line = of_the_machine(error) or (f"{error.filename}: {error.strerror}" if error.filename else None)
+        if line:
+            return OutputError(f"{line}; HF_HOME names another place for what is downloaded")
     return StoreError(
         f"{what}: {hub} cannot be reached, or its answer not read; check the network and HF_ENDPOINT, then run the same command "
         f"again: {one_line(error, 300)}"
@@ -94,6 +99,17 @@ def _refusal(error: "Exception", what: str, id: str) -> MinicacheError:
         )
     later = "; run the same command again later" if status is None or status == 429 or status >= 500 else ""
     return StoreError(f"{what}: {endpoint()} refuses ({status}){later}: {said}")
+
+
+def listing(what: str, id: str, revision: str) -> tuple[str, list[str]]:
+    """The commit of a data set's revision, "" for the default branch, and the names of its files. what: as of `in_one_line`."""
+    from huggingface_hub import HfApi
+
+    with in_one_line(what, "dataset", id):
+        info = HfApi(endpoint()).dataset_info(id, revision=revision or None, timeout=60)
+    if not info.sha:
+        raise DataError(f"{what}: {endpoint()} names no commit of it")
+    return info.sha, [each.rfilename for each in info.siblings or ()]
 
 
 @contextmanager

@@ -46,6 +46,11 @@ class Source:
     chosen: str = ""
 
     @property
+    def options(self) -> dict[str, str]:
+        """The options by which rows became pairs: those of a newer release are there as they are, not understood."""
+        return {"format": self.format, **self.reading}
+
+    @property
     def stored(self) -> dict[str, Any]:
         """The fields as a manifest stores them: those of later versions only where they say something."""
         return {name: value for name, value in asdict(self).items() if value or name not in LATER}

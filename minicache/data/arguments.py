@@ -9,11 +9,12 @@ from minicache.errors import ConfigError
 # The date of templates that ask for today's: the same rows give the same pairs on every day. It is the one that Llama 3's
 # templates fall back to.
 FIXED_DATE = "2024-07-26"
+# What a template gets beside the messages, as lists.
+LISTS = ("tools", "documents")
 # Names that are no arguments of a template: what it always gets, and arguments of `apply_chat_template` itself.
 NO_ARGUMENTS = (
     "messages",
-    "tools",
-    "documents",
+    *LISTS,
     "add_generation_prompt",
     "tokenize",
     "continue_final_message",

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from minicache.data.records import Note, is_empty, texts_in
+from minicache.data.records import Note, is_blank, is_empty, texts_in
+from minicache.data.tables import FilledRow, unfilled
 from minicache.data.turns import MEDIA, ROLE_NAMES, listed
 from minicache.errors import ConfigError, RowRefused
 
@@ -45,22 +46,16 @@ class Reading:
     sample: int | None = None
     sample_seed: int = 0
 
-    @classmethod
-    def stored(cls, format: str, others: Mapping[str, str]) -> "Reading":
-        """The options that a cache's log holds: `format` and the result of `others`."""
-        numbers = {name: int(others[name]) for name in ("limit", "sample", "sample_seed") if name in others}
-        return cls(format, **{**others, **numbers})  # type: ignore[arg-type]
-
     @property
     def others(self) -> dict[str, str]:
         """The options beside `format` that are not as they are by default."""
         given = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "format"}
         return {name: str(value) for name, value in given.items() if value not in ("", None, 0)}
 
-    def __str__(self) -> str:
-        """The options as they are typed."""
-        given = {"format": self.format, **self.others}
-        return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
+    @property
+    def options(self) -> dict[str, str]:
+        """`format` and the other options that are not as they are by default, as a cache's log holds them."""
+        return {"format": self.format, **self.others}
 
     def require_sound(self) -> None:
         """Raises ConfigError: `columns` is not NAME=COLUMN,…"""
@@ -83,6 +78,11 @@ class Reading:
     def ignored(self) -> frozenset[str]:
         """The columns, and keys of turns, to pass over."""
         return frozenset(name.strip() for name in self.ignore_fields.split(",") if name.strip())
+
+
+def as_typed(options: Mapping[str, str]) -> str:
+    """Options as they are typed."""
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
 
 
 class Columns:
@@ -113,8 +113,8 @@ class Columns:
         return None if name is None else self[name]
 
     def left(self, *names: str) -> Any:
-        """As `get`, of the columns that were not read yet."""
-        return self.get(*(name for name in names if name in self.unread))
+        """As `get`, of the columns that were not read yet and do not hold the JSON text of something empty."""
+        return self.get(*(name for name in names if name in self.unread and not is_blank(self.values[name])))
 
     def leave(self, name: str, item: Mapping[str, Any], read: tuple[str, ...]) -> None:
         """Count the keys of a column's object that were not read as columns of their own."""
@@ -134,7 +134,7 @@ class Columns:
         notes, texts = [], [text.strip() for text in used]
         for name in self.unread:
             value = self.values[name]
-            if is_empty(value) or (name in SEEN and name not in MEDIA and _repeats(name, value, texts)):
+            if is_blank(value) or (name in SEEN and name not in MEDIA and _repeats(name, value, texts)):
                 continue
             if name in MEDIA:
                 raise RowRefused(
@@ -177,6 +177,17 @@ def _conversation(value: Any, name: str) -> Any:
         return value
     is_talk = items and all(isinstance(item, dict) and ("role" in item or "from" in item) for item in items)
     return items if is_talk else value
+
+
+def columns_of(row: Row, reading: Reading) -> Columns:
+    """The columns of a row as the options have them, without the nulls that parquet and arrow fill in.
+
+    These go here and not where rows are read, because a sample's rows are chosen by all that a file says (`data.sampling`).
+    """
+    is_filled = isinstance(row, FilledRow)
+    if reading.columns or reading.ignore_fields:
+        row = with_reading(row, reading)
+    return Columns({name: unfilled(value, name) for name, value in row.items()} if is_filled else row)
 
 
 def with_reading(row: Row, reading: Reading) -> Row:

@@ -9,15 +9,17 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from minicache.data import layouts, lists, votes
-from minicache.data.columns import Columns, Reading, Row, with_reading
+from minicache.data.columns import Columns, Reading, Row, columns_of
 from minicache.data.layouts import Sample
 from minicache.data.ranking import pairs_of
 from minicache.data.records import Context, Pair, Turn, is_empty
-from minicache.data.shared import context_of, pair_of, texts_of, whole_prompt
+from minicache.data.shared import context_of, pair_of, texts_of, whole_prompt, with_whole_tools
 from minicache.data.turns import kind_of, listed
 from minicache.errors import RowRefused
 
 AUTO = Reading()
+# The forms of LLaMA-Factory.
+FACTORY = (layouts.from_sharegpt, layouts.from_alpaca, lists.from_outputs)
 # No other program's rows have all of these columns.
 OF_EXPORTS = ("digest", "prompt_ids", "chosen_loss_mask")
 
@@ -88,12 +90,11 @@ def to_pairs(row: object, file: str, line: int, reading: Reading = AUTO) -> list
         raise RowRefused(
             "exported", f"a table that minidpo exported: minidpo import-cache {file} --ref-cache CACHE reads it"
         )
-    if reading.columns or reading.ignore_fields:
-        row = with_reading(row, reading)
-    columns = Columns(row)
-    sample = _reader(columns, reading.format)(columns)
-    context = context_of(columns, sample)
+    columns = columns_of(row, reading)
+    read = _reader(columns, reading.format)
+    sample = read(columns)
     notes = [*sample.notes]
+    context = with_whole_tools(context_of(columns, sample), read in FACTORY, notes)
     prompt = whole_prompt(columns, sample, notes)
     if sample.answers is not None:
         made, ties = pairs_of(sample.answers, reading.pairs)
@@ -124,14 +125,17 @@ def to_prompt(row: object, reading: Reading = AUTO) -> tuple[tuple[Turn, ...], C
     if "chosen" in row or "rejected" in row or "response_j" in row:
         pair = to_pairs(row, "", 0, reading)[0]
         return pair.prompt, pair.context
-    columns = Columns(with_reading(row, reading))
+    columns = columns_of(row, reading)
     field = next((name for name in ("messages", "conversations", "prompt") if name in columns), None)
     if field is None:
         raise RowRefused(
             "missing-field", f"expected 'prompt', 'messages' or 'conversations'; the row has {listed(row)}"
         )
-    sample = Sample(layouts.prompt_of(columns[field], field), [])
-    context = context_of(columns, sample)
+    asked = columns[field]
+    sample = Sample(layouts.prompt_of(asked, field), [])
+    # MiniMind's have roles.
+    of_factory = field == "conversations" and isinstance(asked, list) and any("from" in turn for turn in asked)
+    context = with_whole_tools(context_of(columns, sample), of_factory, [])
     turns = whole_prompt(columns, sample, [])
     while turns and turns[-1].role == "assistant":
         turns.pop()

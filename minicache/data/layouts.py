@@ -73,7 +73,7 @@ def from_messages(columns: Columns) -> Sample:
     if name is None:
         return Sample([], [(chosen, rejected)])
     if all(side[0].role == "assistant" for side in (chosen, rejected)):
-        return Sample(prompt_of(columns[name], name), [(chosen, rejected)])
+        return _joined(prompt_of(columns[name], name), (chosen, rejected), name)
     if name == "prompt":
         _require_same_prompt(columns[name], chosen, rejected)
     return Sample([], [(chosen, rejected)])
@@ -157,7 +157,7 @@ def from_steps(columns: Columns) -> Sample:
 def from_sharegpt(columns: Columns) -> Sample:
     """`conversations` are {from, value}; `chosen` and `rejected` are one such turn or a list of them (LLaMA-Factory), or texts."""
     chosen, rejected = (answer_of(columns[side], side) for side in SIDES)
-    return Sample(turns_of(columns["conversations"], "conversations"), [(chosen, rejected)])
+    return _joined(turns_of(columns["conversations"], "conversations"), (chosen, rejected), "conversations")
 
 
 def from_swift(columns: Columns) -> Sample:
@@ -222,8 +222,27 @@ def answer_of(value: object, field: str) -> list[Turn]:
     return turns_of(value, field) if isinstance(value, list | dict) else [Turn("assistant", text_of(value, field))]
 
 
+def _joined(prompt: list[Turn], sides: Sides, field: str) -> Sample:
+    """The prompt and its answers, with each turn once: sides may repeat the prompt, and it may end in the turns of one of them.
+
+    Raises:
+        RowRefused: the sides begin with another prompt.
+    """
+    shared = max(_overlap(prompt, side) for side in sides)
+    asks_again = all(side and side[0].role in ("system", "user") for side in sides)
+    if asks_again and not shared and prompt and prompt[-1].role != "assistant":
+        raise RowRefused("prompts-differ", f"each side has a prompt of its own, and it does not begin with {field!r}")
+    return Sample(prompt[: len(prompt) - shared], [sides])
+
+
+def _overlap(first: list[Turn], second: list[Turn]) -> int:
+    """The number of turns at the end of a prompt that a side begins with: all of it, all but a system turn, the side, one turn."""
+    sizes = (len(first), len(first) - 1, len(second), 1)
+    return next((size for size in sizes if 0 < size <= len(first) and first[-size:] == second[:size]), 0)
+
+
 def _answered(columns: Columns, prompt: str, chosen: str, rejected: str) -> Sample:
-    return Sample(prompt_of(columns[prompt], prompt), [_texts_of(columns, chosen, rejected)])
+    return _joined(prompt_of(columns[prompt], prompt), _texts_of(columns, chosen, rejected), prompt)
 
 
 def _texts_of(columns: Columns, chosen: str, rejected: str) -> Sides:

@@ -106,7 +106,8 @@ def marked(turn: Turn, at: int, names: bool = True) -> Turn:
     )
     if not turn.more:
         return Turn(turn.role, content)
-    more = dict(turn.more)
+    # not a content that is a value: the words take its place
+    more = {key: value for key, value in turn.more.items() if key != "content" or value is None}
     for key, number in _thoughts(turn):
         more[key] = _with_word(more[key], f"qx{at}t{number}xq")
     if more.get("tool_calls"):
@@ -143,6 +144,11 @@ def tool_name(tool: Any) -> str:
     """The name of a tool's function, "" without any."""
     function = tool.get("function", tool) if isinstance(tool, dict) else None
     return str(function.get("name", "")) if isinstance(function, dict) else ""
+
+
+def is_bare(tool: Any) -> bool:
+    """Whether a tool is a function's name, description and parameters, without {type, function} around them."""
+    return isinstance(tool, dict) and "name" in tool and not {"type", "function"} & tool.keys()
 
 
 def marked_tool(tool: Any, at: int) -> Any:

@@ -23,7 +23,8 @@ class Turn:
     """One message of a conversation.
 
     role: one of ROLES. content: the text, "" without any. more: the message's other keys as the template gets them
-    (`tool_calls`, `reasoning_content`, …); `content` stands among them where the message says null.
+    (`tool_calls`, `reasoning_content`, …); `content` stands among them where the message says null, or has a value of which the
+    text is JSON.
     """
 
     role: str
@@ -119,6 +120,11 @@ def _require_answer(name: str, turns: list[Turn]) -> None:
 def is_empty(value: object) -> bool:
     """Whether a value says nothing: null, "", [] and {}, but neither 0 nor false."""
     return value in (None, "", [], {})
+
+
+def is_blank(value: object) -> bool:
+    """As `is_empty`, of the JSON text of such a value too, such as the `"[]"` that LLaMA-Factory's rows hold for no tools."""
+    return is_empty(value) or (isinstance(value, str) and value.strip() in ("", "null", '""', "[]", "{}"))
 
 
 def texts_in(value: object) -> Iterator[str]:

@@ -3,11 +3,13 @@
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from minicache.data import layouts
-from minicache.data.arguments import NO_ARGUMENTS
+from minicache.data.arguments import LISTS, NO_ARGUMENTS
 from minicache.data.columns import Columns
 from minicache.data.layouts import Sample
+from minicache.data.parts import is_bare
 from minicache.data.records import NO_CONTEXT, Context, Note, Pair, Turn
 from minicache.data.turns import json_list, kind_of, require_sound, text_of, turns_of
 from minicache.errors import RowRefused
@@ -18,33 +20,48 @@ SYSTEMS = ("system", "system_prompt", "system_message")
 
 def context_of(columns: Columns, sample: Sample) -> Context:
     """Tools, documents and template arguments of a row."""
-    tools, documents = columns.left("tools"), columns.left("documents")
+    found = {name: [columns.left(name)] for name in LISTS}
     # MiniMind's system turns hold the tools.
     turns = [*sample.prompt, *(turn for sides in sample.pairs for side in sides for turn in side)]
-    in_turns = [turn.more["tools"] for turn in turns if turn.more and "tools" in turn.more]
+    found["tools"] += [turn.more["tools"] for turn in turns if turn.more and "tools" in turn.more]
     arguments = columns.left("chat_template_kwargs")
-    if tools is documents is arguments is None and not in_turns:
+    if arguments is None and all(each is None for values in found.values() for each in values):
         return NO_CONTEXT
     if isinstance(arguments, str):
         arguments = next(iter(json_list(arguments, "chat_template_kwargs")), None)
     if arguments is not None and not isinstance(arguments, dict):
         raise RowRefused("wrong-type", f"'chat_template_kwargs' must be an object, got {kind_of(arguments)}")
     for name in arguments or ():
-        if name in NO_ARGUMENTS and name != "tools":
+        if name in NO_ARGUMENTS and name not in LISTS:
             raise RowRefused("wrong-type", f"'chat_template_kwargs': {name!r} is no argument of a chat template")
     require_sound(arguments)
-    given = [
-        json_list(each, "tools") for each in ((arguments or {}).get("tools"), tools, *in_turns) if each is not None
-    ]
+    lists = {name: _one_of([*values, (arguments or {}).get(name)], name) for name, values in found.items()}
+    return Context(**lists, arguments={name: each for name, each in (arguments or {}).items() if name not in LISTS})
+
+
+def with_whole_tools(context: Context, wrap: bool, notes: list[Note]) -> Context:
+    """The context with {type, function} around bare tools, which most templates look for, or a note on those that stay bare.
+
+    wrap: the row is of LLaMA-Factory, which puts it around them (data/tool_utils.py); TRL and MiniMind do not.
+    """
+    tools = context.tools or []
+    if not any(map(is_bare, tools)):
+        return context
+    if not wrap:
+        notes.append(Note("bare-tools"))
+        return context
+    whole = [{"type": "function", "function": tool} if is_bare(tool) else tool for tool in tools]
+    return replace(context, tools=whole)
+
+
+def _one_of(values: list[object], name: str) -> list[Any] | None:
+    """The list that a row has in one place or several, None for an empty one. Raises RowRefused: the places differ."""
+    given = [each for each in (json_list(value, name) for value in values) if each]
     if any(each != given[0] for each in given):
         raise RowRefused(
-            "unused-field", "'tools' stands in several places, and they differ; expected --ignore-fields tools"
+            "unused-field", f"{name!r} stands in several places, and they differ; expected --ignore-fields {name}"
         )
-    return Context(
-        tools=next(iter(given), None),
-        documents=None if documents is None else json_list(documents, "documents"),
-        arguments={name: value for name, value in (arguments or {}).items() if name != "tools"},
-    )
+    return given[0] if given else None
 
 
 def whole_prompt(columns: Columns, sample: Sample, notes: list[Note]) -> list[Turn]:

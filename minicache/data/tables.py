@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from minicache.data.arguments import LISTS
 from minicache.data.packed import MOST_ROW
 from minicache.errors import DataError, RowRefused
 
@@ -16,6 +17,10 @@ MOST_BYTES = 4 * MOST_ROW
 
 # Row number from 1 and row.
 Rows = Iterator[tuple[int, object]]
+
+
+class FilledRow(dict[str, Any]):
+    """A row of parquet or arrow, where an object within a value has a null for each key that another row's has."""
 
 
 def parquet_rows(path: Path, name: str) -> Rows:
@@ -75,7 +80,7 @@ def _numbered(batches: Callable[[], Iterator[Any]], arrow: Any, where: str) -> R
                 raise ValueError(f"expected each column once, got two named {twins[0][:80]!r}")
             for row in _rows(arrow, batch):
                 number += 1
-                yield number, row
+                yield number, FilledRow(row) if isinstance(row, dict) else row
     except (arrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(f"{where} after {number} rows: {' '.join(str(error).split())}") from None
 
@@ -180,3 +185,22 @@ def _changed(arrow: Any, kind: Any, change: Callable[[Any, Any], Any]) -> Any:
             return arrow.list_(inner, kind.list_size)
         return arrow.large_list(inner) if types.is_large_list(kind) else arrow.list_(inner)
     return change(arrow, kind)
+
+
+# --- what a table fills in ---
+
+
+def unfilled(value: Any, name: str) -> Any:
+    """A column of a `FilledRow` without nulls within its turns or answers; their own say what they lack, a schema's nothing."""
+    if name in (*LISTS, "chat_template_kwargs"):
+        return _without_nulls(value)
+    if isinstance(value, list):
+        return [unfilled(item, "") if isinstance(item, dict) else item for item in value]
+    return {key: _without_nulls(each) for key, each in value.items()} if isinstance(value, dict) else value
+
+
+def _without_nulls(value: Any) -> Any:
+    """A JSON value without the keys that are null, as TRL's remove_none_values makes it."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value

@@ -121,6 +121,8 @@ class Template:
     def _message(self, turn: Turn) -> dict[str, Any]:
         """The message as transformers gives it: thoughts under each of their names, and no content instead of null."""
         message = turn.message
+        if isinstance(message["content"], dict | list) and not self._takes_values:
+            message["content"] = turn.content
         if self._takes_parts_alone and turn.content:
             message["content"] = [{"type": "text", "text": turn.content}]
         if not turn.more:
@@ -138,6 +140,13 @@ class Template:
         """Whether the template writes a content that is a list of parts, and none that is text."""
         parts = [{"type": "text", "text": CALLED["qxk"]}]
         return CALLED["qxk"] not in self._probed(CALLED["qxk"]) and CALLED["qxk"] in self._probed(parts)
+
+    @cached_property
+    def _takes_values(self) -> bool:
+        """Whether the template writes what a tool returned as JSON (Llama 3); others print an object as Python does, or fail."""
+        call = {"type": "function", "id": "c00000001", "function": {"name": "f", "arguments": {}}}
+        result = {"role": "tool", "tool_call_id": "c00000001", "content": CALLED}
+        return json.dumps(CALLED) in self._probed("q", {"role": "assistant", "tool_calls": [call]}, result)
 
     @cached_property
     def _takes_null(self) -> bool:

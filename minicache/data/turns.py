@@ -2,10 +2,11 @@
 
 import json
 import math
+import re
 from typing import Any
 
 from minicache.data.files import MOST_ROW
-from minicache.data.records import ROLES, THOUGHTS, Turn, is_empty
+from minicache.data.records import ROLES, THOUGHTS, Turn, is_blank, is_empty
 from minicache.errors import RowRefused
 
 ROLE_NAMES = {
@@ -25,11 +26,18 @@ ROLE_NAMES = {
     "function_call": "assistant",
     "tool_call": "assistant",
 }
-# Roles whose content is a call as JSON text (LLaMA-Factory, ms-swift).
+# Roles whose content is a call as JSON text (LLaMA-Factory, ms-swift), perhaps behind a thought.
 CALLERS = ("function_call", "tool_call")
+THOUGHT = re.compile(r"\s*(<think>.*?</think>)\s*", re.DOTALL)
 # Keys with the text of a turn; the first that is not empty counts.
 CONTENTS = ("content", "value", "text")
+# Types of parts that are text.
+TEXTS = ("text", "input_text", "output_text")
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+# Keys with the calls of a turn; the first that is not empty counts.
+CALLS = ("tool_calls", "function_call")
+# Keys that may hold the JSON text of what they mean.
+AS_JSON = ("tools", *CALLS, *MEDIA)
 
 
 def text_of(value: object, field: str) -> str:
@@ -82,20 +90,28 @@ def turn_of(item: object, field: str) -> Turn:
     role_key = "from" if "from" in item else "role"
     text_keys = sorted((key for key in CONTENTS if key in item), key=lambda key: item[key] in (None, "", []))
     text_key = next(iter(text_keys), "")
-    is_call = bool(item.get("tool_calls") or item.get("function_call"))
+    is_call = any(not is_blank(item.get(key)) for key in CALLS)
     for key, is_there in (
         (role_key, role_key in item),
         ("value" if role_key == "from" else "content", text_key or is_call),
     ):
         if not is_there:
-            raise RowRefused("missing-field", f"a turn of {field!r} has no {key!r}; it has {listed(item)}")
+            raise RowRefused(
+                "missing-field",
+                f"a turn of {field!r} has no {key!r}; it has {listed(item)}; expected role and content, or from and value: rename "
+                "other keys, such as those that tags of LLaMA-Factory's dataset_info.json name",
+            )
     name = text_of(item[role_key], role_key).lower()
     role = ROLE_NAMES.get(name)
     if role is None:
         raise RowRefused("unknown-role", f"role {item[role_key][:40]!r} in {field!r}; known: {', '.join(ROLE_NAMES)}")
     if len(item) == 2 and type(item.get(text_key)) is str and name not in CALLERS:
         return Turn(role, text_of(item[text_key], text_key))
-    more = {key: value for key, value in item.items() if key not in (role_key, text_key) and not is_empty(value)}
+    more = {
+        key: value
+        for key, value in item.items()
+        if key not in (role_key, text_key) and not (is_blank if key in AS_JSON else is_empty)(value)
+    }
     for key in ("role", *CONTENTS):
         if key in more and (
             more[key] != item[text_key] if key in CONTENTS else ROLE_NAMES.get(str(more[key]).lower()) != role
@@ -115,10 +131,16 @@ def _with_keys(role: str, name: str, content: object, more: dict[str, Any], fiel
             raise _no_media(key, field)
     calls = _calls(more)
     if name in CALLERS:
-        calls = _call_list(_json(text_of(content, name), name), name)
-        content = None
+        text = text_of(content, name)
+        thought = THOUGHT.match(text)
+        calls = _call_list(_json(text[thought.end() :] if thought else text, name), name)
+        # In the content, as the thoughts of LLaMA-Factory's other answers.
+        content = thought[1] if thought else None
     if calls:
         more["tool_calls"] = calls
+    if role == "tool" and _is_data(content):
+        # Llama 3's templates write the value, others its text (`template.Template`).
+        more["content"], content = content, json.dumps(content, ensure_ascii=False)
     if isinstance(content, list):
         content = _text_of_parts(content, field)
     if content is None and calls:
@@ -130,6 +152,18 @@ def _with_keys(role: str, name: str, content: object, more: dict[str, Any], fiel
     return Turn(role, text_of(content, "content"), more or None)
 
 
+def _is_data(content: object) -> bool:
+    """Whether the content of a tool's turn is a value that the tool returned: an object, or a list of what are no parts."""
+    return isinstance(content, dict) or (isinstance(content, list) and not all(map(_is_part, content)))
+
+
+def _is_part(part: object) -> bool:
+    if not isinstance(part, dict):
+        return isinstance(part, str)
+    kind = str(part.get("type", "text" if part.keys() == {"text"} else ""))
+    return (kind in TEXTS and "text" in part) or any(name in kind for name in MEDIA)
+
+
 def _text_of_parts(parts: list[Any], field: str) -> str:
     """The text of a content that is a list of parts. Raises RowRefused: a part is no text."""
     texts = []
@@ -139,7 +173,7 @@ def _text_of_parts(parts: list[Any], field: str) -> str:
         if not isinstance(part, dict):
             raise RowRefused("wrong-type", f"a part of a content in {field!r} must be an object, got {kind_of(part)}")
         kind = str(part.get("type", "text"))
-        if kind not in ("text", "input_text", "output_text") or "text" not in part:
+        if kind not in TEXTS or "text" not in part:
             raise _no_media(kind, field)
         texts.append(text_of(part["text"], "text"))
     return "".join(texts)
@@ -156,7 +190,7 @@ def _no_media(kind: str, field: str) -> RowRefused:
 
 def _calls(more: dict[str, Any]) -> list[Any]:
     """The calls of a message, removed from its keys: `tool_calls`, or `function_call` of older APIs."""
-    for key in ("tool_calls", "function_call"):
+    for key in CALLS:
         if key in more:
             value = more.pop(key)
             return _call_list(_json(value, key) if isinstance(value, str) else value, key)
@@ -192,11 +226,13 @@ def _json(text: str, field: str) -> Any:
 
 
 def json_list(value: object, field: str) -> list[Any]:
-    """A list of objects, or the JSON text of one, or of a list of JSON texts (`tools`, `documents`).
+    """A list of objects, or the JSON text of one, or of a list of JSON texts (`tools`, `documents`); [] of what is empty.
 
     Raises:
         RowRefused: it is none.
     """
+    if is_blank(value):
+        return []
     if isinstance(value, str):
         value = _json(value, field)
     if isinstance(value, dict):

@@ -171,8 +171,11 @@ def _refusal(part: Part, turn: Turn) -> RowRefused:
     shown = part.text[:40] + ("…" if len(part.text) > 40 else "")
     if part.key in ("content", "tool_calls"):
         what = {"thought": "a thought", "call": "a call"}.get(part.kind, "its text")
+        column = ", or --ignore-fields with the name of its column" if turn.role == "system" else ""
         return RowRefused(
-            "template", f"the chat template does not write what the {turn.role} says: {what} is missing: {shown!r}"
+            "template",
+            f"the chat template does not write what the {turn.role} says: {what} is missing: {shown!r}; expected a template that "
+            f"does (--chat-template){column}",
         )
     return RowRefused(
         "unused-field",

@@ -13,7 +13,7 @@ from minicache.cache.blocks import Blocks
 from minicache.cache.identity import Identity
 from minicache.cache.manifest import Source
 from minicache.cache.writer import CacheWriter
-from minicache.data.columns import Reading
+from minicache.data.columns import Reading, as_typed
 from minicache.data.encode import Encoder
 from minicache.data.files import DataFile
 from minicache.data.sampling import bounds
@@ -101,10 +101,10 @@ def _sha256(file: DataFile) -> str:
 def _require_reading(blocks: Blocks, given: dict[str, DataFile], reading: Reading) -> None:
     """Raises CacheMismatch: the cache read one of the files with other options."""
     for source in blocks.log.sources:
-        before = Reading.stored(source.format, source.reading)
-        if source.sha256 in given and before != reading:
+        if source.sha256 in given and source.options != reading.options:
             raise CacheMismatch(
-                f"{blocks.path}: {given[source.sha256].name} was read with {before}, asked for {reading}. "
+                f"{blocks.path}: {given[source.sha256].name} was read with {as_typed(source.options)}, asked for "
+                f"{as_typed(reading.options)}. "
                 "Ask for the same, or name another --ref-cache"
             )
 

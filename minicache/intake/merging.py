@@ -21,7 +21,7 @@ from minicache.cache.refusals import read_refusals, source_of, write_refusals
 from minicache.cache.repack import repack, select
 from minicache.cache.schema import CachedPairs
 from minicache.cache.writer import CacheWriter
-from minicache.data.columns import Reading
+from minicache.data.columns import as_typed
 from minicache.data.tokenizer_files import copy_tokenizer
 from minicache.errors import CacheDamaged, CacheError, CacheMismatch
 from minicache.json_lines import to_json
@@ -53,17 +53,13 @@ def join_sources(sources: list[Source], cache: ReferenceCache) -> NDArray[np.int
         number = known.setdefault(source.sha256, len(sources))
         if number == len(sources):
             sources.append(deepcopy(source))
-        elif (before := _reading(sources[number])) != (reading := _reading(source)):
+        elif (before := sources[number].options) != source.options:
             raise CacheMismatch(
-                f"{cache.path}: {source.name} was read with {reading}, in another of the caches with {before}; expected the "
-                "same for each file"
+                f"{cache.path}: {source.name} was read with {as_typed(source.options)}, in another of the caches with "
+                f"{as_typed(before)}; expected the same for each file"
             )
         numbers.append(number)
     return np.array(numbers, np.int64)
-
-
-def _reading(source: Source) -> Reading:
-    return Reading.stored(source.format, source.reading)
 
 
 # --- which pairs to keep ---

@@ -263,6 +263,9 @@ NOTES = {  # reports/notes.py
     "{rows}: the chat template leaves thoughts of earlier turns, or the text beside a call, out of the prompt": (
         "{rows}：对话模板不把较早轮次的思考，或工具调用旁的文字写入提示"
     ),
+    "{rows}: their tools have no type and function around them, which most chat templates expect": (
+        "{rows}：工具外面没有大多数对话模板需要的 type 和 function"
+    ),
     "{rows}: answers that are equally good make no pair with each other": "{rows}：同样好的回答之间不组成样本对",
     "{rows}: both answers are marked unsafe; the more helpful one is preferred, as the data's authors do": (
         "{rows}：两个回答都标为不安全；与数据作者一样，偏好更有帮助的那个"

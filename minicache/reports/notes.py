@@ -4,12 +4,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from minicache.data.columns import as_typed
 from minicache.text import Phrase, joined, phrase
 
 # Kind of a note (`data.records.Note`) -> what it says of so many rows.
 KINDS = {
     "system-turn": "{rows}: the conversation's own system turn is used, not the system column",
     "left-out": "{rows}: the chat template leaves thoughts of earlier turns, or the text beside a call, out of the prompt",
+    "bare-tools": "{rows}: their tools have no type and function around them, which most chat templates expect",
     "tie": "{rows}: answers that are equally good make no pair with each other",
     "both-unsafe": "{rows}: both answers are marked unsafe; the more helpful one is preferred, as the data's authors do",
     "special-text": "{rows} with the text of a special token, the first in {example}",
@@ -27,8 +29,7 @@ def notes_on(source: Mapping[str, Any]) -> list[str]:
     """Lines on a source, a dict as `cache.manifest.Source`: its options, columns that nothing reads, and notes."""
     lines: list[str] = []
     if options := source.get("reading"):
-        given = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
-        lines.append(phrase("read with {options}", options=given))
+        lines.append(phrase("read with {options}", options=as_typed(options)))
     if unused := source.get("unused"):
         lines.append(phrase("not used: {columns}", columns=_columns(unused, source["rows"])))
     used = source["rows"] - sum(source["refused"].values())

@@ -151,7 +151,9 @@ REFUSED: dict[str, set[str]] = {
     "qwen25": THOUGHT_ROWS | {"documents"},
     "qwen3": {"documents"},
     "llama31": THOUGHT_ROWS | {"documents", "parallel calls", "parallel calls, results, no tools", "call with text"},
-    "mistral3": THOUGHT_ROWS | {"documents", "call with text", "second system turn"},
+    # It writes the system text into a last turn of the user alone.
+    "mistral3": THOUGHT_ROWS | {"documents", "call with text", "second system turn", "system", "developer", "several turns",
+                                "tools as JSON text"},
     # It turns the text beside a call into a thought, until an answer follows.
     "gptoss": {"documents", "parallel calls", "parallel calls, results, no tools",
                "second system turn", "text beside an earlier call"},

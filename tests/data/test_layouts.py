@@ -13,6 +13,7 @@ from minicache.errors import RowRefused
 
 Row = dict[str, Any]
 ASK, GOOD, BAD = "What is rain made of?", "It is made of water.", "It is made of sand."
+EARLIER = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 BEST, MIDDLE = "Rain is water that falls from clouds.", "Of something wet."
 USER, CHOSEN, REJECTED = (
     {"role": "user", "content": ASK},
@@ -360,6 +361,48 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "ms-swift, rejected_response": Layout({"messages": [USER, CHOSEN], "rejected_response": BAD}),
     "ms-swift, rejected_messages": Layout({"messages": [USER, CHOSEN], "rejected_messages": [USER, REJECTED]}),
+    "conversations, and all turns in both sides": Layout(
+        {"conversations": [USER], "chosen": [USER, CHOSEN], "rejected": [USER, REJECTED]}
+    ),
+    "conversations with a system turn, and the other turns in both sides": Layout(
+        {
+            "conversations": [{"role": "system", "content": "Be brief."}, USER],
+            "chosen": [USER, CHOSEN],
+            "rejected": [USER, REJECTED],
+        },
+        [(f"system: Be brief. | user: {ASK}", PLAIN[1], PLAIN[2])],
+    ),
+    "the last question in both sides": Layout(
+        {"conversations": [*EARLIER, USER], "chosen": [USER, CHOSEN], "rejected": [USER, REJECTED]},
+        [(f"user: Hi | assistant: Hello | user: {ASK}", PLAIN[1], PLAIN[2])],
+    ),
+    "conversations that end in an answer, and sides that ask again": Layout(
+        {"conversations": EARLIER, "chosen": [USER, CHOSEN], "rejected": [USER, REJECTED]},
+        [(f"user: Hi | assistant: Hello | user: {ASK}", PLAIN[1], PLAIN[2])],
+    ),
+    "conversations, and another prompt in both sides": Layout(
+        {"conversations": EARLIER[:1], "chosen": [USER, CHOSEN], "rejected": [USER, REJECTED]},
+        "prompts-differ: conversations",
+    ),
+    **{
+        f"{name} with the {answer['content']}": Layout(
+            {name: [USER, answer], "chosen": [CHOSEN], "rejected": [REJECTED]}
+        )
+        for name in ("prompt", "messages", "conversations", "conversation")
+        for answer in (CHOSEN, REJECTED)
+    },
+    **{
+        f"{name} with the chosen answer, texts": Layout({name: [USER, CHOSEN], "chosen": GOOD, "rejected": BAD})
+        for name in ("prompt", "messages", "conversations")
+    },
+    "conversations with all turns of the chosen side": Layout(
+        {"conversations": [USER, CHOSEN, *EARLIER], "chosen": [CHOSEN, *EARLIER], "rejected": [REJECTED]},
+        [(f"user: {ASK}", f"{PLAIN[1]} | user: Hi | assistant: Hello", PLAIN[2])],
+    ),
+    "messages with an opening that both answers go on from": Layout(
+        {"messages": [USER, {**CHOSEN, "content": "It "}], "chosen": [CHOSEN], "rejected": [REJECTED]},
+        [(f"user: {ASK} | opening: It ", f"assistant: It {GOOD}", f"assistant: It {BAD}")],
+    ),
     "axolotl, chat_template.default": Layout({"messages": [USER], "chosen": CHOSEN, "rejected": REJECTED}),
     "distilabel": Layout(
         {"instruction": ASK, "generations": [BAD, GOOD], "ratings": [1, 5], "generation_models": ["a", "b"]},

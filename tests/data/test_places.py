@@ -2,6 +2,7 @@
 
 import bz2
 import csv
+import errno
 import gzip
 import io
 import json
@@ -27,7 +28,7 @@ from minicache.data.files import MOST_ROW, DataFile, read_rows
 from minicache.data.folders import glob_pattern, splits_by_name
 from minicache.data.places import OF_FOLDER, locate, located
 from minicache.data.tokenizers import ChatTokenizer
-from minicache.errors import ConfigError, DataError, MinicacheError, RowRefused, StoreError
+from minicache.errors import ConfigError, DataError, MinicacheError, OutputError, RowRefused, StoreError
 from minicache.intake.prompts import read_prompts
 from minicache.options.exchange import ImportConfig
 from minicache.options.others import CompareConfig
@@ -457,7 +458,7 @@ def test_a_local_path_wins_and_a_name_of_neither_says_both(
     write_jsonl(tmp_path / "org" / "name" / "x.jsonl", [{"of": "here"}])
     assert rows_of(find("org/name")) == rows_of(find("org/name@train")) == [{"of": "here"}]
     for value, said in (
-        ("org/none", f"org/none: no such file or directory, and {hub.address} has no data set org/none"),
+        ("org/none", f"org/none: no such file or directory, and as a data set: {hub.address} has no data set org/none"),
         ("org/none.jsonl", "org/none.jsonl: no such file or directory; expected a file"),
         ("none", "none: no such file or directory; expected a file"),
         ("../none/x", "no such file or directory; expected a file"),
@@ -465,12 +466,14 @@ def test_a_local_path_wins_and_a_name_of_neither_says_both(
         with pytest.raises(DataError, match=said):
             find(value)
     (tmp_path / "org").rename(tmp_path / "gone")
-    with pytest.raises(DataError, match="has no revision 'v9'"):
+    with pytest.raises(DataError, match="the data set org/name has no such revision"):
         find("org/name?revision=v9")
     with pytest.raises(DataError, match="has no such file at this commit"):
         find(f"org/name@{COMMIT}:y.jsonl")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(StoreError, match="no such file or directory, and as a data set it cannot be fetched"):
+    with pytest.raises(
+        StoreError, match=r"no such file or directory, and as a data set: http://127\.0.* cannot be reached"
+    ):
         find("org/name")
 
 
@@ -484,9 +487,44 @@ def test_a_commit_that_was_fetched_is_read_without_a_network(
     asked = len(hub.asked)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert [file.name for file in find(f"org/name?revision={COMMIT}")] == before
-    with pytest.raises(DataError, match=r"not among the downloaded ones.*\?revision=COMMIT"):
+    with pytest.raises(
+        StoreError, match=r"\?revision=COMMIT.*the data set org/other is not, or not whole, among what was"
+    ):
         find("org/other")
     assert len(hub.asked) == asked
+
+
+# Error of the system -> what the line says.
+ON_DISK = {
+    OSError(errno.ENOSPC, "No space left on device"): "a file: the disk is full; free some space",
+    OSError(errno.EDQUOT, "Disk quota exceeded", "/hf/x"): "/hf/x: the disk is full; free some space",
+    PermissionError(errno.EACCES, "Permission denied", "/hf/x"): "/hf/x: Permission denied",
+    OSError(errno.ENAMETOOLONG, "File name too long", "/hf/x"): "/hf/x: File name too long",
+}
+
+
+@pytest.mark.parametrize("error", ON_DISK, ids=repr)
+@pytest.mark.parametrize("value", ["org/name", f"org/name@{COMMIT}:x.jsonl"])
+def test_a_disk_that_takes_no_download_is_no_matter_of_the_network(
+    hub: Hub, find: Find, monkeypatch: pytest.MonkeyPatch, value: str, error: OSError
+) -> None:
+    def fail(*_: Any, **__: Any) -> str:
+        raise error
+
+    hub.add("org/name", {"x.jsonl": LINES})
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    with pytest.raises(OutputError, match=f"^{ON_DISK[error]}.*; HF_HOME names another place") as told:
+        find(value)
+    assert "network" not in str(told.value)
+
+
+def test_an_error_of_this_program_is_no_matter_of_the_network(
+    hub: Hub, find: Find, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("org/name", {"x.jsonl": LINES})
+    monkeypatch.setattr("minicache.data.hub.Folder.select", lambda *_: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        find("org/name")
 
 
 # --- stage one ---

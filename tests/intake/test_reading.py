@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,16 @@ import pytest
 
 from minicache.cache.manifest import Source
 from minicache.cache.reader import ReferenceCache
+from minicache.cache.writer import CacheWriter
 from minicache.data.columns import Reading
 from minicache.data.files import DataFile
 from minicache.data.sampling import bounds, within
 from minicache.errors import CacheMismatch, ConfigError, DataError
+from minicache.options.others import MergeConfig
 from minicache.options.stage_one import PrecomputeConfig
 from minicache.reports.notes import RENDERED, notes_on
+from minicache.stages.merge import merge
+from minicache.trackers import Silent
 from tests.cache.test_cache import flip
 from tests.conftest import Cli, Row, make_rows, precompute_into, write_jsonl
 from tests.helpers.stores import assert_same_store
@@ -168,3 +173,31 @@ def test_a_sample_of_more_than_all_is_all_and_another_one_is_refused(model_dir: 
 def test_options_that_cannot_work_are_refused_before_any_file(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         PrecomputeConfig("m", ("f",), Path("c"), **options)
+
+
+STRANGE = ({"limit": "x"}, {"limit": ""}, {"newer": "yes"}, {"columns": "a=b", "sample_seed": "[1]"})
+
+
+@pytest.mark.parametrize("reading", STRANGE, ids=repr)
+def test_options_of_a_newer_release_or_of_a_stranger_are_compared_as_they_are(
+    model_dir: Path, tmp_path: Path, reading: dict[str, str]
+) -> None:
+    one, other = (
+        write_jsonl(tmp_path / f"{name}.jsonl", [pair_row(n, id=name) for n in numbers])
+        for name, numbers in (("one", (1, 2)), ("other", (3, 4)))
+    )
+    cache = precompute_into(tmp_path / "cache", model_dir, one)
+    writer = CacheWriter(cache)
+    writer.log.sources[0].reading = reading
+    writer.write_log()
+    said = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in reading.items())
+    asked = f"was read with --format auto {said}, asked for --format auto. Ask for the same"
+    with pytest.raises(CacheMismatch, match=re.escape(asked)):
+        precompute_into(cache, model_dir, one)
+    # It says nothing of other files.
+    precompute_into(cache, model_dir, other)
+    assert [source.kept for source in ReferenceCache(cache).log.sources] == [2, 2]
+    plain = precompute_into(tmp_path / "plain", model_dir, one)
+    merging = f"was read with --format auto, in another of the caches with --format auto {said}; expected"
+    with pytest.raises(CacheMismatch, match=re.escape(merging)):
+        merge(MergeConfig((cache, plain), tmp_path / "merged"), Silent())

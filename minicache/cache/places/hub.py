@@ -18,7 +18,7 @@ from minicache.cache.places.place import ROOT
 from minicache.disk import kept_scratch_folder
 from minicache.errors import CacheNotFound, ConfigError, OutputError
 from minicache.failures import writing
-from minicache.hub import ID, endpoint, in_one_line, quiet
+from minicache.hub import ID, endpoint, in_one_line, listing, quiet
 from minicache.options.where import HUB, Where
 
 # A revision with a slash is a pull request or a conversion; another slash begins a folder of the repository.
@@ -45,16 +45,12 @@ class Snapshot(Directory):
         """The commit of the revision, or of the default branch."""
         if COMMIT.fullmatch(self.revision):
             return self.revision
-        from huggingface_hub import HfApi, constants
+        from huggingface_hub import constants
 
         if constants.HF_HUB_OFFLINE:
             # It is the name of the folder.
             return self._download(self.revision).name
-        with in_one_line(self.url, "dataset", self.id):
-            info = HfApi(endpoint()).dataset_info(self.id, revision=self.revision or None, timeout=60)
-        if not info.sha:
-            raise CacheNotFound(f"{self.url}: {endpoint()} names no commit of it")
-        return info.sha
+        return listing(self.url, self.id, self.revision)[0]
 
     @property
     def pinned(self) -> str:
