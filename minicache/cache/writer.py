@@ -24,11 +24,12 @@ from minicache.cache.places.claims import CLAIM_FILE
 from minicache.cache.places.directory import remove_drafts
 from minicache.cache.places.opening import place_at
 from minicache.cache.places.place import ROOT
-from minicache.cache.schema import RefBlock, array_specs, pairs_row, ref_row
+from minicache.cache.schema import CachedPairs, RefBlock, array_specs, pairs_row, ref_row
 from minicache.drafts import draft_beside
 from minicache.failures import writing
 from minicache.options.where import Where
 from minicache.pairs import PairTable
+from minicache.trackers import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +94,14 @@ class CacheWriter(OpenCache):
         with writing(self.place):
             self._arrays.group.attrs.put(self._arrays.manifest.to_attributes())
             self.place.flush([ROOT])
+
+    def append(self, blocks: Iterable[CachedPairs], tracker: Tracker) -> None:
+        """Store whole blocks after those that are there."""
+        for block, (table, scores) in enumerate(blocks, len(self.blocks)):
+            self.grow(block + 1)
+            self.write_pairs(block, table)
+            self.write_ref(block, scores)
+            tracker.advance(len(table), len(table.tokens))
 
     def write_pairs(self, block: int, table: PairTable) -> None:
         """Store the pairs of a block."""
