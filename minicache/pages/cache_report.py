@@ -62,7 +62,10 @@ class Suspects:
 
 @dataclass(frozen=True)
 class CacheReport:
-    """groups: heading -> groups. extremes: heading -> pairs. texts: pair -> pieces; no_texts: why there are none."""
+    """groups: heading -> groups. extremes: heading -> pairs. texts: pair -> pieces; no_texts: why there are none.
+
+    refusals: the lines of the list of refused rows as JSON, which a person may have edited.
+    """
 
     inspection: Inspection
     groups: dict[str, list[Group]]
@@ -70,7 +73,7 @@ class CacheReport:
     suspects: Suspects
     texts: dict[int, list[list[Piece]]]
     no_texts: str
-    refusals: list[str]
+    refusals: list[Any]
 
     def short_name(self, source: str) -> str:
         """The file's name without its folders, unless another file of the cache has the same name."""
@@ -104,7 +107,7 @@ def gather(read: ReadCache, tracker: Tracker) -> CacheReport:
         suspects=found,
         texts=texts,
         no_texts=no_texts,
-        refusals=[line.text for line in read_refusals(cache.place)[:LISTED]],
+        refusals=[line.value for line in read_refusals(cache.place)[:LISTED]],
     )
 
 

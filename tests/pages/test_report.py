@@ -17,6 +17,7 @@ from minicache.cache.places.bounded import BoundedStore
 from minicache.cache.reader import ReferenceCache
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import ConfigError, DataError
+from minicache.json_lines import json_lines
 from minicache.options.others import InspectConfig, ReportConfig
 from minicache.pages.cache import _manifest, _refusal, _sources
 from minicache.pages.cache_report import EXTREMES, gather
@@ -313,7 +314,8 @@ def test_what_the_template_was_given_is_among_the_facts(odd_cache: Path) -> None
 
 @pytest.mark.parametrize("line", ["[" * 100_000, "[]", "{", '{"file": 1}'])
 def test_a_refused_row_that_a_person_has_edited_is_passed_over(line: str) -> None:
-    assert _refusal(line) is None
+    (read,) = json_lines(line.encode())
+    assert _refusal(read.value) is None
 
 
 def test_files_refused_rows_and_problems_are_told(odd_page: Path) -> None:
