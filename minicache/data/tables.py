@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from minicache.data.packed import MOST_ROW
+from minicache.data.compressed import MOST_ROW
 from minicache.errors import DataError, RowRefused
 
 # Rows that are decoded at once, and of a parquet file whose row groups are larger than MOST_GROUP bytes.
