@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from minicache.options.others import InspectConfig
-from minicache.reports.contents import inspect_cache, inspect_pair
+from minicache.reports.contents import inspect_pair, read_cache
 from minicache.screen.inspect import show_inspection, show_pair
 from minicache.screen.live import metrics_table
 
@@ -24,7 +24,7 @@ def save(name: str, title: str, draw: Callable[[Console], object]) -> None:
 def main() -> None:
     cache = DEMO / "cache"
     lines = [json.loads(line) for line in (DEMO / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    inspection, view = inspect_cache(InspectConfig(cache)), inspect_pair(InspectConfig(cache, pair=3))
+    inspection, view = read_cache(cache).inspection, inspect_pair(InspectConfig(cache, pair=3))
     save("inspect", f"minidpo inspect-cache {cache}", lambda console: show_inspection(console, inspection))
     save("pair", f"minidpo inspect-cache {cache} --pair 3", lambda console: show_pair(console, view))
     table = metrics_table([(line["step"], line) for line in lines])

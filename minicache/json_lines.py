@@ -28,6 +28,11 @@ def json_lines(content: bytes) -> Iterator[JsonLine]:
             yield JsonLine(number, text, None, error)
 
 
+def as_text(value: object) -> str:
+    """A text as it is, any other value as JSON."""
+    return value if isinstance(value, str) else to_json(value)
+
+
 def to_json(value: object, **options: Any) -> str:
     """A value as JSON in its own script, but for what a terminal would obey or no encoding has, which JSON's escapes stand for.
 

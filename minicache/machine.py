@@ -1,6 +1,12 @@
-"""The memory of this machine that is free, as its system reports it."""
+"""The cores and the free memory of this machine that this process may use, as its system reports them."""
 
+import os
 from pathlib import Path
+
+
+def cores() -> int:
+    """Cores that this process may use: a batch job, a container or taskset may give it some of the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def free_bytes_here() -> float:

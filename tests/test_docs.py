@@ -127,8 +127,14 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
 def shell_commands(page: Path) -> list[list[str]]:
     """The words of each command in a page's blocks of shell, lines that go on joined, comments left out."""
     blocks = re.findall(r"^ *```sh\n(.*?)^ *```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [words for line in lines if (words := shlex.split(line.replace("…", ""), comments=True))]
+    whole = [block.replace("\\\n", " ").replace("…", "") for block in blocks]
+    # a text in quotes may have several lines
+    lines = [
+        line
+        for block in whole
+        for line in re.sub(r"'[^']*'", lambda text: text[0].replace("\n", " "), block).splitlines()
+    ]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

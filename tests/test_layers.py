@@ -22,6 +22,7 @@ LAYERS = [
         "interpreter",
         "hub",
         "json_lines",
+        "loggers",
         "machine",
         "objects",
         "strict",

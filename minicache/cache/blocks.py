@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from minicache.cache.arrays import Arrays
 from minicache.cache.identity import Identity
 from minicache.cache.manifest import Log, Manifest
+from minicache.cache.places.place import Place
 from minicache.cache.schema import CachedPairs, RefBlock, identity_number, pairs_row, ref_row
 from minicache.errors import CacheDamaged, CacheError, CacheIncomplete
 from minicache.options.where import Where
@@ -238,3 +239,25 @@ class Blocks:
         return CacheDamaged(
             f"{self.path}: one of {names}, block {block}: the data does not fit the ledger's digest (or a chunk is missing)"
         )
+
+
+class OpenCache:
+    """A cache that is open, for reading or writing. blocks: its blocks."""
+
+    blocks: Blocks
+
+    @property
+    def path(self) -> Where:
+        return self.blocks.path
+
+    @property
+    def place(self) -> Place:
+        return self.blocks.place
+
+    @property
+    def identity(self) -> Identity:
+        return self.blocks.identity
+
+    @property
+    def log(self) -> Log:
+        return self.blocks.log

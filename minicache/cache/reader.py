@@ -13,12 +13,9 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from minicache.cache.blocks import Blocks
+from minicache.cache.blocks import Blocks, OpenCache
 from minicache.cache.complete import check_complete, ledgers, whole_block
 from minicache.cache.contents import Contents
-from minicache.cache.identity import Identity
-from minicache.cache.manifest import Log
-from minicache.cache.places.place import Place
 from minicache.cache.schema import CachedPairs, ScoredPair
 from minicache.errors import CacheDamaged, CacheError
 from minicache.options.where import Where
@@ -28,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class ReferenceCache:
+class ReferenceCache(OpenCache):
     """A cache on disk or in an object store, open for reading. blocks: its blocks, readable also in an incomplete cache."""
 
     def __init__(self, where: Where) -> None:
@@ -46,24 +43,8 @@ class ReferenceCache:
         return cls(where)
 
     @property
-    def path(self) -> Where:
-        return self.blocks.path
-
-    @property
-    def place(self) -> Place:
-        return self.blocks.place
-
-    @property
     def tokenizer_dir(self) -> Path:
         return self.blocks.tokenizer_dir
-
-    @property
-    def identity(self) -> Identity:
-        return self.blocks.identity
-
-    @property
-    def log(self) -> Log:
-        return self.blocks.log
 
     @cached_property
     def contents(self) -> Contents:

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from minicache.errors import OutputError
+from minicache.failures import FULL
 
 # On Windows: remove the file with its last handle, a mapping's included.
 TEMPORARY = getattr(os, "O_TEMPORARY", 0)
@@ -85,8 +86,7 @@ def _in_place(file: Path, size: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        problem = "it has no room" if full else (error.strerror or error)
+        problem = "it has no room" if error.errno in FULL else (error.strerror or error)
         raise OutputError(
             f"{file.parent}: cannot hold {size / 1e6:,.1f} MB of decoded pairs: {problem}; name a directory with room, on a disk "
             "that all processes of the machine see, with --scratch"

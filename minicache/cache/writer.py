@@ -17,46 +17,30 @@ import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from minicache.cache.blocks import TOKENIZER, Blocks
-from minicache.cache.identity import Identity
+from minicache.cache.blocks import TOKENIZER, Blocks, OpenCache
 from minicache.cache.manifest import Log, Manifest
 from minicache.cache.places.bounded import BoundedStore
 from minicache.cache.places.claims import CLAIM_FILE
 from minicache.cache.places.directory import remove_drafts
 from minicache.cache.places.opening import place_at
-from minicache.cache.places.place import ROOT, Place
-from minicache.cache.schema import RefBlock, array_specs, pairs_row, ref_row
+from minicache.cache.places.place import ROOT
+from minicache.cache.schema import CachedPairs, RefBlock, array_specs, pairs_row, ref_row
 from minicache.drafts import draft_beside
 from minicache.failures import writing
 from minicache.options.where import Where
 from minicache.pairs import PairTable
+from minicache.trackers import Tracker
 
 log = logging.getLogger(__name__)
 
 
-class CacheWriter:
+class CacheWriter(OpenCache):
     """A cache on disk or in an object store, open for writing. blocks: reads it."""
 
     def __init__(self, where: Where) -> None:
         """Open an existing cache. Raises as `ReferenceCache.open`."""
         self.blocks = Blocks(where, writable=True)
         self._arrays = self.blocks.arrays
-
-    @property
-    def path(self) -> Where:
-        return self.blocks.path
-
-    @property
-    def place(self) -> Place:
-        return self.blocks.place
-
-    @property
-    def identity(self) -> Identity:
-        return self.blocks.identity
-
-    @property
-    def log(self) -> Log:
-        return self.blocks.log
 
     @classmethod
     def create(cls, where: Where, manifest: Manifest, write_tokenizer: Callable[[Path], object]) -> "CacheWriter":
@@ -110,6 +94,14 @@ class CacheWriter:
         with writing(self.place):
             self._arrays.group.attrs.put(self._arrays.manifest.to_attributes())
             self.place.flush([ROOT])
+
+    def append(self, blocks: Iterable[CachedPairs], tracker: Tracker) -> None:
+        """Store whole blocks after those that are there."""
+        for block, (table, scores) in enumerate(blocks, len(self.blocks)):
+            self.grow(block + 1)
+            self.write_pairs(block, table)
+            self.write_ref(block, scores)
+            tracker.advance(len(table), len(table.tokens))
 
     def write_pairs(self, block: int, table: PairTable) -> None:
         """Store the pairs of a block."""

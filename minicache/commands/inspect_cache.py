@@ -37,7 +37,8 @@ def _inspect(config: InspectConfig, as_json: bool) -> None:
     from minicache.pictures.cache import draw_inspection
     from minicache.stages import inspect as stage
 
-    inspection = stage.inspect_cache(config)
+    read = stage.read_cache(config.ref_cache)
+    inspection = read.inspection
     print_json(out, inspection) if as_json else show_inspection(out, inspection)
     files = err if as_json else out
     if config.plot:
@@ -45,7 +46,7 @@ def _inspect(config: InspectConfig, as_json: bool) -> None:
         show_file(files, config.plot)
     if config.html:
         with Screen(err) as tracker:
-            file = stage.write_cache_page(config, tracker)
+            file = stage.write_cache_page(read, config.html, tracker)
         show_file(files, file)
 
 

@@ -5,7 +5,7 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
-from minicache.data.packed import MOST_ROW, open_text
+from minicache.data.compressed import MOST_ROW, open_text
 from minicache.errors import DataError, RowRefused
 
 

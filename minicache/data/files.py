@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from minicache.data import packed
+from minicache.data import compressed
 from minicache.data.cells import table_rows
-from minicache.data.packed import MOST_ROW as MOST_ROW
-from minicache.data.packed import zstd as zstd
+from minicache.data.compressed import MOST_ROW as MOST_ROW
+from minicache.data.compressed import zstd as zstd
 from minicache.data.tables import Rows, arrow_rows, parquet_rows
 from minicache.errors import DataError, RowRefused
 
@@ -36,7 +36,7 @@ class DataFile:
 def suffix_of(name: str) -> str:
     """The suffix of a file's name in lower case, without that of compression: `.csv` for `A.CSV.gz`."""
     path = PurePosixPath(name.lower())
-    return PurePosixPath(path.stem if path.suffix in packed.SUFFIXES else path.name).suffix
+    return PurePosixPath(path.stem if path.suffix in compressed.SUFFIXES else path.name).suffix
 
 
 def read_rows(given: str | DataFile) -> Rows:
@@ -60,7 +60,7 @@ def read_rows(given: str | DataFile) -> Rows:
         for item in _rows_of(file):
             rows += 1
             yield item
-    except packed.ERRORS as error:
+    except compressed.ERRORS as error:
         problem = getattr(error, "strerror", None) or error
         raise DataError(f"{name}: cannot be read after {rows} rows: {problem}") from error
     if rows == 0:
@@ -91,7 +91,7 @@ def _delimiter(file: DataFile) -> str | None:
     Raises:
         DataError: it is no text in UTF-8.
     """
-    with packed.open_text(file.path) as stream:
+    with compressed.open_text(file.path) as stream:
         # all of these buffers can peek
         head: bytes = stream.buffer.peek(1024)[:1024]  # type: ignore[attr-defined]
     if b"\0" in head:
@@ -110,7 +110,7 @@ def _delimiter(file: DataFile) -> str | None:
 
 def _json_rows(file: DataFile) -> Rows:
     name = file.name
-    with packed.open_text(file.path) as stream:
+    with compressed.open_text(file.path) as stream:
         lines = enumerate(iter(lambda: stream.readline(MOST_ROW), ""), start=1)
         for number, line in lines:
             if not line.strip():

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from minicache.data.arguments import LISTS
-from minicache.data.packed import MOST_ROW
+from minicache.data.compressed import MOST_ROW
 from minicache.errors import DataError, RowRefused
 
 # Rows that are decoded at once, and of a parquet file whose row groups are larger than MOST_GROUP bytes.

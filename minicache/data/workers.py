@@ -26,6 +26,7 @@ from minicache.data.formats import to_pairs
 from minicache.data.records import Pair
 from minicache.errors import OutputError, RowRefused
 from minicache.interpreter import python_command, python_environment
+from minicache.machine import cores
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,8 @@ class RowEncoder:
         """
         rows = iter(rows)
         yield from self.encode(islice(rows, ALONE))
-        workers = min(MOST, _cores())
+        # OMP_NUM_THREADS does not count: the other processes of a run wait for this one
+        workers = min(MOST, cores())
         if workers == 1:
             yield from self.encode(rows)
         elif (first := next(rows, None)) is not None:
@@ -180,11 +182,6 @@ class _Worker:
         # closing flushes data that an ended process no longer reads
         with suppress(OSError):
             self.process.stdin.close()
-
-
-def _cores() -> int:
-    """Cores that this process may use. OMP_NUM_THREADS does not count: the other processes of a run wait for this one."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def serve() -> None:

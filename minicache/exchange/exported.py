@@ -63,19 +63,10 @@ def import_exported(config: ImportConfig, document: dict[str, Any], tracker: Tra
         require_fit(tokenizer, manifest.identity, config.file)
         empty = replace(manifest.log, sources=[], blocks=0, pairs=0, shards=0)
         cache = CacheWriter.create(draft, Manifest(manifest.identity, empty), partial(shutil.copytree, tokenizer))
-        _write_blocks(cache, _blocks(config.file, manifest, ledger), tracker)
+        cache.append(_blocks(config.file, manifest, ledger), tracker)
         cache.write_log(replace(manifest.log, shards=0))
     log.debug("%s: %d rows imported, %.1f s", config.file, manifest.log.pairs, time.monotonic() - started)
     return manifest
-
-
-def _write_blocks(cache: CacheWriter, blocks: Iterator[CachedPairs], tracker: Tracker) -> None:
-    """Append blocks of pairs with their scores to an empty cache."""
-    for block, cached in enumerate(blocks):
-        cache.grow(block + 1)
-        cache.write_pairs(block, cached.table)
-        cache.write_ref(block, cached.reference)
-        tracker.advance(len(cached.table), len(cached.table.tokens))
 
 
 def _read(file: str, document: dict[str, Any]) -> tuple[Manifest, np.ndarray]:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minicache.cache.blocks import TOKENIZER
+from minicache.cache.complete import each_whole_block
 from minicache.cache.identity import TOLERANCE
 from minicache.cache.manifest import Log, Manifest, Source
 from minicache.cache.places.drafts import drafted
@@ -23,7 +24,7 @@ from minicache.cache.schema import CachedPairs
 from minicache.cache.writer import CacheWriter
 from minicache.data.columns import as_typed
 from minicache.data.tokenizer_files import copy_tokenizer
-from minicache.errors import CacheDamaged, CacheError, CacheMismatch
+from minicache.errors import CacheDamaged, CacheMismatch
 from minicache.json_lines import to_json
 from minicache.trackers import Tracker
 
@@ -65,26 +66,16 @@ def join_sources(sources: list[Source], cache: ReferenceCache) -> NDArray[np.int
 # --- which pairs to keep ---
 
 
-def _blocks(cache: ReferenceCache) -> Iterator[CachedPairs]:
-    """Every block, checked against its digests. Raises CacheIncomplete, CacheDamaged."""
-    for _, found in cache.blocks.each(cache.blocks.whole):
-        if isinstance(found, CacheError):
-            raise type(found)(f"{found}; run its precompute-ref again, then merge") from found
-        yield found
-
-
 def read_input(cache: ReferenceCache, numbers: NDArray[np.int64], tracker: Tracker) -> Input:
     """Read a cache once; returns its columns. numbers: new numbers of its files. Raises CacheIncomplete, CacheDamaged."""
     started = time.monotonic()
     files, digests, means = [], [], []
-    for table, scores in _blocks(cache):
+    for table, scores in each_whole_block(cache.blocks):
         files.append(numbers[table.source[:, 0]])
         digests.append(table.digest)
         means.append(scores.logp_mean)
         tracker.advance(len(table), 0)
-    if (found := sum(map(len, files))) != cache.log.pairs:
-        raise CacheDamaged(f"{cache.path}: the manifest counts {cache.log.pairs} pairs, the blocks hold {found}")
-    log.debug("%s: %d pairs read, %.1f s", cache.path, found, time.monotonic() - started)
+    log.debug("%s: %d pairs read, %.1f s", cache.path, cache.log.pairs, time.monotonic() - started)
     return Input(
         cache=cache,
         numbers=numbers,
@@ -167,11 +158,7 @@ def write_merged(out: Place, inputs: list[Input], kept: list[NDArray[np.bool_]],
     with drafted(out) as draft:
         empty = Manifest(first.identity, replace(log, sources=[], blocks=0, pairs=0))
         cache = CacheWriter.create(draft, empty, lambda tokenizer: copy_tokenizer(first.tokenizer_dir, tokenizer))
-        for block, (table, scores) in enumerate(repack(_kept_parts(inputs, kept), first.identity.block_pairs)):
-            cache.grow(block + 1)
-            cache.write_pairs(block, table)
-            cache.write_ref(block, scores)
-            tracker.advance(len(table), len(table.tokens))
+        cache.append(repack(_kept_parts(inputs, kept), first.identity.block_pairs), tracker)
         _write_refusals(draft, inputs)
         cache.write_log(replace(log, blocks=len(cache.blocks)))
     return len(cache.blocks)
@@ -181,7 +168,7 @@ def _kept_parts(inputs: list[Input], kept: list[NDArray[np.bool_]]) -> Iterator[
     """The kept pairs of each block, with the new numbers of their files."""
     for given, all_kept in zip(inputs, kept, strict=True):
         start = 0
-        for cached in _blocks(given.cache):
+        for cached in each_whole_block(given.cache.blocks):
             stop = start + len(cached.table)
             is_kept, start = all_kept[start:stop], stop
             if is_kept.any():

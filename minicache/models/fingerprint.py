@@ -1,7 +1,6 @@
 """A digest of what a model computes: the bytes of its weights, and the settings that change what the same weights compute."""
 
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from minicache.machine import cores
 from minicache.models.settings import setting
 
 # Settings that no tensor's shape shows. A setting that a config lacks, or has as None, does not count.
@@ -35,7 +35,7 @@ def fingerprint(model: nn.Module) -> str:
     unique: dict[int, tuple[str, torch.Tensor]] = {}
     for name, tensor in sorted(model.state_dict().items()):
         unique.setdefault(tensor.data_ptr(), (name, tensor))
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(8, cores())) as pool:
         digests = list(pool.map(_tensor_digest, unique.values()))
     return blake2b(b"".join([*digests, _settings(model.config).encode()]), digest_size=16).hexdigest()
 

@@ -161,6 +161,6 @@ def code_of(entry: Entry) -> Any:
     return getattr(import_module(module), name)
 
 
-def names_of(entries: Mapping[str, Entry], *before: str) -> Callable[[], tuple[str, ...]]:
+def names_of(entries: Mapping[str, object], *before: str) -> Callable[[], tuple[str, ...]]:
     """A function that returns `before` and the names that are in the dict when it is called."""
     return lambda: (*before, *entries)

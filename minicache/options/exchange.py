@@ -15,6 +15,7 @@ from minicache.options.choices import (
     SPECIAL_TEXT,
     THINK,
     TRUNCATE,
+    formats,
 )
 from minicache.options.declare import check_options, flag, needed, option
 from minicache.options.where import Where, require_writable
@@ -91,7 +92,7 @@ class ImportConfig:
     dtype: str | None = option(None, "The precision in which they were computed: {names}.", choices=lambda: DTYPES[1:])
     tokenizer: str | None = option(None, texts.AS_STAGE_ONE)
     chat_template: Path | None = option(None, texts.AS_STAGE_ONE)
-    format: str | None = option(None, texts.AS_STAGE_ONE, choices=texts.formats)
+    format: str | None = option(None, texts.AS_STAGE_ONE, choices=formats)
     columns: str | None = option(None, texts.AS_STAGE_ONE, metavar="NAME=COLUMN,…")
     ignore_fields: str | None = option(None, texts.AS_STAGE_ONE, metavar="NAME,…")
     template_arg: tuple[str, ...] = option((), texts.AS_STAGE_ONE, metavar="NAME=VALUE")

@@ -41,14 +41,20 @@ class FitConfig:
     def __post_init__(self) -> None:
         check_options(self)
         self.sizes()
-        parallel = self.parallel if self.nproc > 1 else "ddp"
-        check_weights(self.weights, self.optimizer, self.lora.wanted, self.dtype, parallel)
+        check_weights(
+            self.weights, self.optimizer, self.lora.wanted, self.dtype, self.parallel if self.sharded else "ddp"
+        )
         if self.lora.continue_adapter:
             raise ConfigError("--continue-adapter: fit counts new adapters; expected --lora-rank, the rank of that one")
-        if self.base.quantization and self.parallel != "ddp" and self.nproc > 1:
+        if self.base.quantization and self.sharded:
             raise ConfigError(
                 f"--parallel {self.parallel}: quantized weights cannot be sharded; expected --parallel ddp"
             )
+
+    @property
+    def sharded(self) -> bool:
+        """Whether --parallel and the number of devices make shards of the model."""
+        return self.nproc > 1 and self.parallel != "ddp"
 
     def sizes(self) -> dict[str, float]:
         """The bytes of each memory, by its name as written.

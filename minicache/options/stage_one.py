@@ -20,6 +20,7 @@ from minicache.options.choices import (
     SPECIAL_TEXT,
     THINK,
     TRUNCATE,
+    formats,
     layout_help,
     layouts,
 )
@@ -46,7 +47,7 @@ class PrecomputeConfig:
     chat_template: Path | None = option(None, "A Jinja template that replaces the tokenizer's own.")
     template_arg: tuple[str, ...] = option((), texts.TEMPLATE_ARG, metavar="NAME=VALUE")
     date: str = option("", texts.DATE, metavar="DATE")
-    format: str = option("auto", "Row format: {names}.", choices=texts.formats)
+    format: str = option("auto", "Row format: {names}.", choices=formats)
     columns: str = option("", texts.COLUMNS, metavar="NAME=COLUMN,…")
     ignore_fields: str = option("", texts.IGNORE_FIELDS, metavar="NAME,…")
     row_pairs: str | None = option(None, texts.PAIRS, shown="--pairs", choices=lambda: PAIRS)

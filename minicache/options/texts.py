@@ -1,7 +1,5 @@
 """Help texts that several commands share."""
 
-from minicache.data.formats import FORMATS
-
 REF_CACHE = "The reference cache: a directory, or s3://bucket/name, gs://…, az://…"
 READ_CACHE = f"{REF_CACHE}, or a data set of the Hub: hf://datasets/org/name[@revision]."
 DTYPE = "auto (bfloat16 on a GPU, float16 if it has none; else float32), bfloat16, float16 or float32."
@@ -22,8 +20,3 @@ IGNORE_FIELDS = "Columns, and keys of turns, to pass over: name,name."
 PAIRS = "The pairs of a list of ranked or scored answers: {names}."
 TEMPLATE_ARG = "A value that the chat template reads, such as enable_thinking=false; may be given several times."
 DATE = "The date, YYYY-MM-DD, for a chat template that asks for today's. (Default: the same one on every day.)"
-
-
-def formats() -> tuple[str, ...]:
-    """The names that --format accepts."""
-    return ("auto", *FORMATS)

@@ -9,7 +9,7 @@ from minicache.options import texts
 from minicache.options.base import AS_STORED, BaseOptions, flag_of
 from minicache.options.catalog import OPTIMIZERS, SCHEDULES, WEIGHTS, names_of
 from minicache.options.checks import check_caches, check_weights
-from minicache.options.choices import DTYPES, LOGPS, ON_MAX_KL, PAIRS, PARALLEL, layout_help, layouts
+from minicache.options.choices import DTYPES, LOGPS, ON_MAX_KL, PAIRS, PARALLEL, formats, layout_help, layouts
 from minicache.options.declare import check_options, needed, option, options_of
 from minicache.options.lora import NO_LORA
 from minicache.options.lora import LoraOptions as LoraOptions
@@ -44,7 +44,7 @@ class TrainConfig:
     data: tuple[str, ...] = option(
         (), "Train only on the pairs of these preference files; the cache must hold them.", movable=True
     )
-    format: str = option("auto", "Row format of --data, as for precompute-ref.", choices=texts.formats, movable=True)
+    format: str = option("auto", "Row format of --data, as for precompute-ref.", choices=formats, movable=True)
     columns: str = option("", "As for precompute-ref, for --data.", metavar="NAME=COLUMN,…", movable=True)
     ignore_fields: str = option("", "As for precompute-ref, for --data.", metavar="NAME,…", movable=True)
     row_pairs: str | None = option(

@@ -1,6 +1,5 @@
 """A reference cache as one self-contained page: what is in it, what the reference prefers, which rows to look at."""
 
-import json
 from typing import Any
 
 from minicache.pages.cache_report import MOST_FILES, CacheReport, Group
@@ -131,11 +130,10 @@ def _sources(found: CacheReport) -> dict[str, Any]:
     }
 
 
-def _refusal(line: str) -> list[str] | None:
+def _refusal(row: Any) -> list[str] | None:
     try:
-        row = json.loads(line)
         return [f"{row['file']}:{row['line']}", str(row["reason"]), str(row["message"])]
-    except (ValueError, KeyError, TypeError, RecursionError):  # a list that a person has edited is no reason to stop
+    except (KeyError, TypeError, RecursionError):  # a list that a person has edited is no reason to stop
         return None
 
 

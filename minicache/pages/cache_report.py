@@ -11,11 +11,10 @@ from minicache.cache.reader import ReferenceCache
 from minicache.cache.refusals import read_refusals
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import CacheDamaged, MinicacheError
-from minicache.options.others import InspectConfig
 from minicache.pairs import CHOSEN, REJECTED, PairTable
 from minicache.reports import suspects
-from minicache.reports.columns import READ, Columns, extreme, pair_lines, read_columns
-from minicache.reports.contents import inspect_cache
+from minicache.reports.columns import Columns, extreme, pair_lines
+from minicache.reports.contents import ReadCache
 from minicache.reports.inspection import Inspection, PairLine
 from minicache.reports.pair_text import Piece, pair_texts
 from minicache.text import phrase
@@ -63,7 +62,10 @@ class Suspects:
 
 @dataclass(frozen=True)
 class CacheReport:
-    """groups: heading -> groups. extremes: heading -> pairs. texts: pair -> pieces; no_texts: why there are none."""
+    """groups: heading -> groups. extremes: heading -> pairs. texts: pair -> pieces; no_texts: why there are none.
+
+    refusals: the lines of the list of refused rows as JSON, which a person may have edited.
+    """
 
     inspection: Inspection
     groups: dict[str, list[Group]]
@@ -71,7 +73,7 @@ class CacheReport:
     suspects: Suspects
     texts: dict[int, list[list[Piece]]]
     no_texts: str
-    refusals: list[str]
+    refusals: list[Any]
 
     def short_name(self, source: str) -> str:
         """The file's name without its folders, unless another file of the cache has the same name."""
@@ -80,16 +82,9 @@ class CacheReport:
         return name if names.count(name) == 1 else source
 
 
-def gather(config: InspectConfig, tracker: Tracker) -> CacheReport:
-    """Read the cache, complete or not, damaged or not.
-
-    Raises:
-        CacheNotFound, CacheMismatch, CacheDamaged: only if the manifest or an array's metadata cannot be read.
-    """
-    inspection = inspect_cache(config)
-    cache = ReferenceCache(config.ref_cache)
-    cache.blocks.arrays.hold(READ)
-    columns, without_pairs, _ = read_columns(cache)
+def gather(read: ReadCache, tracker: Tracker) -> CacheReport:
+    """The report on a cache, complete or not, damaged or not; its tokens are read here."""
+    cache, columns = read.cache, read.columns
     margins = _margins(columns)
     extremes = {
         "Reference prefers chosen most": pair_lines(cache, columns, extreme(-margins, EXTREMES)),
@@ -97,12 +92,12 @@ def gather(config: InspectConfig, tracker: Tracker) -> CacheReport:
         "Least likely answers": pair_lines(cache, columns, extreme(columns.logp_mean.min(1, initial=np.inf), EXTREMES)),
         "Longest pairs": pair_lines(cache, columns, extreme(-columns.sides.max(1, initial=0), EXTREMES)),
     }
-    found = _find_suspects(cache, columns, without_pairs, tracker)
+    found = _find_suspects(read, tracker)
     listed = [line for lines in extremes.values() for line in lines]
     listed += [line for rows in found.rows.values() for row in rows[:TEXTS_OF_LIST] for line in row.lines]
     texts, no_texts = _texts(cache, listed)
     return CacheReport(
-        inspection=inspection,
+        inspection=read.inspection,
         groups={
             "file": _by_source(cache, columns, margins),
             "longer answer": _by_length(columns, margins),
@@ -112,7 +107,7 @@ def gather(config: InspectConfig, tracker: Tracker) -> CacheReport:
         suspects=found,
         texts=texts,
         no_texts=no_texts,
-        refusals=[line.text for line in read_refusals(cache.place)[:LISTED]],
+        refusals=[line.value for line in read_refusals(cache.place)[:LISTED]],
     )
 
 
@@ -176,12 +171,10 @@ def _by_longer(columns: Columns, margins: NDArray[np.float64]) -> list[Group]:
 # --- rows to look at ---
 
 
-def _find_suspects(
-    cache: ReferenceCache, columns: Columns, without_pairs: dict[int, str], tracker: Tracker
-) -> Suspects:
-    looked, rows, damage, unread = _look(
-        cache, [b for b in range(len(cache.blocks)) if b not in without_pairs], tracker
-    )
+def _find_suspects(read: ReadCache, tracker: Tracker) -> Suspects:
+    cache, columns = read.cache, read.columns
+    with_pairs = [block for block in range(len(cache.blocks)) if block not in read.without_pairs]
+    looked, rows, damage, unread = _look(cache, with_pairs, tracker)
     margins = _margins(columns)
     z = suspects.robust_z(margins)
 

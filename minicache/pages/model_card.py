@@ -1,6 +1,5 @@
 """The card of a policy on the Hub, made from its run and, where they can be read, from the caches it was trained on. No torch."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from minicache import __version__
 from minicache.cache.manifest import Manifest
 from minicache.hub import page_of
+from minicache.json_lines import as_text
 from minicache.options.declare import flag
 from minicache.pages.card import card, code, facts, link, plain, table
 from minicache.reports.curves import Curve
@@ -145,13 +145,9 @@ def _recipe(run: PolicyFacts) -> list[str]:
     options = {name: value for name, value in run.known.items() if name in DEFAULTS and name not in NOT_SHOWN}
     always = ("loss", "logps", "beta", "lr", "schedule", "warmup", "batch_size", "epochs", "optimizer", "seed")
     shown = {name: value for name, value in options.items() if value != DEFAULTS[name] or name in always}
-    rows = [(code(flag(name)), code(_text(value))) for name, value in public_options(shown).items()]
+    rows = [(code(flag(name)), code(as_text(value))) for name, value in public_options(shown).items()]
     return [
         "## Recipe",
         "Options of `minidpo train`; those that are not here had their defaults.",
         table(["option", "value"], rows),
     ]
-
-
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,6 +1,5 @@
 """A training run as one self-contained page: how it went, its curves, held-out figures, answers, options. No torch."""
 
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from minicache.json_lines import as_text
 from minicache.options.declare import flag
 from minicache.options.loss import BETAS
 from minicache.options.objective import starts_at_ln_2
@@ -164,10 +164,10 @@ def _options(known: dict[str, Any]) -> list[Table] | None:
         return None
     usual = {**dict.fromkeys(NEEDED), **DEFAULTS, "beta": BETAS.get(known.get("logps", ""))}
     given = {name: value for name, value in known.items() if name in usual}
-    changed = [[flag(name), _shown(value)] for name, value in given.items() if value != usual[name]]
-    same = [[flag(name), _shown(value)] for name, value in given.items() if value == usual[name]]
+    changed = [[flag(name), as_text(value)] for name, value in given.items() if value != usual[name]]
+    same = [[flag(name), as_text(value)] for name, value in given.items() if value == usual[name]]
     rest = [
-        [name.replace("_", " "), _shown(value)]
+        [name.replace("_", " "), as_text(value)]
         for name, value in known.items()
         if name not in usual and name != "outcome"
     ]
@@ -176,7 +176,3 @@ def _options(known: dict[str, Any]) -> list[Table] | None:
         Table("Defaults", ["option", "value"], same, numbers_from=2),
         Table("Derived from the options", ["what", "value"], rest, numbers_from=2),
     ]
-
-
-def _shown(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,6 +1,5 @@
 """The look that all pictures share: axes, colours, fonts, files."""
 
-import logging
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from minicache.disk import written_whole
 from minicache.errors import ConfigError
 from minicache.failures import system_error
+from minicache.loggers import hushed
 from minicache.text import visible
 
 if TYPE_CHECKING:
@@ -77,7 +77,9 @@ def picture(file: Path, inches: tuple[float, float]) -> Iterator["Figure"]:
         "svg.hashsalt": "minicache",
     }
     dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
-    with matplotlib.rc_context(), warnings.catch_warnings(), quiet_fonts(), written_whole(file) as draft:
+    # it logs that a font has no bold face, and draws the plain one
+    fonts = hushed("matplotlib.font_manager")
+    with matplotlib.rc_context(), warnings.catch_warnings(), fonts, written_whole(file) as draft:
         # a matplotlibrc may lie in the working directory, a stranger's, and say that LaTeX sets the texts
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(options)
@@ -90,18 +92,6 @@ def picture(file: Path, inches: tuple[float, float]) -> Iterator["Figure"]:
         # of a PDF's compressor, which is closed after the disk has refused
         except zlib.error as error:
             raise system_error(error, draft.parent) from error
-
-
-@contextmanager
-def quiet_fonts() -> Iterator[None]:
-    """Let matplotlib not log that a font has no bold face: it draws the plain one."""
-    logger = logging.getLogger("matplotlib.font_manager")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 @cache

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minicache.options.declare import flag
 from minicache.pictures.frame import INK, RUNS, frame, picture
 from minicache.reports.names import METRICS, moved
 from minicache.reports.sweep import RunResult, SweepReport
@@ -30,16 +31,12 @@ def draw_sweep(report: SweepReport, file: Path) -> None:
         for row, (metric, unit) in zip(axes, MEASURES.items(), strict=True):
             for axis, name in zip(row, below, strict=True):
                 found = done[0].held_out or {}
-                label = (
-                    METRICS[moved(found)].name.replace(", nats", ",\nnats")
-                    if name == "kl"
-                    else f"--{name.replace('_', '-')}"
-                )
+                label = METRICS[moved(found)].name.replace(", nats", ",\nnats") if name == "kl" else flag(name)
                 frame(axis, f"held-out {METRICS[metric].name}", label, unit)
                 _draw(axis, done, name, metric, kind)
         handles, labels = axes[0][0].get_legend_handles_labels()
         if labels:
-            title = f"--{kind.replace('_', '-')}" if kind else ""
+            title = flag(kind) if kind else ""
             figure.legend(
                 handles, labels, title=title, loc="outside lower center", ncols=min(len(labels), 8), frameon=False
             )

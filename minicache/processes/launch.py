@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 from minicache.errors import ProcessLost
 from minicache.interpreter import python_command, python_environment
+from minicache.machine import cores
 from minicache.processes.signals import INTERRUPTED, StopFlag
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ def launch(processes: int, arguments: list[str]) -> int:
 
 def _start(children: list[Child], processes: int, arguments: list[str]) -> None:
     """Start the processes and append them to `children`."""
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // processes))
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores() // processes))
     command = [*python_command(), "-m", "minicache", *arguments]
     with meeting(processes) as ranks:
         for environment, inherited in ranks:

@@ -6,7 +6,8 @@ Tokens are read only for single pairs.
 import logging
 import time
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from minicache.cache.refusals import REFUSED_FILE
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import CacheError
 from minicache.options.others import InspectConfig
+from minicache.options.where import Where
 from minicache.pairs import CHOSEN, REJECTED, EncodedPair, Ints, PairTable
 from minicache.reports.columns import READ, Columns, extreme, pair_lines, read_columns
 from minicache.reports.inspection import Inspection, PairView, Segment
@@ -23,7 +25,24 @@ from minicache.reports.statistics import histogram, length_statistics, margin_hi
 log = logging.getLogger(__name__)
 
 
-def inspect_cache(config: InspectConfig) -> Inspection:
+@dataclass(frozen=True)
+class ReadCache:
+    """A cache and its columns, read once for all reports on it.
+
+    without_pairs: the blocks without pairs, unscored: the other blocks without scores, each with the reason.
+    """
+
+    cache: ReferenceCache
+    columns: Columns
+    without_pairs: dict[int, str]
+    unscored: dict[int, str]
+
+    @cached_property
+    def inspection(self) -> Inspection:
+        return _inspection(self)
+
+
+def read_cache(where: Where) -> ReadCache:
     """Read the ledger, lengths, sources and scores of every block. Missing and damaged blocks are reported, not raised.
 
     The chunks of tokens, masks and digests must exist but are not read; `verify_cache` and the stages that load them find damage
@@ -32,20 +51,17 @@ def inspect_cache(config: InspectConfig) -> Inspection:
     Raises:
         CacheNotFound, CacheMismatch, CacheDamaged: the manifest or an array's metadata cannot be read.
     """
-    started = time.monotonic()
-    cache = ReferenceCache(config.ref_cache)
+    started, cache = time.monotonic(), ReferenceCache(where)
     cache.blocks.arrays.hold(READ)
-    columns, without_pairs, unscored = read_columns(cache)
+    read = ReadCache(cache, *read_columns(cache))
     log.debug("%s: %d blocks read, %.1f s", cache.path, len(cache.blocks), time.monotonic() - started)
-    return _inspection(cache, columns, without_pairs, unscored)
+    return read
 
 
-def _inspection(
-    cache: ReferenceCache, columns: Columns, without_pairs: dict[int, str], unscored: dict[int, str]
-) -> Inspection:
-    """The report on what `read_columns` has read."""
+def _inspection(read: ReadCache) -> Inspection:
+    cache, columns, without_pairs = read.cache, read.columns, read.without_pairs
     problem = _problem(cache, None if without_pairs else len(columns.lengths))
-    unfinished = dict(sorted({**without_pairs, **unscored}.items()))
+    unfinished = dict(sorted({**without_pairs, **read.unscored}.items()))
     scored, margins = columns.logp_mean[columns.scored], columns.margins
     refused = sum((Counter(source.refused) for source in cache.log.sources), Counter())
     blocks = max(len(cache.blocks), cache.log.blocks)

@@ -7,8 +7,7 @@ layers computed again are tensors, and they are counted.
 
 import copy
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
+from minicache.loggers import hushed
 from minicache.models import checkpoint_activations, layers_of
 from minicache.models.layers import repeats_of, stack_of
 from minicache.models.quantized import quantized_layers, stand_in
@@ -43,7 +43,9 @@ def counted_pass(scorer: Scorer, one: Batch, two: Batch, how: How) -> Pass:
     start = first + 1
     if stack and start + 2 * period < len(stack):
         counts = [start + period, start + 2 * period]
-    with _quiet(), as_if_fused() if how.kind == "cuda" else nullcontext():
+    # torch logs as an error that a shape could not be found: another way is taken then
+    quiet = hushed("torch._subclasses.fake_tensor", logging.CRITICAL)
+    with quiet, as_if_fused() if how.kind == "cuda" else nullcontext():
         # (layers, batches, 3)
         found = torch.tensor([[_peaks(scorer, batch, how, keep) for batch in (one, two)] for keep in counts]).double()
         head, kept, rows = _head(scorer, how)
@@ -221,18 +223,3 @@ def _without_content(scorer: Scorer, mode: FakeTensorMode, how: How, keep: int) 
 
 def _empty(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch from logging that a shape could not be found: another way is taken then."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    logger.addFilter(_nothing)
-    try:
-        yield
-    finally:
-        logger.removeFilter(_nothing)
-
-
-def _nothing(record: logging.LogRecord) -> bool:
-    return False

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from minicache.cache.reader import ReferenceCache
-from minicache.errors import CacheMismatch, MinicacheError
+from minicache.errors import MinicacheError
 from minicache.models import LoadedModel, load_model
 from minicache.options.dictionaries import fill, flat
 from minicache.options.loss import BETAS, LossOptions
@@ -22,6 +22,7 @@ from minicache.scoring.loading import load_pairs
 from minicache.scoring.spread import spread
 from minicache.trackers import Tracker
 from minicache.training.losses import Objective
+from minicache.training.policy import require_vocabulary
 from minicache.training.run_directory import DEFAULTS, RunRecord, final_beta, reading, run_behind
 from minicache.training.validation import EvalSet, evaluate_policy, require_per_token
 
@@ -111,8 +112,5 @@ def _load(config: EvaluateConfig, cache: ReferenceCache, tracker: Tracker) -> Lo
         tracker.begin(f"loading {source}", None)
         loaded = load_model(source, config.trust_remote_code)
         loaded.note_left_out(tracker.note)
-    if loaded.vocabulary != cache.identity.vocabulary:
-        raise CacheMismatch(
-            f"{source}: vocabulary of {loaded.vocabulary}; {cache.path} was made with one of {cache.identity.vocabulary}"
-        )
+    require_vocabulary(loaded, source, cache)
     return loaded

@@ -132,17 +132,18 @@ def _plans(config: FitConfig, outline: Outline) -> Iterator[_Plan]:
     """The ways that were asked for; without a wish: all weights, in both precisions, adapters, adapters on 4 bits."""
     asked, quantization = config.lora.wanted, config.base.quantization
     lora = config.lora if config.lora.lora_rank else LoraOptions(lora_rank=RANK)
-    sharded = config.nproc > 1 and config.parallel != "ddp"
     bits = {"nf4-double": "4 bits", "int8": "8 bits"}
     held = (
-        [quantization] if asked or quantization else ["", *([] if sharded or outline.quantization else ["nf4-double"])]
+        [quantization]
+        if asked or quantization
+        else ["", *([] if config.sharded or outline.quantization else ["nf4-double"])]
     )
     for each in held:
         yield _Plan(f"the reference in {bits[each]}" if each else "the reference", False, NO_LORA, each)
     if not asked and not quantization and not outline.quantization:
         if config.weights == "float32":
             yield _Plan("all weights", True)
-        narrow = "" if sharded or config.optimizer not in ROUNDING else "bfloat16"
+        narrow = "" if config.sharded or config.optimizer not in ROUNDING else "bfloat16"
         if config.dtype == narrow:
             yield _Plan("all weights, in bfloat16", True, weights="bfloat16")
     for each in held if config.weights == "float32" else []:
@@ -151,14 +152,13 @@ def _plans(config: FitConfig, outline: Outline) -> Iterator[_Plan]:
 
 
 def _scorer(config: FitConfig, outline: Outline, plan: _Plan) -> Scorer:
-    sharded = config.nproc > 1 and config.parallel != "ddp"
     held = Held(
         dtype=config.dtype,
         lora=plan.lora,
         quantization=plan.quantization,
         trained=plan.trained,
         weights=plan.weights,
-        shards=config.nproc if sharded else 1,
+        shards=config.nproc if config.sharded else 1,
     )
     return held.scorer(replace(outline, model=copy.deepcopy(outline.model)), config.max_length)
 

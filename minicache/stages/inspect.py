@@ -9,13 +9,13 @@ from minicache.errors import CacheMismatch
 from minicache.options.others import InspectConfig
 from minicache.pages.cache import cache_page
 from minicache.pages.cache_report import gather
-from minicache.reports.contents import inspect_cache, inspect_pair
+from minicache.reports.contents import ReadCache, inspect_pair, read_cache
 from minicache.trackers import Tracker
 
 if TYPE_CHECKING:
     from minicache.processes.world import World
 
-__all__ = ["inspect_cache", "inspect_pair", "verify_cache", "verify_model", "write_cache_page"]
+__all__ = ["inspect_pair", "read_cache", "verify_cache", "verify_model", "write_cache_page"]
 
 
 def verify_cache(config: InspectConfig) -> list[str]:
@@ -53,16 +53,10 @@ def verify_model(config: InspectConfig, world: "World", tracker: Tracker) -> flo
     return check_reproduces(scorer, cached, world.device, TOLERANCE[dtype], config.model)
 
 
-def write_cache_page(config: InspectConfig, tracker: Tracker) -> Path:
-    """Write the page `config.html`, replacing an existing file; returns its path.
-
-    Raises:
-        CacheNotFound, CacheMismatch, CacheDamaged: the manifest or an array's metadata cannot be read.
-        OutputError: the file cannot be written.
-    """
-    assert config.html
-    check_writable(config.html)
-    text = cache_page(gather(config, tracker))
-    with written_whole(config.html) as draft:
+def write_cache_page(read: ReadCache, file: Path, tracker: Tracker) -> Path:
+    """Write the page of a cache, replacing an existing file; returns its path. Raises OutputError: it cannot be written."""
+    check_writable(file)
+    text = cache_page(gather(read, tracker))
+    with written_whole(file) as draft:
         draft.write_text(text, encoding="utf-8", newline="\n")
-    return config.html
+    return file

@@ -38,6 +38,7 @@ from minicache.training.resuming import Begun, as_begun, find_begun
 from minicache.training.run_directory import RunRecord, holds_model, write_record
 from minicache.training.saving import open_run, save_dtype, save_policy
 from minicache.training.state import Run
+from minicache.training.validation import require_per_token
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +135,7 @@ def _prepare(
 ) -> tuple[Run, Policy]:
     """The run, with pairs and model in memory, and its policy without the model, which the run's scorer holds."""
     objective = Objective.parse(config.loss, config.logps, config.beta, config.loss_options)
-    caches = world.each(lambda: JoinedCaches([ReferenceCache(where) for where, _ in config.caches]))
+    caches = world.each(lambda: _open_caches(config))
     cached = sources.pairs(caches, config.scratch, world, tracker)
     training, held_out = choose_pairs(config, caches, cached, world, tracker, sources)
     if sources is FROM_DISK and not begun:
@@ -174,6 +175,13 @@ def _prepare(
         run.budget,
     )
     return run, policy
+
+
+def _open_caches(config: TrainConfig) -> JoinedCaches:
+    """Raises CacheMismatch: they do not go together, or lack what the loss needs. CacheError: one cannot be opened."""
+    caches = JoinedCaches([ReferenceCache(where) for where, _ in config.caches])
+    require_per_token(caches.caches[0], config.loss_options)
+    return caches
 
 
 def _weigh_balance(scorer: Scorer, config: TrainConfig, begun: Begun | None, tracker: Tracker) -> None:

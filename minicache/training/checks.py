@@ -16,11 +16,11 @@ from minicache.scoring.batching import by_length
 from minicache.scoring.compiled import require_compiler
 from minicache.scoring.handshake import check_reproduces, sample_differences
 from minicache.trackers import Tracker
+from minicache.training.losses import Objective
 from minicache.training.optim import require_optimizer
 from minicache.training.order import global_batches
 from minicache.training.snapshot import pairs_of
 from minicache.training.state import Run
-from minicache.training.validation import require_per_token
 
 
 def require(config: TrainConfig, device: torch.device, processes: int) -> None:
@@ -29,18 +29,37 @@ def require(config: TrainConfig, device: torch.device, processes: int) -> None:
     config: its --dtype is resolved. processes: of the run.
 
     Raises:
-        ConfigError: options do not go together here, or a library is missing.
+        ConfigError: options do not go together here, or a library or a compiler is missing.
     """
-    parallel, name = config.parallel if processes > 1 else "ddp", config.optimizer
-    if WEIGHTS[config.weights][name].alone:
-        for option, fits in (
-            (f"{processes} processes", processes == 1),
-            ("--dtype float16", config.dtype != "float16"),
-        ):
-            if not fits:
-                raise ConfigError(f"--optimizer {name}: not with {option}; expected adamw, or adamw-8bit")
-    check_weights(config.weights, config.optimizer, config.lora.wanted, config.dtype, parallel)
-    require_optimizer(config.optimizer, config.weights, device)
+    name, optimizer = config.optimizer, WEIGHTS[config.weights][config.optimizer]
+    if optimizer.alone and processes > 1:
+        raise ConfigError(f"--optimizer {name}: not with {processes} processes; expected adamw, or adamw-8bit")
+    if optimizer.alone and config.dtype == "float16":
+        raise ConfigError(f"--optimizer {name}: not with --dtype float16; expected adamw, or adamw-8bit")
+    parallel = config.parallel if processes > 1 else "ddp"
+    check_weights(config.weights, name, config.lora.wanted, config.dtype, parallel)
+    if parallel != "ddp" and config.dtype == "float16":
+        raise ConfigError(f"--dtype float16: not with --parallel {parallel}; expected bfloat16, or --parallel ddp")
+    if parallel != "ddp" and not optimizer.by_name:
+        fit = " or ".join(each for each, entry in OPTIMIZERS.items() if entry.by_name)
+        raise ConfigError(f"--optimizer {name}: not with --parallel {parallel}; expected {fit}, or --parallel ddp")
+    require_optimizer(name, config.weights, device)
+    if config.compile:
+        require_compiler(device)
+    _require_whole_batches(config, processes)
+
+
+def _require_whole_batches(config: TrainConfig, processes: int) -> None:
+    """Raises ConfigError: a loss sorts over the whole batch, but processes split it, or there are held-out pairs."""
+    name = Objective.parse(config.loss, config.logps, config.beta, config.loss_options).over_the_batch
+    if name and (config.validation.holdout or config.validation.eval_cache):
+        raise ConfigError(
+            f"--loss {name}: sorts over a training batch, so it cannot judge held-out pairs; drop --holdout or --eval-cache"
+        )
+    if name and processes > 1:
+        raise ConfigError(
+            f"--loss {name}: sorts over the whole batch, which {processes} processes would split; use one"
+        )
 
 
 def agree(run: Run, state: dict[str, Any] | None) -> None:
@@ -66,16 +85,11 @@ def check(run: Run, state: dict[str, Any] | None) -> None:
     """Check what depends on the cache, the batches and the checkpoint together.
 
     Raises:
-        ConfigError: a loss over the whole batch, and the batch is split; an option needs something that is missing.
-        CacheMismatch: the cache lacks what the loss needs, or is not the one that the run began with.
+        ConfigError: a loss over the whole batch, and the token budget splits it.
+        CacheMismatch: the cache is not the one that the run began with.
     """
     if state:
         _check_same_pairs(run, state)
-    if run.scorer.lockstep:
-        _check_sharded(run)
-    require_per_token(run.cache, run.objective.options)
-    if run.config.compile:
-        require_compiler(run.world.device)
     if name := run.objective.over_the_batch:
         _check_whole(run, name)
 
@@ -95,30 +109,10 @@ def _check_same_pairs(run: Run, state: dict[str, Any]) -> None:
         )
 
 
-def _check_sharded(run: Run) -> None:
-    """Raises ConfigError: an optimizer or a precision that does not work on shards of a parameter."""
-    config = run.config
-    by_name = " or ".join(name for name, entry in OPTIMIZERS.items() if entry.by_name)
-    unfit = [("optimizer", name, by_name) for name, entry in OPTIMIZERS.items() if not entry.by_name]
-    for name, value, others in [("dtype", "float16", "bfloat16"), *unfit]:
-        if getattr(config, name) == value:
-            raise ConfigError(
-                f"--{name} {value}: not with --parallel {config.parallel}; expected {others}, or --parallel ddp"
-            )
-
-
 def _check_whole(run: Run, name: str) -> None:
-    """Raises ConfigError: the loss sorts over the whole batch, but batches are split or there are held-out pairs."""
+    """Raises ConfigError: the loss sorts over the whole batch, and one does not fit a micro-batch."""
     config, layout = run.config, run.scorer.layout
     costs = layout.costs(run.cached.table.lengths)
-    if run.held_out:
-        raise ConfigError(
-            f"--loss {name}: sorts over a training batch, so it cannot judge held-out pairs; drop --holdout or --eval-cache"
-        )
-    if run.world.size > 1:
-        raise ConfigError(
-            f"--loss {name}: sorts over the whole batch, which {run.world.size} processes would split; use one"
-        )
     for batch in islice(global_batches(run.training, config.batch_size, config.seed), run.steps):
         pieces = len(by_length(costs[batch], run.budget, layout.pads))
         if pieces > 1:

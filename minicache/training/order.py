@@ -55,11 +55,6 @@ class Mixture:
     def __len__(self) -> int:
         return sum(self.taken)
 
-    @property
-    def indices(self) -> Indices:
-        """All pairs of all parts."""
-        return np.concatenate(self.parts)
-
     def epoch(self, seed: int, epoch: int) -> Indices:
         """(n,) the pairs of an epoch in the order of training: a function of parts, seed and epoch alone."""
         pairs = np.concatenate([self._portion(number, seed, epoch) for number in range(len(self.parts))])

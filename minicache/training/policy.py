@@ -95,6 +95,14 @@ def _stored_dtype(model: nn.Module) -> str:
     return str(next(each.dtype for each in model.parameters() if each.is_floating_point())).removeprefix("torch.")
 
 
+def require_vocabulary(loaded: LoadedModel, source: str, cache: ReferenceCache) -> None:
+    """Raises CacheMismatch: a policy's vocabulary is not that of the cache."""
+    if loaded.vocabulary != cache.identity.vocabulary:
+        raise CacheMismatch(
+            f"{source}: vocabulary of {loaded.vocabulary}; {cache.path} was made with one of {cache.identity.vocabulary}"
+        )
+
+
 def _load(config: TrainConfig, cache: ReferenceCache, tracker: Tracker, sources: Sources) -> LoadedModel:
     """The model of --init-from or --model, or the one that stage one used, checked against the cache."""
     source, quantization = config.init_from or config.model or cache.log.model, quantization_for(config, cache)
@@ -108,10 +116,7 @@ def _load(config: TrainConfig, cache: ReferenceCache, tracker: Tracker, sources:
             f"{error} (stage one found it there; name the place of the same weights with --model)"
         ) from error
     loaded.note_left_out(tracker.note)
-    if loaded.vocabulary != cache.identity.vocabulary:
-        raise CacheMismatch(
-            f"{source}: vocabulary of {loaded.vocabulary}; {cache.path} was made with one of {cache.identity.vocabulary}"
-        )
+    require_vocabulary(loaded, source, cache)
     if config.init_from is None and loaded.fingerprint != cache.identity.weights:
         raise CacheMismatch(
             f"{source}: weights digest {loaded.fingerprint}, but {cache.path} was made with {cache.identity.weights}. "

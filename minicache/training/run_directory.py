@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from minicache.disk import read_json, write_json
+from minicache.drafts import drafts
 from minicache.errors import ConfigError, ModelError, OutputError
 from minicache.options.dictionaries import flat, require_types
 from minicache.options.train import TrainConfig
@@ -120,8 +121,8 @@ def read_record(run: str | Path) -> RunRecord | None:
 
 def write_record(run: Path, record: RunRecord) -> None:
     """Write run.json. Raises OutputError: the disk is full or cannot be written; the old run.json stays."""
-    # Left by calls that were killed.
-    for leftover in _drafts(run):
+    # Left by calls that were killed: only one process writes it.
+    for leftover in drafts(run, RECORD):
         leftover.unlink(missing_ok=True)
     write_json(run / RECORD, record.flat)
 
@@ -136,12 +137,7 @@ def run_behind(policy: str) -> RunRecord | None:
 
 def is_unused(run: Path) -> bool:
     """Whether a directory is empty, or was made by a call that was killed before it wrote run.json."""
-    return run.is_dir() and set(run.iterdir()) <= {*_drafts(run), run / LOCK}
-
-
-def _drafts(run: Path) -> list[Path]:
-    """The drafts of run.json, all of them leftovers: only one process writes it."""
-    return list(run.glob(f".{RECORD}.*.draft"))
+    return run.is_dir() and set(run.iterdir()) <= {*drafts(run, RECORD), run / LOCK}
 
 
 def holds_model(run: Path) -> bool:

@@ -9,25 +9,23 @@ from pathlib import Path
 import pytest
 from filelock import has_fcntl
 
-from minicache.cache.places.claims import FileClaim, held
-from minicache.errors import OutputError
+from minicache.cache.places.claims import FileClaim
 
 HOLDS = (
-    "import sys, time; from pathlib import Path; from minicache.cache.places.claims import held\n"
-    "with held(Path(sys.argv[1])): print('held', flush=True); time.sleep(100)"
+    "import sys, time; from pathlib import Path; from minicache.cache.places.claims import FileClaim\n"
+    "claim = FileClaim(Path(sys.argv[1])); print(claim.take(alone=True), flush=True); time.sleep(100)"
 )
 
 
 def test_a_killed_holder_frees_it_and_until_then_others_are_refused(tmp_path: Path) -> None:
     file = tmp_path / ".claim"
     with subprocess.Popen([sys.executable, "-c", HOLDS, file], stdout=subprocess.PIPE) as holder:
-        assert holder.stdout and holder.stdout.readline() == b"held\n"
-        with pytest.raises(OutputError, match=f"{tmp_path}: another process is writing there"), held(file):
-            pytest.fail("two processes hold one claim")
-        assert not FileClaim(file).take(alone=False)
+        assert holder.stdout and holder.stdout.readline() == b"True\n"
+        assert not FileClaim(file).take(alone=True) and not FileClaim(file).take(alone=False)
         holder.send_signal(signal.SIGKILL)
-    with held(file):
-        assert file.exists()
+    claim = FileClaim(file)
+    assert claim.take(alone=True) and file.exists()
+    claim.remove()
     assert not file.exists()
 
 

@@ -29,7 +29,7 @@ from tests.helpers.stores import assert_same_store
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two workers, from the second chunk on."""
     monkeypatch.setattr(workers, "ALONE", CHUNK)
-    monkeypatch.setattr(workers, "_cores", lambda: 2)
+    monkeypatch.setattr(workers, "cores", lambda: 2)
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_a_cache_by_several_processes_is_the_same_file_by_file(
 ) -> None:
     data = write_jsonl(tmp_path / "pairs.jsonl", mixed_rows(CHUNK + 30))
     several = precompute_into(tmp_path / "several", model_dir, data, block_pairs=64)
-    monkeypatch.setattr(workers, "_cores", lambda: 1)
+    monkeypatch.setattr(workers, "cores", lambda: 1)
     assert_same_store(precompute_into(tmp_path / "one", model_dir, data, block_pairs=64), several)
 
 
@@ -150,7 +150,7 @@ from minicache.processes.signals import Interruptible
 from tests.conftest import make_rows
 # a shell's background job, in which the tests may run, ignores it
 signal.signal(signal.SIGINT, signal.default_int_handler)
-workers.ALONE, workers._cores = 0, lambda: 2
+workers.ALONE, workers.cores = 0, lambda: 2
 encoder = workers.RowEncoder(Encoder(ChatTokenizer.load(Path(sys.argv[1])), 40), "f", Reading(), 0)
 rows = make_rows(200)
 def endless():

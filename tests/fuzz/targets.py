@@ -28,8 +28,8 @@ from minicache.judge.verdicts import read_verdicts
 from minicache.models.adapter_files import ADAPTER, settings_of
 from minicache.options.config_file import options_in
 from minicache.options.exchange import ExportCacheConfig, ImportConfig
-from minicache.options.others import InspectConfig, ReportConfig
-from minicache.reports.contents import inspect_cache
+from minicache.options.others import ReportConfig
+from minicache.reports.contents import read_cache
 from minicache.stages.export_cache import export_cache
 from minicache.stages.import_cache import import_cache
 from minicache.stages.report import write_run_page
@@ -152,7 +152,7 @@ def _chunks(cache: Path) -> Target:
         file.write_bytes(content[1:])
         try:
             with suppress(MinicacheError):
-                inspect_cache(InspectConfig(cache))
+                assert read_cache(cache).inspection.path
             list(ReferenceCache(cache).verify())
         finally:
             file.write_bytes(before)

@@ -12,9 +12,9 @@ import pytest
 from minicache.cache.reader import ReferenceCache
 from minicache.cache.writer import CacheWriter
 from minicache.errors import CacheDamaged, CacheIncomplete, CacheMismatch, CacheNotFound, ConfigError, OutputError
-from minicache.options.others import InspectConfig, MergeConfig
+from minicache.options.others import MergeConfig
 from minicache.options.train import TrainConfig
-from minicache.reports.contents import inspect_cache
+from minicache.reports.contents import read_cache
 from minicache.stages.merge import MergeReport, merge
 from minicache.trackers import Silent
 from tests.conftest import Cli, make_rows, one_process, precompute_into, write_jsonl
@@ -94,7 +94,7 @@ def test_pairs_of_several_are_kept_once_and_counted(model_dir: Path, tmp_path: P
     table, _ = ReferenceCache(tmp_path / "merged").load()
     whole, _ = ReferenceCache(precompute_into(tmp_path / "whole", model_dir, first, second)).load()
     assert np.array_equal(table.digest, whole.digest) and np.array_equal(table.source, whole.source)
-    assert inspect_cache(InspectConfig(tmp_path / "merged")).complete
+    assert read_cache(tmp_path / "merged").inspection.complete
 
 
 def test_the_other_way_round_files_and_their_refused_rows_are_renumbered(

@@ -23,9 +23,8 @@ from minicache.cache.places.place import POLL_SECONDS
 from minicache.cache.reader import ReferenceCache
 from minicache.drafts import draft_of
 from minicache.errors import CacheMismatch, ConfigError, DataError, OutputError
-from minicache.options.others import InspectConfig
 from minicache.options.stage_one import PrecomputeConfig
-from minicache.reports.contents import inspect_cache
+from minicache.reports.contents import read_cache
 from minicache.stages.precompute import PrecomputeReport, precompute
 from minicache.trackers import Silent
 from tests.cache.test_cache import undone
@@ -110,7 +109,7 @@ def test_started_at_once_killed_and_repeated_they_write_the_store_of_one(
     waited = [shard for shard in others if "waiting to encode the data" in said(jobs[shard][1])]
     assert waited, "all jobs started too late to wait for the first"
     assert {block % 4 + 1 for _, block in undone(cache)} <= {int(first[0]), int(second[0])}
-    assert int(first[0]) in inspect_cache(InspectConfig(cache)).shards_missing
+    assert int(first[0]) in read_cache(cache).inspection.shards_missing
     for shard in chance.sample([first, second], 2):
         process, output = start("--shard", shard)
         process.join(120)
@@ -126,7 +125,7 @@ def test_each_scores_its_own_blocks_and_tells_what_is_missing(
     options = {"block_pairs": 8}
     report = run(cache, model_dir, data_file, shard="2/3", **options)
     assert (report.scored_blocks, report.missing, report.blocks, report.scored) == ([1, 4], [0, 2, 3], 5, 16)
-    found = inspect_cache(InspectConfig(cache))
+    found = read_cache(cache).inspection
     assert found.shards == 3 and found.shards_missing == [1, 3] and list(found.unfinished) == ["0", "2", "3"]
     code, stdout, _ = cli("inspect-cache", cache)
     assert "unfinished: block 0, 2-3" in stdout and "shards missing: 1, 3 of 3" in stdout
@@ -140,7 +139,7 @@ def test_each_scores_its_own_blocks_and_tells_what_is_missing(
     text = " ".join(stdout.split())
     assert code == 0 and "shard 1/3 scored blocks 0, 3" in text and "complete: all 5 blocks are scored" in text
     assert_same_store(cache, ref_cache)
-    found = inspect_cache(InspectConfig(cache))
+    found = read_cache(cache).inspection
     assert found.complete and found.shards == 3 and found.shards_missing == []
     code, stdout, _ = cli("inspect-cache", cache)
     assert "missing" not in stdout and "unfinished" not in stdout

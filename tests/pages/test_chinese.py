@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from jinja2 import nodes
 
-from minicache.options.others import InspectConfig, ReportConfig
+from minicache.options.others import ReportConfig
 from minicache.pages.chinese import CHINESE, SCRIPT, chinese
 from minicache.pages.markup import Table, report
 from minicache.reports.figures import MOVED_TOO_FAR, NO_LOWER_LOSS
 from minicache.reports.held_out import held_out, words_on_policy, words_on_run
 from minicache.reports.names import METRICS, PANELS
-from minicache.stages.inspect import write_cache_page
+from minicache.stages.inspect import read_cache, write_cache_page
 from minicache.stages.report import write_run_page
 from minicache.text import Phrase, phrase, read_back
 from minicache.trackers import Silent
@@ -126,7 +126,7 @@ def test_all_that_a_cache_page_says_has_its_chinese_but_for_the_users_own(model_
     for per_token in (False, True):
         cache = precompute_into(tmp_path / f"cache{per_token}", model_dir, *files, per_token=per_token)
         found = Unmarked(
-            write_cache_page(InspectConfig(cache, html=tmp_path / "page.html"), Silent()).read_text(encoding="utf-8")
+            write_cache_page(read_cache(cache), tmp_path / "page.html", Silent()).read_text(encoding="utf-8")
         )
         assert found.labels == []
         own = re.compile(

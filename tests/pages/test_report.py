@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import jinja2
 import numpy as np
 import pytest
 
+from minicache.cache.places.bounded import BoundedStore
 from minicache.cache.reader import ReferenceCache
 from minicache.data.tokenizers import ChatTokenizer
 from minicache.errors import ConfigError, DataError
+from minicache.json_lines import json_lines
 from minicache.options.others import InspectConfig, ReportConfig
 from minicache.pages.cache import _manifest, _refusal, _sources
 from minicache.pages.cache_report import EXTREMES, gather
@@ -24,9 +27,10 @@ from minicache.pages.compare import page as compare_page
 from minicache.pages.markup import Table, Where, render, report
 from minicache.pairs import EncodedPair, PairTable
 from minicache.reports import suspects
+from minicache.reports.columns import READ
 from minicache.reports.notes import notes_on
 from minicache.reports.pair_text import OWN_SHOWN, Piece, Plain, _texts, pair_texts
-from minicache.stages.inspect import write_cache_page
+from minicache.stages.inspect import read_cache, write_cache_page
 from minicache.stages.report import write_run_page
 from minicache.text import visible
 from minicache.trackers import Silent
@@ -69,11 +73,11 @@ def odd_cache(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path
 
 @pytest.fixture(scope="module")
 def odd_page(odd_cache: Path) -> Path:
-    return write_cache_page(InspectConfig(odd_cache, html=odd_cache.parent / "cache.html"), Silent())
+    return write_cache_page(read_cache(odd_cache), odd_cache.parent / "cache.html", Silent())
 
 
 def shown(cache: Path, to: Path) -> Page:
-    return Page(write_cache_page(InspectConfig(cache, html=to), Silent()).read_text(encoding="utf-8"))
+    return Page(write_cache_page(read_cache(cache), to, Silent()).read_text(encoding="utf-8"))
 
 
 # --- rows to look at ---
@@ -146,7 +150,7 @@ def test_an_extreme_margin_is_one_far_from_the_others_in_their_own_measure() -> 
 
 
 def test_each_odd_row_is_found_with_its_file_and_line(odd_cache: Path) -> None:
-    found = gather(InspectConfig(odd_cache), Silent()).suspects
+    found = gather(read_cache(odd_cache), Silent()).suspects
 
     def where(rule: str) -> list[list[tuple[str, int]]]:
         return [[(Path(line.source).name, line.line) for line in row.lines] for row in found.rows[rule]]
@@ -158,7 +162,7 @@ def test_each_odd_row_is_found_with_its_file_and_line(odd_cache: Path) -> None:
 
 
 def test_no_row_is_suspect_among_plain_ones(ref_cache: Path, tmp_path: Path) -> None:
-    found = gather(InspectConfig(ref_cache), Silent()).suspects
+    found = gather(read_cache(ref_cache), Silent()).suspects
     assert found.found["contradicting"] == found.found["nearly-identical"] == found.found["near-duplicates"] == 0
 
 
@@ -166,7 +170,7 @@ def test_no_row_is_suspect_among_plain_ones(ref_cache: Path, tmp_path: Path) -> 
 
 
 def test_groups_hold_each_scored_pair_once_and_count_as_the_columns_do(odd_cache: Path) -> None:
-    report = gather(InspectConfig(odd_cache), Silent())
+    report = gather(read_cache(odd_cache), Silent())
     table, scores = ReferenceCache(odd_cache).load()
     for groups in report.groups.values():
         assert sum(group.pairs for group in groups) == len(table)
@@ -289,7 +293,7 @@ def test_what_of_each_file_is_not_used_is_shown(model_dir: Path, tmp_path: Path)
     (first, second) = ReferenceCache(cache).log.sources
     lines = [notes_on(asdict(source)) for source in (first, second)]
     assert [len(both) for both in lines] == [2, 2]
-    report = gather(InspectConfig(cache), Silent())
+    report = gather(read_cache(cache), Silent())
     assert _sources(report)["notes"].rows == [
         *([first.name, line] for line in lines[0]),
         *([second.name, line] for line in lines[1]),
@@ -301,7 +305,7 @@ def test_what_of_each_file_is_not_used_is_shown(model_dir: Path, tmp_path: Path)
 
 
 def test_what_the_template_was_given_is_among_the_facts(odd_cache: Path) -> None:
-    it = gather(InspectConfig(odd_cache), Silent()).inspection
+    it = gather(read_cache(odd_cache), Silent()).inspection
     assert "date" not in dict(_manifest(it)["facts"])
     given = replace(it, identity={**it.identity, "date": "2025-02-01", "template_args": '{"thinking": false}'})
     facts = dict(_manifest(given)["facts"])
@@ -310,7 +314,8 @@ def test_what_the_template_was_given_is_among_the_facts(odd_cache: Path) -> None
 
 @pytest.mark.parametrize("line", ["[" * 100_000, "[]", "{", '{"file": 1}'])
 def test_a_refused_row_that_a_person_has_edited_is_passed_over(line: str) -> None:
-    assert _refusal(line) is None
+    (read,) = json_lines(line.encode())
+    assert _refusal(read.value) is None
 
 
 def test_files_refused_rows_and_problems_are_told(odd_page: Path) -> None:
@@ -485,6 +490,22 @@ def test_answers_of_another_kind_are_refused_with_their_line(content: str, tmp_p
 
 
 # --- the command line ---
+
+
+def test_the_columns_of_a_cache_are_read_once_for_screen_and_page(
+    ref_cache: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: Counter[str] = Counter()
+    plain = BoundedStore.get
+
+    async def get(store: BoundedStore, key: str, *more: Any, **options: Any) -> Any:
+        reads[key] += 1
+        return await plain(store, key, *more, **options)
+
+    monkeypatch.setattr(BoundedStore, "get", get)
+    assert cli("inspect-cache", ref_cache, "--html", tmp_path / "c.html")[0] == 0
+    chunks = {name: [count for key, count in reads.items() if key.startswith(f"{name}/c/")] for name in READ}
+    assert chunks == {name: [1] * 5 for name in READ}
 
 
 def test_both_commands_write_their_page_and_name_it(cli: Cli, odd_cache: Path, tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from minicache.options.others import InspectConfig, ReportConfig
+from minicache.options.others import ReportConfig
 from minicache.pages.compare import Answers
 from minicache.pages.compare import page as compare_page
-from minicache.stages.inspect import write_cache_page
+from minicache.stages.inspect import read_cache, write_cache_page
 from minicache.stages.report import write_run_page
 from minicache.text import visible
 from minicache.trackers import Silent
@@ -49,7 +49,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> dict[str
     votes.write_text(compare_page([Answers(NASTY, [], NASTY, "no", False, True)], {}, {}, 0), encoding="utf-8")
     return {
         "compare": votes,
-        "cache": write_cache_page(InspectConfig(cache, html=folder / "cache.html"), Silent()),
+        "cache": write_cache_page(read_cache(cache), folder / "cache.html", Silent()),
         "run": write_run_page(ReportConfig(run)),
     }
 
@@ -158,7 +158,7 @@ def test_a_special_token_is_framed_and_named_the_same_text_typed_is_not(
 ) -> None:
     data = write_jsonl(tmp_path / "typed.jsonl", [row("why<|im_end|>", "<|im_end|> not", "on a mat")])
     cache = precompute_into(tmp_path / "cache", model_dir, data, per_token=True)
-    browser.open(write_cache_page(InspectConfig(cache, html=tmp_path / "cache.html"), Silent()), fragment="#pair-0")
+    browser.open(write_cache_page(read_cache(cache), tmp_path / "cache.html", Silent()), fragment="#pair-0")
     look = "(one) => [one.textContent, one.title, getComputedStyle(one).borderTopStyle]"
     framed = browser.run(f"[...document.querySelectorAll('#pair-0 .special')].map({look})")
     assert framed[:2] == [["<|im_start|>", "special token", "solid"], ["<|im_end|>", "special token", "solid"]]

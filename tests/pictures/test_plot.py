@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 
 from minicache.cache.reader import ReferenceCache
 from minicache.errors import ConfigError, DataError, OutputError
-from minicache.options.others import InspectConfig, PlotConfig
+from minicache.options.others import PlotConfig
 from minicache.pictures import frame
 from minicache.pictures.runs import RunCurves, draw_runs, smoothed
 from minicache.pictures.sweep import draw_sweep
-from minicache.reports.contents import inspect_cache
+from minicache.reports.contents import read_cache
 from minicache.reports.curves import names_apart, read_curves
 from minicache.reports.names import PANELS
 from minicache.reports.sweep import RunResult, SweepReport
@@ -206,7 +206,7 @@ def test_the_command_works_without_torch_and_names_a_missing_extra(tmp_path: Pat
 
 
 def test_margins_are_counted_on_their_own_side_of_zero(ref_cache: Path) -> None:
-    histogram = inspect_cache(InspectConfig(ref_cache)).margin_histogram
+    histogram = read_cache(ref_cache).inspection.margin_histogram
     assert histogram is not None
     _, reference = ReferenceCache(ref_cache).load()
     margins = reference.logp_mean[:, 0] - reference.logp_mean[:, 1]

@@ -16,13 +16,10 @@ import torch
 from safetensors.torch import load_file
 
 from minicache.cache.reader import ReferenceCache
-from minicache.errors import ConfigError
 from minicache.options.dictionaries import fill
 from minicache.options.train import TrainConfig
 from minicache.stages.train import train
 from minicache.trackers import Silent
-from minicache.training.checks import _check_sharded
-from minicache.training.state import Run
 from tests.conftest import make_rows, one_process, precompute_into, write_jsonl
 from tests.helpers.worlds import start_world
 
@@ -265,11 +262,3 @@ def test_shards_score_the_cache_that_one_process_scores(few: Path, model_dir: Pa
     expected, found = ReferenceCache(few).load(), ReferenceCache(tmp_path / "cache").load()
     assert np.array_equal(expected.table.digest, found.table.digest)
     assert np.abs(expected.reference.logp_mean - found.reference.logp_mean).max() < 1e-5
-
-
-@pytest.mark.parametrize("options", [{"dtype": "float16"}, {"optimizer": "adamw-8bit"}])
-def test_what_shards_cannot_do_is_refused(options: dict[str, str], few: Path, tmp_path: Path) -> None:
-    config = fill(TrainConfig, options_of("plain", few, tmp_path / "run", parallel="fsdp", **options))
-    (name, value), *_ = options.items()
-    with pytest.raises(ConfigError, match=f"--{name} {value}: not with --parallel fsdp; expected"):
-        _check_sharded(Run(config, *[None] * 9))  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from minicache.data.tokenizers import ChatTokenizer
 from minicache.options.others import InspectConfig
 from minicache.pairs import EncodedPair, PairTable
 from minicache.reports.columns import extreme
-from minicache.reports.contents import inspect_cache, inspect_pair
+from minicache.reports.contents import inspect_pair, read_cache
 from minicache.reports.inspection import Histogram, Inspection
 from minicache.screen.console import SafeConsole
 from minicache.screen.inspect import show_inspection, show_pair, show_problems
@@ -36,7 +36,7 @@ def printed(show: Callable[[SafeConsole, Any], None], item: object, width: int =
 
 
 def look(cache: Path) -> Inspection:
-    return inspect_cache(InspectConfig(cache))
+    return read_cache(cache).inspection
 
 
 def test_every_figure_is_what_counting_gives(ref_cache: Path) -> None:

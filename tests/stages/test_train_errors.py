@@ -46,7 +46,7 @@ def test_a_recipe_fills_both_stages(model_dir: Path, data_file: Path, tmp_path: 
 
 def test_every_option_wins_over_the_recipe_even_at_its_own_default(ref_cache: Path, tmp_path: Path, cli: Cli) -> None:
     of_recipe = RECIPES["minimind-3"].options
-    own = {name: value for name, value in flat(TrainConfig(Path(), Path())).items() if name in of_recipe}
+    own = {name: value for name, value in flat(TrainConfig(Path(), Path()).settled()).items() if name in of_recipe}
     # without values: a flag, and what the model itself says
     own = {name: value for name, value in own.items() if name not in ("decay_norms", "balance")}
     assert len(own) > 6 and own["lr"] != of_recipe["lr"]

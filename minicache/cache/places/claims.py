@@ -2,14 +2,12 @@
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
 from filelock import has_fcntl, lock_descriptor
 
-from minicache.errors import OutputError
 from minicache.failures import writing
 
 log = logging.getLogger(__name__)
@@ -117,22 +115,6 @@ class FileClaim:
             with suppress(OSError):
                 self.file.unlink()
         self.release()
-
-
-@contextmanager
-def held(file: Path) -> Iterator[None]:
-    """Hold a lock file alone within the block, and remove it at the end.
-
-    Raises:
-        OutputError: another process holds it, or it cannot be written.
-    """
-    claim = FileClaim(file)
-    if not claim.take(alone=True):
-        raise OutputError(f"{file.parent}: another process is writing there; wait for its end")
-    try:
-        yield
-    finally:
-        claim.remove()
 
 
 def _share(descriptor: int) -> bool:

@@ -6,13 +6,12 @@ them without a network. A repository may hold other files; those are left.
 
 import re
 import shutil
-from collections.abc import Iterable
 from functools import cache, cached_property
 from pathlib import Path
+from typing import NoReturn
 
 from zarr.abc.store import Store
 
-from minicache.cache.places.claims import Claim
 from minicache.cache.places.directory import Directory
 from minicache.cache.places.place import ROOT
 from minicache.disk import kept_scratch_folder
@@ -98,37 +97,13 @@ class Snapshot(Directory):
 
     # --- what writes ---
 
-    def require_free(self, is_new: bool = False) -> None:
-        raise self._refusal()
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
+        raise OutputError(f"{self.url}: is read only; make the cache elsewhere, then `minidpo push CACHE org/name`")
 
-    def publish(self, draft: Path) -> None:
-        raise self._refusal()
-
-    def remove(self) -> None:
-        raise self._refusal()
+    require_free = publish = remove = claim = remove_leftovers = remove_partial = write = put_folder = _refuse
 
     def store(self, read_only: bool) -> Store:
-        if not read_only:
-            raise self._refusal()
-        return super().store(read_only)
-
-    def claim(self, name: str) -> Claim:
-        raise self._refusal()
-
-    def remove_leftovers(self) -> None:
-        raise self._refusal()
-
-    def remove_partial(self, folders: Iterable[str]) -> None:
-        raise self._refusal()
-
-    def write(self, name: str, content: bytes) -> None:
-        raise self._refusal()
-
-    def put_folder(self, name: str, content: Path) -> None:
-        raise self._refusal()
-
-    def _refusal(self) -> OutputError:
-        return OutputError(f"{self.url}: is read only; make the cache elsewhere, then `minidpo push CACHE org/name`")
+        return super().store(read_only) if read_only else self._refuse()
 
 
 # One for each URL: all its users see one commit.
