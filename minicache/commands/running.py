@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import platform
 import stat
 import sys
 import time
@@ -101,10 +102,13 @@ def _settings(config: Any) -> dict[str, Any]:
 def _let_segments_grow() -> None:
     """Let torch's allocator grow its segments of a GPU's memory, so that batches of many sizes leave no holes between them.
 
-    torch reads the variable when it is imported. What the user has set stays. Windows has no such segments.
-    Source: pytorch.org/docs/stable/notes/cuda.html, "Optimizing memory usage with PYTORCH_ALLOC_CONF".
+    torch reads the variable when it is imported. What the user has set stays. Windows has no such segments, and in WSL2, whose
+    kernel has Microsoft's name, drivers before R615 fail at the first one.
+    Source: pytorch.org/docs/stable/notes/cuda.html, "Optimizing memory usage with PYTORCH_ALLOC_CONF";
+    github.com/pytorch/pytorch/issues/192330.
     """
-    if sys.platform != "win32" and not any(name in os.environ for name in ALLOCATOR):
+    is_windows = sys.platform == "win32" or "microsoft" in platform.release().lower()
+    if not is_windows and not any(name in os.environ for name in ALLOCATOR):
         os.environ[ALLOCATOR[0]] = "expandable_segments:True"
 
 
