@@ -152,6 +152,12 @@ def has_flex(device: torch.device) -> bool:
     return device.type in FLEX and has_triton()
 
 
+@cache
+def has_flash() -> bool:
+    """Whether torch's FlashAttention runs on CUDA here, or, where there is none to ask, on cards of today: from Ampere on."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] >= 8
+
+
 def attention_kernels(device: torch.device, half: bool = False) -> tuple[str, ...]:
     """What may compute attention over packed rows there, the best first: see scoring/kernels.py. half: in half precision."""
     varlen = ("varlen",) if half and device.type == "cuda" else ()

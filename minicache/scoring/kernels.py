@@ -7,17 +7,22 @@ skips the blocks that no token sees. spans: a walk over the pairs, each by torch
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from minicache.processes.devices import has_flex
+from minicache.processes.devices import has_flash, has_flex
 from minicache.scoring.batch import Sequences
 
 Mask = torch.Tensor | BlockMask | None
-_as_fused: list[bool] = []
+# Heads up to this wide are grouped in FlashAttention on every card that it runs on, also where a backward pass follows.
+WIDEST_GROUPED = 192
+# More than the runs of a sweep over several models ask for.
+FORMS = 128
+_as_if: list[str] = []
 
 
 class Form(NamedTuple):
@@ -80,13 +85,17 @@ def _attend_as_torch(
 
 
 @contextmanager
-def as_if_fused() -> Iterator[None]:
-    """Within this every form of attention makes tensors of the sizes that a fused kernel makes; what they hold is another thing."""
-    _as_fused.append(True)
+def as_if(by: str) -> Iterator[None]:
+    """Within this attention over spans and under dense masks makes tensors of the sizes that it makes elsewhere.
+
+    by: "fused", as a kernel that never makes scores, whatever the form; what the tensors hold is another thing then. "cuda", as
+    torch's own attention on such a device.
+    """
+    _as_if.append(by)
     try:
         yield
     finally:
-        _as_fused.pop()
+        _as_if.pop()
 
 
 def attended(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Mask, form: Form) -> torch.Tensor:
@@ -121,6 +130,22 @@ def _in_one_precision(
         return query, key, value
     dtype = torch.get_autocast_dtype(kind)
     return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def _in_groups(query: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether torch's attention lets a group of query heads read one key head, and yet makes no scores. Shapes as in `_masked`.
+
+    On CUDA only FlashAttention does, which takes no mask and computes in half precision: torch has scores made otherwise, (rows,
+    heads, queries, keys), and keeps them for backward. Its memory-efficient kernel takes all else, from a key head for each query
+    head. Source: torch's aten/src/ATen/native/transformers/cuda/sdp_utils.cpp.
+    """
+    if "fused" in _as_if or not _on_cuda(query):
+        return True
+    return mask is None and query.dtype != torch.float32 and query.shape[-1] <= WIDEST_GROUPED and has_flash()
+
+
+def _on_cuda(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cuda" or "cuda" in _as_if
 
 
 def _by_sequences(
@@ -200,9 +225,15 @@ def _masked(
 ) -> torch.Tensor:
     """(rows, heads, queries, width): attention under a mask, (…, queries, keys) bool, or None: causal. Shapes as in `attended`."""
     groups = query.shape[1] // key.shape[1]
-    if form.is_plain or _as_fused:
+    if form.is_plain or "fused" in _as_if:
+        if _on_cuda(query):
+            # the choice of a kernel depends on it
+            query, key, value = _in_one_precision(query, key, value)
+        grouped = groups > 1 and _in_groups(query, mask)
+        if groups > 1 and not grouped:
+            key, value = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))
         return scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, scale=form.scale, enable_gqa=groups > 1
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=form.scale, enable_gqa=grouped
         )
     key, value = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))
     # (rows, heads, queries, keys)
@@ -221,8 +252,16 @@ def _masked(
 
 @cache
 def _compiled_flex() -> Any:
+    """FlexAttention, compiled for each form, precision and shape of heads, with gradients and without.
+
+    Beyond torch's own limit, 8, it would be computed as it is written, with scores.
+    """
+    limit: Any = {"recompile_limit": FORMS} if "recompile_limit" in signature(torch.compile).parameters else {}
+    if not limit:
+        # of older versions, for all that a process compiles
+        torch._dynamo.config.recompile_limit = FORMS
     # dynamic, because a packed row has another length in every batch
-    return torch.compile(flex_attention, dynamic=True)
+    return torch.compile(flex_attention, dynamic=True, **limit)
 
 
 def _flex(
