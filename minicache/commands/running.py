@@ -19,7 +19,15 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from minicache.errors import CacheMismatch, ConfigError, MinicacheError, ProcessLost, in_words, is_lost_peer
+from minicache.errors import (
+    CacheMismatch,
+    ConfigError,
+    MinicacheError,
+    ProcessLost,
+    in_words,
+    is_lost_peer,
+    said_by_network,
+)
 from minicache.failures import of_the_machine
 from minicache.json_lines import to_json
 from minicache.options.declare import flag
@@ -29,7 +37,6 @@ from minicache.screen.console import SafeConsole
 from minicache.screen.diff import differences_table
 from minicache.screen.live import Screen
 from minicache.screen.results import show_error
-from minicache.text import one_line
 from minicache.trackers import Silent
 
 # Reports go to stdout, progress and errors to stderr.
@@ -194,7 +201,7 @@ def _errors_of_libraries() -> Iterator[None]:
             raise
         raise ProcessLost(
             f"process {os.environ.get('RANK', 0)}: another process of this run has ended or cannot be reached; what was saved "
-            f"stays, and the same command goes on with it (train: with --resume). The network said: {one_line(error, 200)}"
+            f"stays, and the same command goes on with it (train: with --resume). The network said: {said_by_network(error)}"
         ) from error
 
 
