@@ -7,8 +7,8 @@ of device asks here.
 import importlib.util
 import os
 import re
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
@@ -120,6 +120,24 @@ def backends(device: torch.device) -> str:
 def by_kind(sizes: Mapping[str, Size], device: torch.device) -> Size:
     """The entry of a table with "cpu" and "cuda" for a kind of device; mps computes no faster than fits the CPU's entry."""
     return sizes[device.type if device.type in sizes else "cuda" if device.type in BACKENDS else "cpu"]
+
+
+_meant: list[str] = []
+
+
+@contextmanager
+def as_if_on(kind: str) -> Iterator[None]:
+    """Within this tensors without content, on the CPU, stand for those on a device of this kind."""
+    _meant.append(kind)
+    try:
+        yield
+    finally:
+        _meant.pop()
+
+
+def kind_of(tensor: torch.Tensor) -> str:
+    """The kind of device that a tensor is on, or stands for."""
+    return _meant[-1] if _meant else tensor.device.type
 
 
 # --- what a kind of device has ---

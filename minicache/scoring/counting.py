@@ -8,7 +8,7 @@ layers computed again are tensors, and they are counted.
 import copy
 import logging
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from typing import Any
 
@@ -20,10 +20,10 @@ from torch.utils._pytree import tree_map_only
 from minicache.models import checkpoint_activations, layers_of
 from minicache.models.layers import repeats_of, stack_of
 from minicache.models.quantized import quantized_layers, stand_in
-from minicache.processes.devices import attention_kernels
+from minicache.processes.devices import as_if_on, attention_kernels
 from minicache.scoring.batch import Batch
 from minicache.scoring.counter import Counter
-from minicache.scoring.kernels import Spans, as_if
+from minicache.scoring.kernels import Spans, as_if_fused
 from minicache.scoring.memory import How, Line, Pass
 from minicache.scoring.probe import own_errors
 from minicache.scoring.scorer import DTYPES, Scorer
@@ -44,7 +44,8 @@ def counted_pass(scorer: Scorer, one: Batch, two: Batch, how: How) -> Pass:
     start = first + 1
     if stack and start + 2 * period < len(stack):
         counts = [start + period, start + 2 * period]
-    with _quiet(), _as_there(scorer, how.kind):
+    # Where it walks there too, or the mask is dense, soft caps and sinks make scores.
+    with _quiet(), as_if_on(how.kind), as_if_fused() if is_fused(scorer, how.kind) else nullcontext():
         # (layers, batches, 3)
         found = torch.tensor([[_peaks(scorer, batch, how, keep) for batch in (one, two)] for keep in counts]).double()
         head, kept, rows = _head(scorer, how)
@@ -93,16 +94,6 @@ def run_pass(scorer: Scorer, one: Batch, two: Batch, how: How) -> Pass:
 def is_fused(scorer: Scorer, kind: str) -> bool:
     """Whether a kernel of packed rows scores on this kind of device, for which a walk over spans stands; none makes scores."""
     return not scorer.layout.pads and (scorer.kernel or attention_kernels(torch.device(kind))[-1]) != "spans"
-
-
-def _as_there(scorer: Scorer, kind: str) -> AbstractContextManager[None]:
-    """Within it attention makes tensors of the sizes that it makes on this kind of device.
-
-    Where it walks there too, or the mask is dense, soft caps and sinks make scores.
-    """
-    if is_fused(scorer, kind):
-        return as_if("fused")
-    return as_if("cuda") if kind == "cuda" else nullcontext()
 
 
 def _peaks(scorer: Scorer, batch: Batch, how: How, keep: int) -> tuple[int, int, int]:

@@ -14,7 +14,7 @@ import torch
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from minicache.processes.devices import has_flash, has_flex
+from minicache.processes.devices import has_flash, has_flex, kind_of
 from minicache.scoring.batch import Sequences
 
 Mask = torch.Tensor | BlockMask | None
@@ -22,7 +22,7 @@ Mask = torch.Tensor | BlockMask | None
 WIDEST_GROUPED = 192
 # More than the runs of a sweep over several models ask for.
 FORMS = 128
-_as_if: list[str] = []
+_as_fused: list[bool] = []
 
 
 class Form(NamedTuple):
@@ -85,17 +85,13 @@ def _attend_as_torch(
 
 
 @contextmanager
-def as_if(by: str) -> Iterator[None]:
-    """Within this attention over spans and under dense masks makes tensors of the sizes that it makes elsewhere.
-
-    by: "fused", as a kernel that never makes scores, whatever the form; what the tensors hold is another thing then. "cuda", as
-    torch's own attention on such a device.
-    """
-    _as_if.append(by)
+def as_if_fused() -> Iterator[None]:
+    """Within this every form of attention makes tensors of the sizes that a fused kernel makes; what they hold is another thing."""
+    _as_fused.append(True)
     try:
         yield
     finally:
-        _as_if.pop()
+        _as_fused.pop()
 
 
 def attended(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Mask, form: Form) -> torch.Tensor:
@@ -139,13 +135,9 @@ def _in_groups(query: torch.Tensor, mask: torch.Tensor | None) -> bool:
     heads, queries, keys), and keeps them for backward. Its memory-efficient kernel takes all else, from a key head for each query
     head. Source: torch's aten/src/ATen/native/transformers/cuda/sdp_utils.cpp.
     """
-    if "fused" in _as_if or not _on_cuda(query):
+    if _as_fused or kind_of(query) != "cuda":
         return True
     return mask is None and query.dtype != torch.float32 and query.shape[-1] <= WIDEST_GROUPED and has_flash()
-
-
-def _on_cuda(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cuda" or "cuda" in _as_if
 
 
 def _by_sequences(
@@ -225,8 +217,8 @@ def _masked(
 ) -> torch.Tensor:
     """(rows, heads, queries, width): attention under a mask, (…, queries, keys) bool, or None: causal. Shapes as in `attended`."""
     groups = query.shape[1] // key.shape[1]
-    if form.is_plain or "fused" in _as_if:
-        if _on_cuda(query):
+    if form.is_plain or _as_fused:
+        if kind_of(query) == "cuda":
             # the choice of a kernel depends on it
             query, key, value = _in_one_precision(query, key, value)
         grouped = groups > 1 and _in_groups(query, mask)

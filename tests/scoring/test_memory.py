@@ -203,6 +203,16 @@ def test_scores_are_counted_where_a_device_makes_them(dtype: str) -> None:
         assert plain < counted_for("llama", dtype, layout, kernel) < plain + 3 * a_layer
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_half_precision_of_experts_on_cuda_is_counted(dtype: str) -> None:
+    """Of trained ones the cast weights, which backward reads; their activations are half as large."""
+    scorer, table = scorer_of("mixture", 0, dtype), pairs(60)
+    there, here = (budget.counted(scorer, table, How(training=True, kind=kind)) for kind in ("cuda", "cpu"))
+    cast = 2 * sum(each.numel() for each in scorer.parameters() if each.ndim == 3)
+    assert there.slot < here.slot
+    assert 0.8 * cast < there.fixed - here.fixed < 1.2 * cast
+
+
 def test_counting_leaves_the_model_as_it_was() -> None:
     scorer, table = scorer_of("qwen3"), pairs()
     before = {name: each.clone() for name, each in scorer.state_dict().items()}
