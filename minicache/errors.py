@@ -145,6 +145,12 @@ def is_lost_peer(error: BaseException) -> bool:
     return type(error).__name__.startswith("Dist") or "gloo" in str(error)
 
 
+def said_by_network(error: BaseException) -> str:
+    """What a network error of torch.distributed says, in 200 characters: the cause, which NCCL writes at its end."""
+    whole = " ".join(str(error).split())
+    return (whole.partition("Last error:")[2].strip() or whole)[:200] or type(error).__name__
+
+
 def is_full_memory(error: BaseException) -> bool:
     """Whether it says that a device's or the machine's memory is full, for which torch and its libraries have no one error."""
     return (

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import platform
 import stat
 import sys
 import time
@@ -18,7 +19,15 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from minicache.errors import CacheMismatch, ConfigError, MinicacheError, ProcessLost, in_words, is_lost_peer
+from minicache.errors import (
+    CacheMismatch,
+    ConfigError,
+    MinicacheError,
+    ProcessLost,
+    in_words,
+    is_lost_peer,
+    said_by_network,
+)
 from minicache.failures import of_the_machine
 from minicache.json_lines import to_json
 from minicache.options.declare import flag
@@ -28,7 +37,6 @@ from minicache.screen.console import SafeConsole
 from minicache.screen.diff import differences_table
 from minicache.screen.live import Screen
 from minicache.screen.results import show_error
-from minicache.text import one_line
 from minicache.trackers import Silent
 
 # Reports go to stdout, progress and errors to stderr.
@@ -101,10 +109,13 @@ def _settings(config: Any) -> dict[str, Any]:
 def _let_segments_grow() -> None:
     """Let torch's allocator grow its segments of a GPU's memory, so that batches of many sizes leave no holes between them.
 
-    torch reads the variable when it is imported. What the user has set stays. Windows has no such segments.
-    Source: pytorch.org/docs/stable/notes/cuda.html, "Optimizing memory usage with PYTORCH_ALLOC_CONF".
+    torch reads the variable when it is imported. What the user has set stays. Windows has no such segments, and in WSL2, whose
+    kernel has Microsoft's name, drivers before R615 fail at the first one.
+    Source: pytorch.org/docs/stable/notes/cuda.html, "Optimizing memory usage with PYTORCH_ALLOC_CONF";
+    github.com/pytorch/pytorch/issues/192330.
     """
-    if sys.platform != "win32" and not any(name in os.environ for name in ALLOCATOR):
+    is_windows = sys.platform == "win32" or "microsoft" in platform.release().lower()
+    if not is_windows and not any(name in os.environ for name in ALLOCATOR):
         os.environ[ALLOCATOR[0]] = "expandable_segments:True"
 
 
@@ -190,7 +201,7 @@ def _errors_of_libraries() -> Iterator[None]:
             raise
         raise ProcessLost(
             f"process {os.environ.get('RANK', 0)}: another process of this run has ended or cannot be reached; what was saved "
-            f"stays, and the same command goes on with it (train: with --resume). The network said: {one_line(error, 200)}"
+            f"stays, and the same command goes on with it (train: with --resume). The network said: {said_by_network(error)}"
         ) from error
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from minicache.errors import fits
 from minicache.models.quantized import is_linear, quantized_layers
+from minicache.processes.devices import kind_of
 
 HALF = (torch.bfloat16, torch.float16)
 # What may be asked of a weight without reading its numbers or their precision; what is cast to float32 is the same from both.
@@ -37,7 +38,7 @@ def hold_for(model: nn.Module, device: torch.device, dtype: str, trained: str = 
 
 
 def _hold_for(model: nn.Module, device: torch.device, dtype: torch.dtype, narrow: bool) -> nn.Module:
-    experts = _stacked(model, dtype)
+    experts = _stacked(model, dtype, device)
     half = half_weights(model, dtype) | experts.keys()
     if narrow:
         half |= _may_be_half(model, [each for each in model.parameters() if each.requires_grad])
@@ -84,21 +85,64 @@ def half_weights(model: nn.Module, dtype: torch.dtype) -> set[int]:
     return _may_be_half(model, [each for each in model.parameters() if each.dtype == dtype and not each.requires_grad])
 
 
-def _stacked(model: nn.Module, dtype: torch.dtype) -> dict[int, nn.Module]:
+def _stacked(model: nn.Module, dtype: torch.dtype, device: torch.device) -> dict[int, nn.Module]:
     """The experts of a mixture that lie in one parameter, frozen and stored in this precision: the parameter's id -> its module.
 
-    None where something is trained: a product with them keeps for backward what it multiplied by, the float32 copy.
+    Where something is trained, those alone whose product follows autocast: another keeps for backward what it multiplied by, the
+    float32 copy. Those that peft adapts are float32, too: it adds to them.
     """
-    if dtype == torch.float32 or any(each.requires_grad for each in model.parameters()):
+    if dtype == torch.float32:
         return {}
-    owned = ((each, module) for module in model.modules() for each in module.parameters(recurse=False))
-    return {id(each): module for each, module in owned if each.ndim == 3 and each.dtype == dtype}
+    trained = any(each.requires_grad for each in model.parameters())
+    owned = (
+        (each, module)
+        for name, module in model.named_modules()
+        if not trained or (device.type == "cuda" and _by_groups(module) and not name.endswith("base_layer"))
+        for each in module.parameters(recurse=False)
+    )
+    return {
+        id(each): module for each, module in owned if each.ndim == 3 and each.dtype == dtype and not each.requires_grad
+    }
+
+
+def _by_groups(module: nn.Module) -> bool:
+    """Whether it is transformers' experts, computed by the grouped product that `follow_autocast` knows."""
+    kind = getattr(getattr(module, "config", None), "_experts_implementation", None)
+    return kind == "grouped_mm" and hasattr(module, "is_transposed")
+
+
+def _follows(weight: torch.Tensor) -> bool:
+    """Whether a grouped product with a weight is in the precision of autocast."""
+    return kind_of(weight) == "cuda" and torch.is_autocast_enabled(weight.device.type)
+
+
+def follow_autocast() -> None:
+    """Let the grouped product of transformers' experts compute on CUDA in the precision of autocast, as linear layers do.
+
+    torch has no rule for it, and in float32 no kernel: it goes through the experts one by one, and waits for the device. On a CPU
+    it computes in float32, as ever. Gradients of float32 weights are float32. Layers in shards are gathered in half precision.
+    """
+    from transformers.integrations import moe
+
+    functions: Any = moe
+    own = getattr(functions, "_grouped_mm", None)
+    if own is None or hasattr(own, "__wrapped__"):
+        return
+
+    @wraps(own)
+    def grouped(input: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> Any:
+        if _follows(weight):
+            dtype = torch.get_autocast_dtype(weight.device.type)
+            input, weight = input.to(dtype), weight.to(dtype)
+        return own(input, weight, offs)
+
+    functions._grouped_mm = grouped
 
 
 def _widen(module: nn.Module, inputs: Any) -> None:
-    """Let a module's code find its stacked weights in float32: torch's grouped product does not follow autocast."""
+    """Let a module's code find its stacked weights in float32, unless their product follows autocast."""
     for name, weight in module.named_parameters(recurse=False):
-        if weight.ndim == 3:
+        if weight.ndim == 3 and not (_follows(weight) and _by_groups(module)):
             vars(module)[name] = weight.float()
 
 

@@ -7,8 +7,8 @@ of device asks here.
 import importlib.util
 import os
 import re
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
@@ -122,6 +122,24 @@ def by_kind(sizes: Mapping[str, Size], device: torch.device) -> Size:
     return sizes[device.type if device.type in sizes else "cuda" if device.type in BACKENDS else "cpu"]
 
 
+_meant: list[str] = []
+
+
+@contextmanager
+def as_if_on(kind: str) -> Iterator[None]:
+    """Within this tensors without content, on the CPU, stand for those on a device of this kind."""
+    _meant.append(kind)
+    try:
+        yield
+    finally:
+        _meant.pop()
+
+
+def kind_of(tensor: torch.Tensor) -> str:
+    """The kind of device that a tensor is on, or stands for."""
+    return _meant[-1] if _meant else tensor.device.type
+
+
 # --- what a kind of device has ---
 
 
@@ -150,6 +168,12 @@ def has_bfloat16(device: torch.device) -> bool:
 def has_flex(device: torch.device) -> bool:
     """Whether FlexAttention is compiled for the device."""
     return device.type in FLEX and has_triton()
+
+
+@cache
+def has_flash() -> bool:
+    """Whether torch's FlashAttention runs on CUDA here, or, where there is none to ask, on cards of today: from Ampere on."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] >= 8
 
 
 def attention_kernels(device: torch.device, half: bool = False) -> tuple[str, ...]:

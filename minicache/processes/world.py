@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from minicache.errors import ConfigError, MinicacheError
+from minicache.errors import ConfigError, MinicacheError, ProcessLost, is_lost_peer, said_by_network
 from minicache.processes import devices
 from minicache.processes.launch import LISTENING
 from minicache.processes.outcome import outcome_of, portable, raise_agreed
@@ -176,6 +176,7 @@ def join_world(device: str = "auto") -> World:
     Raises:
         ConfigError: there is no such device; a variable of the launcher is no such number; torchrun may restart the processes, and
             they could not find each other then.
+        ProcessLost: the processes do not find each other, or their devices cannot be joined.
     """
     size, rank, local_rank = _number("WORLD_SIZE", 1, least=1), _number("RANK", 0), _number("LOCAL_RANK", 0)
     if rank >= size:
@@ -187,14 +188,26 @@ def join_world(device: str = "auto") -> World:
     patient, watch = None, Watch()
     if size > 1:
         backend = devices.backends(mine)
-        store = _store(rank, size)
-        place: dict[str, Any] = {"store": store, "rank": rank, "world_size": size} if store else {}
-        bound = None if mine.type == "cpu" else mine
-        dist.init_process_group(backend, timeout=STEP, device_id=bound, **place)
-        patient = patient_group()
+        try:
+            patient = _join(rank, size, backend, mine)
+        except RuntimeError as error:
+            if not is_lost_peer(error):
+                raise
+            raise ProcessLost(
+                f"process {rank} of {size}: cannot join the others by {backend}: {said_by_network(error)}; expected all of them "
+                "started, MASTER_ADDR and MASTER_PORT open between their machines, and a device for each"
+            ) from error
         watch.start(f"process {rank} of {size}")
     log.debug("rank %d of %d on %s, backend %s", rank, size, mine, backend)
     return World(rank, size, mine, patient, watch)
+
+
+def _join(rank: int, size: int, backend: str, device: torch.device) -> Any:
+    """Join the process group; returns the patient one."""
+    store = _store(rank, size)
+    place: dict[str, Any] = {"store": store, "rank": rank, "world_size": size} if store else {}
+    dist.init_process_group(backend, timeout=STEP, device_id=None if device.type == "cpu" else device, **place)
+    return patient_group()
 
 
 def _number(name: str, default: int, least: int = 0) -> int:

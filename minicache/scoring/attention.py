@@ -77,8 +77,10 @@ def attend(
         raise ValueError("its attention adds a bias to the scores")
     form, given = Form(scaling, softcap, s_aux), (query, key, value)
     for calls in _watched:
+        # a model of shards frees its parameters after the pass
+        seen = form._replace(sinks=None if s_aux is None else s_aux.detach().clone())
         calls.append(
-            Call(attention_mask, form, tuple(tuple(each.shape) for each in given), tuple(each.dtype for each in given))
+            Call(attention_mask, seen, tuple(tuple(each.shape) for each in given), tuple(each.dtype for each in given))
         )
     known = attention_mask is None or isinstance(attention_mask, BlockMask | Spans)
     if not known and attention_mask.dtype != torch.bool:  # type: ignore[union-attr]

@@ -12,7 +12,7 @@ from minicache.pairs import PairTable
 from minicache.processes.devices import by_kind, free_memory
 from minicache.processes.world import World
 from minicache.scoring.batch import Batch, Movable
-from minicache.scoring.counting import counted_pass, run_pass
+from minicache.scoring.counting import counted_pass, is_fused, run_pass
 from minicache.scoring.memory import TO_SCORE, TO_TRAIN, How, Need, Pass, gigabytes, need_of, parts_of
 from minicache.scoring.scorer import Scorer
 from minicache.scoring.tables import SLOTS
@@ -143,7 +143,7 @@ def _sizes_of(scorer: Scorer, batch: Batch, how: How) -> tuple[object, ...]:
     batched = tuple(map(_size_of, vars(batch).values()))
     return (
         type(scorer.model), str(scorer.model.config), weights, scorer.dtype, scorer.layout_name, scorer.windows,
-        scorer.own_positions, scorer.shards, how, batched,
+        scorer.own_positions, is_fused(scorer, how.kind), scorer.shards, how, batched,
     )  # fmt: skip
 
 

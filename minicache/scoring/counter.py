@@ -52,8 +52,8 @@ class Counter(TorchDispatchMode):
 
 
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
-    """The result of an operation; without content, that of a grouped product (experts) in float32, which torch has for bfloat16."""
-    if func is torch.ops.aten._grouped_mm.default and args[0].dtype == torch.float32 and hasattr(args[0], "fake_mode"):
+    """The result of an operation; without content, that of a grouped product (experts), of which torch knows bfloat16 alone."""
+    if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16 and hasattr(args[0], "fake_mode"):
         halves = tree_map_only(torch.Tensor, lambda each: each.bfloat16() if each.is_floating_point() else each, args)
-        return func(*halves, **kwargs).float()
+        return func(*halves, **kwargs).to(args[0].dtype)
     return func(*args, **kwargs)

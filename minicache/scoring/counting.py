@@ -20,6 +20,7 @@ from minicache.loggers import hushed
 from minicache.models import checkpoint_activations, layers_of
 from minicache.models.layers import repeats_of, stack_of
 from minicache.models.quantized import quantized_layers, stand_in
+from minicache.processes.devices import as_if_on, attention_kernels
 from minicache.scoring.batch import Batch
 from minicache.scoring.counter import Counter
 from minicache.scoring.kernels import Spans, as_if_fused
@@ -45,7 +46,9 @@ def counted_pass(scorer: Scorer, one: Batch, two: Batch, how: How) -> Pass:
         counts = [start + period, start + 2 * period]
     # torch logs as an error that a shape could not be found: another way is taken then
     quiet = hushed("torch._subclasses.fake_tensor", logging.CRITICAL)
-    with quiet, as_if_fused() if how.kind == "cuda" else nullcontext():
+    # where it walks there too, or the mask is dense, soft caps and sinks make scores
+    fused = as_if_fused() if is_fused(scorer, how.kind) else nullcontext()
+    with quiet, as_if_on(how.kind), fused:
         # (layers, batches, 3)
         found = torch.tensor([[_peaks(scorer, batch, how, keep) for batch in (one, two)] for keep in counts]).double()
         head, kept, rows = _head(scorer, how)
@@ -89,6 +92,11 @@ def run_pass(scorer: Scorer, one: Batch, two: Batch, how: How) -> Pass:
             del layer.forward
     line = Line.through(*peaks)
     return Pass(line, line, line, one.input_ids.numel())
+
+
+def is_fused(scorer: Scorer, kind: str) -> bool:
+    """Whether a kernel of packed rows scores on this kind of device, for which a walk over spans stands; none makes scores."""
+    return not scorer.layout.pads and (scorer.kernel or attention_kernels(torch.device(kind))[-1]) != "spans"
 
 
 def _peaks(scorer: Scorer, batch: Batch, how: How, keep: int) -> tuple[int, int, int]:

@@ -7,16 +7,21 @@ skips the blocks that no token sees. spans: a walk over the pairs, each by torch
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from minicache.processes.devices import has_flex
+from minicache.processes.devices import has_flash, has_flex, kind_of
 from minicache.scoring.batch import Sequences
 
 Mask = torch.Tensor | BlockMask | None
+# Heads up to this wide are grouped in FlashAttention on every card that it runs on, also where a backward pass follows.
+WIDEST_GROUPED = 192
+# More than the runs of a sweep over several models ask for.
+FORMS = 128
 _as_fused: list[bool] = []
 
 
@@ -123,6 +128,18 @@ def _in_one_precision(
     return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
+def _in_groups(query: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether torch's attention lets a group of query heads read one key head, and yet makes no scores. Shapes as in `_masked`.
+
+    On CUDA only FlashAttention does, which takes no mask and computes in half precision: torch has scores made otherwise, (rows,
+    heads, queries, keys), and keeps them for backward. Its memory-efficient kernel takes all else, from a key head for each query
+    head. Source: torch's aten/src/ATen/native/transformers/cuda/sdp_utils.cpp.
+    """
+    if _as_fused or kind_of(query) != "cuda":
+        return True
+    return mask is None and query.dtype != torch.float32 and query.shape[-1] <= WIDEST_GROUPED and has_flash()
+
+
 def _by_sequences(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sequences: Sequences, window: int, form: Form
 ) -> torch.Tensor:
@@ -201,8 +218,14 @@ def _masked(
     """(rows, heads, queries, width): attention under a mask, (…, queries, keys) bool, or None: causal. Shapes as in `attended`."""
     groups = query.shape[1] // key.shape[1]
     if form.is_plain or _as_fused:
+        if kind_of(query) == "cuda":
+            # the choice of a kernel depends on it
+            query, key, value = _in_one_precision(query, key, value)
+        grouped = groups > 1 and _in_groups(query, mask)
+        if groups > 1 and not grouped:
+            key, value = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))
         return scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, scale=form.scale, enable_gqa=groups > 1
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=form.scale, enable_gqa=grouped
         )
     key, value = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))
     # (rows, heads, queries, keys)
@@ -221,8 +244,16 @@ def _masked(
 
 @cache
 def _compiled_flex() -> Any:
+    """FlexAttention, compiled for each form, precision and shape of heads, with gradients and without.
+
+    Beyond torch's own limit, 8, it would be computed as it is written, with scores.
+    """
+    limit: Any = {"recompile_limit": FORMS} if "recompile_limit" in signature(torch.compile).parameters else {}
+    if not limit:
+        # of older versions, for all that a process compiles
+        torch._dynamo.config.recompile_limit = FORMS
     # dynamic, because a packed row has another length in every batch
-    return torch.compile(flex_attention, dynamic=True)
+    return torch.compile(flex_attention, dynamic=True, **limit)
 
 
 def _flex(

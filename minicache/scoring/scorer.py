@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from minicache.models.balance import Load, Routing, balances_steps, has_routers, own_weight, recording
+from minicache.models.precision import follow_autocast
 from minicache.models.quantized import compute_in
 from minicache.pairs import PairTable
 from minicache.processes.devices import attention_kernels, pins
@@ -83,6 +84,7 @@ class Scorer(nn.Module):
         super().__init__()
         self.model = model.eval()
         compute_in(model, DTYPES[dtype])
+        follow_autocast()
         self.attention = model.config.get_text_config()._attn_implementation
         self.dtype = dtype
         # Of the loss that balances a mixture's experts; 0: there is none.

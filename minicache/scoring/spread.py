@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from minicache.errors import ConfigError
@@ -20,7 +21,7 @@ from minicache.models import layers_of
 from minicache.models.lora import adapt
 from minicache.models.precision import hold_for, look_up_in_float32
 from minicache.models.quantized import is_quantized
-from minicache.processes.world import World
+from minicache.processes.world import STEP, World
 from minicache.scoring.head import Head
 from minicache.scoring.probe import decoder_of, probed
 from minicache.scoring.scorer import DTYPES, Scorer
@@ -171,7 +172,12 @@ def _mesh(parallel: str, world: World) -> DeviceMesh:
         raise ConfigError(
             f"--parallel hybrid: expected as many processes on every node, got {world.size} in all, {local} here"
         )
-    return init_device_mesh(world.device.type, (world.size // local, local), mesh_dim_names=("nodes", "shards"))
+    names = ("nodes", "shards")
+    mesh = init_device_mesh(world.device.type, (world.size // local, local), mesh_dim_names=names)
+    for name in names:
+        # torch gives groups that it splits from another 30 minutes
+        _set_pg_timeout(STEP, mesh.get_group(name))
+    return mesh
 
 
 def _describe(model: nn.Module | None, dtype: str) -> dict[str, Any]:

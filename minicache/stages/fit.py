@@ -160,7 +160,11 @@ def _scorer(config: FitConfig, outline: Outline, plan: _Plan) -> Scorer:
         weights=plan.weights,
         shards=config.nproc if config.sharded else 1,
     )
-    return held.scorer(replace(outline, model=copy.deepcopy(outline.model)), config.max_length)
+    scorer = held.scorer(replace(outline, model=copy.deepcopy(outline.model)), config.max_length)
+    if not accelerators():
+        # of the machine that is meant, whatever this one lacks
+        scorer.kernel = "flex"
+    return scorer
 
 
 def _pairs(config: FitConfig, count: int) -> PairTable:

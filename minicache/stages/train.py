@@ -29,6 +29,7 @@ from minicache.training.checks import agree, check, handshake, require
 from minicache.training.lock import RunLock
 from minicache.training.loop import optimize
 from minicache.training.losses import Objective
+from minicache.training.optim import agreed_fusing
 from minicache.training.order import training_steps
 from minicache.training.pinned import pins, with_pins
 from minicache.training.policy import Policy, load_policy, quantization_for
@@ -165,6 +166,7 @@ def _prepare(
         steps=training_steps(len(training), config.batch_size, config.epochs, config.max_steps),
         budget=budget,
         whole=whole,
+        fuses=agreed_fusing(config.weights, world, tracker.note),
     )
     log.debug(
         "%d pairs to train on, %d to validate on, %d steps; layout %s, %d token slots a micro-batch",

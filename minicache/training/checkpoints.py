@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
@@ -130,7 +131,14 @@ class Saver:
                     log.debug("checkpoint of step %d: %d bytes, %.1f s", step, size, time.monotonic() - started)
 
         if self.thread:
-            written: Any = async_save(optimizer, process_group=self.group, **options)
+            # The copies lie in the CPU's memory: a writer that copies ahead would wait for GPU 0, in a thread that knows no other.
+            writer, stager = (
+                _writer(draft / OPTIMIZER, per_thread_copy_ahead=0),
+                DefaultStager(StagingOptions(*[False] * 4)),
+            )
+            written: Any = async_save(
+                optimizer, storage_writer=writer, async_stager=stager, process_group=self.group, **options
+            )
             self.under_way = self.thread.submit(finish, written)
             return
         with writing(final), _removed_on_failure(draft):
@@ -151,8 +159,8 @@ class _Files(FileSystem):
         move(Path(path), Path(new_path))
 
 
-def _writer(folder: Path) -> FileSystemWriter:
-    writer = FileSystemWriter(folder)
+def _writer(folder: Path, **options: Any) -> FileSystemWriter:
+    writer = FileSystemWriter(folder, **options)
     writer.fs = _Files()
     return writer
 

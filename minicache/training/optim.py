@@ -1,8 +1,10 @@
 """The optimizers that options/catalog.py names."""
 
+import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from hashlib import blake2b
 from importlib import import_module
 from importlib.util import find_spec
@@ -14,6 +16,10 @@ from torch.utils._triton import has_triton
 
 from minicache.errors import ConfigError
 from minicache.options.catalog import OPTIMIZERS, WEIGHTS, code_of
+from minicache.processes.world import World
+from minicache.text import one_line
+
+log = logging.getLogger(__name__)
 
 Groups = list[dict[str, Any]]
 
@@ -77,11 +83,24 @@ def _torchao() -> Any:
 
 def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Let the optimizer go on from this state. Raises ValueError, KeyError, TypeError, AttributeError: it is of another one."""
+    if getattr(optimizer, "is_paged", False):
+        _load_into_pages(optimizer, state)
+        return
     optimizer.load_state_dict(state)
     inner = getattr(optimizer, "d_opt", None)
     if isinstance(inner, torch.optim.Optimizer):
         # torchao's shows the groups from before, of which no step reads the learning rate any more
         vars(optimizer)["d_param_groups"] = inner.param_groups
+
+
+def _load_into_pages(optimizer: Any, state: dict[str, Any]) -> None:
+    """Load the state of `paged_adamw_8bit`: bitsandbytes itself would read it into the device's own memory, and leave it there."""
+    optimizer.load_state_dict(state, move_to_device=False)
+    for parameter, held in optimizer.state.items():
+        for name in ("state1", "state2"):
+            if held[name].shape != parameter.shape:
+                raise ValueError(f"{name}: expected the shape {tuple(parameter.shape)}, got {tuple(held[name].shape)}")
+            held[name] = optimizer.get_state_buffer(parameter, dtype=held[name].dtype).copy_(held[name])
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -94,20 +113,50 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 @contextmanager
-def rounding_of(seed: int, step: int, device: torch.device) -> Iterator[None]:
+def rounding_of(seed: int, step: int, fuses: bool = False) -> Iterator[None]:
     """Within it the chance of `rounding_adamw` is a function of seed and step alone.
 
-    The library compiles its update, which fuses it. Where there is no Triton it runs as it is: nothing has to be compiled first.
+    fuses: the library compiles its update; see `can_fuse`. Else it runs as it is written.
     """
     digest = blake2b(f"{seed} {step}".encode(), digest_size=8).digest()
     torch.manual_seed(int.from_bytes(digest, "big") >> 1)
-    with torch.compiler.set_stance("default" if fuses(device) else "force_eager"):
+    with torch.compiler.set_stance("default" if fuses else "force_eager"):
         yield
 
 
-def fuses(device: torch.device) -> bool:
-    """Whether the update is compiled."""
-    return device.type == "cuda" and has_triton()
+@cache
+def can_fuse(device: torch.device) -> bool:
+    """Whether the update can be compiled here, by trial: on a GPU, with Triton and the compilers for what lies beside it.
+
+    Triton needs a C compiler for each kernel's start. The step and the learning rate, and all of an update in the CPU's memory,
+    need a C++ compiler.
+    """
+    if device.type != "cuda" or not has_triton():
+        return False
+    try:
+        torch.compile(_trial, fullgraph=True, dynamic=False)(torch.ones(8, device=device), torch.ones(8))
+    # a compiler that is missing, or lacks headers, has no error of its own
+    except Exception as error:
+        log.debug("torch compiles nothing here: %s", one_line(error, 300))
+        return False
+    return True
+
+
+def agreed_fusing(weights: str, world: World, note: Callable[[str], None]) -> bool:
+    """Whether the update is compiled: by all processes or by none, whose chance must be the same. weights: their precision."""
+    if weights == "float32":
+        return False
+    fuses = all(world.together(lambda: can_fuse(world.device)))
+    if world.device.type == "cuda" and not fuses:
+        note(
+            f"--weights {weights}: the update runs uncompiled, which is slow: torch compiles nothing here; expected Triton, a C "
+            "and a C++ compiler"
+        )
+    return fuses
+
+
+def _trial(weights: torch.Tensor, beside: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return weights * 2 + 1, beside * 2 + 1
 
 
 def clip(optimizer: torch.optim.Optimizer, most: float) -> torch.Tensor:
@@ -115,6 +164,10 @@ def clip(optimizer: torch.optim.Optimizer, most: float) -> torch.Tensor:
     if stream := getattr(optimizer, "stream", None):
         # on which torchao copies gradients to the CPU; what it then updates, and what its groups hold, are those
         stream.synchronize()
+        for parameter, copied in optimizer.param_d2h_map.items():  # type: ignore[attr-defined]
+            if parameter not in optimizer.queue:  # type: ignore[attr-defined]
+                # no gradient came in this step; there lies an earlier one, or what memory held before
+                copied.grad.zero_()
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
     gradients = [each.grad for each in parameters if each.grad is not None]
     if all(each.dtype == torch.float32 for each in gradients):

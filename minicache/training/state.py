@@ -24,7 +24,7 @@ class Run:
 
     cache: the first one, if the pairs come from several. cached: all pairs and their scores. training: the pairs to train on.
     held_out: those to validate on. steps: of the whole run. budget: token slots of a micro-batch. whole: the number of layers that
-    selective checkpointing leaves whole.
+    selective checkpointing leaves whole. fuses: the update of --weights bfloat16 is compiled, on all processes.
     """
 
     config: TrainConfig
@@ -38,6 +38,7 @@ class Run:
     steps: int
     budget: int
     whole: int = 0
+    fuses: bool = False
 
 
 @dataclass

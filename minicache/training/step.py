@@ -90,7 +90,7 @@ def take_step(run: Run, training: Training, mine: Share) -> torch.Tensor:
     # --max-grad-norm 0 clips nothing, but the norm is logged.
     norm = clip(optimizer, config.max_grad_norm or math.inf)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    with rounding_of(config.seed, step, run.world.device) if config.weights != "float32" else nullcontext():
+    with rounding_of(config.seed, step, run.fuses) if config.weights != "float32" else nullcontext():
         scaler.step(optimizer)
     scaler.update()
     # DDP's gradients stay in its buckets

@@ -12,9 +12,10 @@ from torch import nn
 from minicache.cache.reader import ReferenceCache
 from minicache.models import load_model
 from minicache.models.lora import add_lora, with_adapter
-from minicache.models.precision import half_weights, hold_for, to_float32
+from minicache.models.precision import _stacked, half_weights, hold_for, to_float32
 from minicache.options.train import LoraOptions
 from minicache.pairs import EncodedPair, PairTable
+from minicache.processes import devices
 from minicache.processes.world import World
 from minicache.scoring.probe import probed
 from minicache.scoring.scorer import Scorer
@@ -248,7 +249,7 @@ def mixture() -> Any:
 
 @pytest.mark.parametrize("kind", ["grouped_mm", "eager"])
 def test_experts_stay_in_half_precision_where_nothing_is_trained(kind: str) -> None:
-    """torch's grouped product has no autocast: it computes in float32, from weights that are cast in each pass."""
+    """On a CPU torch's grouped product has no autocast: it computes in float32, from weights that are cast in each pass."""
     model = mixture()
     model.config._experts_implementation = kind
     found = compare_half(model, table())
@@ -267,3 +268,68 @@ def test_experts_under_adapters_are_float32() -> None:
     adapted = add_lora(mixture().to(BFLOAT16).requires_grad_(False), "base", LoraOptions(lora_rank=2), 0, Silent())
     held = hold_for(adapted, CPU, "bfloat16")
     assert {each.dtype for each in held.parameters() if each.ndim == 3} == {torch.float32}
+
+
+def passes_of_experts(
+    model: Any, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> tuple[set[torch.dtype], list[torch.Tensor]]:
+    """The precisions of the grouped products, and the scores and gradients, on a CPU that stands for a kind of device."""
+    found: set[torch.dtype] = set()
+    product = torch.nn.functional.grouped_mm
+
+    def noted(left: torch.Tensor, right: torch.Tensor, **options: Any) -> torch.Tensor:
+        assert left.dtype == right.dtype
+        found.add(left.dtype)
+        return product(left, right, **options)
+
+    scorer = Scorer(model, "bfloat16")
+    with monkeypatch.context() as patch, devices.as_if_on(kind):
+        patch.setattr(torch.nn.functional, "grouped_mm", noted)
+        scores = scorer(scorer.layout.make(table(), np.arange(4)), distribution=True)
+        trained = [each for each in scorer.parameters() if each.requires_grad]
+        if trained:
+            scores.logp_sum.sum().backward()
+    for each in trained:
+        assert each.grad is not None and each.grad.dtype == each.dtype
+    return found, [scores.token_logps.detach(), *(each.grad for each in trained if each.grad is not None)]
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_experts_compute_in_half_precision_on_cuda(trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frozen and trained alike, with the same numbers from weights that are stored in half precision."""
+    found = {}
+    for kind in ("cpu", "cuda"):
+        model = mixture().to(BFLOAT16).requires_grad_(trained)
+        model = hold_for(model, CPU, "bfloat16")
+        dtypes, numbers = passes_of_experts(model, monkeypatch, kind)
+        assert dtypes == ({torch.float32} if kind == "cpu" else {BFLOAT16})
+        found[kind] = numbers
+    for ours, due in zip(found["cuda"], found["cpu"], strict=True):
+        # a router may choose others where two are nearly as good
+        assert 0 < (ours - due).norm() < 0.2 * due.norm()
+    wide = hold_for(mixture().to(BFLOAT16).float().requires_grad_(trained), CPU, "bfloat16")
+    _, same = passes_of_experts(wide, monkeypatch, "cuda")
+    assert all(torch.equal(*pair) for pair in zip(found["cuda"], same, strict=True))
+
+
+def test_experts_in_float32_passes_are_float32_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, _ = passes_of_experts(mixture().requires_grad_(False), monkeypatch, "cuda")
+    assert found == {BFLOAT16}
+    scorer = Scorer(mixture().requires_grad_(False), "float32")
+    plain = scorer(scorer.layout.make(table(), np.arange(4))).token_logps
+    with devices.as_if_on("cuda"):
+        assert torch.equal(scorer(scorer.layout.make(table(), np.arange(4))).token_logps, plain)
+
+
+@pytest.mark.parametrize(
+    ("device", "adapted", "half"), [("cuda", False, True), ("cuda", True, False), ("cpu", False, False)]
+)
+def test_which_experts_under_adapters_stay_in_half_precision(device: str, adapted: bool, half: bool) -> None:
+    """Those that compute in it and have no adapters of their own."""
+    targets = "gate_up_proj,down_proj" if adapted else "q_proj,v_proj"
+    options = LoraOptions(lora_rank=2, lora_targets=targets)
+    model = add_lora(mixture().to(BFLOAT16).requires_grad_(False), "base", options, 3, Silent())
+    experts = [each for name, each in model.named_parameters() if each.ndim == 3 and "lora_" not in name]
+    assert len(experts) == 4
+    kept = _stacked(model, BFLOAT16, torch.device(device))
+    assert [id(each) in kept for each in experts] == [half] * 4

@@ -1,6 +1,7 @@
 """What is settled before a device is used: how its memory is given out, and that products of float32 are computed in float32."""
 
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from minicache.commands.running import _let_segments_grow
+from minicache.commands.running import ALLOCATOR, _let_segments_grow
 from minicache.processes.world import join_world
 
 ROOT = Path(__file__).parents[2]
@@ -80,12 +81,26 @@ def test_a_setting_of_the_allocator_stays(monkeypatch: pytest.MonkeyPatch, name:
     }
 
 
-def test_windows_has_no_segments_that_grow(monkeypatch: pytest.MonkeyPatch) -> None:
-    for each in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        monkeypatch.delenv(each, raising=False)
-    monkeypatch.setattr(sys, "platform", "win32")
+@pytest.mark.parametrize(
+    ("system", "release", "grows"),
+    [
+        ("win32", "11", False),
+        ("linux", "5.15.167.4-microsoft-standard-WSL2", False),
+        ("linux", "4.4.0-19041-Microsoft", False),
+        ("linux", "6.8.0-45-generic", True),
+    ],
+)
+def test_windows_and_wsl_have_no_segments_that_grow(
+    system: str, release: str, grows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for each in ALLOCATOR:
+        # so that what is set here is undone
+        monkeypatch.setenv(each, "")
+        monkeypatch.delenv(each)
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(platform, "release", lambda: release)
     _let_segments_grow()
-    assert "PYTORCH_ALLOC_CONF" not in os.environ
+    assert (os.environ.get("PYTORCH_ALLOC_CONF") == GROWING) == grows
 
 
 def _all_in_tf32() -> None:

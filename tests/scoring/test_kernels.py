@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from minicache.pairs import PairTable
 from minicache.processes import devices
 from minicache.processes.world import World
-from minicache.scoring import layout
+from minicache.scoring import kernels, layout
+from minicache.scoring.attention import watching
 from minicache.scoring.kernels import Form, Spans, attended
 from minicache.scoring.layout import settle_layout
 from minicache.scoring.layouts import _as_mask, _as_sequences
@@ -140,6 +142,113 @@ def test_sequences_move_with_their_batch() -> None:
     batch = lay_out(random_pairs(3), "packed")
     moved = batch.to(torch.device("meta")).as_sequences
     assert moved and moved.gathered.is_meta and moved.queries.is_meta and moved.most_keys > 0
+
+
+def test_sinks_that_shards_free_after_the_pass_are_kept_for_the_trial() -> None:
+    model = tiny("gpt_oss", WINDOWED["gpt_oss"])
+    scorer = Scorer(model, "float32")
+    scorer.use_layout("packed")
+    with watching() as calls, torch.no_grad():
+        scorer(lay_out(random_pairs(3), "packed"))
+    sinks = [layer.self_attn.sinks for layer in model.model.layers]
+    before = [each.detach().clone() for each in sinks]
+    for each in sinks:
+        # another unit's weights lie there then
+        each.data.fill_(torch.nan)
+    assert len(calls) == len(sinks)
+    for call, expected in zip(calls, before, strict=True):
+        assert call.form.sinks is not None and torch.equal(call.form.sinks, expected)
+
+
+@pytest.mark.parametrize("limited", [True, False])
+def test_flex_attention_is_compiled_for_many_forms(limited: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's limit is 8, beyond which it is not compiled and makes scores. limited: torch.compile takes another one itself."""
+    from torch._dynamo.testing import CompileCounter
+
+    compile_: Any = torch.compile
+    counter = CompileCounter()
+
+    def compiled(function: Any, dynamic: bool, recompile_limit: int | None = None) -> Any:
+        return compile_(function, dynamic=dynamic, backend=counter, recompile_limit=recompile_limit)
+
+    def as_before(function: Any, dynamic: bool) -> Any:
+        return compile_(function, dynamic=dynamic, backend=counter)
+
+    monkeypatch.setattr(torch, "compile", compiled if limited else as_before)
+    monkeypatch.setattr(kernels, "has_flex", lambda device: True)
+    kernels._compiled_flex.cache_clear()
+    spans = _as_mask(np.array(ROWS["pairs"]))
+    length = int(spans[..., 1:].sum())
+    mask = block_mask(spans[0, 0], length)
+    try:
+        with torch._dynamo.config.patch(recompile_limit=8):
+            for width in range(8, 8 + 12):
+                query, key, value = torch.randn(3, 1, 2, length, width)
+                # a width of its own is one constant more of what is compiled
+                attended(query, key, value, mask, Form(scale=1 / width))
+    finally:
+        kernels._compiled_flex.cache_clear()
+        # what is compiled here counts towards the limits of others
+        torch._dynamo.reset()
+    assert counter.frame_count >= 12
+
+
+class AsOnCuda:
+    """torch's attention, which refuses what its fused kernels for CUDA do not compute (sdp_utils.cpp): it would make scores."""
+
+    def __init__(self) -> None:
+        self.grouped: list[bool] = []
+
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool = False, **options: Any
+    ) -> torch.Tensor:
+        mask, is_half = options["attn_mask"], query.dtype != torch.float32
+        flash = mask is None and is_half and query.shape[-1] <= 192 and devices.has_flash()
+        assert flash or query.shape[1] == key.shape[1] == value.shape[1], "neither kernel computes it"
+        assert query.dtype == key.dtype == value.dtype
+        self.grouped.append(enable_gqa)
+        return scaled_dot_product_attention(query, key, value, enable_gqa=enable_gqa, **options)
+
+
+@pytest.mark.parametrize("newest", [True, False])
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["spans", "a window", "dense", "causal"])
+def test_no_attention_makes_scores_on_cuda(
+    kind: str, dtype: torch.dtype, autocast: bool, newest: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if these tensors were there: heads are grouped only where FlashAttention computes it. The numbers are the same."""
+    spans = np.array(ROWS["pairs"])
+    length = int(spans[:, 1:].sum())
+    mask: Any = {
+        "spans": Spans.of(_as_mask(spans), 0),
+        "a window": Spans.of(_as_mask(spans), 4),
+        "dense": torch.ones(1, 1, length, length, dtype=torch.bool).tril(),
+        "causal": None,
+    }[kind]
+    monkeypatch.setattr(kernels, "has_flash", lambda: newest)
+    monkeypatch.setattr(devices, "has_flash", lambda: newest)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = with_gradients(mask, length, dtype)
+        on_cuda = AsOnCuda()
+        monkeypatch.setattr(kernels, "scaled_dot_product_attention", on_cuda)
+        with devices.as_if_on("cuda"):
+            found = with_gradients(mask, length, dtype)
+    half = autocast or dtype == torch.bfloat16
+    # prefix and chosen of each pair need no mask, its rejected does
+    plain = {"spans": [True, False] * 3, "a window": [False] * 6, "dense": [False], "causal": [True]}[kind]
+    assert on_cuda.grouped == [each and half and newest for each in plain]
+    for ours, due in zip(found, expected, strict=True):
+        assert ours.dtype == due.dtype
+        assert (ours - due).float().norm() <= (1e-2 if half else 1e-6) * due.float().norm()
+
+
+def test_heads_are_grouped_no_wider_than_every_card_does() -> None:
+    for width, grouped in ((192, True), (256, False)):
+        query = torch.zeros(1, 4, 3, width, dtype=torch.bfloat16)
+        with devices.as_if_on("cuda"):
+            assert kernels._in_groups(query, None) == grouped
+        assert kernels._in_groups(query, None)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")

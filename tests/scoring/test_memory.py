@@ -181,6 +181,38 @@ def test_a_pass_without_gradients_keeps_no_layer() -> None:
     assert found.slot < 0.5 * counted_pass(scorer, one, two, How(training=True)).slot
 
 
+def counted_for(family: str, dtype: str, layout: str, kernel: str | None, kind: str = "cuda") -> float:
+    """Bytes of a long pair in a training pass."""
+    scorer, table = scorer_of(family, 0, dtype, layout), pairs(600)
+    scorer.kernel = kernel
+    return budget.counted(scorer, table, How(training=True, kind=kind)).bytes(600)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_scores_are_counted_where_a_device_makes_them(dtype: str) -> None:
+    """Soft caps make them in a walk and under a dense mask; kernels of packed rows never do, nor does plain attention."""
+    # of prefix and chosen, and of rejected; float32, kept for backward
+    a_layer = 4 * 4 * (400 * 400 + 200 * 400)
+    fused = counted_for("gemma2", dtype, "packed", "flex")
+    assert counted_for("gemma2", dtype, "packed", "varlen") == fused
+    assert counted_for("gemma2", dtype, "packed", "spans") > fused + 6 * a_layer
+    assert counted_for("gemma2", dtype, "shared", None) > fused + 6 * a_layer
+    plain = counted_for("llama", dtype, "packed", "flex")
+    for layout, kernel in (("packed", "spans"), ("shared", None)):
+        # the mask itself is made a float one in each layer
+        assert plain < counted_for("llama", dtype, layout, kernel) < plain + 3 * a_layer
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_half_precision_of_experts_on_cuda_is_counted(dtype: str) -> None:
+    """Of trained ones the cast weights, which backward reads; their activations are half as large."""
+    scorer, table = scorer_of("mixture", 0, dtype), pairs(60)
+    there, here = (budget.counted(scorer, table, How(training=True, kind=kind)) for kind in ("cuda", "cpu"))
+    cast = 2 * sum(each.numel() for each in scorer.parameters() if each.ndim == 3)
+    assert there.slot < here.slot
+    assert 0.8 * cast < there.fixed - here.fixed < 1.2 * cast
+
+
 def test_counting_leaves_the_model_as_it_was() -> None:
     scorer, table = scorer_of("qwen3"), pairs()
     before = {name: each.clone() for name, each in scorer.state_dict().items()}

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from minicache.options.catalog import LAYOUTS
 from minicache.options.train import LoraOptions, TrainConfig
 from minicache.stages.train import TrainReport, train
 from minicache.trackers import Silent
+from minicache.training.optim import load_state
 from minicache.training.order import Mixture, global_batches
 from minicache.training.snapshot import save
 from tests.conftest import make_rows, one_process, precompute_into, write_jsonl
@@ -193,6 +195,47 @@ def test_8_bit_adamw_trains(ref_cache: Path, tmp_path: Path, rank: int) -> None:
     run(ref_cache, tmp_path / "small", optimizer="adamw-8bit", **options)
     plain, small = curve(tmp_path / "plain"), curve(tmp_path / "small")
     assert small[-1] < small[0] - 0.5 * (plain[0] - plain[-1])
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_a_resumed_paged_optimizer_is_paged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes reads a state into the device's own memory, which is not where it has made it."""
+    library = pytest.importorskip("bitsandbytes.optim")
+    pages: list[torch.Tensor] = []
+
+    def page(self: Any, parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        pages.append(torch.zeros_like(parameter, dtype=dtype))
+        return pages[-1]
+
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(80, 80)), torch.nn.Parameter(torch.randn(5))]
+    made = [library.PagedAdamW8bit([torch.nn.Parameter(each.detach().clone()) for each in weights]) for _ in range(2)]
+
+    def step(optimizer: Any) -> None:
+        numbers = torch.Generator().manual_seed(1)
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.grad = torch.randn(parameter.shape, generator=numbers)
+        optimizer.step()
+
+    step(made[0])
+    with BytesIO() as file:
+        torch.save(made[0].state_dict(), file)
+        file.seek(0)
+        state = torch.load(file, weights_only=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(library.PagedAdamW8bit, "get_state_buffer", page)
+        load_state(made[1], state)
+    held = [made[1].state[each][name] for each in made[1].param_groups[0]["params"] for name in ("state1", "state2")]
+    assert len(held) == len(pages) == 4 and all(a is b for a, b in zip(held, pages, strict=True))
+    for ours, due in zip(made[1].param_groups[0]["params"], made[0].param_groups[0]["params"], strict=True):
+        ours.data.copy_(due.data)
+    for each in made:
+        step(each)
+    for ours, due in zip(made[1].param_groups[0]["params"], made[0].param_groups[0]["params"], strict=True):
+        assert torch.equal(ours, due)
+    next(iter(state["state"].values()))["__bnb_optimizer_quant_state__"]["state1"] = torch.zeros(1, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"state1: expected the shape \(80, 80\), got \(1,\)"):
+        load_state(made[1], state)
 
 
 def test_what_a_mode_needs_is_asked_for_before_the_run_is_made(

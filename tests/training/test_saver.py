@@ -44,6 +44,23 @@ def test_a_checkpoint_replaces_an_older_one_of_its_step(tmp_path: Path) -> None:
     assert [entry.name for entry in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
 
 
+def test_no_thread_waits_for_a_gpu_that_is_not_its_process_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written in the background lies in the CPU's memory; torch's loader that copies ahead asks for GPU 0's stream."""
+    asked: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *device: asked.append("stream"))
+    state = {"w": torch.arange(12.0).view(3, 4), "step": torch.tensor(7)}
+    saver = Saver(tmp_path, one_process(), background=True)
+    saver.save(3, {}, state, lambda folder: folder.mkdir(), lambda steps: steps)
+    # the next step of training
+    kept = {name: each.clone() for name, each in state.items()}
+    state["w"].zero_()
+    saver.wait()
+    found = {name: torch.zeros_like(each) for name, each in kept.items()}
+    checkpoints.load_optimizer(tmp_path, 3, found, one_process())
+    assert asked == [] and all(torch.equal(found[name], each) for name, each in kept.items())
+
+
 def half_removed(folder: Path, **options: Any) -> None:
     for file in [file for file in folder.rglob("*") if file.is_file()][:1]:
         file.unlink()

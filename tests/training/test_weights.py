@@ -20,6 +20,7 @@ from minicache.models import load_model
 from minicache.models.precision import hold_for
 from minicache.options import catalog
 from minicache.options.train import LoraOptions, TrainConfig
+from minicache.processes.world import World
 from minicache.scoring.counting import counted_pass
 from minicache.scoring.memory import How, need_of
 from minicache.scoring.scorer import Scorer
@@ -110,7 +111,7 @@ def stepped(weights: str, steps: int, lr: float, seed: int = 0) -> torch.Tensor:
     optimizer = make_optimizer(model, "adamw", lr, 0.0, "float32" if weights == "plain" else weights)
     for step in range(steps):
         model.weight.grad = torch.ones_like(model.weight)
-        with rounding_of(seed, step, CPU):
+        with rounding_of(seed, step):
             optimizer.step()
     return model.weight.detach().double().mean() - begun
 
@@ -143,6 +144,46 @@ def test_the_norm_of_gradients_in_half_precision_is_that_of_their_numbers() -> N
         assert float(clip(torch.optim.SGD(parameters, 1.0), most)) == pytest.approx(float(expected), rel=1e-6)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             torch.testing.assert_close(parameter.grad, (gradient.float() * scale).to(gradient.dtype))
+
+
+def without_a_compiler(function: Any, **options: Any) -> Any:
+    def run(*arguments: Any) -> Any:
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable")
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("kind", "triton", "compiler", "fuses", "noted"),
+    [
+        ("cuda", True, lambda function, **options: function, True, False),
+        ("cuda", True, without_a_compiler, False, True),
+        ("cuda", False, without_a_compiler, False, True),
+        ("cpu", True, without_a_compiler, False, False),
+    ],
+    ids=["all there", "no compiler", "no Triton", "a CPU"],
+)
+def test_the_update_is_compiled_only_where_torch_compiles(
+    kind: str, triton: bool, compiler: Any, fuses: bool, noted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ones, notes = torch.ones, list[str]()
+    monkeypatch.setattr(torch, "ones", lambda size, device=None: ones(size))
+    monkeypatch.setattr(torch, "compile", compiler)
+    monkeypatch.setattr(optim, "has_triton", lambda: triton)
+    optim.can_fuse.cache_clear()
+    world = World(0, 1, torch.device(kind))
+    assert optim.agreed_fusing("bfloat16", world, notes.append) == fuses
+    assert [each.startswith("--weights bfloat16: the update runs uncompiled") for each in notes] == [True] * noted
+    assert not optim.agreed_fusing("float32", world, notes.append)
+    optim.can_fuse.cache_clear()
+
+
+def test_one_process_that_cannot_compile_lets_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled and not, chance falls on other weights, and processes would drift apart."""
+    world = World(0, 2, torch.device("cuda"))
+    monkeypatch.setattr(World, "together", lambda self, work: [work(), False])
+    monkeypatch.setattr(optim, "can_fuse", lambda device: True)
+    assert not optim.agreed_fusing("bfloat16", world, lambda line: None)
 
 
 # --- a run ---
@@ -249,7 +290,7 @@ def test_it_takes_six_bytes_a_weight_and_is_counted_so() -> None:
     optimizer = make_optimizer(model, "adamw", 1e-6, 0.0, "bfloat16")
     for each in model.parameters():
         each.grad = torch.zeros_like(each)
-    with rounding_of(0, 0, CPU):
+    with rounding_of(0, 0):
         optimizer.step()
     real = 0
     for state in optimizer.state.values():
@@ -337,6 +378,26 @@ def test_the_update_on_the_cpu_is_that_on_the_device(
     else:
         # chance falls on other weights, because they are updated in another order
         assert all((device[name] - cpu[name]).abs().max() < 0.02 for name in device)
+
+
+def test_a_weight_without_a_gradient_counts_as_zero_on_the_cpu(streams: list[str]) -> None:
+    """torchao keeps a gradient for each weight there: of an earlier step, or what its memory held before."""
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    optimizer: Any = make_optimizer(model, "adamw-cpu", 1e-3, 0.0)
+    assert set(optimizer.param_d2h_map) == {model[0].weight, model[1].weight}
+    for host in optimizer.param_d2h_map.values():
+        host.grad.fill_(torch.nan)
+    before = model[1].weight.detach().clone()
+    for used in (model[0], model, model[0]):
+        used(torch.randn(3, 64)).square().mean().backward()
+        gradients = [each.grad for each in model.parameters() if each.grad is not None]
+        expected = torch.cat([each.double().flatten() for each in gradients]).norm()
+        assert float(clip(optimizer, 1e9)) == pytest.approx(float(expected), rel=1e-5)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert torch.equal(model[1].weight, before) == (used is model[0])
+        before = model[1].weight.detach().clone()
 
 
 def test_where_the_update_cannot_be_on_the_cpu(cache: Path, tmp_path: Path) -> None:
