@@ -464,7 +464,12 @@ def test_a_pickle_in_place_of_rows_is_not_run(
     suffix: str, marker: Path, tmp_path: Path, model_dir: Path, cli: Cli
 ) -> None:
     file, content = tmp_path / f"rows.{suffix}", pickle.dumps(Payload(marker))
-    packed = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstd.compress}
+    packed: dict[str, Callable[[bytes], bytes]] = {
+        "gz": gzip.compress,
+        "bz2": bz2.compress,
+        "xz": lzma.compress,
+        "zst": zstd.compress,
+    }
     for pack in {packed.get(suffix.rpartition(".")[2], bytes), bytes}:
         file.write_bytes(pack(content))
         code, _, err = cli("precompute-ref", "--model", model_dir, "--data", file, "--ref-cache", tmp_path / "cache")
@@ -506,7 +511,7 @@ def test_a_pickle_in_place_of_what_a_command_reads_is_refused(
 def test_a_judges_answer_that_is_a_pickle_is_not_run(marker: Path) -> None:
     content = pickle.dumps(Payload(marker))
     with pytest.raises(Again, match="answers no JSON object"):
-        Connection("http://127.0.0.1:1/v1", Key("", None))._object(content)
+        Connection("http://127.0.0.1:1/v1", Key(""))._object(content)
     assert not marker.exists()
 
 
