@@ -112,6 +112,11 @@ def test_the_figures_of_reliability_are_those_of_the_torture() -> None:
     assert f"{BEGIN}{section()}{END}" in page, "python -m tests.torture.table"
 
 
+def test_the_tests_that_security_names_are_there() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "SECURITY.md").read_text(encoding="utf-8")))
+    assert len(named) > 20 and named <= {file.stem for file in (ROOT / "tests").rglob("test_*.py")}
+
+
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     for package in ("sphinx", "myst_parser", "furo"):
         pytest.importorskip(package, reason="the docs extra is not installed")

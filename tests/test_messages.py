@@ -109,3 +109,13 @@ def test_a_changed_word_is_found_out() -> None:
     text = "…: cut off or damaged; copy or download the file again (…)"
     assert is_of("…: cut off or damaged; copy …", text)
     assert not is_of("…: cut off or broken; copy …", text) and not is_of("… again … cut off", text)
+
+
+def test_no_error_is_its_own_cause() -> None:
+    """`raise x or error from error` makes one where x is None: whoever follows its causes comes to no end."""
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Raise) and isinstance(node.cause, ast.Name):
+                raised = node.exc.values if isinstance(node.exc, ast.BoolOp) else [node.exc]
+                names = [each.id for each in raised if isinstance(each, ast.Name)]
+                assert node.cause.id not in names, f"{file}:{node.lineno}"

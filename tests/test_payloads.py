@@ -5,7 +5,10 @@ models/test_pth_file.py, of templates in data/test_hostile.py and data/test_boun
 commands/test_working_directory.py.
 """
 
+import bz2
+import gzip
 import json
+import lzma
 import os
 import pickle
 import shutil
@@ -24,21 +27,26 @@ from minicache.cache.identity import digest_of
 from minicache.cache.manifest import MOST_BLOCKS
 from minicache.cache.reader import ReferenceCache
 from minicache.commands import running
-from minicache.data.files import read_rows
+from minicache.data.files import read_rows, zstd
 from minicache.data.folders import Folder
 from minicache.errors import CacheDamaged, ConfigError, MinicacheError, ModelError, OutputError
 from minicache.exchange.tables import read_document
+from minicache.judge.connection import Again, Connection
+from minicache.judge.key import Key
 from minicache.judge.verdicts import read_verdicts
 from minicache.models import load_model, patterns
 from minicache.models.adapter_places import own_template
 from minicache.models.directories import require_plain_files
 from minicache.models.tokenizers import save_tokenizer
 from minicache.options.config_file import options_in
+from minicache.options.train import TrainConfig
 from minicache.pages.run_answers import read_answers
 from minicache.reports.curves import read_curves
+from minicache.stages.train import train
+from minicache.trackers import Silent
 from minicache.trackers.libraries import RunName, Wandb
 from minicache.training.run_directory import read_record
-from tests.conftest import Cli, precompute_into
+from tests.conftest import Cli, make_rows, one_process, precompute_into, write_jsonl
 from tests.helpers.adapters import sft_adapter
 
 ROOT = Path(__file__).parents[1]
@@ -419,6 +427,98 @@ def test_a_link_in_a_cache_makes_nothing_outside_of_it(
         precompute_into(cache, model_dir, data_file)
     assert "\n" not in str(error.value)
     assert (sorted(tmp_path.rglob("outside/**/*")), outside.exists()) == before
+
+
+# --- a pickle in place of any file ---
+
+
+# Kind of place -> commands that read all of its files. Checkpoints are in training/test_hostile_checkpoint.py.
+READ: dict[str, list[list[str]]] = {
+    "model": [["precompute-ref", "--model", "PLACE", "--data", "rows.jsonl", "--ref-cache", "made"]],
+    "run": [["evaluate", "--policy", "PLACE", "--ref-cache", "CACHE"], ["report", "PLACE"]],
+    "cache": [["inspect-cache", "PLACE", "--verify"]],
+}
+ROWS = ("jsonl", "json", "csv", "tsv", "txt", "parquet", "arrow", "jsonl.gz", "jsonl.zst", "csv.bz2", "tsv.xz")
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_a_pickle_in_place_of_any_file_is_not_run(
+    kind: str, marker: Path, model: Path, cache: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the exit codes are."""
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(Path("rows.jsonl"), make_rows(2))
+    place, kept = {"model": model, "cache": cache, "run": tmp_path / "run"}[kind], shutil.copytree(cache, "kept")
+    if kind == "run":
+        train(TrainConfig(cache, place, max_steps=2, save_every=0, batch_size=8), one_process(), Silent())
+        for name in ("trackers.json", "answers.jsonl"):
+            (place / name).touch()
+    files = [file for file in sorted(place.rglob("*")) if file.is_file() and file.name != "1"]
+    assert len(files) >= 4
+    for file in files:
+        content = file.read_bytes()
+        file.write_bytes(pickle.dumps(Payload(marker)))
+        for words in READ[kind]:
+            cli(*({"PLACE": place, "CACHE": kept}.get(word, word) for word in words))
+            shutil.rmtree("made", ignore_errors=True)
+            assert not marker.exists(), (file, words)
+        file.write_bytes(content)
+
+
+@pytest.mark.parametrize("suffix", ROWS)
+def test_a_pickle_in_place_of_rows_is_not_run(
+    suffix: str, marker: Path, tmp_path: Path, model_dir: Path, cli: Cli
+) -> None:
+    file, content = tmp_path / f"rows.{suffix}", pickle.dumps(Payload(marker))
+    packed: dict[str, Callable[[bytes], bytes]] = {
+        "gz": gzip.compress,
+        "bz2": bz2.compress,
+        "xz": lzma.compress,
+        "zst": zstd.compress,
+    }
+    for pack in {packed.get(suffix.rpartition(".")[2], bytes), bytes}:
+        file.write_bytes(pack(content))
+        code, _, err = cli("precompute-ref", "--model", model_dir, "--data", file, "--ref-cache", tmp_path / "cache")
+        assert code == 1 and "error: " in err and not marker.exists()
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["compare", "--policy", "MODEL", "--reference", "OTHER", "--prompt", "a", "--max-new-tokens", "1",
+         "--judge", "http://127.0.0.1:1/v1", "--judge-model", "m", "--verdicts", "FILE"],
+        ["compare", "--policy", "MODEL", "--prompts", "FILE"],
+        ["sweep", "--ref-cache", "CACHE", "--out", "PLACE", "--beta", "1,2", "--holdout", "0.2"],
+        ["train", "--ref-cache", "CACHE", "--out", "made", "--config", "FILE"],
+        ["import-cache", "FILE", "--model", "MODEL", "--ref-cache", "made"],
+    ],
+    ids=["verdicts", "prompts", "sweep.json", "config", "table"],
+)  # fmt: skip
+def test_a_pickle_in_place_of_what_a_command_reads_is_refused(
+    words: list[str],
+    marker: Path,
+    tmp_path: Path,
+    model: Path,
+    ref_cache: Path,
+    cli: Cli,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for suffix in ("json", "jsonl", "yaml", "toml", "parquet") if words[0] != "sweep" else ("",):
+        file = tmp_path / (f"file.{suffix}" if suffix else "sweep.json")
+        for each in {file, file.with_name(f"{file.name}.minicache.json")}:
+            each.write_bytes(pickle.dumps(Payload(marker)))
+        named = {"MODEL": model, "OTHER": model, "CACHE": ref_cache, "FILE": file, "PLACE": tmp_path}
+        code, _, err = cli(*(named.get(word, word) for word in words))
+        assert code == 1 and "error: " in err and not marker.exists(), (file, err)
+
+
+def test_a_judges_answer_that_is_a_pickle_is_not_run(marker: Path) -> None:
+    content = pickle.dumps(Payload(marker))
+    with pytest.raises(Again, match="answers no JSON object"):
+        Connection("http://127.0.0.1:1/v1", Key(""))._object(content)
+    assert not marker.exists()
 
 
 # --- names ---

@@ -184,7 +184,7 @@ def _show_interruption(text: str) -> None:
 
 @contextmanager
 def _errors_of_libraries() -> Iterator[None]:
-    """Turn network errors into ProcessLost, a full memory into FullMemory, and too long a name into ConfigError, from anywhere."""
+    """Turn network errors into ProcessLost, full memory into FullMemory, names that no file has into ConfigError, from anywhere."""
     try:
         yield
     except Exception as error:
@@ -195,6 +195,10 @@ def _errors_of_libraries() -> Iterator[None]:
             name = str(error.filename)
             shown = name if len(name) <= LONGEST_SHOWN else f"{name[:LONGEST_SHOWN]}…"
             raise ConfigError(f"{shown}: a name longer than the file system allows; most allow 255 bytes") from error
+        if isinstance(error, ValueError) and "embedded null" in str(error):
+            raise ConfigError(
+                "a name holds U+0000, which no file's name does; look for \\u0000 in what the command reads"
+            ) from error
         if isinstance(error, OSError) and (line := of_the_machine(error)):
             raise line from error
         if isinstance(error, MinicacheError) or not (isinstance(error, RuntimeError) and is_lost_peer(error)):

@@ -24,7 +24,7 @@ def train(given: Given) -> None:
     with errors_as_one_line("train --resume goes on from the newest checkpoint, if there is one"):
         options = single_cache(given.options)
         before = facts_to_resume(options) if options.get("resume") else {}
-        if not before and "ref_cache" not in options:
+        if "ref_cache" not in {**before, **options}:
             raise typer.BadParameter("missing; name the directory precompute-ref wrote", param_hint="--ref-cache")
         of_recipe = recipe(given.extras["recipe"])
         config = Given(options, given.extras).config(TrainConfig, {**before, **of_recipe})

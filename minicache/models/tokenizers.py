@@ -73,7 +73,9 @@ def save_tokenizer(source: str, directory: Path, trust_remote_code: bool, model_
     try:
         tokenizer = _opened(source, trust_remote_code)
     except ModelError as error:
-        raise _missing_library(source) or error from error
+        if missing := _missing_library(source):
+            raise missing from error
+        raise
     with _writing(directory):
         tokenizer.save_pretrained(directory)
     if not (directory / "tokenizer.json").exists():

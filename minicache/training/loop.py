@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from minicache.errors import in_words, is_full_memory
+from minicache.errors import FullMemory, in_words, is_full_memory
 from minicache.processes.signals import StopFlag
 from minicache.reports.figures import NO_LOWER_LOSS
 from minicache.scoring.batching import ahead
@@ -121,13 +121,15 @@ def _step_that_fits(run: Run, training: Training, mine: Share) -> torch.Tensor:
     try:
         return take_step(run, training, mine)
     except Exception as error:
-        if not is_full_memory(error):
+        if not is_full_memory(error) or isinstance(error, FullMemory):
             raise
         kept = checkpoints.steps(run.config.out)
         after = f"; --resume goes on from step {kept[-1]}" if kept else ""
         step = f"step {training.progress.step}, of {run.budget:,} token slots at once,"
         advice = f"--tokens-per-micro-batch {max(1, run.budget // 2)} or --activation-checkpointing{after}"
-        raise in_words(error, step, advice) or error from error
+        full = in_words(error, step, advice)
+        assert full
+        raise full from error
 
 
 def _save_if_asked_to_stop(run: Run, training: Training, stop: StopFlag) -> None:

@@ -111,12 +111,24 @@ def read_record(run: str | Path) -> RunRecord | None:
     found = {name: value for name, value in facts.items() if name in FOUND}
     try:
         require_types(TrainConfig, options)
+        if "ref_cache" not in options:
+            raise ValueError("ref_cache: missing")
         options |= {name: value for name, value in DEFAULTS.items() if name not in options}
         record: RunRecord = read_as(RunRecord, {"options": options, **found}, RECORD, skip_unknown=True)
+        _require_shown(record)
     except (ConfigError, ValueError, TypeError) as error:
         model = f"; its model is in {run}/model" if "outcome" in facts else ""
         raise OutputError(f"{file}: not as `train` writes it ({error}){model}") from error
     return record
+
+
+def _require_shown(record: RunRecord) -> None:
+    """Raises ValueError: the metrics of a finished run lack one that is shown of every run."""
+    progress = asdict(record.outcome.progress) if record.outcome else {}
+    for name, needed in (("first", {"loss"}), ("last", {"loss"}), ("validation", {"loss", "rewards/accuracy", "kl"})):
+        found = progress.get(name)
+        if found is not None and (missing := sorted(needed - found.keys())):
+            raise ValueError(f"outcome.progress.{name}: expected {listed(missing)} in it")
 
 
 def write_record(run: Path, record: RunRecord) -> None:

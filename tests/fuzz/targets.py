@@ -5,20 +5,26 @@ tests/test_fuzz_inputs.py reads those that are kept, the ones that once were fau
 """
 
 import base64
+import csv
 import gzip
 import json
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
+
+import pyarrow
+import pyarrow.parquet
 
 from minicache.cache.identity import FORMAT_VERSION, digest_of
 from minicache.cache.manifest import Manifest
 from minicache.cache.reader import ReferenceCache
-from minicache.data.files import read_rows, zstd
-from minicache.data.formats import to_pair, to_prompt
+from minicache.data.columns import Reading
+from minicache.data.files import DELIMITERS, read_rows, zstd
+from minicache.data.formats import to_pairs, to_prompt
 from minicache.data.records import Turn
 from minicache.data.template import Template
 from minicache.data.tokenizers import ChatTokenizer
@@ -65,7 +71,8 @@ def made(place: Path) -> dict[str, Target]:
     tiny_llama().save_pretrained(model)
     data = write_jsonl(place / "rows.jsonl", make_rows(3))
     cache = precompute_into(place / "cache", model, data, block_pairs=2, per_token=True)
-    export_cache(ExportCacheConfig(cache, place / "table.jsonl"), Silent())
+    for kind in ("jsonl", "parquet"):
+        export_cache(ExportCacheConfig(cache, place / f"table.{kind}"), Silent())
     return {
         "rows": Target(_rows, _row_inputs()),
         "manifest": Target(_manifest, [json.dumps({"identity": IDENTITY, "log": LOG}).encode()]),
@@ -98,33 +105,75 @@ LOG = {
 }  # fmt: skip
 
 
+OTHER_FORMS: list[dict[str, Any]] = [
+    {"prompt": "a", "completion": "b", "label": True},
+    {"instruction": "a", "input": "b", "output": ["c", "d"], "history": [["e", "f"]]},
+    {"prompt": "a", "responses": ["b", "c"], "scores": [1, 2.5]},
+    {
+        "prompt": [{"role": "user", "content": [{"type": "text", "text": "a"}]}],
+        "chosen": [
+            {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+        ],
+        "rejected": [{"role": "assistant", "content": "c"}],
+        "tools": [],
+    },
+]
+TABLES: list[dict[str, Any]] = [
+    {"prompt": "a", "chosen": 'b\n"c"', "rejected": "d"},
+    {
+        "chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+        "rejected": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "c"}],
+        "score": 1.5,
+    },
+]
+SUFFIXES = ("", ".csv", ".tsv", ".parquet", ".arrow")
+
+
+def forms() -> list[dict[str, Any]]:
+    """A row of each form, and of each published layout of it."""
+    from tests.data.test_layouts import LAYOUTS
+
+    return [*(layout.row for layout in LAYOUTS.values()), *OTHER_FORMS]
+
+
 def _row_inputs() -> list[bytes]:
+    """The first byte says which suffix the file has."""
     lines = SAMPLE.read_bytes().splitlines()[:2]
-    rows = [
-        b"\n".join(lines),
-        b"[" + b",".join(lines) + b"]",
-        b'{"prompt": "a", "chosen": "b", "rejected": "c"}',
-        b'{"conversations": [{"from": "human", "value": "a"}], "chosen": {"from": "gpt", "value": "b"}, "rejected": []}',
-        b'{"chosen": "\\n\\nHuman: a\\n\\nAssistant: b", "rejected": "\\n\\nHuman: a\\n\\nAssistant: c"}',
-        b'{"question": "a", "response_j": "b", "response_k": "c", "system": "d"}',
-        b'{"prompt": "a", "completion": "b", "label": true}\n{"prompt": "a", "completion": "c", "label": false}',
-        b'{"instruction": "a", "input": "b", "output": ["c", "d"], "history": [["e", "f"]]}',
-        b'{"prompt": "a", "responses": ["b", "c"], "scores": [1, 2.5]}',
-        b'{"prompt": [{"role": "user", "content": [{"type": "text", "text": "a"}]}], '
-        b'"chosen": [{"role": "assistant", "content": null, '
-        b'"tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}], '
-        b'"rejected": [{"role": "assistant", "content": "c"}], "tools": []}',
+    rows = [json.dumps(row).encode() for row in forms()]
+    plain = [b"\n".join(lines), b"[" + b",".join(lines) + b"]", *rows]
+    packed = [gzip.compress(rows[0]), zstd.compress(rows[0])]
+    return [b"\0" + each for each in (*plain, *packed)] + [
+        bytes([number]) + as_table(row, suffix) for number, suffix in enumerate(SUFFIXES) if suffix for row in TABLES
     ]
-    return [*rows, gzip.compress(rows[2]), zstd.compress(rows[2])]
+
+
+def as_table(row: dict[str, Any], suffix: str) -> bytes:
+    """A table of one row."""
+    if suffix in DELIMITERS:
+        cells = [value if isinstance(value, str) else json.dumps(value) for value in row.values()]
+        text = StringIO()
+        csv.writer(text, delimiter=DELIMITERS[suffix]).writerows([row, cells])
+        return text.getvalue().encode()
+    table, file = pyarrow.Table.from_pylist([row]), BytesIO()
+    if suffix == ".parquet":
+        pyarrow.parquet.write_table(table, file)
+    else:
+        with pyarrow.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+    return file.getvalue()
 
 
 def _rows(content: bytes, place: Path) -> None:
-    file = place / "rows"
-    file.write_bytes(content)
+    file = place / f"rows{SUFFIXES[content[0] % len(SUFFIXES)] if content else ''}"
+    file.write_bytes(content[1:])
     for line, row in read_rows(str(file)):
-        for read in (to_pair, lambda row, *_: to_prompt(row)):
+        for read in (to_pairs, in_ranks, lambda row, *_: to_prompt(row)):
             with suppress(RowRefused):
                 read(row, "f", line)
+
+
+def in_ranks(row: object, file: str, line: int) -> object:
+    return to_pairs(row, file, line, Reading(pairs="best-worst"))
 
 
 def _manifest(content: bytes, place: Path) -> None:
@@ -161,17 +210,17 @@ def _chunks(cache: Path) -> Target:
 
 
 def _table(table: Path) -> Target:
-    """A line, then rows: the document of a table, and the table."""
+    """A line, then rows: the document of a table, and the table. After an empty line it is a parquet, which holds its document."""
     beside = table.with_name(f"{table.name}.minicache.json")
     document = json.loads(beside.read_text(encoding="utf-8"))
 
     def read(content: bytes, place: Path) -> None:
         first, _, rows = content.partition(b"\n")
-        file = place / "table.jsonl"
+        file = place / ("table.jsonl" if first else "table.parquet")
         file.write_bytes(rows)
         (place / beside.name).write_bytes(first)
         try:
-            found = json.loads(first)
+            found = json.loads(first) if first else document
             signed = found["minicache"]
             signed["digest"] = digest_of({"identity": signed["identity"], "log": signed.get("log")})
             identity = digest_of(signed["identity"])
@@ -184,7 +233,7 @@ def _table(table: Path) -> Target:
             shutil.rmtree(place / "imported", ignore_errors=True)
 
     whole = json.dumps(document).encode() + b"\n" + table.read_bytes()
-    return Target(read, [whole])
+    return Target(read, [whole, b"\n" + table.with_suffix(".parquet").read_bytes()])
 
 
 # --- runs ---

@@ -1,4 +1,4 @@
-"""The judge beside a real server, that of transformers: `pip install 'transformers[serving]'`, else this is left out."""
+"""The judge beside a real server, that of transformers; left out where the packages that serve are not installed (extra dev)."""
 
 import json
 import os
@@ -61,11 +61,16 @@ def test_the_command_against_transformers_serve(
     assert code == 0 and json.loads(stdout)["judge"]["same_answers"] == 1, stderr
     sampled = ("--temperature", 1.5, "--seed", 3, "--prompt", "the cat", "--prompt", "a mat")
     code, stdout, stderr = cli(*asked, *sampled, *judge, "--reference", _other(model_dir, tmp_path), "--json")
-    found = json.loads(stdout)["judge"]
-    assert code == 0 and found["read"] > 0 and found["wins"] + found["ties"] + found["losses"] == found["judged"], (
-        stderr
-    )
-    assert len(verdicts.read_text(encoding="utf-8").splitlines()) == 6
+    assert code == 0, stderr
+    found, lines = json.loads(stdout)["judge"], verdicts.read_text(encoding="utf-8").splitlines()
+    replies = [json.loads(line) for line in lines]
+    # both orders of three prompts
+    assert len(replies) == 6 and all(each["reply"].strip() for each in replies)
+    assert all(each["read"] > 100 and 0 < each["written"] <= each["max_tokens"] for each in replies)
+    for name in ("read", "written"):
+        assert found[name] == sum(each[name] for each in replies)
+    assert found["verdicts"] == sum(each["verdict"] is not None for each in replies)
+    assert found["judged"] + found["unreadable"] == len(found["prompts"]) == 3
     code, _, stderr = cli(*asked, "--reference", _other(model_dir, tmp_path), *judge[:3], "no-model", *judge[4:])
     assert code == 1 and "has no model 'no-model'" in " ".join(stderr.split())
 

@@ -276,6 +276,55 @@ def test_the_first_installed_font_with_chinese_is_the_fallback(monkeypatch: pyte
     frame.chinese_fonts.cache_clear()
 
 
+def font_with(characters: str, family: str, file: Path) -> str:
+    """A font in which each of these characters is a square of another size."""
+    from fontTools.fontBuilder import FontBuilder  # type: ignore[import-untyped]
+    from fontTools.pens.ttGlyphPen import TTGlyphPen  # type: ignore[import-untyped]
+
+    names = [".notdef", *(f"u{ord(each):04X}" for each in characters)]
+    glyphs = {}
+    for size, name in enumerate(names, 2):
+        pen = TTGlyphPen(None)
+        pen.moveTo((0, 0))
+        for point in ((0, 100 * size), (100 * size, 100 * size), (100 * size, 0)):
+            pen.lineTo(point)
+        pen.closePath()
+        glyphs[name] = pen.glyph()
+    builder = FontBuilder(1000, isTTF=True)
+    builder.setupGlyphOrder(names)
+    builder.setupCharacterMap({ord(each): f"u{ord(each):04X}" for each in characters})
+    builder.setupGlyf(glyphs)
+    builder.setupHorizontalMetrics(dict.fromkeys(names, (1000, 0)))
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({"familyName": family, "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(file)
+    return str(file)
+
+
+def test_chinese_is_drawn_with_a_font_that_has_it_and_as_boxes_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two characters look alike only as the box of what is missing."""
+    from matplotlib import font_manager
+
+    def look(text: str) -> bytes:
+        with frame.picture(tmp_path / "a.png", (1, 1)) as figure:
+            figure.text(0.5, 0.5, text)
+        return (tmp_path / "a.png").read_bytes()
+
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", list(font_manager.fontManager.ttflist))
+    for family, is_drawn in (("SimHei", True), ("", False)):
+        # the name decides, not what else is installed here
+        monkeypatch.setattr(frame, "CHINESE", (family,))
+        installed = [font_with("策略", family, tmp_path / "font.ttf")] if family else []
+        monkeypatch.setattr(font_manager, "findSystemFonts", lambda installed=installed: installed)
+        frame.chinese_fonts.cache_clear()
+        assert (look("策") != look("略")) is is_drawn and look("a") != look("b")
+    frame.chinese_fonts.cache_clear()
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e-7, -0.00012, 12345.678])
 def test_no_title_runs_into_numbers_or_beyond_its_axis(
     scale: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -7,7 +7,7 @@ import pty
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
 from threading import Thread
@@ -19,14 +19,17 @@ from rich.text import Text
 
 from minicache.cache.identity import digest_of
 from minicache.json_lines import to_json
+from minicache.options.train import TrainConfig
 from minicache.screen.console import Lines, SafeConsole
+from minicache.stages.train import train
 from minicache.text import GuardedStream, visible
-from tests.conftest import make_rows, write_jsonl
+from minicache.trackers import Silent
+from tests.conftest import make_rows, one_process, write_jsonl
 from tests.stages.test_crash import FORKS
 
 # C0 but for tab and line feed, DEL, C1, Unicode's Bidi_Control, separators of lines and paragraphs
 CODES = [
-    *range(1, 9),
+    *range(9),
     *range(11, 32),
     *range(127, 160),
     0x61C,
@@ -41,6 +44,8 @@ SEQUENCES = (
     "\x1b]0;owned\x07\x1b[38;5;123mred\x1b]8;;http://x\x1b\\\x1b[H\x9b31m\x9d0;t\x9c [bold red]b[/] [/x] :smile:"
 )
 NASTY = f"{EVERY}{SEQUENCES}"
+# The command line of a process holds no U+0000.
+ARGUMENT = NASTY.replace("\0", "")
 # A name may not hold a slash, and 255 bytes at most.
 NAME = "\x1b]0;t\x07\x1b[38;5;123m\x9b31m\u202e\u2066\x7f\r[bold]"
 # What rich sends: colours and styles, the cursor up, hidden and shown, a line erased.
@@ -60,7 +65,7 @@ def require_clean(shown: str, in_terminal: bool = False) -> None:
 def test_every_control_is_shown_and_nothing_else_changes() -> None:
     assert visible("plain 你好\n\t😀 é ﷽ ا\u200dب") == "plain 你好\n\t😀 é ﷽ ا\u200dب"
     assert len(visible(EVERY)) == len(EVERY) and not UNSAFE.search(visible(EVERY))
-    assert visible("\x1b\x07\x7f\x85\u202e\udcff") == "␛␇␡���"
+    assert visible("\0\x1b\x07\x7f\x85\u202e\udcff") == "␀␛␇␡���"
 
 
 def test_json_escapes_them_and_loses_nothing() -> None:
@@ -167,21 +172,28 @@ def shown(tmp_path: Path) -> Shown:
     return Shown(tmp_path)
 
 
-def texts(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The places of all texts in JSON."""
+def spoiled(tree: Any, keys: bool = True) -> Iterator[Any]:
+    """JSON with one of its texts replaced, or with one of its keys."""
     if isinstance(tree, str):
-        yield path
-    for key in tree if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else ():
-        yield from texts(tree[key], (*path, key))
+        yield NASTY
+    for key in list(tree) if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else ():
+        for inner in spoiled(tree[key], keys):
+            yield {**tree, key: inner} if isinstance(tree, dict) else [*tree[:key], inner, *tree[key + 1 :]]
+        if keys and isinstance(tree, dict):
+            yield {NASTY if name == key else name: value for name, value in tree.items()}
 
 
-def put(tree: Any, path: tuple[Any, ...], value: str) -> Any:
-    tree = json.loads(json.dumps(tree))
-    inner = tree
-    for key in path[:-1]:
-        inner = inner[key]
-    inner[path[-1]] = value
-    return tree
+CALL = [{"type": "function", "function": {"name": "f", "arguments": {"a": "b"}}}]
+FULL: dict[str, Any] = {
+    "system": "s",
+    "tools": [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"a": {"type": "t"}}}}],
+    "prompt": [{"role": "user", "content": [{"type": "text", "text": "a"}]}],
+    "chosen": [{"role": "assistant", "content": "b", "tool_calls": CALL}, {"role": "tool", "content": "c", "name": "f"},
+               {"role": "assistant", "content": "d", "reasoning_content": "e"}],
+    "rejected": [{"role": "assistant", "content": "f"}],
+    "chat_template_kwargs": {"enable_thinking": "no"},
+    "other": "g",
+}  # fmt: skip
 
 
 def nasty_rows() -> list[dict[str, Any]]:
@@ -189,12 +201,7 @@ def nasty_rows() -> list[dict[str, Any]]:
         {**row, "chosen": [*row["chosen"][:-1], {"role": "assistant", "content": f"{NASTY} {number} yes"}]}
         for number, row in enumerate(make_rows(12))
     ]
-    return [
-        *rows,
-        {"prompt": NASTY, "chosen": NASTY, "rejected": NASTY},
-        {NASTY: 1},
-        {"chosen": [{"role": NASTY, "content": ""}], "rejected": NASTY},
-    ]
+    return [*rows, {"prompt": NASTY, "chosen": NASTY, "rejected": NASTY}, {NASTY: 1}, *spoiled(FULL)]
 
 
 @pytest.mark.slow
@@ -215,8 +222,8 @@ def test_the_program_on_a_terminal(shown: Shown, model_dir: Path, tmp_path: Path
     shown("train", "--ref-cache", cache, "--out", run, "--max-steps", 2, "--log-every", 1)
     shown("evaluate", "--policy", run, "--ref-cache", cache)
     shown("evaluate", "--policy", run, "--ref-cache", cache, "--json")
-    shown("compare", "--policy", run, "--prompt", NASTY, "--max-new-tokens", 2)
-    shown("compare", "--policy", run, "--prompt", NASTY, "--max-new-tokens", 2, "--json")
+    shown("compare", "--policy", run, "--prompt", ARGUMENT, "--max-new-tokens", 2)
+    shown("compare", "--policy", run, "--prompt", ARGUMENT, "--max-new-tokens", 2, "--json")
     other = write_jsonl(here / f"more{NAME}.jsonl", make_rows(4, seed=3))
     shown("precompute-ref", "--model", model, "--data", other, "--ref-cache", here / f"other{NAME}", *short)
     shown("merge", cache, here / f"other{NAME}", "--ref-cache", here / f"merged{NAME}")
@@ -242,11 +249,14 @@ def test_the_program_on_a_terminal(shown: Shown, model_dir: Path, tmp_path: Path
     for arguments, code in (
         (["train", "--ref-cache", cache, "--out", run], 1),
         (["inspect-cache", here / f"none{NAME}"], 1),
-        (["precompute-ref", "--model", here / NASTY.replace("/", "_")[:60], "--data", data, "--ref-cache", cache], 1),
-        ([NASTY], 2),
-        (["train", f"--{NASTY}"], 2),
-        (["train", "--ref-cache", cache, "--out", run, "--loss", NASTY], None),
-        (["train", "--ref-cache", cache, "--out", run, "--beta", NASTY], 2),
+        (
+            ["precompute-ref", "--model", here / ARGUMENT.replace("/", "_")[:60], "--data", data, "--ref-cache", cache],
+            1,
+        ),
+        ([ARGUMENT], 2),
+        (["train", f"--{ARGUMENT}"], 2),
+        (["train", "--ref-cache", cache, "--out", run, "--loss", ARGUMENT], None),
+        (["train", "--ref-cache", cache, "--out", run, "--beta", ARGUMENT], 2),
     ):
         shown(*arguments, code=code)
     texts_ = [file for file in here.rglob("*") if file.suffix in (".json", ".jsonl", ".html", ".md", ".svg")]
@@ -261,25 +271,71 @@ def test_every_text_of_a_manifest(ref_cache: Path, tmp_path: Path, cli: Any) -> 
     root = json.loads((cache / "zarr.json").read_text())
     manifest = root["attributes"]["minicache"]
     content = {key: manifest[key] for key in ("identity", "log")}
-    for path in texts(content):
-        new = put(content, path, NASTY)
-        signed = {**new, "identity_digest": digest_of(new["identity"]), "digest": digest_of(new)}
+    for new in spoiled(content):
+        signed = {**new, "identity_digest": digest_of(new.get("identity")), "digest": digest_of(new)}
         (cache / "zarr.json").write_text(json.dumps({**root, "attributes": {"minicache": signed}}))
         for arguments in (["inspect-cache", cache], ["inspect-cache", cache, "--json"], ["diff", cache, ref_cache]):
             _, out, err = cli(*arguments)
             require_clean(out + err)
 
 
-def test_every_text_of_a_run(ref_cache: Path, tmp_path: Path, cli: Any) -> None:
-    run = tmp_path / "run"
-    assert cli("train", "--ref-cache", ref_cache, "--out", run, "--max-steps", 2)[0] == 0
-    record = json.loads((run / "run.json").read_text())
-    for path in texts(record):
-        (run / "run.json").write_text(json.dumps(put(record, path, NASTY)))
-        for arguments in (
-            ["train", "--resume", "--out", run],
-            ["evaluate", "--policy", run, "--ref-cache", ref_cache],
-            ["report", run, "--out", tmp_path / "page.html"],
-        ):
-            _, out, err = cli(*arguments)
+@pytest.fixture(scope="module")
+def run(ref_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of two steps. Nothing of what is shown here changes it."""
+    out = tmp_path_factory.mktemp("run") / "run"
+    train(TrainConfig(ref_cache, out, max_steps=2, log_every=1), one_process(), Silent())
+    return out
+
+
+@pytest.fixture
+def shown_of(cli: Any, run: Path, tmp_path: Path) -> Callable[..., None]:
+    """Writes JSON, or lines of it, as a file of the run; commands that read it send no control, nor does the page hold one."""
+    own = shutil.copytree(run, tmp_path / "run")
+
+    def show(name: str, content: Any, *commands: list[object]) -> None:
+        whole = (own / name).read_bytes() if (own / name).exists() else b""
+        (own / name).write_text("".join(json.dumps(line) + "\n" for line in content))
+        page = own / "page.html"
+        page.unlink(missing_ok=True)
+        for arguments in commands:
+            _, out, err = cli(*(own if word == RUN else page if word == PAGE else word for word in arguments))
             require_clean(out + err)
+        require_clean(page.read_text() if page.exists() else "")
+        (own / name).write_bytes(whole)
+
+    return show
+
+
+RUN, PAGE = "the run", "its page"
+
+
+def test_every_text_of_a_run(run: Path, ref_cache: Path, shown_of: Callable[..., None]) -> None:
+    record = json.loads((run / "run.json").read_text())
+    resume, evaluate = ["train", "--resume", "--out", RUN], ["evaluate", "--policy", RUN, "--ref-cache", ref_cache]
+    for new in spoiled(record, keys=False):
+        shown_of("run.json", [new], ["report", RUN, "--out", PAGE], resume, evaluate)
+    for new in spoiled(record):
+        shown_of("run.json", [new], resume)
+
+
+def test_every_text_of_what_lies_beside_a_run(run: Path, shown_of: Callable[..., None], tmp_path: Path) -> None:
+    report, line = ["report", RUN, "--out", PAGE], json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    for new in spoiled({"step": 0, "loss": 0.5, "of a stranger": "text"}):
+        shown_of("metrics.jsonl", [{**line, **new}], report, ["plot", RUN, "--out", tmp_path / "a.svg"])
+    require_clean((tmp_path / "a.svg").read_text())
+    for new in spoiled({"wandb": "a", "trackio": "b"}):
+        shown_of("trackers.json", [new], ["train", "--resume", "--out", RUN], report)
+    for new in spoiled({"prompt": "a", "reference": "b", "policy": "c", "models": {"reference": "d", "policy": "e"}}):
+        shown_of("answers.jsonl", [new], report)
+
+
+def test_every_text_of_a_sweep(ref_cache: Path, tmp_path: Path, cli: Any) -> None:
+    out = tmp_path / "sweep"
+    call = ["sweep", "--ref-cache", ref_cache, "--out", out, "--beta", "1,2", "--max-steps", 1, "--holdout", 0.3]
+    assert cli(*call)[0] == 0
+    report = json.loads((out / "sweep.json").read_text())
+    for name in ("reference_pairs_per_second", "swept", "runs"):
+        for value in (NASTY, {NASTY: 1}, [NASTY]):
+            (out / "sweep.json").write_text(json.dumps({**report, name: value, NASTY: value}))
+            _, said, err = cli(*call)
+            require_clean(said + err)
