@@ -3,6 +3,9 @@
 import json
 import os
 import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from importlib.metadata import version
@@ -34,24 +37,33 @@ class Figures:
 
     trials: disturbed runs, each with its resumption; faults: what disturbed them, in all trials together. lost: trials in which
     finished work was gone; wrong: those that ended with another result than an undisturbed run; seconds: the longest trial.
-    problems: each in words.
+    What no trial looked for is None, not 0. problems: each in words.
     """
 
     what: str
     trials: int = 0
     faults: int = 0
-    lost: int = 0
-    wrong: int = 0
-    tracebacks: int = 0
-    hangs: int = 0
-    leftovers: int = 0
+    lost: int | None = None
+    wrong: int | None = None
+    tracebacks: int | None = None
+    hangs: int | None = None
+    leftovers: int | None = None
     seconds: float = 0.0
     problems: list[str] = field(default_factory=list)
 
     def add(self, kind: str, is_bad: bool, words: str) -> None:
+        """Count what was looked for: 1 if it is bad, else 0."""
+        setattr(self, kind, (getattr(self, kind) or 0) + is_bad)
         if is_bad:
-            setattr(self, kind, getattr(self, kind) + 1)
             self.problems.append(f"{kind}, trial {self.trials}: {words}")
+
+    @contextmanager
+    def trial(self, faults: int = 0) -> Iterator[None]:
+        """Count the block as a trial, and take its time."""
+        begun = time.monotonic()
+        self.trials, self.faults = self.trials + 1, self.faults + faults
+        yield
+        self.seconds = max(self.seconds, time.monotonic() - begun)
 
     def end(self) -> None:
         """Append them to the file named by TORTURE_TABLE, if that is set. Raises AssertionError: there were problems."""
@@ -62,3 +74,8 @@ class Figures:
             with Path(table).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(found) + "\n")
         assert not self.problems, "\n".join(self.problems)
+
+
+def asserted(what: str) -> Figures:
+    """Of a test that ends with the first wrong result, traceback or leftover."""
+    return Figures(what, wrong=0, tracebacks=0, leftovers=0)

@@ -23,25 +23,42 @@ HEADINGS = (
 )
 
 
-def added(lines: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """The figures by what was done: a row for each command that was killed, one for each kind of fault and of damage."""
-    rows: dict[str, dict[str, float]] = {}
+Row = dict[str, float | None]
+# Below the table, where a kept figure says less than its heading does now.
+NOTES = {
+    "metrics and weights": "Of the files of a run, metrics and weights alone were compared then",
+    "without README.md": "All files but README.md were compared then",
+}
+
+
+def added(lines: Iterable[Mapping[str, Any]]) -> dict[str, Row]:
+    """The figures by what was done: a row for each command that was killed, one for each kind of fault and of damage.
+
+    A sum is over the tests that looked for it; None where none did.
+    """
+    rows: dict[str, Row] = {}
     for line in lines:
         kind = line["what"].partition(": ")[0]
         name = line["what"] if kind == "killed" else kind
-        row = rows.setdefault(name, dict.fromkeys((*COUNTED, "seconds"), 0))
+        name += f" ({list(NOTES).index(line['note']) + 1})" if "note" in line else ""
+        row = rows.setdefault(name, dict.fromkeys((*COUNTED, "seconds")))
         for each in COUNTED:
-            row[each] += line[each]
-        row["seconds"] = max(row["seconds"], line["seconds"])
+            row[each] = sum_of([row[each], line[each]])
+        row["seconds"] = max(row["seconds"] or 0, line["seconds"])
     return rows
 
 
-def table(rows: Mapping[str, Mapping[str, float]]) -> str:
-    total = {each: sum(row[each] for row in rows.values()) for each in COUNTED}
-    total["seconds"] = max(row["seconds"] for row in rows.values())
+def sum_of(numbers: Iterable[float | None]) -> float | None:
+    found = [number for number in numbers if number is not None]
+    return sum(found) if found else None
+
+
+def table(rows: Mapping[str, Row]) -> str:
+    total: Row = {each: sum_of(row[each] for row in rows.values()) for each in COUNTED}
+    total["seconds"] = max(row["seconds"] or 0 for row in rows.values())
     lines = ["| " + " | ".join(HEADINGS) + " |", "| --- |" + " --: |" * (len(HEADINGS) - 1)]
     for name, row in [*rows.items(), ("**all**", total)]:
-        numbers = " | ".join(f"{row[each]:,}" for each in COUNTED)
+        numbers = " | ".join("–" if row[each] is None else f"{row[each]:,}" for each in COUNTED)
         lines.append(f"| {name} | {numbers} | {row['seconds']:,.0f} s |")
     return "\n".join(lines)
 
@@ -57,7 +74,9 @@ def section() -> str:
     """What stands between BEGIN and END."""
     if not (lines := known(FILE).values()):
         return ""
-    return f"\nMeasured {made(lines)}.\n\n{table(added(lines))}\n\n"
+    noted = {line.get("note") for line in lines}
+    notes = [f"({at}) {words}." for at, (name, words) in enumerate(NOTES.items(), 1) if name in noted]
+    return "\n" + "\n\n".join([f"Measured {made(lines)}.", table(added(lines)), *notes]) + "\n\n"
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ import select
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,24 +136,26 @@ class Injector:
         return code
 
     def trial(self, at: int) -> None:
-        place, begun, figures = self.home / "place", time.monotonic(), self.figures
-        figures.trials += 1
-        code = self._run(place, at)
-        figures.faults += self._count >= at
-        said = self.output.read_text(errors="replace")
-        lines = [line for line in said.splitlines() if line.startswith("error: ")]
-        told = f"call {at} of {self.calls}: exit code {code}: {said}"
-        figures.add("hangs", code is None, told)
-        if code is None:
-            return
-        figures.add("tracebacks", "Traceback" in said, told)
-        is_orderly = (code, len(lines)) in {(0, 0), (1, 1)} and not (code and self.fault.harmless)
-        figures.add("wrong", not is_orderly and "Traceback" not in said, told)
-        if code and self._run(place, 0):
-            again = self.output.read_text(errors="replace")
-            figures.add("wrong", "exists already" not in again, f"called again: {again}\nbefore: {told}")
-        judge(figures, self.writer, self.whole, place, self.home / "scratch", told)
-        figures.seconds = max(figures.seconds, time.monotonic() - begun)
+        place, figures = self.home / "place", self.figures
+        with figures.trial():
+            code = self._run(place, at)
+            figures.faults += self._count >= at
+            said = self.output.read_text(errors="replace")
+            lines = [line for line in said.splitlines() if line.startswith("error: ")]
+            told = f"call {at} of {self.calls}: exit code {code}: {said}"
+            figures.add("hangs", code is None, told)
+            if code is None:
+                return
+            figures.add("tracebacks", "Traceback" in said, told)
+            is_orderly = (code, len(lines)) in {(0, 0), (1, 1)} and not (code and self.fault.harmless)
+            figures.add("wrong", not is_orderly and "Traceback" not in said, told)
+            done = self.writer.kept(place)
+            if code and (again := self._run(place, 0)):
+                said = self.output.read_text(errors="replace")
+                figures.add("hangs", again is None, f"called again: {said}\nbefore: {told}")
+                figures.add("wrong", "exists already" not in said, f"called again: {said}\nbefore: {told}")
+            self.writer.watch(figures, done, place)
+            judge(figures, self.writer, self.whole, place, self.home / "scratch", told)
         shutil.rmtree(place)
 
 

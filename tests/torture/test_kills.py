@@ -1,7 +1,7 @@
 """SIGKILL at any moment, again and again, of every command that writes, until it has finished all the same.
 
-KILLS says how many in all of each command: a few, or a hundred in `make torture LONG=1`. A trial kills the call and repeats it
-until it comes to its end; then the result is compared with that of a call that nothing disturbed, and nothing else may be left.
+KILLS says how many in all of each command: a few, or a hundred in `make torture LONG=1`. A trial kills the call a few times, then
+lets it come to its end; the result is compared with that of a call that nothing disturbed, and nothing else may be left.
 """
 
 import os
@@ -28,7 +28,7 @@ from tests.torture.writers import Writer, judge, writers
 
 __all__ = ["job", "writers"]  # fixtures
 KILLS = int(os.environ.get("KILLS", "4"))
-MOST_STARTS = 200
+MOST_KILLS = 5  # of a trial
 TIMEOUT = 300.0  # seconds until a call that nobody kills is taken to hang
 FORKS.set_forkserver_preload(
     [
@@ -118,21 +118,15 @@ class Killer:
             self.usual = time.monotonic() - begun
 
     def trial(self) -> None:
-        place, begun, done = (
-            self.home / f"{self.figures.trials}",
-            time.monotonic(),
-            self.writer.done(self.home / "none"),
-        )
-        self.figures.trials += 1
-        for start in range(MOST_STARTS):
-            if self._run(place, self.chance.random() * self.usual * (0.9 + start * 0.05)):
-                break
-            now = self.writer.done(place)
-            gone = sorted(name for name in done if now.get(name) != done[name])
-            self.figures.add("lost", bool(gone), f"finished blocks are gone: {gone}")
-            done = now
-        self.figures.seconds = max(self.figures.seconds, time.monotonic() - begun)
-        judge(self.figures, self.writer, self.whole, place, self.scratch)
+        place, done = self.home / f"{self.figures.trials}", self.writer.kept(self.home / "none")
+        kills = [self.chance.random() * self.usual for _ in range(self.chance.randint(1, MOST_KILLS))]
+        with self.figures.trial():
+            for seconds in (*kills, None):
+                ended = self._run(place, seconds)
+                done = self.writer.watch(self.figures, done, place)
+                if ended:
+                    judge(self.figures, self.writer, self.whole, place, self.scratch)
+                    break
         shutil.rmtree(place)
 
     def _run(self, place: Path, seconds: float | None) -> bool:
@@ -151,9 +145,10 @@ class Killer:
         for call in calls:
             said = call.output.read_text(errors="replace")
             self.figures.add("tracebacks", "Traceback" in said, said)
+        if seconds is None:
+            self.figures.add("hangs", not all(ended), f"still at work after {TIMEOUT} s")
         if not all(ended):
-            self.figures.add("hangs", seconds is None, f"still at work after {TIMEOUT} s")
-            self.figures.faults += 1
+            self.figures.faults += seconds is not None
             return False
         for call in calls:
             said = call.output.read_text(errors="replace")
@@ -182,16 +177,20 @@ def test_a_push_is_killed_at_any_request(repos: Hub, ref_cache: Path, tmp_path: 
     scratch.mkdir()
 
     def push(name: str, at: int | None = None) -> int:
-        """The exit code; negative if it was killed, when the hub had so many of its requests."""
-        begun = len(repos.asked)
+        """The exit code; negative if it was killed, when the hub had so many of its requests, or because it hung."""
+        begun, end = len(repos.asked), time.monotonic() + TIMEOUT
         command = [sys.executable, "-m", "minicache", "push", str(source), name]
         with (tmp_path / "said").open("wb") as said:
             process = subprocess.Popen(command, stderr=said, stdout=said, env={**os.environ, "TMPDIR": str(scratch)})
             while at is not None and process.poll() is None and len(repos.asked) - begun < at:
+                assert time.monotonic() < end, f"request {at} has not come after {TIMEOUT} s"
                 time.sleep(0.001)
-            if at is not None:
-                process.kill()
-            return process.wait(TIMEOUT)
+            if at is None:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(TIMEOUT)
+                figures.add("hangs", process.poll() is None, f"still at work after {TIMEOUT} s")
+            process.kill()
+            return process.wait()
 
     def plain(content: bytes, name: str) -> bytes:
         """A file without the repository's name, which a card and its digest have."""
@@ -201,19 +200,18 @@ def test_a_push_is_killed_at_any_request(repos: Hub, ref_cache: Path, tmp_path: 
     requests, files = len(repos.asked), repos.repos[kind, "org/undisturbed"].files
     whole = {file: plain(content, "undisturbed") for file, content in files.items()}
     for at in sorted({int(each) for each in np.linspace(1, requests, max(2, KILLS // 2))}):
-        begun, name = time.monotonic(), f"org/killed-{at}"
-        figures.trials += 1
-        # what the hub holds already is not sent again
-        repos.lfs.clear()
-        figures.faults += push(name, at) < 0
-        figures.add("wrong", push(name) != 0, (tmp_path / "said").read_text())
-        figures.add("tracebacks", "Traceback" in (tmp_path / "said").read_text(), (tmp_path / "said").read_text())
-        sent = {file: plain(content, f"killed-{at}") for file, content in repos.repos[kind, name].files.items()}
-        odd = sorted(file for file in {*sent, *whole} if sent.get(file) != whole.get(file))
-        figures.add("wrong", bool(odd), f"killed at request {at} of {requests}: {odd[:5]}")
-        left = [str(each) for each in scratch.iterdir()]
-        figures.add("leftovers", bool(left), f"killed at request {at} of {requests}: {left[:5]}")
-        figures.seconds = max(figures.seconds, time.monotonic() - begun)
+        name = f"org/killed-{at}"
+        with figures.trial():
+            # what the hub holds already is not sent again
+            repos.lfs.clear()
+            figures.faults += push(name, at) < 0
+            figures.add("wrong", push(name) != 0, (tmp_path / "said").read_text())
+            figures.add("tracebacks", "Traceback" in (tmp_path / "said").read_text(), (tmp_path / "said").read_text())
+            sent = {file: plain(content, f"killed-{at}") for file, content in repos.repos[kind, name].files.items()}
+            odd = sorted(file for file in {*sent, *whole} if sent.get(file) != whole.get(file))
+            figures.add("wrong", bool(odd), f"killed at request {at} of {requests}: {odd[:5]}")
+            left = [str(each) for each in scratch.iterdir()]
+            figures.add("leftovers", bool(left), f"killed at request {at} of {requests}: {left[:5]}")
     figures.end()
 
 

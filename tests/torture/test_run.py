@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from tests.cache.test_cache import DAMAGE
+from tests.helpers.runs import assert_same_files
 from tests.torture.conftest import Orderly
-from tests.torture.counting import Figures
-from tests.training.test_resume import SETTINGS, assert_same_run, killed_at
+from tests.torture.counting import asserted
+from tests.training.test_resume import SETTINGS, killed_at
 from tests.training.test_resume import run as train_run
 
 FACTS = [b"", b"{", b"null", b"[]", b'"x"', b"{}", b"\xff\xfe{}", bytes(100), b"[" * 100_000, b'{"loss": 3}']
@@ -43,21 +44,24 @@ def test_every_file_of_the_newest_checkpoint(
     """It is named, and without it the run goes on from the one before to the same end; or the damage did not matter."""
     newest = max((stopped / "checkpoints").iterdir())
     refused = 0
-    damaged = sorted(path for path in newest.rglob("*") if path.is_file())
-    for file in damaged:
-        out = shutil.copytree(stopped, tmp_path / "run")
-        DAMAGE[damage](out / file.relative_to(stopped))
-        code, said = orderly("train", *flags(ref_cache, out), "--resume")
-        if code:
-            refused += 1
-            assert newest.name in said, (file, said)
-            shutil.rmtree(out / newest.relative_to(stopped))
-            assert orderly("train", *flags(ref_cache, out), "--resume") == (0, "")
-        if file.suffix not in (".safetensors", ".distcp") or damage != "flip":
-            assert_same_run(whole, out)
-        shutil.rmtree(out)
+    figures = asserted(f"each file of a checkpoint damaged: {damage}")
+    for file in sorted(path for path in newest.rglob("*") if path.is_file()):
+        with figures.trial(faults=1):
+            out = shutil.copytree(stopped, tmp_path / "run")
+            DAMAGE[damage](out / file.relative_to(stopped))
+            code, said = orderly("train", *flags(ref_cache, out), "--resume")
+            if code:
+                refused += 1
+                assert newest.name in said, (file, said)
+                shutil.rmtree(out / newest.relative_to(stopped))
+                assert orderly("train", *flags(ref_cache, out), "--resume") == (0, "")
+            # a checkpoint's files have no digests: a bit of a tensor goes unseen, and transformers does without this config
+            is_seen = file.suffix not in (".safetensors", ".distcp") or damage != "flip"
+            if code or (is_seen and file.name != "generation_config.json"):
+                assert_same_files(whole, out)
+            shutil.rmtree(out)
     assert refused >= (2 if damage == "flip" else 4)
-    Figures(f"each file of a checkpoint damaged: {damage}", len(damaged), len(damaged)).end()
+    figures.end()
 
 
 @pytest.mark.parametrize("content", FACTS)

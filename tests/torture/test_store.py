@@ -14,7 +14,7 @@ from tests.cache.test_cache import DAMAGE
 from tests.conftest import Cli
 from tests.helpers.stores import assert_same_store, chunk_files, contents
 from tests.torture.conftest import Orderly, StageOne
-from tests.torture.counting import Figures
+from tests.torture.counting import asserted
 
 Commands = tuple[Cli, Orderly, StageOne]
 
@@ -47,28 +47,29 @@ def require_noticed_and_mended(cache: Path, sound: Path, commands: Commands, wha
 def test_every_chunk(small: tuple[Path, Path], tmp_path: Path, commands: Commands, damage: str) -> None:
     sound = small[0]
     cache = shutil.copytree(sound, tmp_path / "cache")
-    chunks = chunk_files(cache)
-    for chunk in chunks:
-        if damage == "garbage":
-            chunk.write_bytes(bytes(range(256)) * 64)
-        else:
-            DAMAGE[damage](chunk)
-        require_noticed_and_mended(cache, sound, commands, chunk)
-    Figures(f"each chunk damaged: {damage}", len(chunks), len(chunks)).end()
+    figures = asserted(f"each chunk damaged: {damage}")
+    for chunk in chunk_files(cache):
+        with figures.trial(faults=1):
+            if damage == "garbage":
+                chunk.write_bytes(bytes(range(256)) * 64)
+            else:
+                DAMAGE[damage](chunk)
+            require_noticed_and_mended(cache, sound, commands, chunk)
+    figures.end()
 
 
 def test_every_two_chunks_swapped(small: tuple[Path, Path], tmp_path: Path, commands: Commands) -> None:
     cache = shutil.copytree(small[0], tmp_path / "cache")
-    swapped = 0
+    figures = asserted("two chunks swapped: each two")
     for first, second in swaps(cache):
         a, b = (cache / first).read_bytes(), (cache / second).read_bytes()
         assert a != b
-        (cache / first).write_bytes(b)
-        (cache / second).write_bytes(a)
-        require_noticed_and_mended(cache, small[0], commands, (first, second))
-        swapped += 1
-    assert swapped == 10 * 3 + 45
-    Figures("two chunks swapped: each two", swapped, swapped).end()
+        with figures.trial(faults=1):
+            (cache / first).write_bytes(b)
+            (cache / second).write_bytes(a)
+            require_noticed_and_mended(cache, small[0], commands, (first, second))
+    assert figures.trials == 10 * 3 + 45
+    figures.end()
 
 
 def test_all_chunks_of_another_cache_of_the_same_identity(
@@ -107,31 +108,32 @@ def test_every_zarr_json(small: tuple[Path, Path], tmp_path: Path, commands: Com
     """What is in it cannot be made again from anything else: one line, nothing written, and put back it all works."""
     sound, (cli, orderly, stage_one) = small[0], commands
     cache = shutil.copytree(sound, tmp_path / "cache")
-    metadata = len(list(cache.rglob("zarr.json")))
+    figures = asserted(f"each zarr.json damaged: {damage}")
     for file in sorted(cache.rglob("zarr.json")):
-        content = file.read_bytes()
-        new = METADATA[damage](content)
-        file.unlink()
-        if new is not None:
-            file.write_bytes(new)
-        before = {place: place.read_bytes() for place in chunk_files(cache)}
-        results = {
-            "inspect": orderly("inspect-cache", cache),
-            "pair": orderly("inspect-cache", cache, "--pair", 0),
-            "train": orderly("train", "--ref-cache", cache, "--out", tmp_path / "run"),
-            "merge": orderly("merge", cache, sound, "--ref-cache", tmp_path / "merged"),
-            "stage one": stage_one(cache),
-        }
-        is_used = file.parent.name not in ("pairs", "ref", "ledger")
-        if is_used:
-            assert {code for code, _ in results.values()} == {1}, (file, results)
-        assert {place: place.read_bytes() for place in chunk_files(cache)} == before, file
-        shutil.rmtree(tmp_path / "merged", ignore_errors=True)
-        shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        file.write_bytes(content)
-        assert_same_store(cache, sound)
+        with figures.trial(faults=1):
+            content = file.read_bytes()
+            new = METADATA[damage](content)
+            file.unlink()
+            if new is not None:
+                file.write_bytes(new)
+            before = {place: place.read_bytes() for place in chunk_files(cache)}
+            results = {
+                "inspect": orderly("inspect-cache", cache),
+                "pair": orderly("inspect-cache", cache, "--pair", 0),
+                "train": orderly("train", "--ref-cache", cache, "--out", tmp_path / "run"),
+                "merge": orderly("merge", cache, sound, "--ref-cache", tmp_path / "merged"),
+                "stage one": stage_one(cache),
+            }
+            is_used = file.parent.name not in ("pairs", "ref", "ledger")
+            if is_used:
+                assert {code for code, _ in results.values()} == {1}, (file, results)
+            assert {place: place.read_bytes() for place in chunk_files(cache)} == before, file
+            shutil.rmtree(tmp_path / "merged", ignore_errors=True)
+            shutil.rmtree(tmp_path / "run", ignore_errors=True)
+            file.write_bytes(content)
+            assert_same_store(cache, sound)
     assert cli("inspect-cache", cache, "--verify")[0] == 0
-    Figures(f"each zarr.json damaged: {damage}", metadata, metadata).end()
+    figures.end()
 
 
 CHANGES: list[Any] = [None, -1, 0, 10**30, "x", "", [], {}, True, 1.5, "../../etc/passwd", "\x00", [[]] * 3]
