@@ -1,12 +1,14 @@
 """Handling of SIGINT and SIGTERM: one request to stop acts once, although terminal, launcher and scheduler may each send a copy."""
 
 import atexit
+import math
 import os
 import signal
 import sys
 import threading
 import time
 from contextlib import suppress
+from functools import cache
 from typing import Self
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -14,6 +16,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ONE_REQUEST = 1.0
 # The exit code.
 INTERRUPTED = 130
+# Seconds in which the main thread hears a signal, unless it waits.
+HEARD_WITHIN = 0.2
+# Signal -> when the main thread heard it last.
+_heard: dict[int, float] = {}
 
 
 class Interruptible:
@@ -47,6 +53,7 @@ class Interruptible:
 
     def _receive(self, kind: int, frame: object) -> None:
         first, now = self.since is None, time.monotonic()
+        _heard[kind] = now
         self.since, self._kind = self.since or now, kind
         if first:
             self.request(kind)
@@ -104,6 +111,8 @@ class CommandLine(Interruptible):
 
     def __enter__(self) -> Self:
         super().__enter__()
+        if os.name != "nt" and threading.current_thread() is threading.main_thread():
+            _wake_for_signals()
         # Python restores the default handlers at its end, when a signal would kill the process.
         atexit.register(ignore_signals)
         return self
@@ -117,6 +126,33 @@ class CommandLine(Interruptible):
         os._exit(INTERRUPTED)
 
     insist = request
+
+
+@cache
+def _wake_for_signals() -> None:
+    """From here on a thread sees to it that the main thread hears a signal while it waits for a lock.
+
+    Python looks for signals before it waits, and a signal ends the waiting; one that comes in between is heard only when the lock
+    comes: after the minutes for which a silent object store is asked, or never.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    # a process that is forked has no such thread, and its signals are not this one's
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+    threading.Thread(target=_nudge, args=(reader,), name="signals", daemon=True).start()
+
+
+def _nudge(reader: int) -> None:
+    """Send the main thread each signal again that it did not hear. reader: gets a byte as a signal comes."""
+    since = time.monotonic()
+    while kinds := os.read(reader, 64):
+        time.sleep(HEARD_WITHIN)
+        missed = [kind for kind in SIGNALS if kind in kinds and _heard.get(kind, -math.inf) < since]
+        since = time.monotonic()
+        for kind in missed:
+            if isinstance(getattr(signal.getsignal(kind), "__self__", None), Interruptible):
+                signal.pthread_kill(threading.main_thread().ident or 0, kind)
 
 
 def _send_again(kind: int) -> None:

@@ -1,5 +1,6 @@
 """A burst of signals while a process stops: it saves, says one line and ends with 130, whatever moment they come at."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -91,6 +92,18 @@ def test_a_signal_that_comes_within_a_destructor_is_not_lost(capfd: pytest.Captu
     work = ("try:", "    with Interruptible():", "        Noisy()", "        for _ in range(1000): time.sleep(0.01)")
     assert exit_code(noisy, *work, "except KeyboardInterrupt: raise SystemExit(6)") == 6
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows ends a process that is sent a signal")
+def test_a_signal_that_does_not_end_the_waiting_for_a_lock_is_heard() -> None:
+    """As one that comes just before the waiting; here another thread takes it."""
+    send = "lambda: signal.pthread_kill(threading.get_ident(), signal.SIGTERM)"
+    lines = ("import threading", "lock = threading.Lock()", "lock.acquire()", f"threading.Timer(0.5, {send}).start()")
+    wait = ("try:", "    with Interruptible(): lock.acquire()", "except KeyboardInterrupt: raise SystemExit(6)")
+    assert exit_code(*lines, *wait) == 6
+    # what the main thread heard is not sent again
+    work = ("try:", "    with Interruptible(): lock.acquire(timeout=5)", "except KeyboardInterrupt: time.sleep(1.5)")
+    assert exit_code(*lines[:3], f"threading.Timer(0.5, {send}).start()", *work, "raise SystemExit(7)") == 7
 
 
 def test_a_signal_that_an_inner_context_received_counts_in_the_outer_one_too() -> None:

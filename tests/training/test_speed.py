@@ -87,13 +87,13 @@ def test_utilisation_is_of_all_devices(size: int, monkeypatch: pytest.MonkeyPatc
         schedule="constant",
         warmup=0.0,
         min_lr=0.0,
-        beta=0.1,
         beta_end=None,
         max_kl=None,
         on_max_kl="warn",
     )
     world = SimpleNamespace(size=size, device=torch.device("cpu"), sum=lambda values: values * size)
-    run = SimpleNamespace(config=config, world=world, steps=10, training=range(8))
+    objective = SimpleNamespace(beta=0.1)
+    run = SimpleNamespace(config=config, objective=objective, world=world, steps=10, training=range(8))
     progress = Progress(step=1, seconds=1000.0, tokens=5000, flops=4e15)
     training = SimpleNamespace(
         progress=progress,
