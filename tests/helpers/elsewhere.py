@@ -13,6 +13,7 @@ import signal
 import stat
 import sys
 from collections import Counter
+from contextlib import suppress
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,11 @@ def _unlink(real: Callable[..., None]) -> Callable[..., None]:
 def _is_open(path: Any) -> bool:
     """Whether this process has the file, or one in the folder, open or mapped."""
     place = os.path.realpath(path)
-    held = {os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")}  # noqa: PTH208
+    held = set()
+    for number in os.listdir("/proc/self/fd"):  # noqa: PTH208
+        # one that another thread closes meanwhile
+        with suppress(FileNotFoundError):
+            held.add(os.path.realpath(f"/proc/self/fd/{number}"))
     with open("/proc/self/maps", encoding="utf-8") as maps:  # noqa: PTH123
         held |= {line.split(maxsplit=5)[-1].strip() for line in maps}
     return any(each == place or each.startswith(f"{place}/") for each in held)
