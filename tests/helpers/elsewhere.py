@@ -13,8 +13,8 @@ import signal
 import stat
 import sys
 from collections import Counter
-from contextlib import suppress
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
