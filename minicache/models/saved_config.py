@@ -50,10 +50,10 @@ def complete(file: Path, model: nn.Module) -> None:
         # before 4.56
         if isinstance(part.get("dtype"), str):
             part["torch_dtype"] = part["dtype"]
-        if kind in RENAMED:
-            name, earlier = RENAMED[kind]
+        name, earlier = RENAMED.get(kind, ("", ""))
+        if name in part:
             part[earlier] = part[name]
-        if kind in LAYERS:
+        if kind in LAYERS and part.get("layer_types"):
             part["layer_types"] = [LAYERS[kind].get(each, each) for each in part["layer_types"]]
         # in place of what the config may say already: with a scaling, transformers 5 reads these alone
         part |= _earlier_rope(part, kind)
@@ -73,7 +73,8 @@ def _earlier_rope(part: dict[str, Any], kind: str) -> Iterator[tuple[str, Any]]:
     base, share = BASE_AND_SHARE.get(kind, OF_ROPE)
     if any(isinstance(value, dict) for value in rope.values()):
         bases = BASES_BY_LAYER.get(kind, {})
-        yield from ((name, rope[layer]["rope_theta"]) for layer, name in bases.items() if rope.get(layer))
+        said = {name: (rope.get(layer) or {}).get("rope_theta") for layer, name in bases.items()}
+        yield from ((name, theta) for name, theta in said.items() if theta is not None)
         # the other kinds of layers are not scaled
         rope = rope.get("full_attention") or {} if base in bases.values() else {}
     elif "rope_theta" in rope:

@@ -156,3 +156,20 @@ def test_what_a_config_says_already_gives_way_to_what_the_model_computes(tmp_pat
     )
     saved_config.complete(tmp_path / "config.json", nn.Linear(1, 1))
     assert json.loads((tmp_path / "config.json").read_text())["rope_theta"] == 5e5
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "qwen3_moe"},
+        {"model_type": "granitemoehybrid"},
+        {"model_type": "granitemoehybrid", "layer_types": None},
+        {"model_type": "llama", "rope_parameters": [1]},
+        {"model_type": "gemma3_text", "rope_parameters": {"full_attention": {}, "sliding_attention": None}},
+    ],
+)
+def test_a_config_that_says_less_than_expected_is_saved_as_it_is(tmp_path: Path, config: dict[str, Any]) -> None:
+    """Another version of transformers may write other names; no policy is lost for that."""
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    saved_config.complete(tmp_path / "config.json", nn.Linear(1, 1))
+    assert json.loads((tmp_path / "config.json").read_text()) == config
