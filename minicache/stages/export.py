@@ -18,7 +18,7 @@ from minicache.reports.held_out import learned
 from minicache.scoring.moved import Moved, Scored
 from minicache.scoring.scorer import DTYPES
 from minicache.trackers import Tracker
-from minicache.training.run_directory import read_record, reading, run_behind
+from minicache.training.run_directory import reading, run_behind, run_of
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,11 @@ def _export(config: ExportConfig, source: str, world: World, tracker: Tracker) -
 
 def _learned(policy: str) -> bool:
     """As `learned`, of the policy of a finished run; True of all others."""
-    record = read_record(policy) or read_record(Path(policy).parent)
+    try:
+        record = run_of(policy)
+    # the model beside a record that cannot be read is exported all the same
+    except OutputError:
+        return True
     return not (record and record.outcome) or learned(record.flat)
 
 

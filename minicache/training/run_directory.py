@@ -139,12 +139,21 @@ def write_record(run: Path, record: RunRecord) -> None:
     write_json(run / RECORD, record.flat)
 
 
+def run_of(policy: str) -> RunRecord | None:
+    """The record of the run whose result a policy is: a run directory, or its model/; None for others."""
+    return next(filter(None, map(read_record, _places(policy))), None)
+
+
 def run_behind(policy: str) -> RunRecord | None:
-    """The record of the run that made a policy: a run directory, its model/ or one of its checkpoints; None for others."""
+    """As `run_of`, also of one of the run's checkpoints."""
+    above = [place.parents[1] for place in _places(policy) if place.parent.name == CHECKPOINTS]
+    return run_of(policy) or next(filter(None, map(read_record, above)), None)
+
+
+def _places(policy: str) -> list[Path]:
+    """Where the record lies, if the policy is a run's, or the model of a checkpoint."""
     path = Path(policy).absolute()
-    places = [path, path.parent] if path.name == "model" else [path]
-    above = [place.parents[1] for place in places if place.parent.name == CHECKPOINTS]
-    return next(filter(None, map(read_record, [*places, *above])), None)
+    return [path, path.parent] if path.name == "model" else [path]
 
 
 def is_unused(run: Path) -> bool:

@@ -1,6 +1,7 @@
 """From a checkpoint through both stages and back: MiniMind's own keys, Hugging Face directories, and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,22 @@ def test_a_directory_from_a_run_a_checkpoint_and_a_directory(trained: Path, tmp_
     first, second = (load_model(str(tmp_path / "deep" / str(n))).model.state_dict()["lm_head.weight"] for n in (0, 1))
     assert not torch.equal(first, second)
     assert not list(tmp_path.rglob(".*"))
+
+
+def test_a_model_beside_a_record_of_something_else_is_exported(trained: Path, tmp_path: Path, cli: Cli) -> None:
+    """And only what is the result of a run is judged by its record."""
+    beside = tmp_path / "beside"
+    shutil.copytree(trained / "model", beside / "model")
+    (beside / "run.json").write_text('{"name": "of another program"}')
+    start = tmp_path / "start"
+    shutil.copytree(trained, start)
+    record = json.loads((start / "run.json").read_text())
+    record["outcome"]["model_step"] = 0
+    (start / "run.json").write_text(json.dumps(record))
+    (start / "model").rename(start / "base")
+    for number, (policy, mark) in enumerate({beside / "model": "✓", start / "base": "✓"}.items()):
+        code, stdout, stderr = cli("export", "--policy", policy, "--out", tmp_path / str(number))
+        assert code == 0 and stdout.startswith(mark), stderr
 
 
 def test_a_minimind_file_as_a_directory_needs_a_tokenizer(
