@@ -82,7 +82,8 @@ class Asked:
 def main() -> None:
     options, console = parse(), Console()
     quiet()
-    known, stage_one = known_runs(options), stage_one_seconds()
+    before = results_before(options)
+    known, stage_one = before.get("runs", {}), before.get("stage_one_seconds", {})
     try:
         with tempfile.TemporaryDirectory() as directory:
             for name, (training, held_out) in zip(DATA, (SAMPLE, english(options, Path(directory))), strict=True):
@@ -99,17 +100,10 @@ def main() -> None:
     report(options, known, stage_one, console)
 
 
-def known_runs(options: argparse.Namespace) -> dict[str, Any]:
-    """The runs of the results that were made with these options, by key."""
+def results_before(options: argparse.Namespace) -> dict[str, Any]:
+    """The results in the file, if they were made with these options: runs by key, CPU seconds of stage one by data set."""
     found = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
-    return found["runs"] if found.get("settings") == settings_of(options) else {}
-
-
-def stage_one_seconds() -> dict[str, float]:
-    """CPU seconds of stage one over the training pairs, by data set, as they were measured last."""
-    found = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
-    seconds: dict[str, float] = found.get("stage_one_seconds", {})
-    return seconds
+    return found if found.get("settings") == settings_of(options) else {}
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 Address and token come from where that library looks for them (HF_ENDPOINT; HF_TOKEN, or `hf auth login`).
 """
 
-import logging
 import os
 import re
 import warnings
@@ -12,6 +11,7 @@ from contextlib import contextmanager
 
 from minicache.errors import ConfigError, DataError, MinicacheError, OutputError, StoreError
 from minicache.failures import of_the_machine
+from minicache.loggers import hushed
 from minicache.text import one_line
 
 PART = r"[A-Za-z0-9][\w.-]*"
@@ -117,16 +117,13 @@ def quiet() -> Iterator[None]:
     """Keep the library's remarks off the terminal, on which ours is shown, and its progress bars."""
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    logger = logging.getLogger("huggingface_hub")
-    hidden, level = not are_progress_bars_disabled(), logger.level
-    logger.setLevel(logging.ERROR)
+    hidden = not are_progress_bars_disabled()
     if hidden:
         disable_progress_bars()
     try:
-        with warnings.catch_warnings():
+        with hushed("huggingface_hub"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
         if hidden:
             enable_progress_bars()

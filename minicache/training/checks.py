@@ -52,7 +52,7 @@ def require(config: TrainConfig, device: torch.device, processes: int) -> None:
 def _require_whole_batches(config: TrainConfig, processes: int) -> None:
     """Raises ConfigError: a loss sorts over the whole batch, but processes split it, or there are held-out pairs."""
     name = Objective.parse(config.loss, config.logps, config.beta, config.loss_options).over_the_batch
-    if name and (config.validation.holdout or config.validation.eval_cache):
+    if name and config.validation.wanted:
         raise ConfigError(
             f"--loss {name}: sorts over a training batch, so it cannot judge held-out pairs; drop --holdout or --eval-cache"
         )
