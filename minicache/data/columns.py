@@ -11,7 +11,8 @@ from typing import Any
 
 from minicache.data.records import Note, is_blank, is_empty, texts_in
 from minicache.data.tables import FilledRow, unfilled
-from minicache.data.turns import MEDIA, ROLE_NAMES, listed
+from minicache.data.turns import MEDIA, ROLE_NAMES
+from minicache.data.values import listed
 from minicache.errors import ConfigError, RowRefused
 
 Row = dict[str, Any]

@@ -14,7 +14,7 @@ from minicache.data.layouts import Sample
 from minicache.data.ranking import pairs_of
 from minicache.data.records import Context, Pair, Turn, is_empty
 from minicache.data.shared import context_of, pair_of, texts_of, whole_prompt, with_whole_tools
-from minicache.data.turns import kind_of, listed
+from minicache.data.values import kind_of, listed
 from minicache.errors import RowRefused
 
 AUTO = Reading()

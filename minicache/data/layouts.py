@@ -7,7 +7,8 @@ from typing import NamedTuple
 from minicache.data.columns import Columns, Row
 from minicache.data.ranking import Answer, Sides
 from minicache.data.records import Note, Turn
-from minicache.data.turns import kind_of, text_of, turns_of
+from minicache.data.turns import turns_of
+from minicache.data.values import kind_of, text_of
 from minicache.errors import RowRefused
 
 SIDES = ("chosen", "rejected")

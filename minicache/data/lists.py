@@ -7,7 +7,7 @@ from minicache.data.columns import Columns, Row
 from minicache.data.layouts import Sample, answer_of, instruction_of, prompt_of, transcribed
 from minicache.data.ranking import Answer
 from minicache.data.records import Turn
-from minicache.data.turns import kind_of, number_of, text_of
+from minicache.data.values import kind_of, number_of, text_of
 from minicache.errors import RowRefused
 
 

@@ -11,7 +11,8 @@ from minicache.data.columns import Columns
 from minicache.data.layouts import Sample
 from minicache.data.parts import is_bare
 from minicache.data.records import NO_CONTEXT, Context, Note, Pair, Turn
-from minicache.data.turns import json_list, kind_of, require_sound, text_of, turns_of
+from minicache.data.turns import turns_of
+from minicache.data.values import json_list, kind_of, require_sound, text_of
 from minicache.errors import RowRefused
 
 # Columns with the text of a system turn; the first one that is there.

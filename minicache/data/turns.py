@@ -1,12 +1,11 @@
 """Turns of a conversation, as preference files hold them -> `Turn`. A turn keeps every key that a template may read."""
 
 import json
-import math
 import re
 from typing import Any
 
-from minicache.data.files import MOST_ROW
 from minicache.data.records import ROLES, THOUGHTS, Turn, is_blank, is_empty
+from minicache.data.values import json_of, kind_of, listed, require_sound, text_of
 from minicache.errors import RowRefused
 
 ROLE_NAMES = {
@@ -38,36 +37,6 @@ MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 CALLS = ("tool_calls", "function_call")
 # Keys that may hold the JSON text of what they mean.
 AS_JSON = ("tools", *CALLS, *MEDIA)
-
-
-def text_of(value: object, field: str) -> str:
-    """A text, as it is.
-
-    Raises:
-        RowRefused: it is none, is too long, or cannot be encoded.
-    """
-    if not isinstance(value, str):
-        raise RowRefused("wrong-type", f"{field!r} must be text, got {kind_of(value)}")
-    if len(value) > MOST_ROW:
-        raise RowRefused("too-large", f"{field!r} has {len(value):,} characters, expected {MOST_ROW:,} or fewer")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise RowRefused("bad-unicode", f"{field!r} holds a lone surrogate, which UTF-8 cannot encode") from None
-    return value
-
-
-def number_of(value: object, field: str) -> float:
-    """A finite number, to compare answers by. Raises RowRefused: it is none, or is too large to be one."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RowRefused("wrong-type", f"{field!r} must be a number, got {kind_of(value)}")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise RowRefused("wrong-type", f"{field!r} must be a finite number, got {str(value)[:40]}")
-    return number
 
 
 def turns_of(value: object, field: str) -> list[Turn]:
@@ -133,7 +102,7 @@ def _with_keys(role: str, name: str, content: object, more: dict[str, Any], fiel
     if name in CALLERS:
         text = text_of(content, name)
         thought = THOUGHT.match(text)
-        calls = _call_list(_json(text[thought.end() :] if thought else text, name), name)
+        calls = _call_list(json_of(text[thought.end() :] if thought else text, name), name)
         # In the content, as the thoughts of LLaMA-Factory's other answers.
         content = thought[1] if thought else None
     if calls:
@@ -193,13 +162,13 @@ def _calls(more: dict[str, Any]) -> list[Any]:
     for key in CALLS:
         if key in more:
             value = more.pop(key)
-            return _call_list(_json(value, key) if isinstance(value, str) else value, key)
+            return _call_list(json_of(value, key) if isinstance(value, str) else value, key)
     return []
 
 
 def _call_list(value: Any, key: str) -> list[Any]:
     items = value if isinstance(value, list) else [value]
-    return [_call(_json(item, key) if isinstance(item, str) else item, key) for item in items]
+    return [_call(json_of(item, key) if isinstance(item, str) else item, key) for item in items]
 
 
 def _call(call: Any, key: str) -> dict[str, Any]:
@@ -215,60 +184,3 @@ def _call(call: Any, key: str) -> dict[str, Any]:
         )
     text_of(call["function"].get("name"), "name")
     return call
-
-
-def _json(text: str, field: str) -> Any:
-    """The value of a JSON text. Raises RowRefused: it is none."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        raise RowRefused("wrong-type", f"{field!r}: expected JSON, got {text[:40]!r}") from None
-
-
-def json_list(value: object, field: str) -> list[Any]:
-    """A list of objects, or the JSON text of one, or of a list of JSON texts (`tools`, `documents`); [] of what is empty.
-
-    Raises:
-        RowRefused: it is none.
-    """
-    if is_blank(value):
-        return []
-    if isinstance(value, str):
-        value = _json(value, field)
-    if isinstance(value, dict):
-        value = [value]
-    if not isinstance(value, list):
-        raise RowRefused("wrong-type", f"{field!r} must be a list or the JSON text of one, got {kind_of(value)}")
-    items = [_json(item, field) if isinstance(item, str) and item.lstrip()[:1] == "{" else item for item in value]
-    require_sound(items)
-    return items
-
-
-def require_sound(value: object) -> None:
-    """Check every text in a JSON value. Raises RowRefused: a text within a value is too long or cannot be encoded."""
-    if isinstance(value, str):
-        text_of(value, "a text")
-    elif isinstance(value, dict):
-        for name, each in value.items():
-            require_sound(name)
-            require_sound(each)
-    elif isinstance(value, list):
-        for each in value:
-            require_sound(each)
-
-
-# --- words for messages ---
-
-
-def kind_of(value: object) -> str:
-    """What a JSON value is, in words."""
-    if value is None:
-        return "null"
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
-    return names.get(type(value), type(value).__name__)
-
-
-def listed(names: object) -> str:
-    """Names in quotes, the first ones of many."""
-    assert isinstance(names, (list, dict))
-    return ", ".join(repr(str(name)[:40]) for name in list(names)[:8]) or "none"

@@ -6,7 +6,8 @@ from typing import Any
 from minicache.data.columns import Columns
 from minicache.data.layouts import Sample, prompt_of
 from minicache.data.records import Note, Turn
-from minicache.data.turns import kind_of, number_of, text_of, turns_of
+from minicache.data.turns import turns_of
+from minicache.data.values import kind_of, number_of, text_of
 from minicache.errors import RowRefused
 
 
